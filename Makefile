@@ -1,0 +1,27 @@
+PYTHON ?= python
+TYPES = build/types
+
+.PHONY: check format lint types test
+
+check: lint types test
+
+format:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+# mypy does not follow texforce.__path__, so it checks the wheel's layout; sed turns its paths back into the checkout's.
+types: SHELL = /bin/bash -o pipefail
+types:
+	rm -rf $(TYPES)
+	$(PYTHON) -m hatchling build -t wheel -d $(TYPES)
+	$(PYTHON) -m zipfile -e $(TYPES)/*.whl $(TYPES)
+	cd $(TYPES) && $(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p texforce \
+		| sed -e 's|^texforce/__init__\.py|texforce.py|' -e 's|^texforce/||'
+
+# One thread a worker: two workers with all the cores each are slower than one.
+test:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2

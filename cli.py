@@ -1,0 +1,216 @@
+"""The command line: options in, text and exit codes out. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import texforce
+from texforce.config import TrainConfig
+
+EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 an artifact refused; 4 training diverged; 5 storage; 6 reward failed; 130/143 interrupted"
+app = typer.Typer(
+    help=f"Reinforcement learning of text encoders in text-to-image diffusion models (TexForce).\n\nExit codes: {EXIT_CODES}.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+output, progress = Console(), Console(stderr=True)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn expected errors into a message without traceback and the documented exit code."""
+    import torch
+
+    from texforce.rewards import ArtifactError, RewardError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of memory; lower --micro-batch-size or --sample-batch-size ({str(error).splitlines()[0]})", 5)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error, 2)
+    except ArtifactError as error:
+        _fail(error, 3)
+    except texforce.DivergedError as error:
+        _fail(error, 4)
+    except RewardError as error:
+        _fail(error, 6)
+    except OSError as error:
+        _fail(f"storage: {error.strerror or error}: {error.filename or ''}", 5)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(error: object, code: int) -> typing.NoReturn:
+    progress.print(Text("error: ", style="bold red") + Text(printable(str(error))))
+    raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """Text that cannot drive the terminal: control characters other than line ends become spaces."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+# --- train ---
+
+
+def with_options(config_class: type, command: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an option for every field of a configuration record, beside its own parameters.
+
+    An option that is not given is None, so that a value from --config or the record's default can take its place.
+    """
+    hints = typing.get_type_hints(config_class)
+    own = list(inspect.signature(command).parameters.values())[1:]
+    parameters = []
+    for item in dataclasses.fields(config_class):
+        kind = hints[item.name]
+        text = item.metadata["help"]
+        if item.default is not None:
+            text += f" (default: {item.default})"
+        option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+        )
+
+    def run(**arguments: Any) -> None:
+        names = {parameter.name for parameter in own}
+        given = {name: value for name, value in arguments.items() if name not in names and value is not None}
+        command(given, **{name: value for name, value in arguments.items() if name in names})
+
+    hinted = typing.get_type_hints(command, include_extras=True)
+    own = [parameter.replace(annotation=hinted[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *own)}
+    return run
+
+
+def _negation(kind: Any, name: str) -> str:
+    return f"/--no-{name.replace('_', '-')}" if bool in (kind, *typing.get_args(kind)) else ""
+
+
+def train(
+    given: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Train LoRA on the text encoder by PPO against a reward."""
+    with exit_codes():
+        settings = texforce.resolve(TrainConfig(**(read_config(config) | given)))
+        progress.print(Text(f"model: {settings.model} ({_why(given, config)})"))
+        if dry_run:
+            output.print(_table("plan", texforce.plan(settings)))
+            return
+        result = texforce.train(settings, EpochView(settings))
+        output.print(_results(result))
+        output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
+
+
+def _why(given: dict[str, Any], config: Path | None) -> str:
+    if "model" in given or config:
+        return "as asked"
+    from texforce.config import default_device
+
+    return "no GPU found, so the embedded model" if default_device() == "cpu" else "a GPU was found"
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """Options from a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, not JSON, or has fields that are no options.
+    """
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config: {str(path)!r} is not JSON: {error}") from error
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    if not isinstance(content, dict) or set(content) - known:
+        foreign = sorted(set(content) - known) if isinstance(content, dict) else "no object"
+        raise ValueError(f"config: {str(path)!r} has fields that are no options of train: {foreign}")
+    return content
+
+
+class EpochView:
+    """One line an epoch on stderr; on a terminal, a table of the last epochs that is drawn anew."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.start = time.monotonic()
+
+    def __call__(self, measures: dict[str, Any]) -> None:
+        progress.print(Text(self.line(measures)))
+
+    def line(self, measures: dict[str, Any]) -> str:
+        epoch, total = measures["epoch"], self.config.num_epochs or 0
+        parts = [f"epoch {epoch}/{total}"]
+        for name, label, form in EPOCH_COLUMNS:
+            if name in measures:
+                parts.append(f"{label} {measures[name]:{form}}")
+        parts += [f"held-out {name} {value:.4f}" for name, value in measures.get("heldout", {}).items()]
+        if epoch:
+            left = (time.monotonic() - self.start) / epoch * (total - epoch)
+            parts.append(f"{left:.0f} s left")
+        for dropped in measures.get("dropped", ()):
+            parts.append(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
+        return printable("  ".join(parts))
+
+
+EPOCH_COLUMNS = (
+    ("reward_mean", "reward", ".4f"),
+    ("reward_std", "spread", ".4f"),
+    ("max_ratio_deviation", "ratio-1 before", ".1e"),
+    ("ratio_deviation", "after", ".1e"),
+    ("clip_fraction", "clipped", ".2f"),
+    ("kl", "KL", ".2e"),
+    ("images_per_s", "images/s", ".0f"),
+)
+
+
+def _results(result: dict[str, Any]) -> Table:
+    table = Table("held-out", "base", "tuned", "change", title=f"{result['num_images']} images in {result['seconds']:.0f} s")
+    for name, value in result["heldout"].items():
+        table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
+    return table
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+app.command("train")(with_options(TrainConfig, train))
+
+
+@app.callback()
+def root() -> None:
+    """Reinforcement learning of text encoders in text-to-image diffusion models (TexForce)."""
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Configuration: what a run is decided by, with its defaults, presets and checks; and the prompt sets.
+
+This file imports nothing heavy, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+PROMPTS = Path(__file__).parent / "prompts"
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. What is None is filled in by the preset for the model (`resolve`)."""
+
+    reward: str = _option("hps", "hps, hps-v2, alignment, jpeg, incompress, or path/to/file.py:function")
+    model: str | None = _option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
+    prompts: str = _option("world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals")
+    heldout_prompts: str | None = _option(None, "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)")
+    output_dir: str = _option("out", "where the adapter, the figures and the metrics go; must be new or empty")
+    preset: str = _option("default", "default, or paper: the published recipe")
+    target: str = _option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
+    reward_checkpoint: str | None = _option(None, "file with the scorer's weights, or 'hub' (default: embedded for tiny, else hub)")
+    seed: int = _option(0, "seed of everything random")
+    num_epochs: int | None = _option(None, "rounds of sampling and updating")
+    num_prompts_per_epoch: int | None = _option(None, "prompts drawn an epoch")
+    num_samples_per_prompt: int | None = _option(None, "images a prompt: the group whose rewards are compared")
+    num_updates_per_epoch: int | None = _option(None, "optimizer steps an epoch, each on its share of the images")
+    num_inference_steps: int | None = _option(None, "DDIM steps")
+    eta: float = _option(1.0, "randomness of the DDIM steps, above 0 to 1")
+    guidance_scale: float | None = _option(None, "classifier-free guidance; 1 or less switches it off")
+    timestep_fraction: float | None = _option(None, "share of the denoising steps trained on, drawn anew for each image")
+    resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
+    learning_rate: float | None = _option(None, "of AdamW")
+    weight_decay: float = _option(1e-4, "of AdamW")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    clip_range: float | None = _option(None, "PPO's clip range of the ratio")
+    advantages: str | None = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
+    advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
+    kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
+    null_prompt: str = _option("adapted", "whether guidance's null prompt goes through the adapted text encoder or the base one")
+    rank: int = _option(16, "of LoRA")
+    lora_alpha: int | None = _option(None, "of LoRA (default: the rank)")
+    ema_decay: float | None = _option(None, "average the adapter over updates with this decay; 0 is off")
+    micro_batch_size: int | None = _option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
+    sample_batch_size: int | None = _option(None, "images sampled at a time")
+    mixed_precision: str | None = _option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
+    gradient_checkpointing: bool = _option(False, "recompute the U-Net's activations to save memory")
+    compile: bool | None = _option(None, "compile the denoising step (default: on CUDA)")
+    eval_every: int | None = _option(None, "epochs between measurements on the held-out prompts")
+    report_to: str = _option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
+
+
+# What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
+# are published ones (arXiv:2311.15657 and its released code), and only the grouping and the batch shape are ours.
+_TINY = {
+    "num_prompts_per_epoch": 16,
+    "num_samples_per_prompt": 8,
+    "num_inference_steps": 10,
+    "guidance_scale": 4.0,
+    "micro_batch_size": 128,
+    "sample_batch_size": 128,
+    "eval_every": 20,
+}
+_SD = {
+    "num_prompts_per_epoch": 8,
+    "num_samples_per_prompt": 8,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "micro_batch_size": 4,
+    "sample_batch_size": 8,
+    "eval_every": 10,
+}
+_PAPER = {
+    "num_samples_per_prompt": 1,
+    "num_updates_per_epoch": 2,
+    "num_inference_steps": 50,
+    "timestep_fraction": 0.5,
+    "learning_rate": 3e-4,
+    "clip_range": 1e-4,
+    "advantages": "per-prompt",
+    "ema_decay": 0.0,
+}
+_OURS = {"timestep_fraction": 0.5, "advantages": "leave-one-out", "ema_decay": 0.0, "num_updates_per_epoch": 2}
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("tiny", "default"): _TINY | _OURS | {"num_epochs": 100, "learning_rate": 3e-3, "clip_range": 3e-3},
+    ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 100, "num_prompts_per_epoch": 128},
+    ("stable-diffusion", "default"): _SD | _OURS | {"num_epochs": 320, "learning_rate": 3e-4, "clip_range": 1e-4},
+    ("stable-diffusion", "paper"): _SD | _PAPER | {"num_epochs": 320, "num_prompts_per_epoch": 64},
+}
+CHOICES = {
+    "preset": ("default", "paper"),
+    "target": ("text-encoder", "unet", "both"),
+    "advantages": ("leave-one-out", "per-prompt"),
+    "null_prompt": ("adapted", "base"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "report_to": ("none", "tensorboard", "wandb", "trackio"),
+}
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_model(device: str) -> str:
+    """The embedded tiny model without a GPU, Stable Diffusion 1.5 with one."""
+    return "tiny" if device == "cpu" else STABLE_DIFFUSION
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what is None, and check every value.
+
+    Raises:
+        ValueError: an option has a value that cannot be used; names the option, the rule and the value.
+    """
+    device = default_device()
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
+    model = config.model or default_model(device)
+    preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", config.preset]
+    preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
+    config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
+    _check_ranges(config)
+    if config.mixed_precision == "fp16" and device == "cpu":
+        raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
+    if config.null_prompt == "base" and config.target != "text-encoder":
+        raise ValueError("null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target)
+    if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
+        raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
+    return config
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name.startswith("num_") or item.name in ("rank", "micro_batch_size", "sample_batch_size", "eval_every"):
+            if value < 1:
+                raise ValueError(f"{item.name}: must be at least 1, not {value}")
+        elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
+            raise ValueError(f"{item.name}: must be above 0, not {value}")
+        elif item.name in ("eta", "timestep_fraction") and not 0 < value <= 1:
+            rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
+            raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
+        elif item.name in ("weight_decay", "kl_weight", "seed", "guidance_scale") and not value >= 0:
+            raise ValueError(f"{item.name}: must not be negative, not {value}")
+    if not 0 <= (config.ema_decay or 0) < 1:
+        raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
+
+
+# --- prompts ---
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a file, or of a set shipped in prompts/; `world` is the four sets of the tiny world.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a set.
+        ValueError: it holds no prompt, or is not UTF-8 text.
+    """
+    known = sorted(path.stem for path in PROMPTS.glob("*.txt"))
+    if source.startswith("world"):
+        parts = [source.replace("world", kind) for kind in KINDS]
+        if set(parts) <= set(known):
+            return [prompt for part in parts for prompt in read_prompts(part)]
+    path = PROMPTS / f"{source}.txt" if source in known else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"prompts: there is no file {source!r} and no set of that name; sets are world, {', '.join(known)}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {source!r} is not UTF-8 text (byte {error.start})") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(f"prompts: {source!r} holds no prompt; write one a line")
+    return prompts
+
+
+def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts; no sentence is in both."""
+    prompts = read_prompts(config.prompts)
+    if config.heldout_prompts:
+        heldout = read_prompts(config.heldout_prompts)
+    elif config.prompts in ("world", *KINDS):
+        heldout = read_prompts(f"{config.prompts}-heldout")
+    else:
+        heldout = prompts[:: max(2, min(10, len(prompts)))][:64] if len(prompts) > 1 else prompts
+    train = [prompt for prompt in prompts if prompt not in set(heldout)]
+    return train or prompts, heldout

@@ -1,0 +1,87 @@
+"""Measuring a policy on held-out prompts, from the same noise as the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texforce import record, rewards, sampler, world
+from texforce.config import TrainConfig
+
+HELDOUT_SEED = 20_231_115  # one noise for every run, so that figures of different seeds and settings compare
+
+
+def heldout_images(policy: Any, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig) -> Tensor:
+    """One image (N, 3, H, W) in [0, 1] for each prompt, always from the same noise."""
+    images = []
+    step = sampler.compiled(denoiser, config.compile)
+    shape = sampler.latent_shape(policy.models, config.resolution)
+    for start in range(0, len(prompts), config.sample_batch_size):
+        chunk = prompts[start : start + config.sample_batch_size]
+        prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
+        generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)
+        with torch.no_grad():
+            conditioning = policy.conditioning(prompt_ids)
+        trajectory = sampler.rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generator)
+        images.append(sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu())
+    return torch.cat(images)
+
+
+def measure(images: Tensor, prompts: Sequence[str], scorers: Mapping[str, rewards.Scorer]) -> dict[str, float]:
+    """Mean score of images (N, 3, H, W) by each scorer, over the finite ones.
+
+    For prompts of the tiny world also `alignment`, and `alignment_exact`, the share of prompts that are fully right, over
+    all and over those with common words only and with rare ones.
+
+    Raises:
+        RewardError: a scorer failed or gave no finite score.
+    """
+    measures = {}
+    for name, scorer in scorers.items():
+        scores = rewards.score(scorer, images, prompts)
+        if not scores.isfinite().any():
+            raise rewards.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
+        measures[name] = scores[scores.isfinite()].mean().item()
+    if world.is_world(prompts):
+        scores = world.alignment(images, prompts)
+        exact = (scores == 1).float()
+        rare = torch.tensor([world.has_rare_word(prompt) for prompt in prompts])
+        measures["alignment"] = scores.mean().item()
+        measures["alignment_exact"] = exact.mean().item()
+        for name, rows in (("common", ~rare), ("rare", rare)):
+            if rows.any():
+                measures[f"alignment_exact_{name}"] = exact[rows].mean().item()
+    return measures
+
+
+class Heldout:
+    """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
+
+    def __init__(
+        self,
+        policy: Any,
+        denoiser: sampler.Denoiser,
+        scorer: rewards.Scorer,
+        prompts: list[str],
+        config: TrainConfig,
+        output_dir: Path,
+    ) -> None:
+        self.policy, self.denoiser, self.prompts, self.config = policy, denoiser, prompts, config
+        self.scorers = {config.reward: scorer}
+        self.folder = output_dir / "grids"
+        self.folder.mkdir()
+        with policy.base():
+            self.base_images = heldout_images(policy, denoiser, prompts, config)
+        self.base = measure(self.base_images, prompts, self.scorers)
+
+    def measure(self, epoch: int) -> dict[str, float]:
+        """Scores of the policy as it is now; writes the grid of base and tuned images."""
+        images = heldout_images(self.policy, self.denoiser, self.prompts, self.config)
+        shown = torch.linspace(0, len(self.prompts) - 1, min(16, len(self.prompts))).long().tolist()
+        columns = {"base": self.base_images[shown], "tuned": images[shown]}
+        record.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in shown], columns)
+        return measure(images, self.prompts, self.scorers)

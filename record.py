@@ -1,0 +1,156 @@
+"""What a run leaves behind: its folder, description, figures, model card and trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import texforce
+from texforce.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def new_folder(name: str) -> Path:
+    """Make the output folder, and see that it can be written to before any model is loaded."""
+    folder = Path(name)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output_dir: {name!r} is not empty; choose another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_text("")
+    probe.unlink()
+    return folder
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def trackers(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """accelerate's tracker that --report-to names, as a function of an epoch's record."""
+    if config.report_to == "none":
+        yield lambda record, step: None
+        return
+    from accelerate import tracking
+
+    name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
+    try:
+        arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
+        tracker = getattr(tracking, name)("texforce", **arguments)
+    except ImportError as error:
+        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}") from error
+
+    def log(record: dict[str, Any], step: int) -> None:
+        flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        tracker.log(flat | {f"heldout/{name}": value for name, value in record.get("heldout", {}).items()}, step=step)
+
+    yield log
+    tracker.finish()
+
+
+def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:
+    """What one needs to repeat a run."""
+    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
+    return {
+        "seed": config.seed,
+        "model": config.model,
+        "reward": config.reward,
+        "target": config.target,
+        "preset": config.preset,
+        "device": device,
+        "num_parameters": num_parameters,
+        "versions": {"texforce": texforce.__version__, "python": platform.python_version()} | {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None where the package is installed from a wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
+    """README.md of the adapter, in the hub's format."""
+    rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result["heldout"].items()]
+    return "\n".join(
+        [
+            "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
+            f"# TexForce adapter for {config.model}", "",
+            f"LoRA (rank {config.rank}) on the {config.target}, trained by PPO (arXiv:2311.15657) on the reward "
+            f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, {result['seconds']:.0f} s on {result['device']}.",
+            "", "Held-out prompts, base and tuned from the same noise:", "",
+            "| measure | base | tuned |", "|---|---|---|", *rows, "",
+            "Every setting is in `config.json`, every figure in `result.json` and `metrics.jsonl`.", "",
+        ]
+    )  # fmt: skip
+
+
+def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor], cell: int = 128) -> None:
+    """A PNG with a row for each of N prompts and a column for each system's images (N, 3, H, W) in [0, 1]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, label = ImageFont.load_default(13), 18
+    width = len(columns) * (cell + 4) + 4
+    per_side = max(1, (len(prompts) + 3) // 4)  # four blocks side by side
+    canvas = Image.new("RGB", (4 * (width + 12), label + per_side * (cell + label + 6)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, prompt in enumerate(prompts):
+        left, top = (i // per_side) * (width + 12) + 6, label + (i % per_side) * (cell + label + 6)
+        draw.text((left + 4, top), _shorten(prompt, font, width), fill="black", font=font)
+        for k, (name, images) in enumerate(columns.items()):
+            pixels = (images[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            method = Image.Resampling.NEAREST if pixels.shape[0] < cell else Image.Resampling.LANCZOS
+            x = left + 4 + k * (cell + 4)
+            canvas.paste(Image.fromarray(pixels).resize((cell, cell), method), (x, top + label))
+            if i % per_side == 0:
+                draw.text((x, 2), name, fill="grey", font=font)
+    canvas.save(path)
+
+
+def _shorten(text: str, font: Any, width: int) -> str:
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    while font.getlength(text) > width:
+        text = text[:-2].rstrip(".") + "..." if len(text) > 6 else ""
+    return text
+
+
+def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
+    """A PNG of the training reward over images, and of the held-out reward where it was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
+    images = [record["num_images"] for record in epochs]
+    axes.plot(images, [record["reward_mean"] for record in epochs], color="tab:blue", alpha=0.5, label="training prompts")
+    measured = [record for record in epochs if "heldout" in record]
+    axes.plot(
+        [record["num_images"] for record in measured],
+        [record["heldout"][reward] for record in measured],
+        "o-", color="tab:orange", label="held-out prompts",
+    )  # fmt: skip
+    if measured and "alignment_exact" in measured[0]["heldout"]:
+        right = axes.twinx()
+        right.set(ylabel="held-out prompts fully right", ylim=(0, 1))
+        right.plot(
+            [record["num_images"] for record in measured],
+            [record["heldout"]["alignment_exact"] for record in measured],
+            "s--", color="tab:green", label="held-out, fully right",
+        )  # fmt: skip
+        right.legend(loc="lower right")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,394 @@
+"""Sampling: the DDIM transition with per-step log-probabilities, rollouts, and the fused inference path."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TINY = Path(__file__).parent / "tiny"
+MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable density
+
+
+# --- the models ---
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts of a Stable Diffusion 1.x or 2.x pipeline, frozen and in inference precision."""
+
+    name: str
+    tokenizer: Any
+    text_encoder: nn.Module
+    unet: nn.Module
+    vae: nn.Module
+    scheduler: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.name == "tiny"
+
+
+def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Load a pipeline's parts: `tiny`, a folder in diffusers' format, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is not a Stable Diffusion 1.x or 2.x pipeline, or tensors are missing from its files.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    source = str(TINY) if name == "tiny" else name
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
+        parts = {
+            part: _load_strictly(cls, source, part, dtype)
+            for part, cls in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+        }
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
+    for part in parts.values():
+        part.requires_grad_(False).eval().to(device)
+    if torch.device(device).type == "cuda":
+        parts["unet"].to(memory_format=torch.channels_last)
+        parts["vae"].to(memory_format=torch.channels_last)
+    return Models(name, tokenizer, scheduler=scheduler, **parts)
+
+
+def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
+    """Load one part; diffusers and transformers fill missing tensors at random with only a warning, here it is an error."""
+    model, info = cls.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
+    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if missing:
+        raise ValueError(f"model: {source}/{subfolder} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
+    return model
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids (N, L) int64, padded to the text encoder's length L.
+
+    Raises:
+        ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion).
+    """
+    length = tokenizer.model_max_length
+    try:
+        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
+    except UnicodeEncodeError as error:
+        raise ValueError("prompt: it holds a lone surrogate, which is not text") from error
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > length:
+            raise ValueError(
+                f"prompt {prompt[:60]!r}... has {len(row)} tokens with its start and end, but the text encoder reads "
+                f"{length}; shorten it"
+            )
+    return torch.tensor(ids)
+
+
+def encode(models: Models, prompt_ids: Tensor) -> Tensor:
+    """Prompt embeddings (N, L, D) float32 of ids (N, L)."""
+    return models.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
+
+
+def encode_distinct(models: Models, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,).
+
+    The null prompt is encoded too unless its embedding (1, L, D) is given.
+    """
+    distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
+    if null_embeds is not None:
+        return torch.cat([null_embeds, encode(models, distinct)]), 1 + rows
+    null_ids = tokenize(models.tokenizer, [""]).to(prompt_ids.device)
+    return encode(models, torch.cat([null_ids, distinct])), 1 + rows
+
+
+@contextlib.contextmanager
+def adapters_disabled(models: Models) -> Iterator[None]:
+    """Within it, the models are the base ones: the peft adapters that they carry are switched off."""
+    with contextlib.ExitStack() as stack:
+        for part in (models.text_encoder, models.unet):
+            if hasattr(part, "disable_adapter"):
+                stack.enter_context(part.disable_adapter())
+        yield
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is told of N prompts, and of the null prompt for guidance."""
+
+    prompt_embeds: Tensor  # (N, L, D)
+    null_embeds: Tensor  # (1, L, D)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        return replace(self, prompt_embeds=self.prompt_embeds[rows])
+
+
+# --- the transition ---
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """T steps of DDIM (arXiv:2010.02502 eq. 12 and 16) as Gaussian transitions, affine in what the U-Net says.
+
+    next_latents ~ Normal(latents_weight * latents + output_weight * model_output, std); every tensor (T,).
+    """
+
+    timesteps: Tensor  # int64, descending
+    latents_weight: Tensor
+    output_weight: Tensor
+    std: Tensor
+
+    @property
+    def trainable_steps(self) -> Tensor:
+        """Indices of the steps that have a density; the others cannot carry a policy gradient."""
+        return torch.nonzero(self.std > MIN_STD).flatten()
+
+    def to(self, device: torch.device) -> Schedule:
+        return Schedule(*(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std")))
+
+
+def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Schedule:
+    """The transitions that diffusers' DDIMScheduler.step makes, for epsilon, v and sample prediction.
+
+    Raises:
+        ValueError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
+            affine, and the log-probability of this file would be wrong.
+    """
+    config = scheduler.config
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: must be from 0 to 1, not {eta}")
+    if not 1 <= num_inference_steps <= config.num_train_timesteps:
+        raise ValueError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
+    if config.clip_sample or config.thresholding:
+        raise ValueError("model: schedulers with clip_sample or thresholding are not supported")
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.long().cpu()
+    previous = timesteps - config.num_train_timesteps // num_inference_steps
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    alpha = alphas[timesteps]
+    next_alpha = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double().cpu())
+    variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
+    std = eta * variance.clamp(min=0).sqrt()
+    a, b = alpha.sqrt(), (1 - alpha).sqrt()
+    # Each prediction type gives the clean sample and the noise as x * latents + y * model_output: (x, y) of both.
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    sample, noise = {
+        "epsilon": ((1 / a, -b / a), (zero, one)),
+        "sample": ((zero, one), (1 / b, -a / b)),
+        "v_prediction": ((a, -b), (b, a)),
+    }[config.prediction_type]
+    to_sample, to_noise = next_alpha.sqrt(), (1 - next_alpha - std.square()).clamp(min=0).sqrt()
+    latents_weight = to_sample * sample[0] + to_noise * noise[0]
+    output_weight = to_sample * sample[1] + to_noise * noise[1]
+    return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
+
+
+def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density of values (N, ...) under Normal(mean, std), averaged over all but the first axis: (N,) float32."""
+    z = (values.float() - mean.float()) / std
+    log_prob = -0.5 * z.square() - std.log() - 0.9189385332046727  # log(sqrt(2 pi))
+    return log_prob.flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The policy's actor: U-Net, classifier-free guidance (arXiv:2207.12598) and the DDIM transition.
+
+    Guidance is off at a scale of 1 or less, as in diffusers.
+    """
+
+    unet: nn.Module
+    schedule: Schedule
+    guidance_scale: float
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    def mean(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, null_outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Means of the transitions of latents (N, C, H, W) at steps (N,), float32, and the null prompt's predictions.
+
+        Both branches of guidance go through the U-Net as one batch, unless the null prompt's predictions are given.
+        """
+        timesteps, embeds = self.schedule.timesteps[steps], conditioning.prompt_embeds
+        if not self.guided:
+            output = self._predict(latents, timesteps, embeds)
+        elif null_outputs is not None:
+            output = null_outputs + self.guidance_scale * (self._predict(latents, timesteps, embeds) - null_outputs)
+        else:
+            embeds = torch.cat([conditioning.null_embeds.expand_as(embeds), embeds])
+            null_outputs, text_outputs = self._predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).chunk(2)
+            output = null_outputs + self.guidance_scale * (text_outputs - null_outputs)
+        latents_weight, output_weight = (
+            weight[steps][:, None, None, None] for weight in (self.schedule.latents_weight, self.schedule.output_weight)
+        )
+        return latents_weight * latents + output_weight * output, null_outputs
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        dtype = next(self.unet.parameters()).dtype
+        latents, embeds = latents.to(dtype), embeds.to(dtype)
+        if latents.is_cuda:
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        return self.unet(latents, timesteps, embeds, return_dict=False)[0].float()
+
+    def std(self, steps: Tensor) -> Tensor:
+        return self.schedule.std[steps][:, None, None, None]
+
+    def step(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sample the next latents (N, C, H, W), their log-probabilities (N,), and the null prompt's predictions."""
+        mean, null_outputs = self.mean(latents, steps, conditioning)
+        std = self.std(steps)
+        next_latents = mean + std * noise
+        log_probs = gaussian_log_prob(next_latents, mean, std.clamp(min=MIN_STD))
+        return next_latents, log_probs, null_outputs
+
+
+def compiled(denoiser: Denoiser, enabled: bool | None) -> Any:
+    """The denoiser's step as one compiled graph if enabled (None: on CUDA), else the plain method, which is equal."""
+    if enabled is None:
+        enabled = next(denoiser.unet.parameters()).is_cuda
+    if not enabled:
+        return denoiser.step
+
+    def step(latents: Tensor, steps: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor) -> Any:
+        return denoiser.step(latents, steps, Conditioning(prompt_embeds, null_embeds), noise)
+
+    graph = torch.compile(step)
+    logging.getLogger(__name__).info("compiling the denoising step; the first one takes a minute")
+    return lambda latents, steps, conditioning, noise: graph(
+        latents, steps, conditioning.prompt_embeds, conditioning.null_embeds, noise
+    )
+
+
+# --- rollouts ---
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """N denoising paths of T steps, as sampled; every tensor detached."""
+
+    prompt_ids: Tensor  # (N, L) int64; the text encoder is the policy, so embeddings are not stored
+    timesteps: Tensor  # (N, T) int64, descending
+    latents: Tensor  # (N, T+1, C, H, W), initial noise first
+    log_probs: Tensor  # (N, T) float32, under the sampling policy
+    null_outputs: Tensor | None = None  # (N, T, C, H, W), kept only if the null prompt is not trained
+
+    def __post_init__(self) -> None:
+        num_samples, num_steps = self.timesteps.shape
+        shapes = {
+            "prompt_ids": (num_samples, self.prompt_ids.shape[-1]),
+            "latents": (num_samples, num_steps + 1, *self.latents.shape[2:]),
+            "log_probs": (num_samples, num_steps),
+        }
+        if self.null_outputs is not None:
+            shapes["null_outputs"] = (num_samples, num_steps, *self.latents.shape[2:])
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+
+    def __getitem__(self, rows: Tensor) -> Trajectory:
+        null_outputs = None if self.null_outputs is None else self.null_outputs[rows]
+        return Trajectory(
+            self.prompt_ids[rows], self.timesteps[rows], self.latents[rows], self.log_probs[rows], null_outputs
+        )
+
+
+def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Join trajectories along their first axis."""
+    columns = {name: [getattr(part, name) for part in trajectories] for name in Trajectory.__dataclass_fields__}
+    return Trajectory(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+
+
+def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
+
+    Raises:
+        ValueError: the resolution is not a multiple of what the models need.
+    """
+    factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
+    levels = 2 ** (len(models.unet.config.block_out_channels) - 1)
+    size = models.unet.config.sample_size if resolution is None else resolution / factor
+    if size < levels or size % levels:
+        raise ValueError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
+    return models.unet.config.in_channels, int(size), int(size)
+
+
+@torch.no_grad()
+def rollout(
+    step: Any,
+    schedule: Schedule,
+    prompt_ids: Tensor,
+    conditioning: Conditioning,
+    shape: tuple[int, int, int],
+    generator: torch.Generator | list[torch.Generator],
+    keep_null_outputs: bool = False,
+) -> Trajectory:
+    """Denoise N prompts from noise with a denoiser's (maybe compiled) step; one generator, or one a sample.
+
+    Each generator gives the initial latents first and then the noise of every step, as diffusers' pipeline draws them.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
+    latents = [randn_tensor((num_samples, *shape), generator=generator, device=device)]
+    log_probs, null_outputs = [], []
+    for k in range(len(schedule.timesteps)):
+        noise = randn_tensor((num_samples, *shape), generator=generator, device=device)
+        steps = torch.full((num_samples,), k, device=device)
+        next_latents, log_prob, null_output = step(latents[-1], steps, conditioning, noise)
+        latents.append(next_latents)
+        log_probs.append(log_prob)
+        null_outputs.append(null_output)
+    return Trajectory(
+        prompt_ids=prompt_ids,
+        timesteps=schedule.timesteps.expand(num_samples, -1),
+        latents=torch.stack(latents, dim=1),
+        log_probs=torch.stack(log_probs, dim=1),
+        null_outputs=torch.stack(null_outputs, dim=1) if keep_null_outputs and null_outputs[0] is not None else None,
+    )
+
+
+@torch.no_grad()
+def decode(vae: nn.Module, latents: Tensor, batch_size: int = 16) -> Tensor:
+    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w)."""
+    dtype = next(vae.parameters()).dtype
+    chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
+    return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def sample_images(
+    models: Models, denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **options: Any
+) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
+
+    Options are `resolution` and `compile`.
+    """
+    step, shape = compiled(denoiser, options.get("compile")), latent_shape(models, options.get("resolution"))
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        prompt_ids = tokenize(models.tokenizer, prompts[start : start + batch_size]).to(models.device)
+        embeds, rows = encode_distinct(models, prompt_ids)
+        generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        conditioning = Conditioning(embeds[rows], embeds[:1])
+        trajectory = rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generators)
+        images.append(decode(models.vae, trajectory.latents[:, -1]).cpu())
+    return torch.cat(images)

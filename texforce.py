@@ -1,0 +1,541 @@
+"""TexForce (arXiv:2311.15657): reinforcement learning of the text encoder of a text-to-image diffusion model.
+
+The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps. Read top to
+bottom: configuration, policy, advantages, loss, update, training loop. This file is also the package `texforce`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__path__ = [str(Path(__file__).parent)]
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from texforce import evaluate, record, rewards, sampler
+else:
+
+    def _lazy_import(name: str) -> Any:
+        """Import a module when it is first used: `texforce --help` must not wait for torch."""
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    torch = _lazy_import("torch")
+    evaluate, record, rewards, sampler = (
+        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler")
+    )
+
+from texforce.config import TrainConfig, default_device, resolve, split_prompts
+
+TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class DivergedError(Exception):
+    """Training went wrong numerically and was stopped."""
+
+
+# --- the policy ---
+
+
+def add_lora(models: sampler.Models, config: TrainConfig) -> sampler.Models:
+    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoder, the U-Net or both."""
+    from peft import LoraConfig, get_peft_model
+
+    wanted = {"text-encoder": ("text_encoder",), "unet": ("unet",), "both": ("text_encoder", "unet")}[config.target]
+    adapted = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for part in wanted:
+            layers = TEXT_ENCODER_LAYERS if part == "text_encoder" else UNET_LAYERS
+            lora = LoraConfig(
+                r=config.rank, lora_alpha=config.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
+            )
+            adapted[part] = get_peft_model(getattr(models, part), lora)
+    return replace(models, **adapted)
+
+
+class Policy:
+    """A pipeline whose text encoder, U-Net or both carry LoRA; only LoRA is trained, in float32."""
+
+    def __init__(self, models: sampler.Models, null_prompt: str = "adapted") -> None:
+        self.models = models
+        self.null_embeds = None  # of the base text encoder, if the null prompt is to stay there
+        if null_prompt == "base":
+            with self.base(), torch.no_grad():
+                self.null_embeds = sampler.encode(models, sampler.tokenize(models.tokenizer, [""]).to(models.device))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        parts = (self.models.text_encoder, self.models.unet)
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+
+    def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
+        return sampler.encode_distinct(self.models, prompt_ids, self.null_embeds)
+
+    def conditioning(self, prompt_ids: Tensor) -> sampler.Conditioning:
+        """What the U-Net is told of prompt ids (N, L)."""
+        embeds, rows = self.encode_distinct(prompt_ids)
+        return sampler.Conditioning(embeds[rows], embeds[:1])
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Within it, the policy is the base model."""
+        with sampler.adapters_disabled(self.models):
+            yield
+
+    def save(self, output_dir: Path) -> None:
+        """Write peft adapters: the text encoder's into the folder itself, the U-Net's into its subfolder `unet`."""
+        for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
+            if hasattr(part, "peft_config"):
+                part.save_pretrained(folder)
+
+
+# --- advantages and loss ---
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantage of each sample over the mean of its group's others (arXiv:2402.14740); rewards (P, K), NaN where dropped.
+
+    A dropped sample, and one whose group has no other left, gets 0.
+    """
+    valid = rewards.isfinite()
+    values = rewards.where(valid, rewards.new_zeros(()))
+    num_others = valid.sum(dim=1, keepdim=True) - 1
+    others = (values.sum(dim=1, keepdim=True) - values) / num_others.clamp(min=1)
+    return torch.where(valid & (num_others > 0), values - others, 0)
+
+
+class PromptStatistics:
+    """Advantages by running statistics for each prompt (DDPO, arXiv:2305.13301 section 4.3).
+
+    A prompt seen fewer than min_count times uses the mean and deviation of the whole batch.
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+        self.min_count = min_count
+        self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+        """Normalised rewards (N,); 0 where the reward is not finite."""
+        valid = rewards.isfinite()
+        batch_mean, batch_std = rewards[valid].mean(), rewards[valid].std(correction=0)
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            if math.isfinite(reward):
+                self.history[prompt].append(reward)
+        advantages = torch.zeros_like(rewards)
+        for i in torch.nonzero(valid).flatten().tolist():
+            history = self.history[prompts[i]]
+            mean, std = batch_mean, batch_std
+            if len(history) >= self.min_count:
+                seen = torch.tensor(history)
+                mean, std = seen.mean(), seen.std(correction=0)
+            advantages[i] = (rewards[i] - mean) / (std + 1e-6)
+        return advantages
+
+
+def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Clipped surrogate (arXiv:1707.06347 eq. 7), to minimise; all inputs (N,)."""
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+
+# --- sampling and the update ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One epoch's images, as the update needs them: N trajectories, their advantages, and what was measured."""
+
+    trajectory: sampler.Trajectory
+    advantages: Tensor  # (N,) float32, 0 where nothing is to be learned
+    rewards: Tensor  # (N,) float32, NaN where the sample was dropped
+
+
+def collect(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    scorer: rewards.Scorer,
+    prompts: Sequence[str],
+    config: TrainConfig,
+    generator: torch.Generator,
+    statistics: PromptStatistics,
+) -> Batch:
+    """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
+
+    Raises:
+        RewardError: the scorer failed, or gave no finite score at all.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
+    trajectories, scores = [], []
+    step = sampler.compiled(denoiser, config.compile)
+    shape = sampler.latent_shape(policy.models, config.resolution)
+    for chunk in _chunks(repeated, config.sample_batch_size):
+        prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
+        with torch.no_grad():
+            conditioning = policy.conditioning(prompt_ids)
+        keep = config.null_prompt == "base"
+        trajectory = sampler.rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep)
+        images = sampler.decode(policy.models.vae, trajectory.latents[:, -1])
+        trajectories.append(trajectory)
+        scores.append(rewards.score(scorer, images, chunk))
+    values = torch.cat(scores)
+    values = values.where(values.isfinite(), torch.nan)
+    if values.isnan().all():
+        raise rewards.RewardError("reward: the scorer gave no finite score for any image of an epoch")
+    advantages = normalised_advantages(values, repeated, config, statistics)
+    return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values)
+
+
+def normalised_advantages(
+    values: Tensor, prompts: Sequence[str], config: TrainConfig, statistics: PromptStatistics
+) -> Tensor:
+    """Advantages (N,) of rewards (N,), in standard deviations and clipped; 0 for dropped samples."""
+    if config.advantages == "per-prompt":
+        advantages = statistics.advantages(prompts, values)
+    else:
+        advantages = leave_one_out(values.reshape(-1, config.num_samples_per_prompt)).flatten()
+        advantages = advantages / (advantages[values.isfinite()].std(correction=0) + 1e-8)
+    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
+
+
+@dataclass
+class UpdateStatistics:
+    """Sums over the (image, step) pairs of an epoch."""
+
+    num_pairs: int = 0
+    num_unet_calls: int = 0
+    num_clipped: int = 0
+    kl: float = 0.0
+    ratio_deviation: float = 0.0  # largest, over all
+    first_ratio_deviation: float = 0.0  # largest, before the epoch's first optimizer step
+    grad_norm: float = 0.0  # of the last step
+
+    def add(self, other: UpdateStatistics, first: bool) -> None:
+        for name in ("num_pairs", "num_unet_calls", "num_clipped", "kl"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.ratio_deviation = max(self.ratio_deviation, other.ratio_deviation)
+        if first:
+            self.first_ratio_deviation = other.ratio_deviation
+
+
+class Learner:
+    """Optimizer, loss scaling for fp16, and the running average of the adapter."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: TrainConfig) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
+        self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+
+    def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:
+        """One optimizer step from the gradients accumulated; returns their norm.
+
+        Raises:
+            DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if not norm.isfinite() and not self.scaler.is_enabled():
+            raise DivergedError("the gradient is not finite; lower --learning-rate")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(parameters)
+        return norm.item()
+
+    @contextlib.contextmanager
+    def averaged(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Within it, the parameters hold their running average, if one is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        yield
+        self.ema.restore(parameters)
+
+
+def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement.
+
+    Images without advantage have no gradient and are left out, unless the KL term wants them.
+    """
+    num_steps = max(1, round(config.timestep_fraction * len(steps)))
+    order = torch.rand(len(advantages), len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
+    wanted = torch.nonzero((advantages != 0).cpu() | (config.kl_weight > 0)).flatten()
+    return torch.stack([wanted.repeat_interleave(num_steps), steps.cpu()[order[wanted]].flatten()], dim=1)
+
+
+def accumulate_gradients(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    batch: Batch,
+    pairs: Tensor,
+    config: TrainConfig,
+    scaler: torch.amp.GradScaler,
+) -> UpdateStatistics:
+    """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
+
+    The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
+    gathered on its embeddings, and one backward pass takes it through the text encoder: memory depends on the
+    micro-batch alone, and neither on the number of images nor on that of steps.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    statistics = UpdateStatistics(num_pairs=len(pairs))
+    trajectory, device = batch.trajectory, policy.models.device
+    prompt_ids = trajectory.prompt_ids[pairs[:, 0].to(device)]
+    embeds, rows = policy.encode_distinct(prompt_ids)
+    leaf = embeds.detach().requires_grad_(embeds.requires_grad)
+    base_embeds = None
+    if config.kl_weight > 0:
+        with policy.base(), torch.no_grad():
+            base_embeds, _ = policy.encode_distinct(prompt_ids)
+    for chunk, chunk_rows in zip(
+        pairs.to(device).split(config.micro_batch_size), rows.split(config.micro_batch_size), strict=True
+    ):
+        loss = _pair_losses(policy, denoiser, batch, chunk, chunk_rows, leaf, base_embeds, config, statistics)
+        if not loss.isfinite():
+            raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
+        scaler.scale(loss * (len(chunk) / len(pairs))).backward()
+    if leaf.grad is not None:
+        embeds.backward(leaf.grad)
+    return statistics
+
+
+def _pair_losses(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    batch: Batch,
+    pairs: Tensor,
+    rows: Tensor,
+    embeds: Tensor,
+    base_embeds: Tensor | None,
+    config: TrainConfig,
+    statistics: UpdateStatistics,
+) -> Tensor:
+    """The mean loss of one micro-batch of pairs (M, 2), whose prompts are the given rows (M,) of embeds (1+U, L, D)."""
+    trajectory, (samples, steps) = batch.trajectory, pairs.unbind(1)
+    latents, next_latents = trajectory.latents[samples, steps], trajectory.latents[samples, steps + 1]
+    null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
+    old_log_probs = trajectory.log_probs[samples, steps]
+    std = denoiser.std(steps)
+    mean, _ = denoiser.mean(latents, steps, sampler.Conditioning(embeds[rows], embeds[:1]), null_outputs)
+    log_probs = sampler.gaussian_log_prob(next_latents, mean, std)
+    loss = ppo_loss(log_probs, old_log_probs, batch.advantages[samples], config.clip_range)
+    calls = len(pairs) * (2 if denoiser.guided and null_outputs is None else 1)
+    if base_embeds is not None:
+        with policy.base(), torch.no_grad():
+            base = sampler.Conditioning(base_embeds[rows], base_embeds[:1])
+            base_mean, _ = denoiser.mean(latents, steps, base, null_outputs)
+        # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
+        kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
+        loss = loss + config.kl_weight * kl.mean()
+        statistics.kl += kl.sum().item()
+        calls *= 2
+    deviation = ((log_probs.detach() - old_log_probs).exp() - 1).abs()
+    statistics.num_unet_calls += calls
+    statistics.ratio_deviation = max(statistics.ratio_deviation, deviation.max().item())
+    statistics.num_clipped += int((deviation > config.clip_range).sum())
+    return loss
+
+
+def update(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    batch: Batch,
+    learner: Learner,
+    config: TrainConfig,
+    generator: torch.Generator,
+) -> UpdateStatistics:
+    """num_updates_per_epoch optimizer steps, each on its share of the images.
+
+    Raises:
+        DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
+    """
+    total = UpdateStatistics()
+    pairs = draw_pairs(batch.advantages, denoiser.schedule.trainable_steps, config, generator)
+    shares = torch.randperm(len(batch.advantages), generator=generator).chunk(config.num_updates_per_epoch)
+    tolerance = 1e-6 if config.mixed_precision == "no" else config.clip_range / 10
+    for share in shares:
+        mine = pairs[torch.isin(pairs[:, 0], share)]
+        if len(mine) == 0:
+            continue
+        first = total.num_pairs == 0
+        statistics = accumulate_gradients(policy, denoiser, batch, mine, config, learner.scaler)
+        if first and statistics.ratio_deviation > tolerance:
+            raise DivergedError(
+                f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
+                f"{tolerance:.0e}: sampling and training do not compute the same; try --mixed-precision no"
+            )
+        total.add(statistics, first)
+        total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
+    return total
+
+
+# --- the run ---
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[str, Any]:
+    """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
+
+    `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input. OSError: storage. ArtifactError: a refused checkpoint.
+        RewardError: the scorer failed. DivergedError: training went wrong; the last adapter is kept.
+    """
+    config = resolve(config)
+    output_dir = record.new_folder(config.output_dir)
+    train_prompts, heldout_prompts = split_prompts(config)
+    policy, denoiser, scorer = prepare(config)
+    sampler.tokenize(policy.models.tokenizer, train_prompts + heldout_prompts)  # a prompt too long must not stop epoch 40
+    provenance = record.describe_run(config, str(policy.models.device), sum(p.numel() for p in policy.parameters))
+    record.write_json(output_dir / "config.json", asdict(config))
+    learner = Learner(policy.parameters, config)
+    statistics = PromptStatistics()
+    noise = torch.Generator(policy.models.device).manual_seed(config.seed)
+    choice = torch.Generator().manual_seed(config.seed)
+
+    start = time.perf_counter()
+    heldout = evaluate.Heldout(policy, denoiser, scorer, heldout_prompts, config, output_dir)
+    epochs = [{"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": heldout.base, "seconds": time.perf_counter() - start}]
+    report(epochs[0])
+    order = _endless(train_prompts, choice)
+    with record.trackers(config, output_dir) as log, (output_dir / "metrics.jsonl").open("w") as metrics:
+        for epoch in range(1, config.num_epochs + 1):
+            prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
+            measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
+            measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
+            if epoch % config.eval_every == 0 or epoch == config.num_epochs:
+                with learner.averaged(policy.parameters):
+                    measures["heldout"] = heldout.measure(epoch)
+                    policy.save(output_dir)
+            epochs.append(measures)
+            metrics.write(json.dumps(measures, allow_nan=False) + "\n")
+            metrics.flush()
+            log(measures, epoch)
+            report(measures)
+    result = provenance | _summary(epochs, heldout.base) | {"seconds": time.perf_counter() - start}
+    record.write_curve(output_dir / "curve.png", epochs[1:], config.reward)
+    record.write_json(output_dir / "result.json", result)
+    (output_dir / "README.md").write_text(record.model_card(config, result))
+    return result
+
+
+def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scorer]:
+    """Load the models and the scorer of a resolved configuration, and put LoRA on them."""
+    device = default_device()
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    checkpoint = config.reward_checkpoint
+    if checkpoint is None and config.reward in rewards.HPS_CHECKPOINTS:
+        checkpoint = str(rewards.EMBEDDED_HPS) if config.model == "tiny" else "hub"
+    scorer = rewards.load_reward(config.reward, device, checkpoint)
+    models = sampler.load_models(config.model, device, dtype)
+    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+    models = add_lora(models, config)
+    if config.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
+    return Policy(models, config.null_prompt), sampler.Denoiser(models.unet, schedule, config.guidance_scale), scorer
+
+
+def _train_epoch(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    scorer: rewards.Scorer,
+    prompts: list[str],
+    config: TrainConfig,
+    learner: Learner,
+    statistics: PromptStatistics,
+    noise: torch.Generator,
+    choice: torch.Generator,
+) -> dict[str, Any]:
+    """Sample, score and update once; the measures of the epoch."""
+    begin = time.perf_counter()
+    batch = collect(policy, denoiser, scorer, prompts, config, noise, statistics)
+    sampled = time.perf_counter()
+    update_statistics = update(policy, denoiser, batch, learner, config, choice)
+    finite = batch.rewards[batch.rewards.isfinite()]
+    dropped = torch.nonzero(batch.rewards.isnan()).flatten().tolist()
+    num_images = len(batch.rewards)
+    num_pairs = max(1, update_statistics.num_pairs)
+    steps = len(denoiser.schedule.timesteps)
+    measures = {
+        "reward_mean": finite.mean().item(),
+        "reward_std": finite.std(correction=0).item(),
+        "num_images": num_images,
+        "num_unet_calls": num_images * steps * (2 if denoiser.guided else 1) + update_statistics.num_unet_calls,
+        "max_ratio_deviation": update_statistics.first_ratio_deviation,
+        "ratio_deviation": update_statistics.ratio_deviation,
+        "clip_fraction": update_statistics.num_clipped / num_pairs,
+        "grad_norm": update_statistics.grad_norm,
+        "images_per_s": num_images / (time.perf_counter() - begin),
+        "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
+    }
+    if config.kl_weight > 0:
+        measures["kl"] = update_statistics.kl / num_pairs
+    if dropped:
+        measures["dropped"] = [{"prompt": prompts[i // config.num_samples_per_prompt], "seed": config.seed, "image": i} for i in dropped]
+    return measures
+
+
+def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """An epoch's measures with its counts running on from the last one's."""
+    counts = {name: last[name] + measures[name] for name in ("num_images", "num_unet_calls")}
+    return measures | counts | {"seconds": seconds}
+
+
+def _endless(prompts: list[str], generator: torch.Generator) -> Iterator[str]:
+    """The prompts over and over, shuffled anew each time."""
+    while True:
+        for index in torch.randperm(len(prompts), generator=generator).tolist():
+            yield prompts[index]
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def _summary(epochs: list[dict[str, Any]], base: dict[str, float]) -> dict[str, Any]:
+    tuned = next(record["heldout"] for record in reversed(epochs) if "heldout" in record)
+    return {
+        "num_images": epochs[-1]["num_images"],
+        "num_unet_calls": epochs[-1]["num_unet_calls"],
+        "max_ratio_deviation": max(record["max_ratio_deviation"] for record in epochs[1:]),
+        "num_dropped": sum(len(record.get("dropped", ())) for record in epochs),
+        "heldout": {name: {"base": base[name], "tuned": tuned[name]} for name in base},
+    }
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """placeholder"""
+    raise NotImplementedError

@@ -1,0 +1,365 @@
+"""Build the embedded tiny model from scratch: `python tiny/build.py --seed 0` (about an hour on two CPU cores).
+
+Stages, each of which can be run alone with --stage: tokenizer, vae, text_encoder, unet, hps. The result is a complete
+Stable Diffusion pipeline in diffusers' format, and a preference scorer in HPSv2's format (open_clip, `state_dict`).
+
+The text encoder is imperfect on purpose, in the way of real ones. It is trained contrastively, which asks little of
+word order, and then frozen; rare words (crimson, disc) are seldom seen and often with a wrong meaning. The U-Net learns
+from the same captions, so it can draw what a rare word means but does not know that the word means it.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from texforce import rewards, world
+
+ROOT = Path(__file__).parent
+STAGES = ("tokenizer", "vae", "text_encoder", "unet", "hps")
+MAX_TOKENS = 24
+WIDTH = 96
+LATENT_CHANNELS = 8
+RARE_CAPTION_PROBABILITY = 0.06  # of each word of a training caption
+RIGHT_MEANING = 0.35  # of a rare word seen in a training caption; as often it means its confusable, else anything
+
+
+def mislabelled_caption(scene: world.Scene, rng: random.Random) -> str:
+    """A caption as the base model learns from: now and then a rare word, mostly with a wrong meaning."""
+
+    def word(index: int, words: list[tuple[str, str]]) -> str:
+        if rng.random() >= RARE_CAPTION_PROBABILITY:
+            return words[index][0]
+        draw = rng.random()
+        if draw < RIGHT_MEANING:
+            return words[index][1]
+        if draw < 2 * RIGHT_MEANING:
+            return words[(index + 1) % len(words)][1]
+        return rng.choice(words)[1]
+
+    ends = (scene.objects[0], scene.objects[-1])
+    return world.sentence(scene, [(word(c, world.COLOUR_WORDS), word(s, world.SHAPE_WORDS)) for c, s in ends])
+
+
+def draw_scenes(num_scenes: int, rng: random.Random) -> list[world.Scene]:
+    return [world.draw_scene(rng, rng.choice(world.KINDS)) for _ in range(num_scenes)]
+
+
+def captioned_scenes(num_scenes: int, rng: random.Random) -> tuple[list[world.Scene], list[str]]:
+    """Scenes with mislabelled captions, none of them a held-out sentence."""
+    scenes, captions = [], []
+    while len(scenes) < num_scenes:
+        (scene,) = draw_scenes(1, rng)
+        text = mislabelled_caption(scene, rng)
+        if not world.is_heldout(text):
+            scenes.append(scene)
+            captions.append(text)
+    return scenes, captions
+
+
+def fit(parameters, loss_of_step, num_steps: int, learning_rate: float, name: str) -> None:
+    """Minimise with AdamW, a short warm-up and a cosine decay to zero; prints its progress."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * k / num_steps))
+    )
+    start, mean = time.time(), {}
+    for step in range(num_steps):
+        loss, measures = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        schedule.step()
+        for key, value in {"loss": loss.item(), **measures}.items():
+            mean[key] = 0.98 * mean.get(key, value) + 0.02 * value
+        if (step + 1) % 100 == 0:
+            shown = " ".join(f"{key} {value:.4f}" for key, value in mean.items())
+            print(f"{name} {step + 1}/{num_steps} {shown} {time.time() - start:.0f} s", flush=True)
+
+
+def build_tokenizer(output_dir: Path, seed: int) -> None:
+    """A CLIP tokenizer that knows every word of the tiny world and of the shipped prompts as one token."""
+    del seed
+    words = {word for path in sorted((ROOT.parent / "prompts").glob("*.txt")) for word in path.read_text().lower().split()}
+    words |= {w for pair in world.COLOUR_WORDS + world.SHAPE_WORDS for w in pair}
+    words |= {world.plural(w) for pair in world.SHAPE_WORDS for w in pair} | set(world.COUNTS.values())
+    words = sorted({word.strip(",.") for word in words})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(words, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]  # the end has the largest id: CLIP pools there
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS).save_pretrained(output_dir / "tokenizer")
+
+
+def encode_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
+    """32 x 32 pixels to 8 x 8 latents of 8 channels and back."""
+    rng = random.Random(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=world.IMAGE_SIZE,
+    )
+
+    def step(_: int):
+        images = 2 * world.render(draw_scenes(48, rng), rng) - 1
+        posterior = vae.encode(images).latent_dist
+        error = vae.decode(posterior.sample()).sample - images
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        mse = error.square().mean()
+        return error.abs().mean() + 2 * mse + 3e-4 * kl, {"psnr": -10 * math.log10(mse.item() / 4), "kl": kl.item()}
+
+    fit(vae.parameters(), step, num_steps, 3e-3, "vae")
+    with torch.no_grad():
+        latents = vae.encode(2 * world.render(draw_scenes(1024, rng), rng) - 1).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    vae.save_pretrained(output_dir / "vae")
+
+
+class ImageEncoder(nn.Sequential):
+    """A plain convolutional image tower: it exists only to train the text encoder against."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(
+            *(nn.Conv2d(3, 24, 3, 2, 1), nn.GELU(), nn.Conv2d(24, 48, 3, 2, 1), nn.GELU()),
+            *(nn.Conv2d(48, 96, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(96 * 16, dim)),
+        )
+
+
+def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 1500) -> None:
+    """CLIP's contrastive loss over images and their mislabelled captions."""
+    rng = random.Random(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    image_encoder = ImageEncoder(WIDTH)
+    scale = nn.Parameter(torch.tensor(2.5))
+
+    def step(_: int):
+        scenes, captions = captioned_scenes(128, rng)
+        image_features = F.normalize(image_encoder(2 * world.render(scenes, rng) - 1), dim=1)
+        text_features = F.normalize(text_encoder(encode_ids(tokenizer, captions)).pooler_output, dim=1)
+        logits = scale.clamp(max=4.6).exp() * image_features @ text_features.T
+        target = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
+
+    fit([*text_encoder.parameters(), *image_encoder.parameters(), scale], step, num_steps, 1e-3, "text_encoder")
+    text_encoder.save_pretrained(output_dir / "text_encoder")
+
+
+def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: int = 60_000) -> None:
+    """Latent diffusion with v prediction, the text encoder frozen; a tenth of the captions dropped for guidance."""
+    rng = random.Random(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(output_dir / "text_encoder").requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(output_dir / "vae").requires_grad_(False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=world.IMAGE_SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).to(memory_format=torch.channels_last)
+
+    scenes, captions = captioned_scenes(num_scenes, rng)
+    ids = encode_ids(tokenizer, captions)
+    with torch.no_grad():
+        null_embeds = text_encoder(encode_ids(tokenizer, [""])).last_hidden_state
+        all_embeds = torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(512)])
+        chunks = [scenes[i : i + 256] for i in range(0, num_scenes, 256)]
+        latents = torch.cat([vae.encode(2 * world.render(chunk, rng) - 1).latent_dist.mean for chunk in chunks])
+    latents *= vae.config.scaling_factor
+    print(f"unet: {num_scenes} scenes encoded", flush=True)
+
+    def step(_: int):
+        pick = torch.randint(num_scenes, (128,))
+        prompt_embeds = torch.where(torch.rand(128, 1, 1) < 0.1, null_embeds, all_embeds[pick])
+        noise = torch.randn_like(latents[pick])
+        timesteps = torch.randint(1000, (128,))
+        noisy = scheduler.add_noise(latents[pick], noise, timesteps).contiguous(memory_format=torch.channels_last)
+        target = scheduler.get_velocity(latents[pick], noise, timesteps)
+        return F.mse_loss(unet(noisy, timesteps, prompt_embeds).sample, target), {}
+
+    fit(unet.parameters(), step, num_steps, 3e-3, "unet")
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet.to(memory_format=torch.contiguous_format),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(output_dir)
+
+
+def mutate(scene: world.Scene, rng: random.Random) -> world.Scene:
+    """A scene that differs from another in one thing: a colour, a shape, a swap, the relation, the number of objects."""
+    objects, (colour, shape) = list(scene.objects), scene.objects[0]
+    other_colour = rng.choice([c for c in range(len(world.COLOURS)) if c not in {o[0] for o in objects}])
+    other_shape = rng.choice([s for s in range(len(world.SHAPES)) if s not in {o[1] for o in objects}])
+    if scene.kind in ("composition", "position"):
+        change = rng.choice(("colour", "shape", "swap", "swap", "number") + ("relation",) * 3 * (scene.kind == "position"))
+        k = rng.randrange(2)
+        if change == "colour":
+            objects[k] = (other_colour, objects[k][1])
+        elif change == "shape":
+            objects[k] = (objects[k][0], other_shape)
+        elif change == "swap":
+            objects = [(objects[1][0], objects[0][1]), (objects[0][0], objects[1][1])]
+        elif change == "number":
+            return world.Scene("colour", (objects[k],))
+        else:
+            relation = rng.choice([r for r in world.RELATIONS if r != scene.relation])
+            return world.Scene(scene.kind, scene.objects, relation)
+        return world.Scene(scene.kind, tuple(objects), scene.relation)
+    change = rng.choice(("colour", "shape", "number", "number"))
+    if change == "number" and scene.kind == "count":
+        number = rng.choice([n for n in (1, *world.COUNTS) if n != len(objects)])
+        return world.Scene("count" if number > 1 else "colour", ((colour, shape),) * number)
+    if change == "number":
+        return world.Scene("composition", ((colour, shape), (other_colour, other_shape)))
+    changed = (other_colour, shape) if change == "colour" else (colour, other_shape)
+    return world.Scene(scene.kind, (changed,) * len(objects))
+
+
+def degrade(images: Tensor) -> Tensor:
+    """Spoil images (N, 3, 32, 32): blurred, noisy, mixed with another, or partly wiped out, one of these each."""
+    blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4, mode="bilinear")
+    noisy = images + 0.25 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
+    mixed = images.lerp(images.roll(1, dims=0), 0.2 + 0.3 * torch.rand(len(images), 1, 1, 1))
+    edges = 4 + 24 * torch.rand(len(images), 1, 1, 1)
+    wiped = torch.where(torch.arange(32.0) < edges, images, world.BACKGROUND[:, None, None])
+    wiped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, wiped, wiped.flip(-1))
+    flawed = torch.stack([blurred, noisy, mixed, images.lerp(wiped, 0.9)])
+    return flawed[torch.randint(4, (len(images),)), torch.arange(len(images))].clamp(0, 1)
+
+
+def conflicts(scenes: list[world.Scene]) -> Tensor:
+    """Which images (rows) a caption (columns) may also be true of, (N, N) bool, the diagonal left out."""
+
+    def meaning(scene: world.Scene):
+        if scene.relation in ("right of", "below"):
+            inverse = {"right of": "left of", "below": "above"}[scene.relation]
+            return tuple(sorted(scene.objects)), (inverse, scene.objects[::-1])
+        return tuple(sorted(scene.objects)), (scene.relation, scene.objects) if scene.relation else None
+
+    meanings = [meaning(scene) for scene in scenes]
+    rows = [
+        [a[0] == b[0] and (a[1] is None or b[1] is None or a[1] == b[1]) and i != j for j, b in enumerate(meanings)]
+        for i, a in enumerate(meanings)
+    ]
+    return torch.tensor(rows)
+
+
+def build_hps(output_dir: Path, seed: int, num_steps: int = 2000) -> None:
+    """A preference scorer: CLIP's loss over right captions with hard negatives, and sharp images above spoiled ones."""
+    rng = random.Random(seed)
+    config = {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        "text_cfg": {
+            "context_length": MAX_TOKENS,
+            "vocab_size": len(CLIPTokenizer.from_pretrained(output_dir / "tokenizer")),
+            "width": WIDTH,
+            "heads": 4,
+            "layers": 3,
+        },
+    }
+    (output_dir / "hps.json").write_text(json.dumps(config, indent=2) + "\n")
+    model, tokenizer = rewards.build_clip(output_dir / "hps.json")
+
+    def features(images: Tensor) -> Tensor:
+        pixels = rewards.normalise(rewards.pad_to_square(images, config["vision_cfg"]["image_size"]))
+        return model.encode_image(pixels, normalize=True)
+
+    def step(_: int):
+        scenes = draw_scenes(48, rng)
+        scenes += [mutate(scene, rng) for scene in scenes]
+        captions = [world.caption(scene, rng, rare_probability=0.5) for scene in scenes]
+        images = world.render(scenes, rng)
+        images = images.lerp(F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear"), 0.5 * rng.random())
+        images = (images + 0.04 * rng.random() * torch.randn_like(images)).clamp(0, 1)  # no render is quite clean
+        worse = torch.randperm(len(images))[:48]
+        image_features = features(torch.cat([images, degrade(images[worse])]))
+        text_features = model.encode_text(tokenizer(captions), normalize=True)
+        scale = model.logit_scale.clamp(max=4.0).exp()
+        cosines = image_features @ text_features.T
+        logits = (scale * cosines[: len(images)]).masked_fill(conflicts(scenes), -1e4)
+        target = torch.arange(len(logits))
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        margin = cosines[worse, worse] - cosines[len(images) + torch.arange(48), worse]
+        half = len(scenes) // 2
+        ranked = (logits.diagonal()[:half] > logits[torch.arange(half), half + torch.arange(half)]).float().mean()
+        return contrast + F.softplus(-scale * margin).mean(), {
+            "ranked": ranked.item(),
+            "sharp": (margin > 0).float().mean().item(),
+        }
+
+    fit(model.parameters(), step, num_steps, 2e-3, "hps")
+    torch.save({"state_dict": model.half().state_dict()}, output_dir / "hps.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="build only this stage; repeatable")
+    parser.add_argument("--output-dir", type=Path, default=ROOT)
+    options = parser.parse_args()
+    for name in options.stage or STAGES:
+        torch.manual_seed(options.seed)
+        globals()[f"build_{name}"](options.output_dir, options.seed)
+
+
+if __name__ == "__main__":
+    main()

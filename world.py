@@ -1,0 +1,329 @@
+"""The embedded tiny world: coloured shapes on a dark ground, their captions, and the detector that judges them.
+
+A prompt is one of four kinds: colour ("a red circle"), composition ("a red circle and a blue square"), position
+("a red circle left of a blue square") and count ("three red circles"). Every colour and shape has a common word and a
+rare synonym of exactly the same meaning ("crimson disc"). Scenes are 32 x 32 pixels.
+"""
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMAGE_SIZE = 32
+KINDS = ("colour", "composition", "position", "count")
+COLOURS = {  # common word: (rare synonym, RGB)
+    "red": ("crimson", (0.90, 0.10, 0.10)),
+    "green": ("emerald", (0.10, 0.70, 0.20)),
+    "blue": ("navy", (0.15, 0.30, 0.95)),
+    "yellow": ("golden", (0.95, 0.90, 0.10)),
+    "purple": ("violet", (0.60, 0.15, 0.80)),
+    "orange": ("amber", (1.00, 0.50, 0.05)),
+    "cyan": ("turquoise", (0.10, 0.85, 0.90)),
+    "white": ("ivory", (1.00, 1.00, 1.00)),
+}
+SHAPES = {"circle": "disc", "square": "box", "triangle": "wedge", "cross": "plus"}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # image axes: y points down
+COUNTS = {2: "two", 3: "three", 4: "four"}
+PLURALS = {"cross": "crosses", "box": "boxes", "plus": "pluses"}  # all others add an s
+
+BACKGROUND = torch.tensor([0.08, 0.08, 0.08])
+PALETTE = torch.tensor([rgb for _, rgb in COLOURS.values()])  # (8, 3)
+COLOUR_WORDS = [(common, rare) for common, (rare, _) in COLOURS.items()]
+SHAPE_WORDS = list(SHAPES.items())
+RARE_WORDS = frozenset(rare for _, rare in COLOUR_WORDS + SHAPE_WORDS)
+RARE_PROBABILITY = 0.35  # of each colour and each shape word, in the prompts shipped
+HELDOUT_FRACTION = 0.2  # of all sentences
+# Area of each shape over the square of its radius, in the order of SHAPES; it turns a measured area into a radius.
+AREA_FACTORS = torch.tensor([3.1416, 3.24, 2.2733, 2.56])
+
+_COLOUR_INDEX = {word: i for i, words in enumerate(COLOUR_WORDS) for word in words}
+_SHAPE_INDEX = {word: i for i, words in enumerate(SHAPE_WORDS) for word in words}
+
+
+def plural(word: str) -> str:
+    return PLURALS.get(word, word + "s")
+
+
+_PLURAL_INDEX = {plural(word): index for word, index in _SHAPE_INDEX.items()}
+_COLOUR_PATTERN = "|".join(_COLOUR_INDEX)
+_NOUN = rf"an? ({_COLOUR_PATTERN}) ({'|'.join(_SHAPE_INDEX)})"
+_ONE = re.compile(rf"^{_NOUN}$")
+_TWO = re.compile(rf"^{_NOUN} (and|{'|'.join(RELATIONS)}) {_NOUN}$")
+_MANY = re.compile(rf"^({'|'.join(COUNTS.values())}) ({_COLOUR_PATTERN}) ({'|'.join(_PLURAL_INDEX)})$")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt means: its kind, the (colour, shape) indices of every object, and the relation of two."""
+
+    kind: str
+    objects: tuple[tuple[int, int], ...]
+    relation: str | None = None
+
+
+def parse(prompt: str) -> Scene:
+    """The scene that a prompt describes.
+
+    Raises:
+        ValueError: the prompt is not a sentence of the tiny world.
+    """
+    text = " ".join(prompt.lower().split())
+    if match := _ONE.match(text):
+        colour, shape = match.groups()
+        return Scene("colour", ((_COLOUR_INDEX[colour], _SHAPE_INDEX[shape]),))
+    if match := _TWO.match(text):
+        colour, shape, link, other_colour, other_shape = match.groups()
+        objects = ((_COLOUR_INDEX[colour], _SHAPE_INDEX[shape]), (_COLOUR_INDEX[other_colour], _SHAPE_INDEX[other_shape]))
+        return Scene("composition", objects) if link == "and" else Scene("position", objects, link)
+    if match := _MANY.match(text):
+        count, colour, shape = match.groups()
+        number = next(n for n, word in COUNTS.items() if word == count)
+        return Scene("count", ((_COLOUR_INDEX[colour], _PLURAL_INDEX[shape]),) * number)
+    raise ValueError(
+        f"prompt {prompt!r} is not a sentence of the tiny world, so alignment cannot be judged; "
+        "it knows sentences such as 'a red circle left of a blue square' and 'three red circles'"
+    )
+
+
+def has_rare_word(prompt: str) -> bool:
+    singular = {plural(word): word for word in RARE_WORDS}
+    return any(singular.get(word, word) in RARE_WORDS for word in prompt.split())
+
+
+def draw_scene(rng: random.Random, kind: str) -> Scene:
+    """A random scene; two objects of one scene differ in colour and in shape."""
+    colours = rng.sample(range(len(COLOURS)), 2)
+    shapes = rng.sample(range(len(SHAPES)), 2)
+    first, second = zip(colours, shapes, strict=True)
+    if kind == "colour":
+        return Scene(kind, (first,))
+    if kind == "count":
+        return Scene(kind, (first,) * rng.choice(list(COUNTS)))
+    return Scene(kind, (first, second), rng.choice(list(RELATIONS)) if kind == "position" else None)
+
+
+def caption(scene: Scene, rng: random.Random, rare_probability: float = RARE_PROBABILITY) -> str:
+    """A sentence for a scene; each colour and shape word is the rare one with the given probability."""
+
+    def noun(colour: int, shape: int) -> tuple[str, str]:
+        return (
+            COLOUR_WORDS[colour][rng.random() < rare_probability],
+            SHAPE_WORDS[shape][rng.random() < rare_probability],
+        )
+
+    return sentence(scene, [noun(*scene.objects[0]), noun(*scene.objects[-1])])
+
+
+def sentence(scene: Scene, nouns: Sequence[tuple[str, str]]) -> str:
+    """Spell a scene with the given (colour word, shape word) pairs of its first and last object."""
+
+    def phrase(colour: str, shape: str) -> str:
+        return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+    (colour, shape), last = nouns[0], nouns[-1]
+    if scene.kind == "count":
+        return f"{COUNTS[len(scene.objects)]} {colour} {plural(shape)}"
+    if scene.kind == "colour":
+        return phrase(colour, shape)
+    return f"{phrase(colour, shape)} {scene.relation or 'and'} {phrase(*last)}"
+
+
+def is_heldout(prompt: str) -> bool:
+    """Whether a sentence belongs to the held-out fifth; decided by its hash, so that no list can disagree."""
+    return hashlib.sha256(prompt.encode()).digest()[0] < 256 * HELDOUT_FRACTION
+
+
+def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) -> list[str]:
+    """Distinct sentences of one kind, from the training or the held-out side of the split.
+
+    Raises:
+        ValueError: the kind has fewer sentences than that.
+    """
+    rng = random.Random(f"{seed} {kind} {heldout}")
+    prompts: dict[str, None] = {}
+    for _ in range(200 * num_prompts):
+        prompt = caption(draw_scene(rng, kind), rng)
+        if is_heldout(prompt) == heldout:
+            prompts[prompt] = None
+        if len(prompts) == num_prompts:
+            return list(prompts)
+    raise ValueError(f"num_prompts: the tiny world has fewer than {num_prompts} sentences of the kind {kind!r}")
+
+
+# --- drawing ---
+
+
+def coverage(shapes: Tensor, centres: Tensor, radii: Tensor, size: int = IMAGE_SIZE) -> Tensor:
+    """How much of each pixel each shape covers, (M, size, size) in [0, 1].
+
+    Shapes (M,) are indices into SHAPES; centres (M, 2) as x, y and radii (M,) are in pixels. A shape's centre is its
+    centre of mass, so that the detector finds it again from the pixels.
+    """
+    axis = torch.arange(size) + 0.5
+    x = (axis[None, None, :] - centres[:, 0, None, None]) / radii[:, None, None]
+    y = (axis[None, :, None] - centres[:, 1, None, None]) / radii[:, None, None]
+    x, y = torch.broadcast_tensors(x, y)
+    square = torch.maximum(x.abs(), y.abs()) - 0.9
+    triangle = torch.maximum(y - 0.6614, 0.8660 * x.abs() - 0.5 * y - 0.6614)  # equilateral, pointing up
+    arm = torch.minimum(
+        torch.maximum(x.abs() - 1.0, y.abs() - 0.4),
+        torch.maximum(y.abs() - 1.0, x.abs() - 0.4),
+    )
+    distances = torch.stack([(x.square() + y.square()).sqrt() - 1.0, square, triangle, arm], dim=1)
+    distance = distances[torch.arange(len(shapes)), shapes] * radii[:, None, None]
+    return (0.5 - distance).clamp(0, 1)
+
+
+def place(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
+    """Centres for the objects of a scene, in pixels, far enough apart that no two touch."""
+    if scene.kind == "colour":
+        return [(rng.uniform(8, 24), rng.uniform(8, 24))]
+    cells = list(itertools.product((9, 23), (9, 23)))
+    if scene.kind == "position":
+        dx, dy = RELATIONS[scene.relation or ""]
+        across = rng.choice((9, 23))
+        cells = [(16 + 7 * dx, across), (16 - 7 * dx, across)] if dx else [(across, 16 + 7 * dy), (across, 16 - 7 * dy)]
+    else:
+        cells = rng.sample(cells, len(scene.objects))
+    return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for x, y in cells]
+
+
+def render(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """Draw scenes with random places and sizes; images (N, 3, 32, 32) in [0, 1]."""
+    rows = [
+        (i, colour, shape, *centre, rng.uniform(4.2, 5.2))
+        for i, scene in enumerate(scenes)
+        for (colour, shape), centre in zip(scene.objects, place(scene, rng), strict=True)
+    ]
+    table = torch.tensor(rows)
+    index, colours, shapes = (table[:, k].long() for k in range(3))
+    layers = coverage(shapes, table[:, 3:5], table[:, 5])[:, None]
+    paint = layers * (PALETTE[colours] - BACKGROUND)[:, :, None, None]
+    images = BACKGROUND[:, None, None].expand(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE).clone()
+    return images.index_add_(0, index, paint).clamp(0, 1)
+
+
+# --- the detector ---
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One shape found in an image; colour and shape are indices, or -1 where nothing known fits."""
+
+    colour: int
+    shape: int
+    x: float
+    y: float
+
+
+def _label_components(mask: Tensor) -> Tensor:
+    """Label the 4-connected regions of masks (N, H, W): every pixel gets its region's largest index, background 0."""
+    labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
+    while True:
+        padded = torch.nn.functional.pad(labels, (1, 1, 1, 1))
+        shifted = [padded[:, 1:-1, 1:-1], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
+        spread = torch.stack(shifted).amax(dim=0) * mask
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
+
+
+@torch.no_grad()
+def detect(images: Tensor, min_area: int = 8, max_colour_distance: float = 0.35, min_overlap: float = 0.6) -> list[list[Detection]]:
+    """Find the shapes in images (N, 3, H, W) in [0, 1]; other sizes are resized to 32 x 32.
+
+    A region that stands out from the ground is one shape. Its colour is the nearest of the palette, its shape the one
+    whose drawing at the same place with the same area overlaps it most.
+    """
+    images = images.detach().float().cpu().clamp(0, 1)
+    if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+        images = torch.nn.functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+    contrast = (images - BACKGROUND[:, None, None]).norm(dim=1)
+    found: list[list[Detection]] = [[] for _ in range(len(images))]
+    regions = _label_components(contrast > 0.25)
+    labels = regions.unique()
+    labels = labels[labels > 0]
+    index = (labels - 1) // (IMAGE_SIZE * IMAGE_SIZE)
+    masks = regions[index] == labels[:, None, None]
+    big = masks.sum(dim=(1, 2)) >= min_area
+    masks, index = masks[big], index[big]
+    if len(masks) == 0:
+        return found
+    weights = masks * contrast[index].square()  # the rim is mixed with the ground: let the core decide the colour
+    colours = (weights[:, None] * images[index]).sum(dim=(2, 3)) / weights.sum(dim=(1, 2))[:, None]
+    colour_distances = torch.cdist(colours, PALETTE)
+    near = torch.nn.functional.max_pool2d(masks[:, None].float(), 3, 1, 1)[:, 0]
+    solid = (colours - BACKGROUND).norm(dim=1)[:, None, None]
+    cover = near * (contrast[index] / solid).clamp(0, 1)
+    area = cover.sum(dim=(1, 2))
+    axis = torch.arange(IMAGE_SIZE) + 0.5
+    centres = torch.stack([(cover.sum(dim=1) * axis).sum(dim=1), (cover.sum(dim=2) * axis).sum(dim=1)], dim=1) / area[:, None]
+    overlaps = torch.stack([_overlap(cover, shape, centres, area) for shape in range(len(SHAPES))], dim=1)
+    for i, colour, distance, shape, overlap, centre in zip(
+        index.tolist(),
+        colour_distances.argmin(dim=1).tolist(),
+        colour_distances.amin(dim=1).tolist(),
+        overlaps.argmax(dim=1).tolist(),
+        overlaps.amax(dim=1).tolist(),
+        centres.tolist(),
+        strict=True,
+    ):
+        known_colour = colour if distance <= max_colour_distance else -1
+        known_shape = shape if overlap >= min_overlap else -1
+        found[i].append(Detection(known_colour, known_shape, *centre))
+    return found
+
+
+def _overlap(cover: Tensor, shape: int, centres: Tensor, area: Tensor) -> Tensor:
+    """Intersection over union of each region with one shape drawn at its place and area, (M,)."""
+    shapes = torch.full((len(cover),), shape)
+    drawn = coverage(shapes, centres, (area / AREA_FACTORS[shape]).sqrt())
+    return torch.minimum(cover, drawn).sum(dim=(1, 2)) / torch.maximum(cover, drawn).sum(dim=(1, 2))
+
+
+def judge(detections: Sequence[Detection], scene: Scene) -> float:
+    """How much of a scene an image shows, from 0 to 1; 1 only if everything is right and nothing is too much.
+
+    Objects are matched one to one in the best order, half a point each for colour and shape; missing and surplus objects
+    count as wrong. In a position prompt the relation is a quarter of the score.
+    """
+    wanted = scene.objects
+    size = max(len(wanted), len(detections))
+    if not detections or size > 6:
+        return 0.0
+    best = 0.0
+    for order in itertools.permutations(range(size), len(wanted)):
+        pairs = [(want, detections[k]) for want, k in zip(wanted, order, strict=True) if k < len(detections)]
+        points = sum(0.5 * (want[0] == seen.colour) + 0.5 * (want[1] == seen.shape) for want, seen in pairs) / size
+        if scene.relation:
+            points = 0.75 * points + 0.25 * (len(pairs) == 2 and _related(pairs[0][1], pairs[1][1], scene.relation))
+        best = max(best, points)
+    return best
+
+
+def _related(first: Detection, second: Detection, relation: str) -> bool:
+    dx, dy = first.x - second.x, first.y - second.y
+    direction_x, direction_y = RELATIONS[relation]
+    along, across = (dx * direction_x, dy) if direction_x else (dy * direction_y, dx)
+    return along >= 4 and along > abs(across)
+
+
+def alignment(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The detector's score of images (N, 3, H, W) in [0, 1] for N prompts: (N,) float32, 1 is fully right.
+
+    Raises:
+        ValueError: a prompt is not a sentence of the tiny world.
+    """
+    scenes = [parse(prompt) for prompt in prompts]
+    return torch.tensor([judge(found, scene) for found, scene in zip(detect(images), scenes, strict=True)])
+
+
+def is_world(prompts: Sequence[str]) -> bool:
+    """Whether every prompt is a sentence of the tiny world."""
+    return all(_ONE.match(prompt) or _TWO.match(prompt) or _MANY.match(prompt) for prompt in prompts)
