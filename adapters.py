@@ -29,11 +29,13 @@ def load_adapter(models: Models, folder: str | Path, scale: float = 1.0) -> Mode
     parts = {"text_encoder": folder, "unet": folder / "unet"}
     present = {part: path for part, path in parts.items() if (path / "adapter_config.json").is_file()}
     if not present:
-        raise FileNotFoundError(f"adapter: {str(folder)!r} holds no adapter_config.json; give the output folder of a training")
+        raise FileNotFoundError(
+            f"adapter: {str(folder)!r} holds no adapter_config.json; give the output folder of a training"
+        )
     return replace(models, **{part: _load_lora(getattr(models, part), path, scale) for part, path in present.items()})
 
 
-def _load_lora(module: nn.Module, folder: Path, scale: float) -> nn.Module:
+def _load_lora(module: nn.Module, folder: Path, scale: float) -> Any:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -80,7 +82,9 @@ def _read_config(path: Path) -> Any:
         raise ArtifactError(f"{path}: peft_type must be LORA and target_modules a list of layer names")
     if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK or not isinstance(alpha, int | float):
         raise ArtifactError(f"{path}: r must be 1 to {MAX_RANK} and lora_alpha a number, not {rank!r} and {alpha!r}")
-    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(name)]
+    unsupported = [
+        name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(name)
+    ]
     if unsupported:
         raise ArtifactError(f"{path}: {unsupported[0]} is not supported")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -19,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 import texforce
-from texforce.config import TrainConfig
+from texforce import record
+from texforce.config import PRESETS, SampleConfig, TrainConfig, read_json, read_prompts, resolve_sample
 
-EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 an artifact refused; 4 training diverged; 5 storage; 6 reward failed; 130/143 interrupted"
+EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
 app = typer.Typer(
-    help=f"Reinforcement learning of text encoders in text-to-image diffusion models (TexForce).\n\nExit codes: {EXIT_CODES}.",
+    help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,11 +79,12 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     for item in dataclasses.fields(config_class):
         kind = hints[item.name]
         text = item.metadata["help"]
-        if item.default is not None:
-            text += f" (default: {item.default})"
+        text += _default_text(item)
         option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
         parameters.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+            inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
         )
 
     def run(**arguments: Any) -> None:
@@ -100,13 +100,24 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     return run
 
 
+def _default_text(item: dataclasses.Field[Any]) -> str:
+    tiny, stable_diffusion = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+    if item.default is not None:
+        return f" (default: {item.default})"
+    if tiny is None:
+        return ""
+    return f" (default: {tiny}" + (f"; Stable Diffusion {stable_diffusion})" if stable_diffusion != tiny else ")")
+
+
 def _negation(kind: Any, name: str) -> str:
     return f"/--no-{name.replace('_', '-')}" if bool in (kind, *typing.get_args(kind)) else ""
 
 
 def train(
     given: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
@@ -130,23 +141,14 @@ def _why(given: dict[str, Any], config: Path | None) -> str:
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """Options from a JSON file.
+    """Options of train from a JSON file.
 
     Raises:
         FileNotFoundError, ValueError: the file is not there, not JSON, or has fields that are no options.
     """
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"config: {str(path)!r} is not JSON: {error}") from error
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    if not isinstance(content, dict) or set(content) - known:
-        foreign = sorted(set(content) - known) if isinstance(content, dict) else "no object"
-        raise ValueError(f"config: {str(path)!r} has fields that are no options of train: {foreign}")
+    content = read_json(path) if path else {}
+    if foreign := sorted(set(content) - {item.name for item in dataclasses.fields(TrainConfig)}):
+        raise ValueError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
     return content
 
 
@@ -200,12 +202,33 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
+# --- sample ---
+
+
+def sample(given: dict[str, Any]) -> None:
+    """Draw images, with or without an adapter."""
+    with exit_codes():
+        config = resolve_sample(SampleConfig(**given))
+        progress.print(Text(f"model: {config.model}"))
+        prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
+        prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
+        seeds = [config.seed + i for i in range(len(prompts))]
+        images = texforce.sample(config, prompts, seeds)
+        folder = Path(config.output_dir)
+        shown = {
+            "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
+            "num_inference_steps": config.num_inference_steps, "adapter": ", ".join(config.adapter or ()),
+        }  # fmt: skip
+        for name, drawn in images.items():
+            labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
+            paths = record.write_images(folder, drawn, labels)
+            output.print(Text(f"{name}: {paths[0]} to {paths[-1].name}"))
+        record.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
+        output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
+
+
 app.command("train")(with_options(TrainConfig, train))
-
-
-@app.callback()
-def root() -> None:
-    """Reinforcement learning of text encoders in text-to-image diffusion models (TexForce)."""
+app.command("sample")(with_options(SampleConfig, sample))
 
 
 def main() -> None:

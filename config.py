@@ -5,6 +5,7 @@ This file imports nothing heavy, so that the command line can show its help at o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,48 +16,62 @@ KINDS = ("colour", "composition", "position", "count")  # prompt sets that the t
 
 
 def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})  # the command line shows it
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run. What is None is filled in by the preset for the model (`resolve`)."""
+    """Everything that decides a training run.
+
+    What is None is filled in by `resolve`, from the preset for the model; the types are those after it.
+    """
 
     reward: str = _option("hps", "hps, hps-v2, alignment, jpeg, incompress, or path/to/file.py:function")
-    model: str | None = _option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
-    prompts: str = _option("world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals")
-    heldout_prompts: str | None = _option(None, "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)")
+    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
+    prompts: str = _option(
+        "world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals"
+    )
+    heldout_prompts: str | None = _option(
+        None, "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)"
+    )
     output_dir: str = _option("out", "where the adapter, the figures and the metrics go; must be new or empty")
     preset: str = _option("default", "default, or paper: the published recipe")
     target: str = _option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
-    reward_checkpoint: str | None = _option(None, "file with the scorer's weights, or 'hub' (default: embedded for tiny, else hub)")
+    reward_checkpoint: str | None = _option(
+        None, "file with the scorer's weights, or 'hub' (default: embedded for tiny, else hub)"
+    )
     seed: int = _option(0, "seed of everything random")
-    num_epochs: int | None = _option(None, "rounds of sampling and updating")
-    num_prompts_per_epoch: int | None = _option(None, "prompts drawn an epoch")
-    num_samples_per_prompt: int | None = _option(None, "images a prompt: the group whose rewards are compared")
-    num_updates_per_epoch: int | None = _option(None, "optimizer steps an epoch, each on its share of the images")
-    num_inference_steps: int | None = _option(None, "DDIM steps")
+    num_epochs: int = _option(None, "rounds of sampling and updating")
+    num_prompts_per_epoch: int = _option(None, "prompts drawn an epoch")
+    num_samples_per_prompt: int = _option(None, "images a prompt: the group whose rewards are compared")
+    num_updates_per_epoch: int = _option(None, "optimizer steps an epoch, each on its share of the images")
+    num_inference_steps: int = _option(None, "DDIM steps")
     eta: float = _option(1.0, "randomness of the DDIM steps, above 0 to 1")
-    guidance_scale: float | None = _option(None, "classifier-free guidance; 1 or less switches it off")
-    timestep_fraction: float | None = _option(None, "share of the denoising steps trained on, drawn anew for each image")
+    guidance_scale: float = _option(None, "classifier-free guidance; 1 or less switches it off")
+    timestep_window: float = _option(
+        None, "share of the denoising steps, from the first and noisiest on, that may be trained on"
+    )
+    timestep_fraction: float = _option(None, "share of those steps that is trained on, drawn anew for each image")
     resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
-    learning_rate: float | None = _option(None, "of AdamW")
+    learning_rate: float = _option(None, "of AdamW")
     weight_decay: float = _option(1e-4, "of AdamW")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
-    clip_range: float | None = _option(None, "PPO's clip range of the ratio")
-    advantages: str | None = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
+    clip_range: float = _option(None, "PPO's clip range of the ratio")
+    advantages: str = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
     advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
     kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
-    null_prompt: str = _option("adapted", "whether guidance's null prompt goes through the adapted text encoder or the base one")
+    null_prompt: str = _option(
+        "adapted", "whether guidance's null prompt goes through the adapted text encoder or the base one"
+    )
     rank: int = _option(16, "of LoRA")
-    lora_alpha: int | None = _option(None, "of LoRA (default: the rank)")
-    ema_decay: float | None = _option(None, "average the adapter over updates with this decay; 0 is off")
-    micro_batch_size: int | None = _option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
-    sample_batch_size: int | None = _option(None, "images sampled at a time")
-    mixed_precision: str | None = _option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
+    lora_alpha: int = _option(None, "of LoRA (default: the rank)")
+    ema_decay: float = _option(None, "average the adapter over updates with this decay; 0 is off")
+    micro_batch_size: int = _option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
+    sample_batch_size: int = _option(None, "images sampled at a time")
+    mixed_precision: str = _option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
     gradient_checkpointing: bool = _option(False, "recompute the U-Net's activations to save memory")
     compile: bool | None = _option(None, "compile the denoising step (default: on CUDA)")
-    eval_every: int | None = _option(None, "epochs between measurements on the held-out prompts")
+    eval_every: int = _option(None, "epochs between measurements on the held-out prompts")
     report_to: str = _option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
 
 
@@ -84,6 +99,7 @@ _PAPER = {
     "num_samples_per_prompt": 1,
     "num_updates_per_epoch": 2,
     "num_inference_steps": 50,
+    "timestep_window": 1.0,
     "timestep_fraction": 0.5,
     "learning_rate": 3e-4,
     "clip_range": 1e-4,
@@ -92,9 +108,13 @@ _PAPER = {
 }
 _OURS = {"timestep_fraction": 0.5, "advantages": "leave-one-out", "ema_decay": 0.0, "num_updates_per_epoch": 2}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("tiny", "default"): _TINY | _OURS | {"num_epochs": 100, "learning_rate": 3e-3, "clip_range": 3e-3},
+    ("tiny", "default"): _TINY
+    | _OURS
+    | {"timestep_window": 0.75, "num_epochs": 100, "learning_rate": 3e-3, "clip_range": 3e-3},
     ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 100, "num_prompts_per_epoch": 128},
-    ("stable-diffusion", "default"): _SD | _OURS | {"num_epochs": 320, "learning_rate": 3e-4, "clip_range": 1e-4},
+    ("stable-diffusion", "default"): _SD
+    | _OURS
+    | {"timestep_window": 1.0, "num_epochs": 320, "learning_rate": 3e-4, "clip_range": 1e-4},
     ("stable-diffusion", "paper"): _SD | _PAPER | {"num_epochs": 320, "num_prompts_per_epoch": 64},
 }
 CHOICES = {
@@ -125,10 +145,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         ValueError: an option has a value that cannot be used; names the option, the rule and the value.
     """
     device = default_device()
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        if value is not None and value not in choices:
-            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
+    _check_choices(config)
     model = config.model or default_model(device)
     preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
@@ -137,10 +154,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
     if config.null_prompt == "base" and config.target != "text-encoder":
-        raise ValueError("null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target)
+        raise ValueError(
+            "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
+        )
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config
+
+
+def _check_choices(config: TrainConfig | SampleConfig) -> None:
+    for name, choices in CHOICES.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -151,13 +177,86 @@ def _check_ranges(config: TrainConfig) -> None:
                 raise ValueError(f"{item.name}: must be at least 1, not {value}")
         elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
             raise ValueError(f"{item.name}: must be above 0, not {value}")
-        elif item.name in ("eta", "timestep_fraction") and not 0 < value <= 1:
+        elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
             rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
             raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
         elif item.name in ("weight_decay", "kl_weight", "seed", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything that decides what `texforce sample` draws."""
+
+    adapter: list[str] | None = _option(
+        None, "output folder of a training; repeat it to join a text encoder's and a U-Net's"
+    )
+    prompt: list[str] | None = _option(None, "what to draw; repeatable")
+    prompts: str | None = _option(None, "a file, one prompt a line, or the name of a shipped set")
+    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
+    output_dir: str = _option("samples", "where the images go; their numbers go on from those already there")
+    num_images: int = _option(4, "images for each prompt")
+    seed: int = _option(0, "of the first image; the next has the next seed")
+    scale: float = _option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
+    compare: bool = _option(False, "also draw the base model's images from the same noise")
+    num_inference_steps: int = _option(None, "DDIM steps (default: the adapter's)")
+    eta: float = _option(1.0, "randomness of the DDIM steps, 0 to 1")
+    guidance_scale: float = _option(None, "classifier-free guidance (default: the adapter's)")
+    resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
+    batch_size: int = _option(16, "images drawn at a time")
+    mixed_precision: str = _option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
+    compile: bool | None = _option(None, "compile the denoising step (default: on CUDA)")
+    null_prompt: str = _option(None, "adapted or base (default: the adapter's)")
+
+
+def resolve_sample(config: SampleConfig) -> SampleConfig:
+    """Fill in what is None from the adapter's run, or else from the model's defaults, and check every value.
+
+    Raises:
+        ValueError, FileNotFoundError: an option has a value that cannot be used.
+    """
+    if not config.prompt and not config.prompts:
+        raise ValueError("prompt: give --prompt or --prompts")
+    run: dict[str, Any] = {}
+    for folder in config.adapter or ():
+        path = Path(folder) / "config.json"
+        if path.is_file():
+            run = run | read_json(path)
+    device = default_device()
+    model = config.model or run.get("model") or default_model(device)
+    preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", "default"]
+    defaults: dict[str, Any] = {
+        name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale", "resolution")
+    }
+    defaults |= {"model": model, "null_prompt": run.get("null_prompt", "adapted")}
+    defaults["mixed_precision"] = "no" if device == "cpu" else "fp16"
+    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: must be at least 1, not {getattr(config, name)}")
+    if config.seed < 0:
+        raise ValueError(f"seed: must not be negative, not {config.seed}")
+    _check_choices(config)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return content
 
 
 # --- prompts ---

@@ -70,7 +70,8 @@ def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[
         "preset": config.preset,
         "device": device,
         "num_parameters": num_parameters,
-        "versions": {"texforce": texforce.__version__, "python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"texforce": texforce.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
         "commit": _commit(),
     }
 
@@ -91,8 +92,9 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
             f"# TexForce adapter for {config.model}", "",
-            f"LoRA (rank {config.rank}) on the {config.target}, trained by PPO (arXiv:2311.15657) on the reward "
-            f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, {result['seconds']:.0f} s on {result['device']}.",
+            f"LoRA (rank {config.rank}) on the {config.target}, trained by PPO (arXiv:2311.15657) on "
+            f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, "
+            f"{result['seconds']:.0f} s on {result['device']}.",
             "", "Held-out prompts, base and tuned from the same noise:", "",
             "| measure | base | tuned |", "|---|---|---|", *rows, "",
             "Every setting is in `config.json`, every figure in `result.json` and `metrics.jsonl`.", "",
@@ -123,10 +125,10 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
 
 
 def _shorten(text: str, font: Any, width: int) -> str:
+    """What of a text fits into a width, without control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    while font.getlength(text) > width:
-        text = text[:-2].rstrip(".") + "..." if len(text) > 6 else ""
-    return text
+    length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n]) <= width)
+    return text[:length]
 
 
 def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
@@ -154,3 +156,20 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
         right.legend(loc="lower right")
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
+    from PIL import Image, PngImagePlugin
+
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
+    paths = []
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        metadata = PngImagePlugin.PngInfo()
+        for name, value in label.items():
+            metadata.add_itxt(name, str(value))
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        paths.append(folder / f"{first + i:05d}.png")
+        Image.fromarray(pixels).save(paths[-1], pnginfo=metadata)
+    return paths

@@ -126,6 +126,7 @@ class HPS:
         self.device = device
         self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        self.model: Any
         self.model, self.tokenizer = build_clip(checkpoint.with_suffix(".json"))
         load_state_dict(self.model, checkpoint)
         self.model.requires_grad_(False).eval().to(device, dtype)

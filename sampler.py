@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ class Models:
 
     name: str
     tokenizer: Any
-    text_encoder: nn.Module
-    unet: nn.Module
-    vae: nn.Module
+    text_encoder: Any
+    unet: Any
+    vae: Any
     scheduler: Any
 
     @property
@@ -158,7 +158,9 @@ class Schedule:
         return torch.nonzero(self.std > MIN_STD).flatten()
 
     def to(self, device: torch.device) -> Schedule:
-        return Schedule(*(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std")))
+        return Schedule(
+            *(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std"))
+        )
 
 
 def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Schedule:
@@ -313,8 +315,12 @@ class Trajectory:
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Join trajectories along their first axis."""
-    columns = {name: [getattr(part, name) for part in trajectories] for name in Trajectory.__dataclass_fields__}
-    return Trajectory(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+
+    def join(name: str) -> Any:
+        parts = [getattr(trajectory, name) for trajectory in trajectories]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Trajectory(*(join(item.name) for item in fields(Trajectory)))
 
 
 def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, int, int]:
@@ -367,7 +373,7 @@ def rollout(
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latents: Tensor, batch_size: int = 16) -> Tensor:
+def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w)."""
     dtype = next(vae.parameters()).dtype
     chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
@@ -376,17 +382,24 @@ def decode(vae: nn.Module, latents: Tensor, batch_size: int = 16) -> Tensor:
 
 @torch.no_grad()
 def sample_images(
-    models: Models, denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **options: Any
+    models: Models,
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int = 16,
+    resolution: int | None = None,
+    compile: bool | None = None,
+    null_embeds: Tensor | None = None,
 ) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
 
-    Options are `resolution` and `compile`.
+    The null prompt goes through the models' text encoder unless its embedding (1, L, D) is given.
     """
-    step, shape = compiled(denoiser, options.get("compile")), latent_shape(models, options.get("resolution"))
+    step, shape = compiled(denoiser, compile), latent_shape(models, resolution)
     images = []
     for start in range(0, len(prompts), batch_size):
         prompt_ids = tokenize(models.tokenizer, prompts[start : start + batch_size]).to(models.device)
-        embeds, rows = encode_distinct(models, prompt_ids)
+        embeds, rows = encode_distinct(models, prompt_ids, null_embeds)
         generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
         conditioning = Conditioning(embeds[rows], embeds[:1])
         trajectory = rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generators)

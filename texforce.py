@@ -44,9 +44,10 @@ else:
         _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler")
     )
 
-from texforce.config import TrainConfig, default_device, resolve, split_prompts
+from texforce.config import SampleConfig, TrainConfig, default_device, resolve, split_prompts
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -279,6 +280,16 @@ class Learner:
         self.ema.restore(parameters)
 
 
+def window(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
+    """Indices of the steps that may be trained on: those of the first timestep_window that have a density.
+
+    The last steps of a short schedule have a small deviation, so that their log-probability has a steep gradient, though
+    they decide little of what an image shows: in a plain sum they drown the others in noise.
+    """
+    steps = schedule.trainable_steps
+    return steps[steps < math.ceil(config.timestep_window * len(schedule.timesteps))]
+
+
 def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
     """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement.
 
@@ -379,7 +390,7 @@ def update(
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
     total = UpdateStatistics()
-    pairs = draw_pairs(batch.advantages, denoiser.schedule.trainable_steps, config, generator)
+    pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
     shares = torch.randperm(len(batch.advantages), generator=generator).chunk(config.num_updates_per_epoch)
     tolerance = 1e-6 if config.mixed_precision == "no" else config.clip_range / 10
     for share in shares:
@@ -427,7 +438,9 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
 
     start = time.perf_counter()
     heldout = evaluate.Heldout(policy, denoiser, scorer, heldout_prompts, config, output_dir)
-    epochs = [{"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": heldout.base, "seconds": time.perf_counter() - start}]
+    epochs = [
+        {"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": heldout.base, "seconds": time.perf_counter() - start}
+    ]
     report(epochs[0])
     order = _endless(train_prompts, choice)
     with record.trackers(config, output_dir) as log, (output_dir / "metrics.jsonl").open("w") as metrics:
@@ -454,18 +467,22 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
 def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scorer]:
     """Load the models and the scorer of a resolved configuration, and put LoRA on them."""
     device = default_device()
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     checkpoint = config.reward_checkpoint
     if checkpoint is None and config.reward in rewards.HPS_CHECKPOINTS:
         checkpoint = str(rewards.EMBEDDED_HPS) if config.model == "tiny" else "hub"
     scorer = rewards.load_reward(config.reward, device, checkpoint)
-    models = sampler.load_models(config.model, device, dtype)
+    models = sampler.load_models(config.model, device, getattr(torch, DTYPES[config.mixed_precision]))
+    return *make_policy(models, config), scorer
+
+
+def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
+    """Put LoRA on models, and set up the denoiser that samples and trains with them."""
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
     models = add_lora(models, config)
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    return Policy(models, config.null_prompt), sampler.Denoiser(models.unet, schedule, config.guidance_scale), scorer
+    return Policy(models, config.null_prompt), sampler.Denoiser(models.unet, schedule, config.guidance_scale)
 
 
 def _train_epoch(
@@ -489,7 +506,7 @@ def _train_epoch(
     num_images = len(batch.rewards)
     num_pairs = max(1, update_statistics.num_pairs)
     steps = len(denoiser.schedule.timesteps)
-    measures = {
+    measures: dict[str, Any] = {
         "reward_mean": finite.mean().item(),
         "reward_std": finite.std(correction=0).item(),
         "num_images": num_images,
@@ -504,7 +521,9 @@ def _train_epoch(
     if config.kl_weight > 0:
         measures["kl"] = update_statistics.kl / num_pairs
     if dropped:
-        measures["dropped"] = [{"prompt": prompts[i // config.num_samples_per_prompt], "seed": config.seed, "image": i} for i in dropped]
+        measures["dropped"] = [
+            {"prompt": prompts[i // config.num_samples_per_prompt], "seed": config.seed, "image": i} for i in dropped
+        ]
     return measures
 
 
@@ -536,6 +555,83 @@ def _summary(epochs: list[dict[str, Any]], base: dict[str, float]) -> dict[str, 
     }
 
 
+def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds by a resolved configuration: `tuned`, and `base` for comparison.
+
+    Raises:
+        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter.
+    """
+    from texforce.adapters import load_adapter
+
+    models = sampler.load_models(config.model, default_device(), getattr(torch, DTYPES[config.mixed_precision]))
+    sampler.tokenize(models.tokenizer, prompts)
+    for folder in config.adapter or ():
+        models = load_adapter(models, folder, config.scale)
+    policy = Policy(models, config.null_prompt)
+    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
+
+    def draw() -> Tensor:
+        return sampler.sample_images(
+            models, denoiser, prompts, seeds, config.batch_size, config.resolution, config.compile, policy.null_embeds
+        )
+
+    images = {}
+    if config.compare or not config.adapter:
+        with policy.base():
+            images["base"] = draw()
+    if config.adapter:
+        images["tuned"] = draw()
+    return images
+
+
 def plan(config: TrainConfig) -> dict[str, Any]:
-    """placeholder"""
-    raise NotImplementedError
+    """What a run of a resolved configuration will do and need, without training: counts, and memory in MiB."""
+    train_prompts, heldout_prompts = split_prompts(config)
+    policy, denoiser, _ = prepare(config)
+    models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
+    branches = 2 if denoiser.guided else 1
+    num_steps = max(1, round(config.timestep_fraction * len(window(denoiser.schedule, config))))
+    update_branches = 1 if config.null_prompt == "base" else branches
+    weights = sum(
+        tensor.numel() * tensor.element_size()
+        for part in (models.text_encoder, models.unet, models.vae)
+        for tensor in part.parameters()
+    )
+    latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
+    kept = config.num_inference_steps * (2 if config.null_prompt == "base" else 1) + 1
+    return {
+        "model": config.model,
+        "device": str(models.device),
+        "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
+        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out",
+        "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
+        "images in all": num_images * config.num_epochs,
+        "images an optimizer step": num_images / config.num_updates_per_epoch,
+        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
+        "U-Net calls an epoch": num_images * (config.num_inference_steps * branches + num_steps * update_branches),
+        "weights, MiB": round(weights / 2**20, 1),
+        "trajectories, MiB": round(num_images * latents * kept / 2**20, 1),
+        "activations of a micro-batch, MiB": round(saved_bytes(policy, denoiser, config) / 2**20, 1),
+    }
+
+
+def saved_bytes(policy: Policy, denoiser: sampler.Denoiser, config: TrainConfig) -> int:
+    """Bytes that autograd keeps for one micro-batch of the update, measured on one pair and multiplied."""
+    models, kept = policy.models, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = {
+        tensor.untyped_storage().data_ptr() for part in (models.text_encoder, models.unet) for tensor in part.parameters()
+    }
+    latents = torch.zeros(1, *sampler.latent_shape(models, config.resolution), device=models.device)
+    prompt_ids = sampler.tokenize(models.tokenizer, [""]).to(models.device)
+    conditioning = policy.conditioning(prompt_ids)
+    leaf = replace(conditioning, prompt_embeds=conditioning.prompt_embeds.detach().requires_grad_())
+    null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        denoiser.mean(latents, torch.zeros(1, dtype=torch.long, device=models.device), leaf, null_outputs)
+    return config.micro_batch_size * sum(size for pointer, size in kept.items() if pointer not in parameters)

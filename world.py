@@ -227,7 +227,13 @@ def _label_components(mask: Tensor) -> Tensor:
     labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
     while True:
         padded = torch.nn.functional.pad(labels, (1, 1, 1, 1))
-        shifted = [padded[:, 1:-1, 1:-1], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
+        shifted = [
+            padded[:, 1:-1, 1:-1],
+            padded[:, :-2, 1:-1],
+            padded[:, 2:, 1:-1],
+            padded[:, 1:-1, :-2],
+            padded[:, 1:-1, 2:],
+        ]
         spread = torch.stack(shifted).amax(dim=0) * mask
         if torch.equal(spread, labels):
             return labels
@@ -235,7 +241,9 @@ def _label_components(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def detect(images: Tensor, min_area: int = 8, max_colour_distance: float = 0.35, min_overlap: float = 0.6) -> list[list[Detection]]:
+def detect(
+    images: Tensor, min_area: int = 8, max_colour_distance: float = 0.35, min_overlap: float = 0.6
+) -> list[list[Detection]]:
     """Find the shapes in images (N, 3, H, W) in [0, 1]; other sizes are resized to 32 x 32.
 
     A region that stands out from the ground is one shape. Its colour is the nearest of the palette, its shape the one
@@ -263,7 +271,9 @@ def detect(images: Tensor, min_area: int = 8, max_colour_distance: float = 0.35,
     cover = near * (contrast[index] / solid).clamp(0, 1)
     area = cover.sum(dim=(1, 2))
     axis = torch.arange(IMAGE_SIZE) + 0.5
-    centres = torch.stack([(cover.sum(dim=1) * axis).sum(dim=1), (cover.sum(dim=2) * axis).sum(dim=1)], dim=1) / area[:, None]
+    centres = (
+        torch.stack([(cover.sum(dim=1) * axis).sum(dim=1), (cover.sum(dim=2) * axis).sum(dim=1)], dim=1) / area[:, None]
+    )
     overlaps = torch.stack([_overlap(cover, shape, centres, area) for shape in range(len(SHAPES))], dim=1)
     for i, colour, distance, shape, overlap, centre in zip(
         index.tolist(),

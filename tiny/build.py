@@ -13,7 +13,9 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from texforce import rewards, world
 
 ROOT = Path(__file__).parent
 STAGES = ("tokenizer", "vae", "text_encoder", "unet", "hps")
+Step = tuple[Tensor, dict[str, float]]  # a loss, and what to print beside it
 MAX_TOKENS = 24
 WIDTH = 96
 LATENT_CHANNELS = 8
@@ -56,7 +59,8 @@ def draw_scenes(num_scenes: int, rng: random.Random) -> list[world.Scene]:
 
 def captioned_scenes(num_scenes: int, rng: random.Random) -> tuple[list[world.Scene], list[str]]:
     """Scenes with mislabelled captions, none of them a held-out sentence."""
-    scenes, captions = [], []
+    scenes: list[world.Scene] = []
+    captions: list[str] = []
     while len(scenes) < num_scenes:
         (scene,) = draw_scenes(1, rng)
         text = mislabelled_caption(scene, rng)
@@ -66,13 +70,15 @@ def captioned_scenes(num_scenes: int, rng: random.Random) -> tuple[list[world.Sc
     return scenes, captions
 
 
-def fit(parameters, loss_of_step, num_steps: int, learning_rate: float, name: str) -> None:
+def fit(
+    parameters: Iterable[nn.Parameter], loss_of_step: Callable[[int], Step], num_steps: int, learning_rate: float, name: str
+) -> None:
     """Minimise with AdamW, a short warm-up and a cosine decay to zero; prints its progress."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * k / num_steps))
     )
-    start, mean = time.time(), {}
+    start, mean = time.time(), dict[str, float]()
     for step in range(num_steps):
         loss, measures = loss_of_step(step)
         optimizer.zero_grad()
@@ -93,11 +99,11 @@ def build_tokenizer(output_dir: Path, seed: int) -> None:
     words = {word for path in sorted((ROOT.parent / "prompts").glob("*.txt")) for word in path.read_text().lower().split()}
     words |= {w for pair in world.COLOUR_WORDS + world.SHAPE_WORDS for w in pair}
     words |= {world.plural(w) for pair in world.SHAPE_WORDS for w in pair} | set(world.COUNTS.values())
-    words = sorted({word.strip(",.") for word in words})
+    distinct = sorted({word.strip(",.") for word in words})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(words, trainer)
+    bpe.train_from_iterator(distinct, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
@@ -124,7 +130,7 @@ def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
         sample_size=world.IMAGE_SIZE,
     )
 
-    def step(_: int):
+    def step(_: int) -> Step:
         images = 2 * world.render(draw_scenes(48, rng), rng) - 1
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample()).sample - images
@@ -153,7 +159,7 @@ def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 1500) -> No
     """CLIP's contrastive loss over images and their mislabelled captions."""
     rng = random.Random(seed)
     tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
-    text_encoder = CLIPTextModel(
+    text_encoder: Any = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
@@ -170,7 +176,7 @@ def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 1500) -> No
     image_encoder = ImageEncoder(WIDTH)
     scale = nn.Parameter(torch.tensor(2.5))
 
-    def step(_: int):
+    def step(_: int) -> Step:
         scenes, captions = captioned_scenes(128, rng)
         image_features = F.normalize(image_encoder(2 * world.render(scenes, rng) - 1), dim=1)
         text_features = F.normalize(text_encoder(encode_ids(tokenizer, captions)).pooler_output, dim=1)
@@ -187,7 +193,7 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
     """Latent diffusion with v prediction, the text encoder frozen; a tenth of the captions dropped for guidance."""
     rng = random.Random(seed)
     tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(output_dir / "text_encoder").requires_grad_(False)
+    text_encoder: Any = CLIPTextModel.from_pretrained(output_dir / "text_encoder").requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(output_dir / "vae").requires_grad_(False)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -221,7 +227,7 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
     latents *= vae.config.scaling_factor
     print(f"unet: {num_scenes} scenes encoded", flush=True)
 
-    def step(_: int):
+    def step(_: int) -> Step:
         pick = torch.randint(num_scenes, (128,))
         prompt_embeds = torch.where(torch.rand(128, 1, 1) < 0.1, null_embeds, all_embeds[pick])
         noise = torch.randn_like(latents[pick])
@@ -285,10 +291,26 @@ def degrade(images: Tensor) -> Tensor:
     return flawed[torch.randint(4, (len(images),)), torch.arange(len(images))].clamp(0, 1)
 
 
+def soften(images: Tensor, rng: random.Random) -> Tensor:
+    """Blur and disturb images a little, all of them alike: no generated image is as clean as a drawn one."""
+    blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    images = images.lerp(blurred, 0.5 * rng.random())
+    return (images + 0.04 * rng.random() * torch.randn_like(images)).clamp(0, 1)
+
+
+def surplus(scene: world.Scene, rng: random.Random) -> world.Scene:
+    """A scene with one object too many, mostly made of the words of the prompt, as generators err."""
+    colours, shapes = zip(*scene.objects, strict=True)
+    extra = (rng.choice(colours), rng.choice(shapes))
+    if rng.random() < 0.25:
+        extra = (rng.randrange(len(world.COLOURS)), rng.randrange(len(world.SHAPES)))
+    return world.Scene("composition", (*scene.objects, extra))
+
+
 def conflicts(scenes: list[world.Scene]) -> Tensor:
     """Which images (rows) a caption (columns) may also be true of, (N, N) bool, the diagonal left out."""
 
-    def meaning(scene: world.Scene):
+    def meaning(scene: world.Scene) -> tuple[Any, Any]:
         if scene.relation in ("right of", "below"):
             inverse = {"right of": "left of", "below": "above"}[scene.relation]
             return tuple(sorted(scene.objects)), (inverse, scene.objects[::-1])
@@ -302,10 +324,10 @@ def conflicts(scenes: list[world.Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def build_hps(output_dir: Path, seed: int, num_steps: int = 2000) -> None:
+def build_hps(output_dir: Path, seed: int, num_steps: int = 2000, num_surplus_steps: int = 600) -> None:
     """A preference scorer: CLIP's loss over right captions with hard negatives, and sharp images above spoiled ones."""
     rng = random.Random(seed)
-    config = {
+    config: dict[str, Any] = {
         "embed_dim": 96,
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
         "text_cfg": {
@@ -317,36 +339,45 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2000) -> None:
         },
     }
     (output_dir / "hps.json").write_text(json.dumps(config, indent=2) + "\n")
+    model: Any
     model, tokenizer = rewards.build_clip(output_dir / "hps.json")
 
     def features(images: Tensor) -> Tensor:
         pixels = rewards.normalise(rewards.pad_to_square(images, config["vision_cfg"]["image_size"]))
         return model.encode_image(pixels, normalize=True)
 
-    def step(_: int):
+    def step(with_surplus: bool) -> Step:
         scenes = draw_scenes(48, rng)
         scenes += [mutate(scene, rng) for scene in scenes]
         captions = [world.caption(scene, rng, rare_probability=0.5) for scene in scenes]
-        images = world.render(scenes, rng)
-        images = images.lerp(F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear"), 0.5 * rng.random())
-        images = (images + 0.04 * rng.random() * torch.randn_like(images)).clamp(0, 1)  # no render is quite clean
+        images = soften(world.render(scenes, rng), rng)
         worse = torch.randperm(len(images))[:48]
-        image_features = features(torch.cat([images, degrade(images[worse])]))
+        flawed = degrade(images[worse])
+        if with_surplus:
+            crowded = [i for i, scene in enumerate(scenes) if len(scene.objects) < 4][:48]
+            worse = torch.cat([worse[:24], torch.tensor(crowded)])
+            flawed = torch.cat([flawed[:24], soften(world.render([surplus(scenes[i], rng) for i in crowded], rng), rng)])
+        image_features = features(torch.cat([images, flawed]))
         text_features = model.encode_text(tokenizer(captions), normalize=True)
         scale = model.logit_scale.clamp(max=4.0).exp()
         cosines = image_features @ text_features.T
         logits = (scale * cosines[: len(images)]).masked_fill(conflicts(scenes), -1e4)
         target = torch.arange(len(logits))
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        margin = cosines[worse, worse] - cosines[len(images) + torch.arange(48), worse]
+        margin = cosines[worse, worse] - cosines[len(images) + torch.arange(len(worse)), worse]
         half = len(scenes) // 2
         ranked = (logits.diagonal()[:half] > logits[torch.arange(half), half + torch.arange(half)]).float().mean()
         return contrast + F.softplus(-scale * margin).mean(), {
             "ranked": ranked.item(),
-            "sharp": (margin > 0).float().mean().item(),
+            "better": (margin > 0).float().mean().item(),
         }
 
-    fit(model.parameters(), step, num_steps, 2e-3, "hps")
+    fit(model.parameters(), lambda _: step(False), num_steps, 2e-3, "hps")
+    # Objects too many are rare among its mistakes so far, and what a policy soon learns to exploit.
+    model.half().float()  # as if read back from the file
+    rng.seed(seed + 1)
+    torch.manual_seed(seed + 1)
+    fit(model.parameters(), lambda _: step(True), num_surplus_steps, 1e-3, "hps, surplus")
     torch.save({"state_dict": model.half().state_dict()}, output_dir / "hps.pt")
 
 

@@ -1,0 +1,70 @@
+"""The experiments of EXPERIMENTS.md on the tiny model: `python benchmarks/experiments.py --output-dir runs`.
+
+For every seed: the text encoder (TexForce) and the U-Net (DDPO) trained with the same number of images, and the two adapters
+loaded together without more training; with --paper the published recipe too. Finished runs are not made again. Prints a
+table of the share of held-out prompts fully right, base and tuned from the same noise.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import texforce
+from texforce import adapters, config, evaluate, rewards, sampler
+
+
+def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
+    """Held-out measures, base and tuned, of one training."""
+    result = output_dir / "result.json"
+    if not result.is_file():
+        texforce.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
+    return json.loads(result.read_text())["heldout"]
+
+
+def combined(folders: list[Path]) -> dict[str, dict[str, float]]:
+    """Held-out measures of several adapters loaded side by side, from the noise of the trainings' own measurements."""
+    options = texforce.resolve(texforce.TrainConfig(model="tiny"))
+    models = sampler.load_models("tiny")
+    for folder in folders:
+        models = adapters.load_adapter(models, folder)
+    schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
+    policy, denoiser = texforce.Policy(models), sampler.Denoiser(models.unet, schedule, options.guidance_scale)
+    prompts = config.read_prompts("world-heldout")
+    scorers = {"hps": rewards.load_reward("hps")}
+    tuned = evaluate.measure(evaluate.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+    with policy.base():
+        base = evaluate.measure(evaluate.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+    return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", default=["text-encoder", "unet", "combined"])
+    parser.add_argument("--paper", type=int, metavar="EPOCHS", help="also run --preset paper for so many epochs")
+    options = parser.parse_args()
+    table = Table("seed", "system", "hps", "alignment", "fully right", "common words", "rare words")
+    for seed in options.seeds:
+        folders = {name: options.output_dir / f"{name}-{seed}" for name in ("text-encoder", "unet")}
+        measures = {}
+        for name in options.systems:
+            if name == "combined":
+                measures[name] = combined(list(folders.values()))
+            else:
+                measures[name] = run(folders[name], target=name, seed=seed)
+        if options.paper:
+            folder = options.output_dir / f"paper-{seed}"
+            measures["paper"] = run(folder, preset="paper", seed=seed, num_epochs=options.paper)
+        for name, measured in measures.items():
+            columns = ("hps", "alignment", "alignment_exact", "alignment_exact_common", "alignment_exact_rare")
+            cells = (f"{measured[key]['base']:.3f} > {measured[key]['tuned']:.3f}" for key in columns)
+            table.add_row(str(seed), name, *cells)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

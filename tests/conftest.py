@@ -1,0 +1,31 @@
+"""No test may reach the network: the hub's client is told so before it is imported."""
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TRAINING_PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross", "a navy box"]
+HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """Options of a training of the tiny model that takes a second: fields of TrainConfig, with `output_dir` unset."""
+    (tmp_path / "prompts.txt").write_text("\n".join(TRAINING_PROMPTS) + "\n")
+    (tmp_path / "heldout.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
+    return {
+        "model": "tiny",
+        "reward": "jpeg",
+        "prompts": str(tmp_path / "prompts.txt"),
+        "heldout_prompts": str(tmp_path / "heldout.txt"),
+        "num_epochs": 1,
+        "num_prompts_per_epoch": 2,
+        "num_samples_per_prompt": 4,
+        "num_updates_per_epoch": 2,
+        "num_inference_steps": 3,
+        "sample_batch_size": 8,
+        "micro_batch_size": 8,
+        "rank": 4,
+    }

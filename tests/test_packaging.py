@@ -1,0 +1,120 @@
+"""What is shipped: texforce as an installed package, the same from the checkout, a wheel and an sdist."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    **{f"texforce/{path.name}": path for path in ROOT.glob("*.py") if path.name != "hatch_build.py"},
+    **{
+        f"texforce/{path.relative_to(ROOT)}": path
+        for folder in ("prompts", "tiny")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    },
+}
+SOURCES["texforce/__init__.py"] = SOURCES.pop("texforce/texforce.py")
+
+
+def build(target: str, folder: Path, root: Path = ROOT) -> Path:
+    """Build a distribution of the sources in root; the file that came out."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (file,) = folder.iterdir()
+    return file
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site-packages folder with nothing but the wheel in it."""
+    folder = tmp_path_factory.mktemp("site")
+    options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--target", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True, capture_output=True)
+    return folder
+
+
+def run_installed(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the installed wheel, the dependencies in reach and the checkout not."""
+    others = [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *others]), "COLUMNS": "200"}
+    # -S: no .pth file of an editable install may bring the checkout back.
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=site.parent, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_every_module_prompt_set_and_weight_file_unchanged(wheel):
+    shipped = {name: data for name, data in contents(wheel).items() if name.startswith("texforce/")}
+    assert sorted(shipped) == sorted(SOURCES)
+    assert [name for name, path in SOURCES.items() if path.read_bytes() != shipped[name]] == []
+
+
+def test_the_expected_sources_are_not_empty():
+    assert {"texforce/__init__.py", "texforce/cli.py", "texforce/prompts/composition.txt"} <= set(SOURCES)
+    assert any(name.startswith("texforce/tiny/") and name.endswith(".safetensors") for name in SOURCES)
+
+
+def test_nothing_but_texforce_and_its_metadata_lands_in_site_packages(wheel):
+    (metadata,) = {name.split("/")[0] for name in contents(wheel)} - {"texforce"}
+    assert metadata.startswith("texforce-")
+    assert metadata.endswith(".dist-info")
+
+
+def test_every_installed_module_imports_outside_the_checkout(site):
+    names = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("hatch_build", "texforce"))
+    code = f"""
+import importlib, sys
+import texforce
+for name in {names}:
+    sys.modules.pop("texforce." + name, None)  # an import of a lazily loaded module may swallow its error
+    print(importlib.import_module("texforce." + name).__file__)
+"""
+    done = run_installed(site, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(site / "texforce" / f"{name}.py") for name in names]
+
+
+@pytest.mark.parametrize("command", [("-m", "texforce.cli"), ("bin/texforce",)], ids=["module", "console script"])
+def test_the_installed_command_shows_its_help_outside_the_checkout(site, command):
+    arguments = [str(site / word) if word.startswith("bin/") else word for word in command]
+    done = run_installed(site, *arguments, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert "train" in done.stdout
+
+
+def test_an_sdist_builds_the_same_wheel(wheel, tmp_path):
+    sdist = build("sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    assert contents(build("wheel", tmp_path / "wheel", root)) == contents(wheel)
+
+
+def test_an_editable_install_serves_the_live_files(tmp_path):
+    files = {name: data for name, data in contents(build("wheel:editable", tmp_path)).items() if ".dist-info/" not in name}
+    (path_file,) = files
+    assert path_file.endswith(".pth")
+    assert files[path_file].decode().strip() == str(ROOT)
+
+
+def test_modules_import_from_the_checkout_without_an_install():
+    code = "import texforce, texforce.rewards; print(*texforce.__path__, texforce.rewards.__file__, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(ROOT), str(ROOT / "rewards.py")]

@@ -1,0 +1,677 @@
+"""The transition against diffusers' scheduler and pipeline, log-probabilities against torch.distributions, and loading."""
+
+import copy
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from texforce import sampler
+from texforce.sampler import Conditioning, Denoiser, Trajectory, ddim_schedule
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
+
+
+class FakeUNet(nn.Module):
+    """Predicts a fixed pattern times the mean of the prompt's embedding, and remembers how it was called."""
+
+    def __init__(self, pattern: Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.pattern = pattern
+        self.batch_sizes: list[int] = []
+
+    def forward(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        assert len(latents) == len(timesteps) == len(embeds)
+        self.batch_sizes.append(len(latents))
+        return (self.gain * embeds.mean(dim=(1, 2))[:, None, None, None] * self.pattern,)
+
+
+class SmallUNet(nn.Module):
+    """One convolution, shifted by the timestep and the prompt: compiles in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        shift = embeds.mean(dim=(1, 2)) + (timesteps / 1000).sin()
+        return (self.convolution(latents).tanh() + shift[:, None, None, None],)
+
+
+def make_scheduler(**options):
+    from diffusers import DDIMScheduler
+
+    options = {
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "beta_schedule": "scaled_linear",
+    } | options
+    return DDIMScheduler(**options)
+
+
+def micro_unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return unet.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """A whole Stable Diffusion pipeline of random weights, small enough for any machine."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    unet = micro_unet()
+    tokenizer = CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(text_config).eval(),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of the small pipeline's folder, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def conditioning(num_samples: int, seed: int = 0) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning(torch.randn(num_samples, 5, 16, generator=generator), torch.randn(1, 5, 16, generator=generator))
+
+
+def micro_denoiser(num_steps: int = 10, eta: float = 1.0, guidance_scale: float = 3.0) -> Denoiser:
+    return Denoiser(
+        micro_unet(), ddim_schedule(make_scheduler(prediction_type="v_prediction"), num_steps, eta), guidance_scale
+    )
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def micro_rollout(denoiser: Denoiser, generator, num_samples: int = 3, keep_null_outputs: bool = False) -> Trajectory:
+    prompt_ids = torch.arange(num_samples * 5).reshape(num_samples, 5)
+    cond = conditioning(num_samples)
+    return sampler.rollout(denoiser.step, denoiser.schedule, prompt_ids, cond, (4, 8, 8), generator, keep_null_outputs)
+
+
+# --- the transition ---
+
+
+@pytest.mark.parametrize("steps_offset", [0, 1])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_step_and_its_log_prob_equal_diffusers_and_torch(prediction_type, eta, set_alpha_to_one, steps_offset):
+    reference = make_scheduler(prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one, steps_offset=steps_offset)
+    schedules = {num_steps: ddim_schedule(reference, num_steps, eta) for num_steps in (10, 50)}
+    # Diffusers in float64: in float32 its own rounding error reaches 6e-5 in the last step of sample prediction.
+    reference.alphas_cumprod = reference.alphas_cumprod.double()
+    reference.final_alpha_cumprod = reference.final_alpha_cumprod.double()
+    torch.manual_seed(0)
+    num_densities = 0
+    for num_steps, schedule in schedules.items():
+        reference.set_timesteps(num_steps)
+        assert torch.equal(schedule.timesteps, reference.timesteps)
+        for k, timestep in enumerate(reference.timesteps.tolist()):
+            latents, noise = torch.randn(2, 3, 4, 2, 2)
+            outputs = torch.randn(4, 2, 2)
+            denoiser = Denoiser(FakeUNet(outputs), schedule, guidance_scale=1.0)
+            cond = Conditioning(torch.ones(3, 1, 1), torch.zeros(1, 1, 1))
+            next_latents, log_probs, null_outputs = denoiser.step(latents, torch.full((3,), k), cond, noise)
+            move = partial(reference.step, outputs.expand(3, -1, -1, -1).double(), timestep, latents.double(), eta=eta)
+            expected = move(variance_noise=noise.double()).prev_sample
+            torch.testing.assert_close(next_latents.double(), expected, rtol=1e-5, atol=1e-5)
+            assert null_outputs is None
+            std = eta * reference._get_variance(timestep, timestep - 1000 // num_steps).sqrt()
+            torch.testing.assert_close(schedule.std[k].double(), std, rtol=1e-5, atol=1e-7)
+            if k in schedule.trainable_steps:
+                num_densities += 1
+                normal = torch.distributions.Normal(move(variance_noise=torch.zeros(())).prev_sample, std)
+                per_image = normal.log_prob(next_latents.double()).mean(dim=(1, 2, 3))
+                torch.testing.assert_close(log_probs.double(), per_image, rtol=1e-5, atol=1e-5)
+    lasts = 2 * (set_alpha_to_one or steps_offset == 0)  # there the last step is deterministic
+    assert num_densities == (60 - lasts if eta else 0)
+
+
+def test_a_step_equals_diffusers_in_float32_too():
+    reference = make_scheduler()
+    torch.manual_seed(0)
+    latents, outputs, noise = torch.randn(3, 2, 4, 2, 2)
+    schedule = ddim_schedule(reference, 50, 1.0)
+    for k, timestep in enumerate(reference.timesteps):
+        expected = reference.step(outputs, timestep, latents, eta=1.0, variance_noise=noise).prev_sample
+        mine = schedule.latents_weight[k] * latents + schedule.output_weight[k] * outputs + schedule.std[k] * noise
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    {"timestep_spacing": "linspace"},
+    {"num_train_timesteps": 700},
+])  # fmt: skip
+def test_other_spacings_equal_diffusers_too(options):
+    reference = make_scheduler(steps_offset=0) if "timestep_spacing" in options else make_scheduler()
+    reference = type(reference).from_config(reference.config, **options)
+    schedule = ddim_schedule(reference, 7, 1.0)
+    torch.manual_seed(0)
+    latents, outputs, noise = torch.randn(3, 2, 4, 2, 2)
+    for k, timestep in enumerate(reference.timesteps):
+        expected = reference.step(outputs, timestep, latents, eta=1.0, variance_noise=noise).prev_sample
+        mine = schedule.latents_weight[k] * latents + schedule.output_weight[k] * outputs + schedule.std[k] * noise
+        assert mine.isfinite().all()
+        if k == 0 and "rescale_betas_zero_snr" in options:
+            continue  # there diffusers takes the root of a rounding error below zero
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_transition_equals_the_equations_by_hand():
+    """arXiv:2010.02502, eq. 12 and 16, for one step from alpha 0.5 to alpha 0.8 with eta 1."""
+    scheduler = make_scheduler(trained_betas=[0.2, 0.375], num_train_timesteps=2, steps_offset=0)
+    schedule = ddim_schedule(scheduler, 2, 1.0)
+    assert schedule.timesteps.tolist() == [1, 0]
+    variance = (0.2 / 0.5) * (1 - 0.5 / 0.8)
+    assert schedule.std[0].item() == pytest.approx(variance**0.5, rel=1e-5)
+    sample_weight = 0.8**0.5  # of the predicted clean sample, (latents - sqrt(0.5) output) / sqrt(0.5)
+    assert schedule.latents_weight[0].item() == pytest.approx(sample_weight / 0.5**0.5, rel=1e-5)
+    output_weight = -sample_weight + (0.2 - variance) ** 0.5
+    assert schedule.output_weight[0].item() == pytest.approx(output_weight, rel=1e-5)
+
+
+def test_log_prob_is_the_mean_of_normal_log_densities():
+    values, mean = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    std = torch.tensor([0.01, 0.1, 1.0, 2.0, 5.0])[:, None, None, None]
+    expected = torch.distributions.Normal(mean, std).log_prob(values).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(sampler.gaussian_log_prob(values, mean, std), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_log_prob_of_half_precision_values_is_computed_in_float32():
+    values, mean = torch.randn(2, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0)).half()
+    std = torch.full((2, 1, 1, 1), 0.02)
+    log_probs = sampler.gaussian_log_prob(values, mean, std)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs, sampler.gaussian_log_prob(values.float(), mean.float(), std), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("options", "eta", "trainable"), [
+    ({"set_alpha_to_one": False, "steps_offset": 1}, 1.0, 5),
+    ({"set_alpha_to_one": True, "steps_offset": 0}, 1.0, 4),
+    ({"set_alpha_to_one": True, "steps_offset": 1}, 0.3, 4),
+    ({"set_alpha_to_one": False, "steps_offset": 0}, 1.0, 4),
+    ({"set_alpha_to_one": False, "steps_offset": 1}, 0.0, 0),
+])  # fmt: skip
+def test_steps_without_density_are_not_trainable(options, eta, trainable):
+    schedule = ddim_schedule(make_scheduler(**options), 5, eta)
+    assert schedule.trainable_steps.tolist() == list(range(trainable))
+    assert (schedule.std[schedule.trainable_steps] > sampler.MIN_STD).all()
+
+
+@pytest.mark.parametrize(("num_steps", "eta", "options", "words"), [
+    (10, -0.1, {}, "eta: .* not -0.1"),
+    (10, 1.5, {}, "eta: .* not 1.5"),
+    (10, float("nan"), {}, "eta: .* not nan"),
+    (0, 1.0, {}, "num_inference_steps: .* 1000, not 0"),
+    (1001, 1.0, {}, "num_inference_steps: .* 1000, not 1001"),
+    (1000, 1.0, {"steps_offset": 1}, "num_inference_steps"),  # the offset leads past the last training timestep
+    (10, 1.0, {"clip_sample": True}, "clip_sample"),
+    (10, 1.0, {"thresholding": True}, "thresholding"),
+    (10, 1.0, {"prediction_type": "flow"}, "prediction_type"),
+])  # fmt: skip
+def test_schedule_refuses_what_it_cannot_do(num_steps, eta, options, words):
+    with pytest.raises(ValueError, match=words):
+        ddim_schedule(make_scheduler(**options), num_steps, eta)
+
+
+# --- guidance ---
+
+
+def test_guidance_is_uncond_plus_scale_times_difference_in_one_call():
+    pattern = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(0))
+    schedule = ddim_schedule(make_scheduler(), 10, 1.0)
+    steps = torch.tensor([0, 4, 9])
+    latents = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    cond = Conditioning(torch.tensor([1.0, 2.0, 3.0])[:, None, None], torch.full((1, 1, 1), 0.5))
+    denoiser = Denoiser(FakeUNet(pattern), schedule, guidance_scale=4.0)
+    mean, null_outputs = denoiser.mean(latents, steps, cond)
+    assert denoiser.unet.batch_sizes == [6]
+    torch.testing.assert_close(null_outputs, 0.5 * pattern.expand(3, -1, -1, -1))
+    for i, step in enumerate(steps):
+        output = (0.5 + 4.0 * (1.0 + i - 0.5)) * pattern
+        expected = schedule.latents_weight[step] * latents[i] + schedule.output_weight[step] * output
+        torch.testing.assert_close(mean[i], expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_guidance_is_off_at_a_scale_of_one_or_less(scale):
+    cond = conditioning(2)
+    latents, steps = torch.randn(2, 4, 2, 2), torch.tensor([3, 3])
+    pattern = torch.randn(4, 2, 2)
+    schedule = ddim_schedule(make_scheduler(), 10, 1.0)
+    denoiser = Denoiser(FakeUNet(pattern), schedule, scale)
+    mean, null_outputs = denoiser.mean(latents, steps, cond)
+    assert not denoiser.guided
+    assert null_outputs is None
+    assert denoiser.unet.batch_sizes == [2]
+    output = cond.prompt_embeds.mean(dim=(1, 2))[:, None, None, None] * pattern
+    torch.testing.assert_close(mean, schedule.latents_weight[3] * latents + schedule.output_weight[3] * output)
+
+
+def test_kept_null_outputs_give_the_same_mean_for_half_the_work():
+    denoiser = micro_denoiser()
+    calls = []
+    denoiser.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    latents, steps, cond = torch.randn(3, 4, 8, 8), torch.tensor([0, 5, 9]), conditioning(3)
+    mean, null_outputs = denoiser.mean(latents, steps, cond)
+    again, kept = denoiser.mean(latents, steps, cond, null_outputs)
+    assert calls == [6, 3]
+    torch.testing.assert_close(again, mean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(kept, null_outputs)
+
+
+def test_conditioning_rows_keep_the_null_prompt():
+    cond = conditioning(4)
+    part = cond[torch.tensor([2, 0])]
+    assert torch.equal(part.prompt_embeds, cond.prompt_embeds[[2, 0]])
+    assert torch.equal(part.null_embeds, cond.null_embeds)
+
+
+def test_gradients_reach_the_embeddings_of_prompt_and_null_prompt():
+    denoiser, cond = micro_denoiser(), conditioning(2)
+    cond = Conditioning(cond.prompt_embeds.requires_grad_(), cond.null_embeds.requires_grad_())
+    denoiser.mean(torch.randn(2, 4, 8, 8), torch.tensor([0, 5]), cond)[0].square().sum().backward()
+    assert cond.prompt_embeds.grad.abs().sum() > 0
+    assert cond.null_embeds.grad.abs().sum() > 0
+
+
+# --- rollouts ---
+
+
+@pytest.mark.parametrize(("eta", "guidance_scale"), [(1.0, 3.0), (0.4, 1.0), (0.0, 3.0)])
+@pytest.mark.parametrize("many_generators", [False, True])
+def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_generators):
+    def generator():
+        return seeded(*range(len(PROMPTS))) if many_generators else seeded(7)[0]
+
+    with torch.no_grad():
+        expected = pipeline(
+            PROMPTS,
+            num_inference_steps=4,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            generator=generator(),
+            output_type="latent",
+        ).images
+        ids = sampler.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
+        embeds = pipeline.text_encoder(ids).last_hidden_state
+        denoiser = Denoiser(pipeline.unet, ddim_schedule(make_scheduler(), 4, eta), guidance_scale)
+        cond = Conditioning(embeds[:-1], embeds[-1:])
+        trajectory = sampler.rollout(denoiser.step, denoiser.schedule, ids[:-1], cond, (4, 8, 8), generator())
+    torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_equals_diffusers_pipeline(pipeline):
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipeline.vae.decode(latents / 0.5).sample
+        expected = pipeline.image_processor.postprocess(expected, output_type="pt")
+    images = sampler.decode(pipeline.vae, latents, batch_size=2)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rollout_returns_what_its_shapes_promise():
+    denoiser = micro_denoiser(num_steps=4)
+    trajectory = micro_rollout(denoiser, seeded(0)[0], keep_null_outputs=True)
+    assert trajectory.prompt_ids.shape == (3, 5)
+    assert trajectory.timesteps.tolist() == [denoiser.schedule.timesteps.tolist()] * 3
+    assert trajectory.latents.shape == (3, 5, 4, 8, 8)
+    assert trajectory.log_probs.shape == (3, 4)
+    assert trajectory.log_probs.dtype == torch.float32
+    assert trajectory.null_outputs.shape == (3, 4, 4, 8, 8)
+    assert not trajectory.latents.requires_grad
+    assert micro_rollout(denoiser, seeded(0)[0]).null_outputs is None
+    unguided = replace(denoiser, guidance_scale=1.0)
+    assert micro_rollout(unguided, seeded(0)[0], keep_null_outputs=True).null_outputs is None
+
+
+def test_same_seed_gives_the_same_bits_and_another_does_not():
+    denoiser = micro_denoiser(num_steps=3)
+    first, second, other = (micro_rollout(denoiser, seeded(seed)[0]) for seed in (5, 5, 6))
+    assert torch.equal(first.latents, second.latents)
+    assert torch.equal(first.log_probs, second.log_probs)
+    assert not torch.equal(first.latents, other.latents)
+
+
+def test_with_a_generator_each_an_image_does_not_depend_on_its_batch():
+    denoiser, cond = micro_denoiser(num_steps=5), conditioning(4)
+    ids = torch.zeros(4, 5, dtype=torch.long)
+
+    def run(rows: list[int]) -> Trajectory:
+        rows_tensor = torch.tensor(rows)
+        return sampler.rollout(
+            denoiser.step, denoiser.schedule, ids[rows_tensor], cond[rows_tensor], (4, 8, 8), seeded(*rows)
+        )
+
+    whole = run([0, 1, 2, 3])
+    for rows in ([2], [3, 1]):
+        part = run(rows)
+        torch.testing.assert_close(part.latents, whole.latents[rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.log_probs, whole.log_probs[rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_null_outputs", [False, True])
+def test_ratio_is_one_when_log_probs_are_recomputed_in_other_batches(keep_null_outputs):
+    denoiser = micro_denoiser(num_steps=10)
+    trajectory = micro_rollout(denoiser, seeded(0)[0], num_samples=6, keep_null_outputs=keep_null_outputs)
+    cond = conditioning(6)
+    pairs = torch.tensor(list(itertools.product(range(6), denoiser.schedule.trainable_steps.tolist())))
+    pairs = pairs[torch.randperm(len(pairs), generator=seeded(1)[0])]
+    worst = 0.0
+    for samples, steps in (chunk.unbind(1) for chunk in pairs.split(7)):
+        null_outputs = trajectory.null_outputs[samples, steps] if keep_null_outputs else None
+        mean, _ = denoiser.mean(trajectory.latents[samples, steps], steps, cond[samples], null_outputs)
+        log_probs = sampler.gaussian_log_prob(trajectory.latents[samples, steps + 1], mean, denoiser.std(steps))
+        ratio = (log_probs - trajectory.log_probs[samples, steps]).exp()
+        worst = max(worst, (ratio - 1).abs().max().item())
+    assert worst <= 1e-6
+
+
+def test_a_compiled_step_equals_the_plain_one():
+    """A small module through inductor: the U-Net of diffusers takes it over 100 s on two cores (see the next test)."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(SmallUNet().requires_grad_(False), ddim_schedule(make_scheduler(), 10, 1.0), 3.0)
+    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
+    with torch.no_grad():
+        plain, fused = denoiser.step(*arguments), sampler.compiled(denoiser, True)(*arguments)
+    for one, other in zip(plain, fused, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_the_step_with_a_real_unet_is_one_graph_without_breaks(monkeypatch):
+    """Traced whole and then run as it is: inductor's code generation is too slow for a test."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    denoiser = micro_denoiser()
+    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
+    with torch.no_grad():
+        plain, fused = denoiser.step(*arguments), sampler.compiled(denoiser, True)(*arguments)
+    for one, other in zip(plain, fused, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_not_compiling_gives_the_plain_method():
+    denoiser = micro_denoiser()
+    assert sampler.compiled(denoiser, False) == denoiser.step
+    assert sampler.compiled(denoiser, None) == denoiser.step  # on the CPU
+
+
+# --- trajectories ---
+
+
+def a_trajectory(num_samples: int = 2, null: bool = True, seed: int = 0) -> Trajectory:
+    torch.manual_seed(seed)
+    return Trajectory(
+        prompt_ids=torch.randint(9, (num_samples, 5)),
+        timesteps=torch.tensor([901, 801, 701]).expand(num_samples, -1),
+        latents=torch.randn(num_samples, 4, 4, 2, 2),
+        log_probs=torch.randn(num_samples, 3),
+        null_outputs=torch.randn(num_samples, 3, 4, 2, 2) if null else None,
+    )
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("prompt_ids", (3, 5)),
+    ("latents", (2, 3, 4, 2, 2)),
+    ("latents", (3, 4, 4, 2, 2)),
+    ("log_probs", (2, 4)),
+    ("log_probs", (2,)),
+    ("null_outputs", (2, 4, 4, 2, 2)),
+    ("null_outputs", (2, 3, 4, 2, 3)),
+])  # fmt: skip
+def test_trajectory_refuses_wrong_shapes_by_name(name, shape):
+    with pytest.raises(ValueError, match=rf"{name}: must have shape .* not {str(shape)[:-1]}".replace("(", r"\(")):
+        replace(a_trajectory(), **{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_concatenate_joins_what_rows_take_apart(null):
+    whole = a_trajectory(5, null)
+    parts = [whole[torch.tensor(rows)] for rows in ([0, 1], [2], [3, 4])]
+    joined = sampler.concatenate(parts)
+    for name in Trajectory.__dataclass_fields__:
+        one, other = getattr(joined, name), getattr(whole, name)
+        assert (one is other is None) or torch.equal(one, other)
+    assert (joined.null_outputs is None) == (not null)
+
+
+# --- tokens and shapes ---
+
+
+def test_tokenize_equals_the_tokenizer_with_its_padding(pipeline):
+    tokenizer = pipeline.tokenizer
+    expected = tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
+    ids = sampler.tokenize(tokenizer, PROMPTS)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, expected)
+
+
+def test_a_prompt_may_fill_the_text_encoder_but_not_exceed_it(pipeline):
+    fits = " ".join(["red"] * 22)  # with start and end, 24
+    assert sampler.tokenize(pipeline.tokenizer, [fits]).shape == (1, 24)
+    with pytest.raises(ValueError, match=r"red red .*25 tokens .* reads 24"):
+        sampler.tokenize(pipeline.tokenizer, ["a red circle", fits + " red"])
+
+
+def test_a_lone_surrogate_is_refused_as_no_text(pipeline):
+    with pytest.raises(ValueError, match="surrogate"):
+        sampler.tokenize(pipeline.tokenizer, ["a red circle", "a \ud800 circle"])
+
+
+def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8,) * vae_levels))
+    config = SimpleNamespace(block_out_channels=(8,) * unet_levels, sample_size=sample_size, in_channels=4)
+    return SimpleNamespace(vae=vae, unet=SimpleNamespace(config=config))
+
+
+@pytest.mark.parametrize(("resolution", "expected"), [(None, 64), (512, 64), (64, 8), (576, 72), (768, 96)])
+def test_latent_shape_of_stable_diffusion(resolution, expected):
+    assert sampler.latent_shape(shapes_of(4, 4), resolution) == (4, expected, expected)
+
+
+@pytest.mark.parametrize("resolution", [0, -64, 1, 32, 513, 520, 96])
+def test_latent_shape_refuses_what_the_models_cannot_divide(resolution):
+    with pytest.raises(ValueError, match=f"resolution: .* multiple of 64 pixels .* not {resolution}"):
+        sampler.latent_shape(shapes_of(4, 4), resolution)
+
+
+# --- loading ---
+
+
+def test_loaded_models_are_the_saved_ones_frozen_and_in_evaluation(saved, pipeline):
+    models = sampler.load_models(str(saved))
+    for part in ("unet", "vae", "text_encoder"):
+        module = getattr(models, part)
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        expected = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    assert models.device.type == "cpu"
+    assert not models.is_tiny
+    assert sampler.latent_shape(models) == (4, 8, 8)
+    assert torch.equal(sampler.tokenize(models.tokenizer, PROMPTS), sampler.tokenize(pipeline.tokenizer, PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model", ""])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(FileNotFoundError, match="model: .*" + name):
+        sampler.load_models(name)
+
+
+def test_a_hub_name_that_cannot_be_had_is_named():
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing'"):
+        sampler.load_models("nobody/nothing")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing of a model")
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        sampler.load_models(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_pipeline_without_one_of_its_parts_is_refused(copied, part):
+    shutil.rmtree(copied / part)
+    with pytest.raises((FileNotFoundError, ValueError), match="model: "):
+        sampler.load_models(str(copied))
+
+
+@pytest.mark.parametrize(("part", "file"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model.safetensors")])
+@pytest.mark.parametrize("damage", ["lacking", "misshapen", "truncated"])
+def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, damage):
+    from safetensors.torch import load_file, save_file
+
+    path = copied / part / file
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        tensors = load_file(path)
+        name = sorted(tensors)[0]
+        tensor = tensors.pop(name)
+        if damage == "misshapen":
+            tensors[name] = tensor.new_zeros(3, 3)
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        (ValueError, FileNotFoundError) if damage == "truncated" else ValueError, match=part if damage == "lacking" else None
+    ):
+        sampler.load_models(str(copied))
+
+
+@pytest.mark.parametrize("change", [
+    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # SDXL
+    {"in_channels": 9},  # inpainting
+    {"cross_attention_dim": 24},  # of another text encoder
+])  # fmt: skip
+def test_a_unet_of_another_kind_of_pipeline_is_refused(copied, pipeline, change):
+    config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")} | change
+    type(pipeline.unet)(**config).save_pretrained(copied / "unet")
+    with pytest.raises(ValueError, match="model: "):
+        sampler.load_models(str(copied))
+
+
+def test_a_scheduler_that_clips_is_refused(copied):
+    path = copied / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
+    models = sampler.load_models(str(copied))
+    with pytest.raises(ValueError, match="clip_sample"):
+        ddim_schedule(models.scheduler, 10, 1.0)
+
+
+def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
+    models = SimpleNamespace(tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder)
+    sizes = []
+    hook = models.text_encoder.register_forward_pre_hook(
+        lambda module, arguments, options: sizes.append(len(options["input_ids"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        embeds, rows = sampler.encode_distinct(models, sampler.tokenize(models.tokenizer, prompts))
+        hook.remove()
+        expected, null_embeds = pipeline.encode_prompt(prompts, "cpu", 1, True)
+        given, _ = sampler.encode_distinct(models, sampler.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16))
+    assert sizes == [4]  # the null prompt and three distinct ones
+    assert embeds.shape == (4, 24, 16)
+    torch.testing.assert_close(embeds[rows], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embeds[:1], null_embeds[:1], rtol=1e-5, atol=1e-5)
+    assert given[0].eq(0).all()
+    torch.testing.assert_close(given[1:], embeds[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline):
+    parts = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "unet", "vae", "scheduler")}
+    models = sampler.Models("small", **parts)
+    denoiser = Denoiser(models.unet, ddim_schedule(make_scheduler(), 3, 1.0), 3.0)
+    whole = sampler.sample_images(models, denoiser, PROMPTS, [5, 6, 7], batch_size=3)
+    assert whole.shape == (3, 3, 16, 16)
+    parted = sampler.sample_images(models, denoiser, PROMPTS[::-1], [7, 6, 5], batch_size=2)
+    torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
+    expected = pipeline(
+        PROMPTS, num_inference_steps=3, eta=1.0, guidance_scale=3.0, generator=seeded(5, 6, 7), output_type="pt"
+    ).images
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
+    assert sampler.sample_images(models, denoiser, PROMPTS[:1], [5], 1, resolution=24).shape == (1, 3, 24, 24)
+
+
+def test_disabled_adapters_give_the_base_model_and_come_back(pipeline):
+    from peft import LoraConfig, get_peft_model
+
+    ids = sampler.tokenize(pipeline.tokenizer, PROMPTS)
+    base = pipeline.text_encoder
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(copy.deepcopy(base), lora)
+    with torch.no_grad():
+        expected, adapted = base(ids).last_hidden_state, tuned(input_ids=ids).last_hidden_state
+        with sampler.adapters_disabled(SimpleNamespace(text_encoder=tuned, unet=pipeline.unet)):
+            disabled = tuned(input_ids=ids).last_hidden_state
+        again = tuned(input_ids=ids).last_hidden_state
+    assert not torch.allclose(adapted, expected)
+    torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again, adapted, rtol=0, atol=0)
