@@ -636,11 +636,14 @@ def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
         embeds, rows = sampler.encode_distinct(models, sampler.tokenize(models.tokenizer, prompts))
         hook.remove()
         expected, null_embeds = pipeline.encode_prompt(prompts, "cpu", 1, True)
-        given, _ = sampler.encode_distinct(models, sampler.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16))
+        given, given_rows = sampler.encode_distinct(
+            models, sampler.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16)
+        )
     assert sizes == [4]  # the null prompt and three distinct ones
     assert embeds.shape == (4, 24, 16)
     torch.testing.assert_close(embeds[rows], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(embeds[:1], null_embeds[:1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(given_rows, rows)
     assert given[0].eq(0).all()
     torch.testing.assert_close(given[1:], embeds[1:], rtol=1e-5, atol=1e-5)
 

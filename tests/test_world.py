@@ -66,6 +66,18 @@ def test_sentences_of_no_tiny_world_are_refused_with_an_example(prompt):
     assert not world.is_world([prompt])
 
 
+@pytest.mark.parametrize(("scene", "common", "rare"), [
+    (Scene("colour", ((5, TRIANGLE),)), "an orange triangle", "an amber wedge"),
+    (LEFT_OF, "a red circle left of a blue square", "a crimson disc left of a navy box"),
+    (PAIR, "a red circle and a blue square", "a crimson disc and a navy box"),
+    (Scene("count", ((GREEN, CROSS),) * 2), "two green crosses", "two emerald pluses"),
+    (Scene("count", ((7, SQUARE),) * 4), "four white squares", "four ivory boxes"),
+])  # fmt: skip
+def test_scenes_are_spelt_in_english(scene, common, rare):
+    assert world.caption(scene, random.Random(0), 0.0) == common
+    assert world.caption(scene, random.Random(0), 1.0) == rare
+
+
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.sampled_from(world.KINDS), st.integers(0, 2**32), st.floats(0, 1))
 def test_parsing_a_caption_gives_its_scene_back(kind, seed, rare_probability):

@@ -324,7 +324,21 @@ def conflicts(scenes: list[world.Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def build_hps(output_dir: Path, seed: int, num_steps: int = 2000, num_surplus_steps: int = 600) -> None:
+@torch.no_grad()
+def calibrate(model: nn.Module, forward: Callable[[], Tensor], num_batches: int = 50) -> None:
+    """Measure batch normalisation's statistics anew, as plain means over some batches."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()
+    for _ in range(num_batches):
+        forward()
+
+
+def build_hps(
+    output_dir: Path, seed: int, num_steps: int = 2000, num_surplus_steps: int = 600, num_fixed_steps: int = 400
+) -> None:
     """A preference scorer: CLIP's loss over right captions with hard negatives, and sharp images above spoiled ones."""
     rng = random.Random(seed)
     config: dict[str, Any] = {
@@ -378,6 +392,15 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2000, num_surplus_st
     rng.seed(seed + 1)
     torch.manual_seed(seed + 1)
     fit(model.parameters(), lambda _: step(True), num_surplus_steps, 1e-3, "hps, surplus")
+    # In training half of each batch is spoiled, so batch normalisation's statistics are wrong for sound images: measure them
+    # anew, and go on with them fixed.
+    model.half().float()
+    rng.seed(seed + 2)
+    calibrate(model, lambda: features(world.render(draw_scenes(128, rng), rng)))
+    model.half().float().eval()
+    rng.seed(seed + 3)
+    torch.manual_seed(seed + 3)
+    fit(model.parameters(), lambda _: step(True), num_fixed_steps, 5e-4, "hps, fixed statistics")
     torch.save({"state_dict": model.half().state_dict()}, output_dir / "hps.pt")
 
 
