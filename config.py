@@ -80,8 +80,8 @@ class TrainConfig:
 _TINY = {
     "num_prompts_per_epoch": 16,
     "num_samples_per_prompt": 8,
-    "num_inference_steps": 10,
-    "guidance_scale": 4.0,
+    "num_inference_steps": 8,
+    "guidance_scale": 3.0,
     "micro_batch_size": 128,
     "sample_batch_size": 128,
     "eval_every": 20,
@@ -106,15 +106,29 @@ _PAPER = {
     "advantages": "per-prompt",
     "ema_decay": 0.0,
 }
-_OURS = {"timestep_fraction": 0.5, "advantages": "leave-one-out", "ema_decay": 0.0, "num_updates_per_epoch": 2}
+_OURS = {"advantages": "leave-one-out", "num_updates_per_epoch": 2}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "default"): _TINY
     | _OURS
-    | {"timestep_window": 0.75, "num_epochs": 100, "learning_rate": 3e-3, "clip_range": 3e-3},
-    ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 100, "num_prompts_per_epoch": 128},
+    | {
+        "timestep_window": 0.75,
+        "timestep_fraction": 1.0,
+        "num_epochs": 120,
+        "learning_rate": 1e-3,
+        "clip_range": 5e-3,
+        "ema_decay": 0.95,
+    },
+    ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 120, "num_prompts_per_epoch": 128},
     ("stable-diffusion", "default"): _SD
     | _OURS
-    | {"timestep_window": 1.0, "num_epochs": 320, "learning_rate": 3e-4, "clip_range": 1e-4},
+    | {
+        "timestep_window": 1.0,
+        "timestep_fraction": 0.5,
+        "num_epochs": 320,
+        "learning_rate": 3e-4,
+        "clip_range": 1e-4,
+        "ema_decay": 0.0,
+    },
     ("stable-diffusion", "paper"): _SD | _PAPER | {"num_epochs": 320, "num_prompts_per_epoch": 64},
 }
 CHOICES = {
