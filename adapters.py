@@ -75,12 +75,12 @@ def _read_config(path: Path) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, layers = raw["r"], raw["lora_alpha"], raw["target_modules"]
         kind = raw["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a peft adapter's configuration: {type(error).__name__} {error}") from error
     # A pattern in target_modules could hang the matching; peft itself writes a plain list of names.
     if kind != "LORA" or not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
         raise ArtifactError(f"{path}: peft_type must be LORA and target_modules a list of layer names")
-    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
         raise ArtifactError(f"{path}: r must be 1 to {MAX_RANK} and lora_alpha a number, not {rank!r} and {alpha!r}")
     unsupported = [
         name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(name)

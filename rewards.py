@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +88,12 @@ def _load_function(spec: str) -> Scorer:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"reward: {name!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[path.stem]
+        raise ValueError(f"reward: {name!r} could not be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"reward: {name!r} has no function {attribute!r}")
     return getattr(module, attribute)
@@ -126,6 +132,8 @@ class HPS:
         self.device = device
         self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        if not checkpoint.is_file():  # before a billion parameters are made
+            raise FileNotFoundError(f"reward: there is no checkpoint {str(checkpoint)!r}")
         self.model: Any
         self.model, self.tokenizer = build_clip(checkpoint.with_suffix(".json"))
         load_state_dict(self.model, checkpoint)
@@ -175,8 +183,8 @@ def load_state_dict(model: nn.Module, checkpoint: Path) -> None:
     try:
         state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict(state_dict, strict=True)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (pickle.UnpicklingError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(f"{checkpoint}: refused as a scorer's checkpoint: {reason[:300]}") from error
 
 

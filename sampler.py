@@ -47,6 +47,7 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         ValueError: it is not a Stable Diffusion 1.x or 2.x pipeline, or tensors are missing from its files.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
     source = str(TINY) if name == "tiny" else name
@@ -59,6 +60,10 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
             part: _load_strictly(cls, source, part, dtype)
             for part, cls in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
         }
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"model: the files of {name!r} are damaged or of another model: {str(error).splitlines()[0]}"
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
@@ -86,10 +91,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion).
     """
     length = tokenizer.model_max_length
-    try:
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
-    except UnicodeEncodeError as error:
-        raise ValueError("prompt: it holds a lone surrogate, which is not text") from error
+    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+        raise ValueError("prompt: it holds a lone surrogate, which is not text")
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
             raise ValueError(
@@ -175,6 +179,8 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
         raise ValueError(f"eta: must be from 0 to 1, not {eta}")
     if not 1 <= num_inference_steps <= config.num_train_timesteps:
         raise ValueError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
+    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
     if config.clip_sample or config.thresholding:
         raise ValueError("model: schedulers with clip_sample or thresholding are not supported")
     scheduler.set_timesteps(num_inference_steps)
