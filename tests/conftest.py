@@ -36,7 +36,7 @@ KNOWN_DEFECTS = (Path(__file__).parent / "known_defects.txt").read_text().splitl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fail on defects not mended yet: each stays as it is, is shown as xfailed, and leaves the list when mended."""
+    """Show tests that fail on defects not mended yet as xfailed; one leaves the list when it is mended."""
     for item in items:
         if any(item.name == name or item.name.startswith(f"{name}[") for name in KNOWN_DEFECTS):
             item.add_marker(pytest.mark.xfail(reason="a known defect, see tests/known_defects.txt", strict=False))
