@@ -25,6 +25,7 @@ PROMPTS = ["a crimson disc", "two blue squares"]
 OPTIONS = {  # learning rates high enough that one epoch is seen in the images
     "model": "tiny", "reward": "jpeg", "num_epochs": 1, "num_prompts_per_epoch": 2, "num_samples_per_prompt": 4,
     "num_updates_per_epoch": 2, "num_inference_steps": 5, "guidance_scale": 3.0, "learning_rate": 0.03, "rank": 4,
+    "timestep_window": 1.0, "timestep_fraction": 1.0, "clip_range": 5e-3, "ema_decay": 0.0,
     "sample_batch_size": 8, "micro_batch_size": 8,
 }  # fmt: skip
 
@@ -284,8 +285,8 @@ def test_a_truncated_file_is_refused(adapter, share):
     ({"target_modules": r".*q_proj"}, "target_modules"),
     ({"target_modules": ["q_proj", 3]}, "target_modules"),
     ({"target_modules": None}, "target_modules"),
-    ({"target_modules": []}, ""),
-    ({"target_modules": ["no_such_layer"]}, ""),
+    ({"target_modules": []}, "adapter"),
+    ({"target_modules": ["no_such_layer"]}, "made for another model"),
     ({"r": 10**9}, "r must be"),
     ({"r": 0}, "r must be"),
     ({"r": -4}, "r must be"),

@@ -78,7 +78,7 @@ class Rig:
 def make_rig(**options) -> Rig:
     options = {
         "model": "tiny", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
-        "timestep_fraction": 1.0, "micro_batch_size": 5, "sample_batch_size": 4, "learning_rate": 1e-3,
+        "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5, "sample_batch_size": 4, "learning_rate": 1e-3,
         "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
@@ -337,6 +337,34 @@ def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
     config = resolve(TrainConfig(model="tiny", timestep_fraction=0.25))
     pairs = texforce.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
     assert torch.bincount(pairs[:, 1]).tolist() == pytest.approx([100] * 4, abs=40)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 1, 2]), (0.5, [0, 1, 2]), (0.01, [0])])
+def test_the_window_holds_the_first_and_noisiest_steps(window, expected):
+    config = resolve(TrainConfig(model="tiny", timestep_window=window, num_inference_steps=5))
+    schedule = sampler.ddim_schedule(sampler.load_models("tiny").scheduler, 5, 1.0)
+    steps = texforce.window(schedule, config)
+    assert steps.tolist() == expected
+    assert schedule.std[steps].min() >= schedule.std[len(steps) :].max() if len(steps) < 5 else True
+
+
+def test_a_step_without_density_is_never_trained_on():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=0)  # its last step has no variance
+    schedule = sampler.ddim_schedule(scheduler, 5, 1.0)
+    config = resolve(TrainConfig(model="tiny", timestep_window=1.0, num_inference_steps=5))
+    assert schedule.std[-1] == 0
+    assert texforce.window(schedule, config).tolist() == [0, 1, 2, 3]
+
+
+def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
+    rig = make_rig(timestep_window=0.4)
+    batch, seen = rig.collect(), []
+    original = texforce.accumulate_gradients
+    monkeypatch.setattr(texforce, "accumulate_gradients", lambda *args: (seen.append(args[3]), original(*args))[1])
+    rig.update(batch)
+    assert set(torch.cat(seen)[:, 1].tolist()) == {0, 1}
 
 
 def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
@@ -888,6 +916,26 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
 
 
 # --- learning ---
+
+
+def test_the_training_reward_rises_on_a_reward_of_ones_own(small_run, tmp_path):
+    """A circle without a colour in the prompt can become bluer.
+
+    Seeds 0, 1 and 2 gain 0.047, 0.061 and 0.096 here; an epoch's mean of 64 images varies by about 0.006.
+    """
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    result = train(
+        small_run, tmp_path / "out", num_epochs=6, num_prompts_per_epoch=1, num_samples_per_prompt=64,
+        num_updates_per_epoch=4, num_inference_steps=4, timestep_window=0.5, guidance_scale=4.0, learning_rate=1e-2,
+        clip_range=5e-2, rank=16, sample_batch_size=64, micro_batch_size=64,
+        reward=reward_file(tmp_path, "    return (images[:, 2] - images[:, 0]).mean(dim=(1, 2))\n"),
+    )  # fmt: skip
+    means = [record["reward_mean"] for record in read_metrics(tmp_path / "out")]
+    assert sum(means[-2:]) / 2 - means[0] > 0.02
+    assert result["num_images"] == 6 * 64
+
+
+# --- other ways to the same gradient ---
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
