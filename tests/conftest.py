@@ -11,21 +11,23 @@ TRAINING_PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of 
 HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]
 
 
-@pytest.fixture
-def small_run(tmp_path):
-    """Options of a training of the tiny model that takes a second: fields of TrainConfig, with `output_dir` unset."""
-    (tmp_path / "prompts.txt").write_text("\n".join(TRAINING_PROMPTS) + "\n")
-    (tmp_path / "heldout.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
+def small_options(folder):
+    """Options of a training of the tiny model that takes a second, with prompt files in the folder; no output_dir.
+
+    Sampling and training use batches of one size throughout, so that the ratio before an update is 1 to the bit.
+    """
+    (folder / "prompts.txt").write_text("\n".join(TRAINING_PROMPTS) + "\n")
+    (folder / "heldout.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
     return {
         "model": "tiny",
         "reward": "jpeg",
-        "prompts": str(tmp_path / "prompts.txt"),
-        "heldout_prompts": str(tmp_path / "heldout.txt"),
+        "prompts": str(folder / "prompts.txt"),
+        "heldout_prompts": str(folder / "heldout.txt"),
         "num_epochs": 1,
         "num_prompts_per_epoch": 2,
         "num_samples_per_prompt": 4,
         "num_updates_per_epoch": 2,
-        "num_inference_steps": 3,
+        "num_inference_steps": 4,
         "guidance_scale": 3.0,
         "timestep_window": 1.0,
         "timestep_fraction": 1.0,
@@ -36,6 +38,17 @@ def small_run(tmp_path):
         "micro_batch_size": 8,
         "rank": 4,
     }
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    return small_options(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory):
+    """The same for fixtures that serve a whole file."""
+    return small_options(tmp_path_factory.mktemp("prompts"))
 
 
 KNOWN_DEFECTS = (Path(__file__).parent / "known_defects.txt").read_text().splitlines()

@@ -78,8 +78,8 @@ class Rig:
 def make_rig(**options) -> Rig:
     options = {
         "model": "tiny", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
-        "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5, "sample_batch_size": 4, "learning_rate": 1e-3,
-        "num_updates_per_epoch": 1, "clip_range": 5e-4,
+        "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5,
+        "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
     policy, denoiser, _ = texforce.prepare(config)
@@ -302,7 +302,7 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps():
         rig = make_rig(**{"micro_batch_size": 4, "num_samples_per_prompt": 4, "num_inference_steps": 2} | options)
         batch = rig.collect()
         with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
-            rig.accumulate(batch, rig.pairs(batch))
+            rig.accumulate(batch, rig.pairs(batch, list(range(rig.config.num_inference_steps))))
         return bytes_kept[0]
 
     small = peak()
@@ -741,7 +741,7 @@ def test_the_seed_of_the_process_is_left_alone(small_run, tmp_path):
 
 def test_the_result_counts_images_and_unet_calls(small_run, tmp_path, monkeypatch):
     result = train(small_run, tmp_path / "out", num_epochs=2, timestep_fraction=1.0)
-    images, steps = 2 * 2 * 4, 3
+    images, steps = 2 * 2 * 4, 4
     assert result["num_images"] == images
     # Two branches of guidance, each image and step once in sampling and once in the update.
     assert result["num_unet_calls"] == 2 * (images * steps) * 2

@@ -1,0 +1,667 @@
+"""The command line: exit codes and messages, what a run leaves behind, and what reaches the terminal."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import texforce
+from texforce import cli, sampler
+from texforce.config import PRESETS, SampleConfig, TrainConfig
+
+ROOT = Path(texforce.__file__).parent
+WEIGHTS = "adapter_model.safetensors"
+NO_GPU = not torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """So that a line of output is a line."""
+    monkeypatch.setattr(cli.progress, "_width", 1000)
+    monkeypatch.setattr(cli.output, "_width", 1000)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
+
+
+def flags(options: dict) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def squash(text: str) -> str:
+    """Text without what a terminal's width decides: white space and frames."""
+    return re.sub(r"[\s│╭╮╰╯─]", "", text)
+
+
+def check_failure(result: Result, code: int, *words: str) -> None:
+    """The exit code, and a message of one line without traceback, as the last one, that holds the words."""
+    assert result.exit_code == code, (result.exit_code, repr(result.exception), result.output)
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    last = result.stderr.rstrip("\n").splitlines()[-1]
+    assert last.startswith("error: ")
+    assert result.stderr.count("error: ") == 1
+    for word in words:
+        assert word in last
+
+
+def train(small_run: dict, *arguments: object, **options: object) -> Result:
+    return run("train", *flags(small_run | options), *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(shared_run, tmp_path_factory) -> tuple[Path, Result]:
+    """A training by the command line, and what it said."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    options = shared_run | {"reward": "hps", "num_epochs": 2, "eval_every": 2, "output_dir": folder, "seed": 11}
+    return folder, run("train", *flags(options))
+
+
+@pytest.fixture
+def adapter(trained) -> Path:
+    return trained[0]
+
+
+# --- help ---
+
+
+def python(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+HELP = """
+import sys
+from texforce.cli import app
+try:
+    app(['--help'])
+except SystemExit as exit:
+    code = exit.code
+"""
+
+
+def test_help_takes_at_most_three_seconds():
+    seconds = []
+    for _ in range(3):  # the first may read files from the disk
+        start = time.perf_counter()
+        result = python(HELP)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+        assert "train" in result.stdout
+        if seconds[-1] <= 3:
+            return
+    pytest.fail(f"took {seconds} s")
+
+
+def test_help_loads_neither_torch_nor_what_builds_on_it():
+    heavy = ("torch", "diffusers", "transformers", "peft", "open_clip", "numpy", "PIL", "matplotlib", "datasets")
+    # A module that is only promised is in sys.modules too, but none of its submodules.
+    result = python(HELP + f"print([m for m in sys.modules if m.partition('.')[0] in {heavy} and '.' in m], code)")
+    assert result.stdout.splitlines()[-1] == "[] 0", result.stdout + result.stderr
+
+
+def test_help_shows_the_commands_that_there_are():
+    result = run("--help")
+    commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
+    assert commands == ["train", "sample"]
+    for absent in ("merge", "eval"):
+        assert run(absent).exit_code == 2
+    assert "2 bad input" in result.stdout
+    assert "143" in result.stdout
+
+
+@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("sample", SampleConfig)])
+def test_help_holds_every_option_with_its_text_and_default(command, config):
+    shown = squash(run(command, "--help").stdout)
+    for item in fields(config):
+        assert f"--{item.name.replace('_', '-')}" in shown
+        assert squash(item.metadata["help"]) in shown
+        assert item.default is not MISSING
+        if item.default is not None:
+            assert squash(f"{item.metadata['help']} (default: {item.default})") in shown
+        elif config is TrainConfig:
+            tiny, large = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+            if tiny is not None:
+                default = f"{tiny}; Stable Diffusion {large}" if large != tiny else tiny
+                assert squash(f"{item.metadata['help']} (default: {default})") in shown
+
+
+# --- bad input ---
+
+BAD_TRAINING = [
+    (["--reward", "beauty"], ["'beauty'", "hps", "hps-v2", "alignment", "jpeg", "incompress", "path/to/file.py:function"]),
+    (["--reward", "absent.py:reward"], ["absent.py"]),
+    (["--prompts", "absent.txt"], ["absent.txt", "composition"]),
+    (["--prompts", "EMPTY"], ["empty.txt", "holds no prompt"]),
+    (["--prompts", "LONG"], ["a red circle and a red circle", "tokens", "24"]),
+    (["--heldout-prompts", "LONG"], ["tokens"]),
+    (["--heldout-prompts", "absent.txt"], ["absent.txt"]),
+    (["--model", "./nowhere"], ["./nowhere"]),
+    (["--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
+    (["--reward", "hps", "--reward-checkpoint", "absent.pt"], ["absent.pt"]),
+    (["--eta", "0"], ["eta", "above 0"]),
+    (["--eta", "1.5"], ["eta"]),
+    (["--timestep-fraction", "0"], ["timestep_fraction"]),
+    (["--timestep-window", "0"], ["timestep_window"]),
+    (["--num-samples-per-prompt", "1"], ["num_samples_per_prompt"]),
+    (["--num-epochs", "0"], ["num_epochs"]),
+    (["--num-inference-steps", "1001"], ["num_inference_steps"]),
+    (["--rank", "0"], ["rank"]),
+    (["--seed", "-1"], ["seed"]),
+    (["--seed", str(2**64)], ["seed"]),
+    (["--resolution", "33"], ["resolution", "33"]),
+    (["--target", "vae"], ["target", "text-encoder, unet, both"]),
+    (["--preset", "best"], ["preset"]),
+    (["--null-prompt", "base", "--target", "unet"], ["null_prompt"]),
+    (["--learning-rate", "nan"], ["learning_rate"]),
+    (["--learning-rate", "inf"], ["learning_rate"]),
+    (["--clip-range", "nan"], ["clip_range"]),
+    (["--guidance-scale", "nan"], ["guidance_scale"]),
+    (["--guidance-scale", "inf"], ["guidance_scale"]),
+    (["--kl-weight", "nan"], ["kl_weight"]),
+    (["--kl-weight", "inf"], ["kl_weight"]),
+    (["--weight-decay", "nan"], ["weight_decay"]),
+    (["--weight-decay", "inf"], ["weight_decay"]),
+    (["--ema-decay", "1"], ["ema_decay"]),
+    (["--ema-decay", "nan"], ["ema_decay"]),
+]
+
+
+def bad_files(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "long.txt").write_text("a red circle\n" + " and ".join(["a red circle"] * 30) + "\n")
+    (tmp_path / "binary.txt").write_bytes(b"a red circle\n\xff\xfe")
+    return {"EMPTY": str(tmp_path / "empty.txt"), "LONG": str(tmp_path / "long.txt")}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_TRAINING, ids=[" ".join(arguments) for arguments, _ in BAD_TRAINING])
+def test_bad_input_to_train_is_named_in_a_line(small_run, tmp_path, arguments, words):
+    files = bad_files(tmp_path)
+    result = train(small_run, *[files.get(text, text) for text in arguments], output_dir=tmp_path / "out")
+    check_failure(result, 2, *words)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
+    bad_files(tmp_path)
+    check_failure(train(small_run, output_dir=tmp_path / "out", prompts=tmp_path / "binary.txt"), 2, "binary.txt", "UTF-8")
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
+    check_failure(train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "mixed_precision", "bf16")
+    result = run("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")
+    check_failure(result, 2, "mixed_precision")
+
+
+def test_an_output_folder_that_is_not_empty_is_left_as_it_is(small_run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("of value")
+    check_failure(train(small_run, output_dir=folder), 2, "output_dir", "mine", "not empty")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert (folder / "thesis.txt").read_text() == "of value"
+
+
+def test_an_output_folder_that_cannot_be_made_is_a_storage_error(small_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    check_failure(train(small_run, output_dir=tmp_path / "file" / "out"), 5, "storage", "file")
+    check_failure(train(small_run, output_dir=tmp_path / "file"), 5, "storage", "file")
+    result = run("sample", "--model", "tiny", "--prompt", "a red circle", "--output-dir", tmp_path / "file" / "images")
+    check_failure(result, 5, "storage", "file")
+
+
+BAD_CONFIGS = {
+    "foreign field": ('{"epochs": 3}', ["epochs"]),
+    "malformed": ('{"num_epochs": 3', ["not JSON"]),
+    "list": ("[1]", ["JSON object"]),
+    "nested": ("[" * 100_000, [""]),
+    "text for a count": ('{"num_epochs": "three"}', ["num_epochs"]),
+    "share of a count": ('{"num_epochs": 1.5}', ["num_epochs"]),
+    "text for a number": ('{"learning_rate": "fast"}', ["learning_rate"]),
+    "nothing for a number": ('{"eta": null}', ["eta"]),
+    "number for a file": ('{"prompts": 5}', ["prompts"]),
+    "text for a switch": ('{"gradient_checkpointing": "no"}', ["gradient_checkpointing"]),
+    "list for a choice": ('{"target": ["unet"]}', ["target"]),
+    "NaN": ('{"eta": NaN}', ["eta"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_bad_config_file_is_named(small_run, tmp_path, name):
+    content, words = BAD_CONFIGS[name]
+    (tmp_path / "config.json").write_text(content)
+    # The file's fields must not be overridden by flags.
+    options = {key: value for key, value in small_run.items() if f'"{key}"' not in content}
+    result = train(options, "--config", tmp_path / "config.json", output_dir=tmp_path / "out")
+    check_failure(result, 2, *words)
+
+
+def test_a_config_file_that_is_not_there_is_named(small_run, tmp_path):
+    check_failure(train(small_run, "--config", "absent.json", output_dir=tmp_path / "out"), 2, "absent.json")
+
+
+# --- failures ---
+
+
+def reward_file(tmp_path: Path, body: str) -> str:
+    path = tmp_path / "my_reward.py"
+    path.write_text(f"import torch\n\ncalls = []\n\ndef reward(images, prompts):\n    calls.append(1)\n{body}\n")
+    return f"{path}:reward"
+
+
+def test_a_reward_that_is_always_nan_ends_with_six(small_run, tmp_path):
+    reward = reward_file(tmp_path, "    return torch.full((len(images),), float('nan'))")
+    check_failure(train(small_run, output_dir=tmp_path / "out", reward=reward), 6, "no finite score")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, call):
+    body = f"    if len(calls) == {call}:\n        raise KeyError('no such colour')\n    return images.mean(dim=(1, 2, 3))"
+    result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
+    check_failure(result, 6, "KeyError", "no such colour")
+
+
+def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
+    content = (sampler.TINY / "hps.pt").read_bytes()
+    (tmp_path / "hps.pt").write_bytes(content[: len(content) // 2])
+    shutil.copy(sampler.TINY / "hps.json", tmp_path)
+    shutil.copytree(sampler.TINY / "tokenizer", tmp_path / "tokenizer")
+    result = train(small_run, output_dir=tmp_path / "out", reward="hps", reward_checkpoint=tmp_path / "hps.pt")
+    check_failure(result, 3, "hps.pt", "refused")
+
+
+def test_a_diverged_training_ends_with_four(small_run, tmp_path, monkeypatch):
+    original = sampler.gaussian_log_prob
+    monkeypatch.setattr(sampler, "gaussian_log_prob", lambda *args: original(*args) * float("nan"))
+    check_failure(train(small_run, output_dir=tmp_path / "out"), 4, "not finite")
+
+
+def test_a_full_disk_ends_with_five(small_run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "adapter_model.safetensors")
+
+    monkeypatch.setattr(texforce.Policy, "save", full)
+    result = train(small_run, output_dir=tmp_path / "out")
+    check_failure(result, 5, "storage", "No space left on device", "adapter_model.safetensors")
+
+
+def test_lack_of_memory_ends_with_five_and_the_option_that_helps(small_run, tmp_path, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(texforce, "update", exhausted)
+    check_failure(train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
+
+
+def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
+    original, epochs = texforce._train_epoch, []
+
+    def train_epoch(*args):
+        epochs.append(1)
+        if len(epochs) == 2:
+            stop()
+        return original(*args)
+
+    monkeypatch.setattr(texforce, "_train_epoch", train_epoch)
+    return train(small_run, output_dir=output_dir, num_epochs=3, eval_every=3)
+
+
+def check_saved(folder: Path) -> None:
+    assert (folder / WEIGHTS).is_file()
+    assert (folder / "adapter_config.json").is_file()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_training_ends_with_130_after_saving_the_adapter(small_run, tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
+    check_failure(result, 130, "interrupted")
+    check_saved(tmp_path / "out")
+
+
+def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run, tmp_path, monkeypatch):
+    def unhandled(*_):
+        raise AssertionError("nothing handles SIGTERM")
+
+    previous = signal.signal(signal.SIGTERM, unhandled)
+    try:
+        result = train_until_second_epoch(
+            small_run, tmp_path / "out", monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    check_failure(result, 143)
+    check_saved(tmp_path / "out")
+
+
+# --- what a training leaves behind ---
+
+
+def strict(text: str) -> dict:
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_training_says_its_model_and_results(trained):
+    folder, result = trained
+    assert result.exit_code == 0, result.output
+    assert "model: tiny (as asked)" in result.stderr
+    assert "epoch 2/2" in result.stderr
+    for words in ("alignment_exact", "base", "tuned", "hps"):
+        assert words in result.stdout
+    assert str(folder) in squash(result.stdout)
+    assert "epoch" not in result.stdout  # progress is no result
+
+
+def test_a_process_of_its_own_trains_to_the_same_bytes(trained, tmp_path):
+    folder, _ = trained
+    command = [sys.executable, "-m", "texforce.cli", "train", "--config", str(folder / "config.json")]
+    command += ["--output-dir", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "alignment_exact" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_training_leaves_an_adapter_figures_and_a_card(trained):
+    folder, _ = trained
+    config = strict((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 4)
+    assert (folder / WEIGHTS).stat().st_size > 10_000
+    for picture in (folder / "curve.png", *(folder / "grids").glob("*.png")):
+        assert Image.open(picture).size > (100, 100)
+    assert [path.name for path in (folder / "grids").iterdir()] == ["epoch_0002.png"]
+    assert not list(folder.rglob("*.tmp"))
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "library_name: peft" in card.split("---")[1]
+    for words in ("| alignment_exact |", "`hps`", "seed 11", "rank 4", "tiny"):
+        assert words in card
+
+
+def test_the_result_has_what_one_needs_to_compare_and_repeat(trained):
+    folder, _ = trained
+    result = strict((folder / "result.json").read_text())
+    assert result["seed"] == 11
+    assert result["model"] == "tiny"
+    assert result["device"] == ("cpu" if NO_GPU else "cuda:0")
+    assert set(result["versions"]) >= {"texforce", "python", "torch", "diffusers", "transformers", "peft"}
+    assert all(isinstance(version, str) for version in result["versions"].values())
+    assert result["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert result["seconds"] > 0
+    assert result["num_images"] == 2 * 2 * 4
+    assert result["num_unet_calls"] == 2 * (2 * 4 * 4) * (2 + 2)
+    assert 0 <= result["max_ratio_deviation"] <= 1e-6
+    assert set(result["heldout"]) >= {"hps", "alignment", "alignment_exact"}
+    for value in result["heldout"].values():
+        assert set(value) == {"base", "tuned"}
+        assert all(isinstance(number, float) for number in value.values())
+    assert 0 <= result["heldout"]["alignment_exact"]["base"] <= 1
+
+
+def test_metrics_are_strict_json_with_a_line_for_each_epoch(trained):
+    folder, _ = trained
+    lines = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["num_images"] for line in lines] == [8, 16]
+    assert lines[0]["num_unet_calls"] < lines[1]["num_unet_calls"]
+    assert ["heldout" in line for line in lines] == [False, True]
+    for line in lines:
+        assert line["images_per_s"] > 0
+        assert 0 <= line["clip_fraction"] <= 1
+        assert 0 < line["sampling_share"] < 1
+
+
+def test_the_saved_config_is_resolved_and_repeats_the_run_to_the_byte(trained, tmp_path):
+    folder, _ = trained
+    config = strict((folder / "config.json").read_text())
+    assert set(config) == {item.name for item in fields(TrainConfig)}
+    nullable = {"reward_checkpoint", "resolution", "compile"}
+    assert {name for name, value in config.items() if value is None} <= nullable
+    result = run("train", "--config", folder / "config.json", "--output-dir", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_flags_override_the_config_file(trained, tmp_path):
+    result = run(
+        "train", "--config", trained[0] / "config.json", "--output-dir", tmp_path / "again", "--seed", 12,
+        "--num-epochs", 1, "--reward", "jpeg",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = strict((tmp_path / "again" / "config.json").read_text())
+    assert (config["seed"], config["num_epochs"], config["reward"], config["rank"]) == (12, 1, "jpeg", 4)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() != (trained[0] / WEIGHTS).read_bytes()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = train(small_run, "--dry-run", output_dir=tmp_path / "out", num_epochs=5)
+    assert result.exit_code == 0, result.output
+    assert sorted(tmp_path.rglob("*")) == before
+    plan = dict(re.findall(r"^│ (.+?) +│ (.+?) +│$", result.stdout, flags=re.MULTILINE))
+    assert plan["model"] == "tiny"
+    assert plan["images in all"] == "40"
+    assert plan["U-Net calls an epoch"] == str(8 * 4 * 4)
+    assert plan["(image, step) pairs an optimizer step"] == "16.0"
+    assert float(plan["weights, MiB"]) > 5
+    assert float(plan["activations of a micro-batch, MiB"]) > 1
+
+
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt):
+    dry = train(small_run, "--dry-run", output_dir=tmp_path / "out", null_prompt=null_prompt)
+    planned = int(re.search(r"U-Net calls an epoch +│ (\d+)", dry.stdout)[1])
+    assert train(small_run, output_dir=tmp_path / "out", null_prompt=null_prompt).exit_code == 0
+    assert strict((tmp_path / "out" / "result.json").read_text())["num_unet_calls"] == planned
+
+
+def test_tensorboard_gets_every_epochs_numbers(small_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(small_run, output_dir=tmp_path / "out", num_epochs=2, report_to="tensorboard")
+    assert result.exit_code == 0, result.output
+    files = list((tmp_path / "out").rglob("events.out.tfevents.*"))
+    assert files
+    events = EventAccumulator(str(files[0].parent)).Reload()
+    metrics = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    seen = [(event.step, event.value) for event in events.Scalars("reward_mean")]
+    assert seen == [(line["epoch"], pytest.approx(line["reward_mean"])) for line in metrics]
+    assert [event.value for event in events.Scalars("heldout/jpeg")] == [pytest.approx(metrics[-1]["heldout"]["jpeg"])]
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_names_what_to_install(small_run, tmp_path, package):
+    pytest.importorskip("accelerate")
+    if shutil.which(package):
+        pytest.skip(f"{package} is installed")
+    check_failure(train(small_run, output_dir=tmp_path / "out", report_to=package), 2, f"pip install {package}")
+
+
+def test_neither_saving_nor_loading_an_adapter_asks_the_hub_about_the_base_model(small_run, tmp_path, monkeypatch):
+    """It does not know the text encoder's part of a pipeline, and a run without network would wait for it."""
+    from peft.utils import save_and_load
+
+    asked = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *args: asked.append(args))
+    assert train(small_run, output_dir=tmp_path / "out").exit_code == 0
+    assert sample("--adapter", tmp_path / "out", "--prompt", "a red circle", "--output-dir", tmp_path).exit_code == 0
+    assert asked == []
+
+
+# --- sample ---
+
+
+def sample(*arguments: object) -> Result:
+    return run("sample", "--model", "tiny", "--num-inference-steps", 2, "--num-images", 2, *arguments)
+
+
+def pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+
+
+def test_sampled_images_carry_their_prompt_and_seed(adapter, tmp_path):
+    result = sample(
+        "--adapter", adapter, "--prompt", "a red circle", "--prompt", "zwei Würfel", "--seed", 7,
+        "--output-dir", tmp_path / "images",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    labels = [Image.open(path).text for path in pictures(tmp_path / "images")]
+    assert [(label["prompt"], label["seed"], label["system"]) for label in labels] == [
+        ("a red circle", "7", "tuned"), ("a red circle", "8", "tuned"),
+        ("zwei Würfel", "9", "tuned"), ("zwei Würfel", "10", "tuned"),
+    ]  # fmt: skip
+    assert {label["num_inference_steps"] for label in labels} == {"2"}
+    assert {label["adapter"] for label in labels} == {str(adapter)}
+    assert all(Image.open(path).size == (32, 32) for path in pictures(tmp_path / "images"))
+    assert len(list((tmp_path / "images").glob("grid_*.png"))) == 1
+
+
+def test_an_image_is_drawn_anew_from_its_prompt_and_seed(adapter, tmp_path):
+    sample("--adapter", adapter, "--prompt", "a red circle", "--seed", 7, "--output-dir", tmp_path / "two")
+    run(
+        "sample", "--adapter", adapter, "--prompt", "a red circle", "--seed", 8, "--num-images", 1,
+        "--num-inference-steps", 2, "--output-dir", tmp_path / "one",
+    )  # fmt: skip
+    two, (one,) = pictures(tmp_path / "two"), pictures(tmp_path / "one")
+    difference = [abs(a - b) for a, b in zip(Image.open(two[1]).tobytes(), Image.open(one).tobytes(), strict=True)]
+    assert max(difference) <= 1  # other batches round otherwise
+    assert Image.open(two[0]).tobytes() != Image.open(two[1]).tobytes()
+
+
+def test_compared_images_start_from_the_same_noise(adapter, tmp_path):
+    for scale in (0, 1, 3):
+        folder = tmp_path / str(scale)
+        result = sample(
+            "--adapter", adapter, "--prompt", "a red circle", "--compare", "--scale", scale, "--output-dir", folder
+        )
+        assert result.exit_code == 0, result.output
+        images = {}
+        for path in pictures(folder):
+            image = Image.open(path)
+            images[image.text["system"], image.text["seed"]] = image.tobytes()
+        assert len(images) == 4
+        for seed in ("0", "1"):
+            assert (images["base", seed] == images["tuned", seed]) == (scale == 0)
+
+
+def test_without_an_adapter_the_base_model_draws(tmp_path):
+    assert sample("--prompt", "a red circle", "--output-dir", tmp_path / "images").exit_code == 0
+    assert {Image.open(path).text["system"] for path in pictures(tmp_path / "images")} == {"base"}
+
+
+def test_a_second_call_overwrites_nothing_of_the_first(adapter, tmp_path):
+    arguments = ["--adapter", adapter, "--prompt", "a red circle", "--compare", "--output-dir", tmp_path / "images"]
+    sample(*arguments)
+    first = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert len(first) == 5
+    assert sample(*arguments, "--seed", 9).exit_code == 0
+    assert len(list((tmp_path / "images").iterdir())) == 10
+    for path, content in first.items():
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "prompt", ["[/b]", "[red]a circle[/red] [link=x]", "\x1b[31ma\x1b]0;title\x07 disc\x9b2J", ":smile:"]
+)
+def test_a_prompt_cannot_drive_the_terminal(adapter, tmp_path, prompt):
+    result = sample("--adapter", adapter, "--prompt", prompt, "--output-dir", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    assert not set(result.output) & {"\x1b", "\x07", "\x9b"}
+    assert {Image.open(path).text["prompt"] for path in pictures(tmp_path / "images")} == {prompt}
+    result = sample("--prompt", f"{prompt} {'and a red circle ' * 30}", "--output-dir", tmp_path / "images")
+    check_failure(result, 2, "tokens")
+    assert not set(result.output) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
+    prompts = ["[/b] a circle", "\x1b[2Ja red circle\x9b2J"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "heldout.txt").write_text("\n".join(prompts[::-1]), encoding="utf-8")
+    drop = "    if len(calls) == 2:\n        scores[::4] = float('nan')\n"
+    body = f"    scores = images.mean(dim=(1, 2, 3))\n{drop}    return scores"
+    result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
+    assert result.exit_code == 0, result.output
+    assert "[/b] a circle" in result.stderr  # named as dropped
+    assert not set(result.output) & {"\x1b", "\x9b"}
+    metrics = strict((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert {dropped["prompt"] for dropped in metrics["dropped"]} == set(prompts)
+
+
+BAD_SAMPLING = [
+    ([], ["--prompt"]),
+    (["--prompt", "a red circle", "--adapter", "absent"], ["absent", "adapter_config.json"]),
+    (["--prompt", "a red circle", "--num-images", "0"], ["num_images"]),
+    (["--prompt", "a red circle", "--batch-size", "0"], ["batch_size"]),
+    (["--prompt", "a red circle", "--num-inference-steps", "0"], ["num_inference_steps"]),
+    (["--prompt", "a red circle", "--seed", "-1"], ["seed"]),
+    (["--prompt", "a red circle", "--seed", str(2**64)], ["seed"]),
+    (["--prompt", "a red circle", "--eta", "2"], ["eta"]),
+    (["--prompt", "a red circle", "--eta", "nan"], ["eta"]),
+    (["--prompt", "a red circle", "--scale", "nan"], ["scale"]),
+    (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),
+    (["--prompt", "a red circle", "--guidance-scale", "nan"], ["guidance_scale"]),
+    (["--prompt", "a red circle", "--resolution", "33"], ["resolution"]),
+    (["--prompt", "a red circle", "--null-prompt", "none"], ["null_prompt"]),
+    (["--prompt", "and a red circle " * 30], ["tokens", "24"]),
+    (["--prompts", "absent.txt"], ["absent.txt"]),
+    (["--prompts", "EMPTY"], ["empty.txt"]),
+    (["--prompts", "LONG"], ["tokens"]),
+    (["--prompt", "a red circle", "--model", "./nowhere"], ["./nowhere"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), BAD_SAMPLING, ids=[" ".join(arguments)[:40] or "nothing" for arguments, _ in BAD_SAMPLING]
+)
+def test_bad_input_to_sample_is_named_in_a_line(tmp_path, arguments, words):
+    files = bad_files(tmp_path)
+    arguments = [files.get(text, text) for text in arguments]
+    model = [] if "--model" in arguments else ["--model", "tiny"]
+    check_failure(run("sample", *model, *arguments, "--output-dir", tmp_path / "images"), 2, *words)
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_scale_that_is_no_number_is_refused_with_an_adapter_too(adapter, tmp_path):
+    for scale in ("nan", "inf", "-inf"):
+        arguments = ["--adapter", adapter, "--prompt", "a red circle", "--scale", scale]
+        check_failure(sample(*arguments, "--output-dir", tmp_path / "images"), 2, "scale")
+
+
+def test_a_damaged_adapter_ends_with_three(adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "damaged"))
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    check_failure(sample("--adapter", folder, "--prompt", "a red circle", "--output-dir", tmp_path / "images"), 3, WEIGHTS)
+
+
+@pytest.mark.parametrize("content", ['{"num_inference_steps": "ten"}', '{"model": 5}', '{"guidance_scale": []}', "{", "[]"])
+def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, content):
+    folder = Path(shutil.copytree(adapter, tmp_path / "damaged"))
+    (folder / "config.json").write_text(content)
+    result = run("sample", "--adapter", folder, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
+    check_failure(result, 3 if result.exit_code == 3 else 2, "config.json")
+
+
+def test_the_adapters_run_decides_what_is_not_given(adapter, tmp_path):
+    result = run("sample", "--adapter", adapter, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    label = Image.open(pictures(tmp_path / "images")[0]).text
+    assert (label["model"], label["num_inference_steps"], label["guidance_scale"]) == ("tiny", "4", "3.0")
