@@ -54,6 +54,10 @@ class TrainConfig:
     timestep_fraction: float = _option(None, "share of those steps that is trained on, drawn anew for each image")
     resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = _option(None, "of AdamW")
+    lr_scheduler: str = _option("constant", "course of the learning rate after its warm-up: constant, linear or cosine (to 0)")
+    lr_warmup_steps: int = _option(
+        None, "optimizer steps over which the learning rate rises: Adam's first steps are long and mostly noise"
+    )
     weight_decay: float = _option(1e-4, "of AdamW")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     clip_range: float = _option(None, "PPO's clip range of the ratio")
@@ -96,6 +100,7 @@ _SD = {
     "eval_every": 10,
 }
 _PAPER = {
+    "lr_warmup_steps": 0,
     "num_samples_per_prompt": 1,
     "num_updates_per_epoch": 2,
     "num_inference_steps": 50,
@@ -115,6 +120,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "timestep_fraction": 1.0,
         "num_epochs": 120,
         "learning_rate": 1e-3,
+        "lr_warmup_steps": 10,
         "clip_range": 5e-3,
         "ema_decay": 0.95,
     },
@@ -126,6 +132,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "timestep_fraction": 0.5,
         "num_epochs": 320,
         "learning_rate": 3e-4,
+        "lr_warmup_steps": 0,
         "clip_range": 1e-4,
         "ema_decay": 0.0,
     },
@@ -133,6 +140,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }
 CHOICES = {
     "preset": ("default", "paper"),
+    "lr_scheduler": ("constant", "linear", "cosine"),
     "target": ("text-encoder", "unet", "both"),
     "advantages": ("leave-one-out", "per-prompt"),
     "null_prompt": ("adapted", "base"),
@@ -194,7 +202,7 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
             rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
             raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
-        elif item.name in ("weight_decay", "kl_weight", "seed", "guidance_scale") and not value >= 0:
+        elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "seed", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")

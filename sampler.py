@@ -67,12 +67,26 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
+    _check_kind(name, **parts)
     for part in parts.values():
         part.requires_grad_(False).eval().to(device)
     if torch.device(device).type == "cuda":
         parts["unet"].to(memory_format=torch.channels_last)
         parts["vae"].to(memory_format=torch.channels_last)
     return Models(name, tokenizer, scheduler=scheduler, **parts)
+
+
+def _check_kind(name: str, text_encoder: Any, unet: Any, vae: Any) -> None:
+    """Refuse what Stable Diffusion 1.x and 2.x are not: SDXL, inpainting, parts of different models."""
+    width, channels = text_encoder.config.hidden_size, vae.config.latent_channels
+    if unet.config.addition_embed_type is not None:
+        raise ValueError(f"model: the U-Net of {name!r} wants {unet.config.addition_embed_type} conditioning, as SDXL's does")
+    if unet.config.in_channels != channels:
+        raise ValueError(f"model: the U-Net of {name!r} takes {unet.config.in_channels} channels, its VAE makes {channels}")
+    if unet.config.cross_attention_dim != width:
+        raise ValueError(
+            f"model: the U-Net of {name!r} takes embeddings of {unet.config.cross_attention_dim}, its text encoder makes {width}"
+        )
 
 
 def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
@@ -185,6 +199,11 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
         raise ValueError("model: schedulers with clip_sample or thresholding are not supported")
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.long().cpu()
+    if timesteps.max() >= config.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps: {num_inference_steps} steps with the scheduler's steps_offset of {config.steps_offset} lead "
+            f"past its {config.num_train_timesteps} training timesteps; take fewer"
+        )
     previous = timesteps - config.num_train_timesteps // num_inference_steps
     alphas = scheduler.alphas_cumprod.double().cpu()
     alpha = alphas[timesteps]

@@ -242,12 +242,16 @@ class UpdateStatistics:
 
 
 class Learner:
-    """Optimizer, loss scaling for fp16, and the running average of the adapter."""
+    """Optimizer with its learning rate schedule, loss scaling for fp16, and the running average of the adapter."""
 
     def __init__(self, parameters: list[nn.Parameter], config: TrainConfig) -> None:
+        from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        num_updates = config.num_epochs * config.num_updates_per_epoch
+        self.lr_scheduler = get_scheduler(name, self.optimizer, config.lr_warmup_steps, num_updates)
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
@@ -263,6 +267,7 @@ class Learner:
             raise DivergedError("the gradient is not finite; lower --learning-rate")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.lr_scheduler.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(parameters)
@@ -392,7 +397,7 @@ def update(
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
     shares = torch.randperm(len(batch.advantages), generator=generator).chunk(config.num_updates_per_epoch)
-    tolerance = 1e-6 if config.mixed_precision == "no" else config.clip_range / 10
+    tolerance = max(1e-6, config.clip_range / 1000) if config.mixed_precision == "no" else config.clip_range / 10
     for share in shares:
         mine = pairs[torch.isin(pairs[:, 0], share)]
         if len(mine) == 0:
@@ -478,6 +483,11 @@ def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scor
 def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+    if len(window(schedule, config)) == 0:
+        raise ValueError(
+            f"eta, timestep_window: none of the first {config.timestep_window:.0%} of the {config.num_inference_steps} steps is "
+            f"random enough at eta {config.eta} to have a density to train on; raise one of them"
+        )
     models = add_lora(models, config)
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()

@@ -242,12 +242,12 @@ def _label_components(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    images: Tensor, min_area: int = 8, max_colour_distance: float = 0.35, min_overlap: float = 0.6
+    images: Tensor, min_area: int = 8, max_area: int = 300, max_colour_distance: float = 0.35, min_overlap: float = 0.6
 ) -> list[list[Detection]]:
     """Find the shapes in images (N, 3, H, W) in [0, 1]; other sizes are resized to 32 x 32.
 
     A region that stands out from the ground is one shape. Its colour is the nearest of the palette, its shape the one
-    whose drawing at the same place with the same area overlaps it most.
+    whose drawing at the same place with the same area overlaps it most; what covers more than max_area pixels has none.
     """
     images = images.detach().float().cpu().clamp(0, 1)
     if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
@@ -275,6 +275,7 @@ def detect(
         torch.stack([(cover.sum(dim=1) * axis).sum(dim=1), (cover.sum(dim=2) * axis).sum(dim=1)], dim=1) / area[:, None]
     )
     overlaps = torch.stack([_overlap(cover, shape, centres, area) for shape in range(len(SHAPES))], dim=1)
+    overlaps[area > max_area] = 0
     for i, colour, distance, shape, overlap, centre in zip(
         index.tolist(),
         colour_distances.argmin(dim=1).tolist(),

@@ -279,23 +279,30 @@ def mutate(scene: world.Scene, rng: random.Random) -> world.Scene:
     return world.Scene(scene.kind, (changed,) * len(objects))
 
 
+def per_image(num_images: int) -> Tensor:
+    """A number in [0, 1) for each image, (N, 1, 1, 1)."""
+    return torch.rand(num_images, 1, 1, 1)
+
+
 def degrade(images: Tensor) -> Tensor:
-    """Spoil images (N, 3, 32, 32): blurred, noisy, mixed with another, or partly wiped out, one of these each."""
+    """Spoil images (N, 3, 32, 32): blurred, noisy (faintly or strongly), mixed with another, or partly wiped out, one each."""
+    num_images = len(images)
     blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4, mode="bilinear")
-    noisy = images + 0.25 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
-    mixed = images.lerp(images.roll(1, dims=0), 0.2 + 0.3 * torch.rand(len(images), 1, 1, 1))
-    edges = 4 + 24 * torch.rand(len(images), 1, 1, 1)
+    noisy = images + 0.01 * 25 ** per_image(num_images) * torch.randn_like(images)
+    mixed = images.lerp(images.roll(1, dims=0), 0.2 + 0.3 * per_image(num_images))
+    edges = 4 + 24 * per_image(num_images)
     wiped = torch.where(torch.arange(32.0) < edges, images, world.BACKGROUND[:, None, None])
-    wiped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, wiped, wiped.flip(-1))
-    flawed = torch.stack([blurred, noisy, mixed, images.lerp(wiped, 0.9)])
-    return flawed[torch.randint(4, (len(images),)), torch.arange(len(images))].clamp(0, 1)
+    wiped = torch.where(per_image(num_images) < 0.5, wiped, wiped.flip(-1))
+    flawed = torch.stack([blurred, noisy, noisy, mixed, images.lerp(wiped, 0.9)])
+    return flawed[torch.randint(len(flawed), (num_images,)), torch.arange(num_images)].clamp(0, 1)
 
 
-def soften(images: Tensor, rng: random.Random) -> Tensor:
-    """Blur and disturb images a little, all of them alike: no generated image is as clean as a drawn one."""
+def soften(images: Tensor) -> Tensor:
+    """Blur and disturb images a little, each differently: no generated image is as clean as a drawn one."""
+    num_images = len(images)
     blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
-    images = images.lerp(blurred, 0.5 * rng.random())
-    return (images + 0.04 * rng.random() * torch.randn_like(images)).clamp(0, 1)
+    images = images.lerp(blurred, 0.5 * per_image(num_images))
+    return (images + 0.03 * per_image(num_images) ** 2 * torch.randn_like(images)).clamp(0, 1)
 
 
 def surplus(scene: world.Scene, rng: random.Random) -> world.Scene:
@@ -336,10 +343,8 @@ def calibrate(model: nn.Module, forward: Callable[[], Tensor], num_batches: int 
         forward()
 
 
-def build_hps(
-    output_dir: Path, seed: int, num_steps: int = 2000, num_surplus_steps: int = 600, num_fixed_steps: int = 400
-) -> None:
-    """A preference scorer: CLIP's loss over right captions with hard negatives, and sharp images above spoiled ones."""
+def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_steps: int = 1000) -> None:
+    """A preference scorer: CLIP's loss over right captions with hard negatives, and sound images above flawed ones."""
     rng = random.Random(seed)
     config: dict[str, Any] = {
         "embed_dim": 96,
@@ -360,17 +365,16 @@ def build_hps(
         pixels = rewards.normalise(rewards.pad_to_square(images, config["vision_cfg"]["image_size"]))
         return model.encode_image(pixels, normalize=True)
 
-    def step(with_surplus: bool) -> Step:
+    def step(_: int) -> Step:
         scenes = draw_scenes(48, rng)
         scenes += [mutate(scene, rng) for scene in scenes]
         captions = [world.caption(scene, rng, rare_probability=0.5) for scene in scenes]
-        images = soften(world.render(scenes, rng), rng)
-        worse = torch.randperm(len(images))[:48]
-        flawed = degrade(images[worse])
-        if with_surplus:
-            crowded = [i for i, scene in enumerate(scenes) if len(scene.objects) < 4][:48]
-            worse = torch.cat([worse[:24], torch.tensor(crowded)])
-            flawed = torch.cat([flawed[:24], soften(world.render([surplus(scenes[i], rng) for i in crowded], rng), rng)])
+        images = soften(world.render(scenes, rng))
+        spoiled = torch.randperm(len(images))[:28]
+        crowded = [i for i, scene in enumerate(scenes) if len(scene.objects) < 4][:20]
+        surpluses = soften(world.render([surplus(scenes[i], rng) for i in crowded], rng))
+        flawed = torch.cat([degrade(images[spoiled]), surpluses])
+        worse = torch.cat([spoiled, torch.tensor(crowded)])
         image_features = features(torch.cat([images, flawed]))
         text_features = model.encode_text(tokenizer(captions), normalize=True)
         scale = model.logit_scale.clamp(max=4.0).exp()
@@ -386,21 +390,12 @@ def build_hps(
             "better": (margin > 0).float().mean().item(),
         }
 
-    fit(model.parameters(), lambda _: step(False), num_steps, 2e-3, "hps")
-    # Objects too many are rare among its mistakes so far, and what a policy soon learns to exploit.
-    model.half().float()  # as if read back from the file
-    rng.seed(seed + 1)
-    torch.manual_seed(seed + 1)
-    fit(model.parameters(), lambda _: step(True), num_surplus_steps, 1e-3, "hps, surplus")
-    # In training half of each batch is spoiled, so batch normalisation's statistics are wrong for sound images: measure them
-    # anew, and go on with them fixed.
-    model.half().float()
-    rng.seed(seed + 2)
-    calibrate(model, lambda: features(world.render(draw_scenes(128, rng), rng)))
-    model.half().float().eval()
-    rng.seed(seed + 3)
-    torch.manual_seed(seed + 3)
-    fit(model.parameters(), lambda _: step(True), num_fixed_steps, 5e-4, "hps, fixed statistics")
+    fit(model.parameters(), step, num_steps, 2e-3, "hps")
+    # In training a third of each batch is flawed, so batch normalisation's statistics are wrong for sound images: measure
+    # them anew, and go on with them fixed, as the scorer is used.
+    calibrate(model, lambda: features(soften(world.render(draw_scenes(128, rng), rng))))
+    model.eval()
+    fit(model.parameters(), step, num_fixed_steps, 5e-4, "hps, fixed statistics")
     torch.save({"state_dict": model.half().state_dict()}, output_dir / "hps.pt")
 
 
