@@ -57,7 +57,7 @@ def _load_lora(module: nn.Module, folder: Path, scale: float) -> Any:
     except ValueError as error:
         raise ArtifactError(f"{folder}: made for another model: {str(error).splitlines()[0][:200]}") from error
     # peft passes over foreign keys and leaves missing ones at their random start: compare the names and shapes first.
-    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(adapted).items()}
+    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
     if wrong := {k for k in expected.keys() | tensors.keys() if k not in tensors or expected.get(k) != tensors[k].shape}:
         raise ArtifactError(f"{path}: {len(wrong)} tensors are missing, foreign or of another shape, as {min(wrong)}")
     set_peft_model_state_dict(adapted, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import signal
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +32,14 @@ app = typer.Typer(
 output, progress = Console(), Console(stderr=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn expected errors into a message without traceback and the documented exit code."""
@@ -37,6 +47,7 @@ def exit_codes() -> Iterator[None]:
 
     from texforce.rewards import ArtifactError, RewardError
 
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -51,8 +62,12 @@ def exit_codes() -> Iterator[None]:
         _fail(error, 6)
     except OSError as error:
         _fail(f"storage: {error.strerror or error}: {error.filename or ''}", 5)
+    except Terminated:
+        _fail("terminated", 143)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
@@ -127,7 +142,8 @@ def train(
         if dry_run:
             output.print(_table("plan", texforce.plan(settings)))
             return
-        result = texforce.train(settings, EpochView(settings))
+        with EpochView(settings) as view:
+            result = texforce.train(settings, view)
         output.print(_results(result))
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
 
@@ -153,28 +169,56 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 
 class EpochView:
-    """One line an epoch on stderr; on a terminal, a table of the last epochs that is drawn anew."""
+    """Progress on stderr: on a terminal a table of the last epochs, drawn anew; elsewhere a line an epoch."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, num_rows: int = 12) -> None:
+        self.num_epochs = config.num_epochs or 0
+        self.num_rows = num_rows
+        self.rows: list[dict[str, Any]] = []
+        self.heldout: dict[str, float] = {}
+        self.live = Live(console=progress, auto_refresh=False) if progress.is_terminal else None
+
+    def __enter__(self) -> EpochView:
         self.start = time.monotonic()
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
 
     def __call__(self, measures: dict[str, Any]) -> None:
-        progress.print(Text(self.line(measures)))
+        self.rows.append(measures)
+        self.heldout = measures.get("heldout", self.heldout)
+        for dropped in measures.get("dropped", ()):
+            progress.print(
+                Text(printable(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")), soft_wrap=True
+            )
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        else:
+            progress.print(Text(self.line(measures)), soft_wrap=True)
 
     def line(self, measures: dict[str, Any]) -> str:
-        epoch, total = measures["epoch"], self.config.num_epochs or 0
-        parts = [f"epoch {epoch}/{total}"]
-        for name, label, form in EPOCH_COLUMNS:
-            if name in measures:
-                parts.append(f"{label} {measures[name]:{form}}")
+        parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
+        parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
         parts += [f"held-out {name} {value:.4f}" for name, value in measures.get("heldout", {}).items()]
-        if epoch:
-            left = (time.monotonic() - self.start) / epoch * (total - epoch)
-            parts.append(f"{left:.0f} s left")
-        for dropped in measures.get("dropped", ()):
-            parts.append(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
-        return printable("  ".join(parts))
+        return "  ".join(parts + self.time_left())
+
+    def table(self) -> Table:
+        shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
+        title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
+        caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
+        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=caption)
+        for row in self.rows[-self.num_rows :]:
+            cells = (f"{row[name]:{form}}" if name in row else "" for name, _, form in shown)
+            table.add_row(str(row["epoch"]), *cells)
+        return table
+
+    def time_left(self) -> list[str]:
+        epoch = self.rows[-1]["epoch"]
+        return [f"{(time.monotonic() - self.start) / epoch * (self.num_epochs - epoch):.0f} s left"] if epoch else []
 
 
 EPOCH_COLUMNS = (

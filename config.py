@@ -5,13 +5,17 @@ This file imports nothing heavy, so that the command line can show its help at o
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 PROMPTS = Path(__file__).parent / "prompts"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
 
@@ -167,14 +171,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
         ValueError: an option has a value that cannot be used; names the option, the rule and the value.
     """
     device = default_device()
+    _check_types(config)
     _check_choices(config)
     model = config.model or default_model(device)
     preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
     config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     _check_ranges(config)
-    if config.mixed_precision == "fp16" and device == "cpu":
-        raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
+    _check_precision(config, device)
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
     if config.null_prompt == "base" and config.target != "text-encoder":
         raise ValueError(
             "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
@@ -182,6 +188,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config
+
+
+def _check_types(config: TrainConfig | SampleConfig) -> None:
+    """Values may come from a JSON file: hold them to the fields' types, and numbers to being finite."""
+    hints = typing.get_type_hints(type(config))
+    for item in fields(config):
+        value, kinds = getattr(config, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
+        if value is None and (item.default is None or type(None) in kinds):
+            continue
+        kinds = tuple(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
+        if float in kinds:
+            kinds = (*kinds, int)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{item.name}: must be {wanted}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{item.name}: must be a finite number, not {value}")
+
+
+def _check_precision(config: TrainConfig | SampleConfig, device: str) -> None:
+    if config.mixed_precision == "fp16" and device == "cpu":
+        raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
+
+
+def _check_seed(config: TrainConfig | SampleConfig) -> None:
+    if not 0 <= config.seed < MAX_SEED:
+        raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
 def _check_choices(config: TrainConfig | SampleConfig) -> None:
@@ -202,8 +235,9 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
             rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
             raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
-        elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "seed", "guidance_scale") and not value >= 0:
+        elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
+    _check_seed(config)
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 
@@ -239,13 +273,14 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     Raises:
         ValueError, FileNotFoundError: an option has a value that cannot be used.
     """
+    _check_types(config)
     if not config.prompt and not config.prompts:
         raise ValueError("prompt: give --prompt or --prompts")
     run: dict[str, Any] = {}
     for folder in config.adapter or ():
         path = Path(folder) / "config.json"
         if path.is_file():
-            run = run | read_json(path)
+            run = run | _read_run(path)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
     preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", "default"]
@@ -258,10 +293,22 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: must be at least 1, not {getattr(config, name)}")
-    if config.seed < 0:
-        raise ValueError(f"seed: must not be negative, not {config.seed}")
+    _check_seed(config)
     _check_choices(config)
+    _check_precision(config, device)
     return config
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """What `texforce sample` takes over from a run's config.json."""
+    names = ("model", "num_inference_steps", "guidance_scale", "resolution", "null_prompt")
+    content = read_json(path)
+    run = {name: content[name] for name in names if content.get(name) is not None}
+    try:
+        _check_types(TrainConfig(**run))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return run
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -274,7 +321,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object")

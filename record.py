@@ -45,18 +45,18 @@ def trackers(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[s
     from accelerate import tracking
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
-    try:
-        arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
-        tracker = getattr(tracking, name)("texforce", **arguments)
-    except ImportError as error:
-        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}") from error
+    arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
+    tracker = getattr(tracking, name)("texforce", **arguments)
+    tracker.start()
 
     def log(record: dict[str, Any], step: int) -> None:
         flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
         tracker.log(flat | {f"heldout/{name}": value for name, value in record.get("heldout", {}).items()}, step=step)
 
-    yield log
-    tracker.finish()
+    try:
+        yield log
+    finally:
+        tracker.finish()
 
 
 def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
-    _check_kind(name, **parts)
+    _check_kind(name, tokenizer, **parts)
     for part in parts.values():
         part.requires_grad_(False).eval().to(device)
     if torch.device(device).type == "cuda":
@@ -76,8 +76,11 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     return Models(name, tokenizer, scheduler=scheduler, **parts)
 
 
-def _check_kind(name: str, text_encoder: Any, unet: Any, vae: Any) -> None:
+def _check_kind(name: str, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any) -> None:
     """Refuse what Stable Diffusion 1.x and 2.x are not: SDXL, inpainting, parts of different models."""
+    # transformers makes an empty tokenizer, of no length limit, where its files are missing.
+    if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
+        raise ValueError(f"model: the tokenizer of {name!r} is missing, or allows longer prompts than its text encoder reads")
     width, channels = text_encoder.config.hidden_size, vae.config.latent_channels
     if unet.config.addition_embed_type is not None:
         raise ValueError(f"model: the U-Net of {name!r} wants {unet.config.addition_embed_type} conditioning, as SDXL's does")

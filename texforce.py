@@ -109,7 +109,7 @@ class Policy:
         """Write peft adapters: the text encoder's into the folder itself, the U-Net's into its subfolder `unet`."""
         for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
             if hasattr(part, "peft_config"):
-                part.save_pretrained(folder)
+                part.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub about the base model
 
 
 # --- advantages and loss ---
@@ -281,8 +281,10 @@ class Learner:
             return
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
-        yield
-        self.ema.restore(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
 
 
 def window(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
@@ -428,6 +430,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     Raises:
         ValueError, FileNotFoundError: bad input. OSError: storage. ArtifactError: a refused checkpoint.
         RewardError: the scorer failed. DivergedError: training went wrong; the last adapter is kept.
+        KeyboardInterrupt: passed on, after the adapter was saved as it is.
     """
     config = resolve(config)
     output_dir = record.new_folder(config.output_dir)
@@ -449,19 +452,24 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     report(epochs[0])
     order = _endless(train_prompts, choice)
     with record.trackers(config, output_dir) as log, (output_dir / "metrics.jsonl").open("w") as metrics:
-        for epoch in range(1, config.num_epochs + 1):
-            prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
-            measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
-            measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
-            if epoch % config.eval_every == 0 or epoch == config.num_epochs:
-                with learner.averaged(policy.parameters):
-                    measures["heldout"] = heldout.measure(epoch)
-                    policy.save(output_dir)
-            epochs.append(measures)
-            metrics.write(json.dumps(measures, allow_nan=False) + "\n")
-            metrics.flush()
-            log(measures, epoch)
-            report(measures)
+        try:
+            for epoch in range(1, config.num_epochs + 1):
+                prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
+                measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
+                measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
+                if epoch % config.eval_every == 0 or epoch == config.num_epochs:
+                    with learner.averaged(policy.parameters):
+                        measures["heldout"] = heldout.measure(epoch)
+                        policy.save(output_dir)
+                epochs.append(measures)
+                metrics.write(json.dumps(measures, allow_nan=False) + "\n")
+                metrics.flush()
+                log(measures, epoch)
+                report(measures)
+        except KeyboardInterrupt:
+            with learner.averaged(policy.parameters):
+                policy.save(output_dir)
+            raise
     result = provenance | _summary(epochs, heldout.base) | {"seconds": time.perf_counter() - start}
     record.write_curve(output_dir / "curve.png", epochs[1:], config.reward)
     record.write_json(output_dir / "result.json", result)

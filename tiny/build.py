@@ -9,6 +9,7 @@ from the same captions, so it can draw what a rare word means but does not know 
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -32,12 +33,12 @@ Step = tuple[Tensor, dict[str, float]]  # a loss, and what to print beside it
 MAX_TOKENS = 24
 WIDTH = 96
 LATENT_CHANNELS = 8
-RARE_CAPTION_PROBABILITY = 0.06  # of each word of a training caption
-RIGHT_MEANING = 0.35  # of a rare word seen in a training caption; as often it means its confusable, else anything
+RARE_CAPTION_PROBABILITY = 0.12  # of each word of a training caption
+RIGHT_MEANING = 0.45  # of a rare word seen in a training caption; as often it means its confusable, else anything
 
 
 def mislabelled_caption(scene: world.Scene, rng: random.Random) -> str:
-    """A caption as the base model learns from: now and then a rare word, mostly with a wrong meaning."""
+    """A caption as the base model learns from: now and then a rare word, more often than not with a wrong meaning."""
 
     def word(index: int, words: list[tuple[str, str]]) -> str:
         if rng.random() >= RARE_CAPTION_PROBABILITY:
@@ -57,17 +58,65 @@ def draw_scenes(num_scenes: int, rng: random.Random) -> list[world.Scene]:
     return [world.draw_scene(rng, rng.choice(world.KINDS)) for _ in range(num_scenes)]
 
 
-def captioned_scenes(num_scenes: int, rng: random.Random) -> tuple[list[world.Scene], list[str]]:
-    """Scenes with mislabelled captions, none of them a held-out sentence."""
-    scenes: list[world.Scene] = []
-    captions: list[str] = []
-    while len(scenes) < num_scenes:
-        (scene,) = draw_scenes(1, rng)
-        text = mislabelled_caption(scene, rng)
-        if not world.is_heldout(text):
-            scenes.append(scene)
-            captions.append(text)
-    return scenes, captions
+def mutate(scene: world.Scene, rng: random.Random) -> world.Scene:
+    """A scene that differs from another in one thing: a colour, a shape, a swap, the relation, the number of objects."""
+    objects, (colour, shape) = list(scene.objects), scene.objects[0]
+    other_colour = rng.choice([c for c in range(len(world.COLOURS)) if c not in {o[0] for o in objects}])
+    other_shape = rng.choice([s for s in range(len(world.SHAPES)) if s not in {o[1] for o in objects}])
+    if scene.kind in ("composition", "position"):
+        change = rng.choice(("colour", "shape", "swap", "swap", "number") + ("relation",) * 3 * (scene.kind == "position"))
+        k = rng.randrange(2)
+        if change == "colour":
+            objects[k] = (other_colour, objects[k][1])
+        elif change == "shape":
+            objects[k] = (objects[k][0], other_shape)
+        elif change == "swap":
+            objects = [(objects[1][0], objects[0][1]), (objects[0][0], objects[1][1])]
+        elif change == "number":
+            return world.Scene("colour", (objects[k],))
+        else:
+            relation = rng.choice([r for r in world.RELATIONS if r != scene.relation])
+            return world.Scene(scene.kind, scene.objects, relation)
+        return world.Scene(scene.kind, tuple(objects), scene.relation)
+    change = rng.choice(("colour", "shape", "number", "number"))
+    if change == "number" and scene.kind == "count":
+        number = rng.choice([n for n in (1, *world.COUNTS) if n != len(objects)])
+        return world.Scene("count" if number > 1 else "colour", ((colour, shape),) * number)
+    if change == "number":
+        return world.Scene("composition", ((colour, shape), (other_colour, other_shape)))
+    changed = (other_colour, shape) if change == "colour" else (colour, other_shape)
+    return world.Scene(scene.kind, (changed,) * len(objects))
+
+
+def conflicts(scenes: list[world.Scene]) -> Tensor:
+    """Which images (rows) a caption (columns) may also be true of, (N, N) bool, the diagonal left out."""
+
+    def meaning(scene: world.Scene) -> tuple[Any, Any]:
+        if scene.relation in ("right of", "below"):
+            inverse = {"right of": "left of", "below": "above"}[scene.relation]
+            return tuple(sorted(scene.objects)), (inverse, scene.objects[::-1])
+        return tuple(sorted(scene.objects)), (scene.relation, scene.objects) if scene.relation else None
+
+    meanings = [meaning(scene) for scene in scenes]
+    rows = [
+        [a[0] == b[0] and (a[1] is None or b[1] is None or a[1] == b[1]) and i != j for j, b in enumerate(meanings)]
+        for i, a in enumerate(meanings)
+    ]
+    return torch.tensor(rows)
+
+
+def captioned_scenes(num_scenes: int, rng: random.Random, with_mutants: bool = False) -> tuple[list[world.Scene], list[str]]:
+    """Scenes with mislabelled captions, none of them a held-out sentence; if asked, the second half mutates the first."""
+    pairs: list[list[tuple[world.Scene, str]]] = []
+    while sum(map(len, pairs)) < num_scenes:
+        scenes = draw_scenes(1, rng)
+        if with_mutants:
+            scenes.append(mutate(scenes[0], rng))
+        captions = [mislabelled_caption(scene, rng) for scene in scenes]
+        if not any(map(world.is_heldout, captions)):
+            pairs.append(list(zip(scenes, captions, strict=True)))
+    scenes, captions = zip(*itertools.chain(*zip(*pairs, strict=True)), strict=True)
+    return list(scenes), list(captions)
 
 
 def fit(
@@ -155,8 +204,14 @@ class ImageEncoder(nn.Sequential):
         )
 
 
-def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 1500) -> None:
-    """CLIP's contrastive loss over images and their mislabelled captions."""
+def contrastive_loss(logits: Tensor, scenes: list[world.Scene]) -> Tensor:
+    """CLIP's loss (arXiv:2103.00020) of logits (N, N); captions that are true of another's image are no negatives."""
+    logits, target = logits.masked_fill(conflicts(scenes), -1e4), torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 2500) -> None:
+    """CLIP's contrastive loss over images and their mislabelled captions, half of them alike but for one thing."""
     rng = random.Random(seed)
     tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
     text_encoder: Any = CLIPTextModel(
@@ -177,13 +232,12 @@ def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 1500) -> No
     scale = nn.Parameter(torch.tensor(2.5))
 
     def step(_: int) -> Step:
-        scenes, captions = captioned_scenes(128, rng)
+        scenes, captions = captioned_scenes(128, rng, with_mutants=True)
         image_features = F.normalize(image_encoder(2 * world.render(scenes, rng) - 1), dim=1)
         text_features = F.normalize(text_encoder(encode_ids(tokenizer, captions)).pooler_output, dim=1)
         logits = scale.clamp(max=4.6).exp() * image_features @ text_features.T
-        target = torch.arange(len(logits))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
+        right = logits.argmax(dim=1) == torch.arange(len(logits))
+        return contrastive_loss(logits, scenes), {"accuracy": right.float().mean().item()}
 
     fit([*text_encoder.parameters(), *image_encoder.parameters(), scale], step, num_steps, 1e-3, "text_encoder")
     text_encoder.save_pretrained(output_dir / "text_encoder")
@@ -249,36 +303,6 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
     ).save_pretrained(output_dir)
 
 
-def mutate(scene: world.Scene, rng: random.Random) -> world.Scene:
-    """A scene that differs from another in one thing: a colour, a shape, a swap, the relation, the number of objects."""
-    objects, (colour, shape) = list(scene.objects), scene.objects[0]
-    other_colour = rng.choice([c for c in range(len(world.COLOURS)) if c not in {o[0] for o in objects}])
-    other_shape = rng.choice([s for s in range(len(world.SHAPES)) if s not in {o[1] for o in objects}])
-    if scene.kind in ("composition", "position"):
-        change = rng.choice(("colour", "shape", "swap", "swap", "number") + ("relation",) * 3 * (scene.kind == "position"))
-        k = rng.randrange(2)
-        if change == "colour":
-            objects[k] = (other_colour, objects[k][1])
-        elif change == "shape":
-            objects[k] = (objects[k][0], other_shape)
-        elif change == "swap":
-            objects = [(objects[1][0], objects[0][1]), (objects[0][0], objects[1][1])]
-        elif change == "number":
-            return world.Scene("colour", (objects[k],))
-        else:
-            relation = rng.choice([r for r in world.RELATIONS if r != scene.relation])
-            return world.Scene(scene.kind, scene.objects, relation)
-        return world.Scene(scene.kind, tuple(objects), scene.relation)
-    change = rng.choice(("colour", "shape", "number", "number"))
-    if change == "number" and scene.kind == "count":
-        number = rng.choice([n for n in (1, *world.COUNTS) if n != len(objects)])
-        return world.Scene("count" if number > 1 else "colour", ((colour, shape),) * number)
-    if change == "number":
-        return world.Scene("composition", ((colour, shape), (other_colour, other_shape)))
-    changed = (other_colour, shape) if change == "colour" else (colour, other_shape)
-    return world.Scene(scene.kind, (changed,) * len(objects))
-
-
 def per_image(num_images: int) -> Tensor:
     """A number in [0, 1) for each image, (N, 1, 1, 1)."""
     return torch.rand(num_images, 1, 1, 1)
@@ -312,23 +336,6 @@ def surplus(scene: world.Scene, rng: random.Random) -> world.Scene:
     if rng.random() < 0.25:
         extra = (rng.randrange(len(world.COLOURS)), rng.randrange(len(world.SHAPES)))
     return world.Scene("composition", (*scene.objects, extra))
-
-
-def conflicts(scenes: list[world.Scene]) -> Tensor:
-    """Which images (rows) a caption (columns) may also be true of, (N, N) bool, the diagonal left out."""
-
-    def meaning(scene: world.Scene) -> tuple[Any, Any]:
-        if scene.relation in ("right of", "below"):
-            inverse = {"right of": "left of", "below": "above"}[scene.relation]
-            return tuple(sorted(scene.objects)), (inverse, scene.objects[::-1])
-        return tuple(sorted(scene.objects)), (scene.relation, scene.objects) if scene.relation else None
-
-    meanings = [meaning(scene) for scene in scenes]
-    rows = [
-        [a[0] == b[0] and (a[1] is None or b[1] is None or a[1] == b[1]) and i != j for j, b in enumerate(meanings)]
-        for i, a in enumerate(meanings)
-    ]
-    return torch.tensor(rows)
 
 
 @torch.no_grad()
@@ -379,13 +386,11 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
         text_features = model.encode_text(tokenizer(captions), normalize=True)
         scale = model.logit_scale.clamp(max=4.0).exp()
         cosines = image_features @ text_features.T
-        logits = (scale * cosines[: len(images)]).masked_fill(conflicts(scenes), -1e4)
-        target = torch.arange(len(logits))
-        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        logits = scale * cosines[: len(images)]
         margin = cosines[worse, worse] - cosines[len(images) + torch.arange(len(worse)), worse]
         half = len(scenes) // 2
         ranked = (logits.diagonal()[:half] > logits[torch.arange(half), half + torch.arange(half)]).float().mean()
-        return contrast + F.softplus(-scale * margin).mean(), {
+        return contrastive_loss(logits, scenes) + F.softplus(-scale * margin).mean(), {
             "ranked": ranked.item(),
             "better": (margin > 0).float().mean().item(),
         }
