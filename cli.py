@@ -193,7 +193,8 @@ class EpochView:
         self.heldout = measures.get("heldout", self.heldout)
         for dropped in measures.get("dropped", ()):
             progress.print(
-                Text(printable(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")), soft_wrap=True
+                Text(printable(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")),
+                soft_wrap=True,
             )
         if self.live:
             self.live.update(self.table(), refresh=True)

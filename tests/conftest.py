@@ -1,7 +1,6 @@
 """No test may reach the network: the hub's client is told so before it is imported."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -29,6 +28,7 @@ def small_options(folder):
         "num_updates_per_epoch": 2,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
+        "critic": "none",
         "timestep_window": 1.0,
         "timestep_fraction": 1.0,
         "learning_rate": 1e-3,
@@ -49,13 +49,3 @@ def small_run(tmp_path):
 def shared_run(tmp_path_factory):
     """The same for fixtures that serve a whole file."""
     return small_options(tmp_path_factory.mktemp("prompts"))
-
-
-KNOWN_DEFECTS = (Path(__file__).parent / "known_defects.txt").read_text().splitlines()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Show tests that fail on defects not mended yet as xfailed; one leaves the list when it is mended."""
-    for item in items:
-        if any(item.name == name or item.name.startswith(f"{name}[") for name in KNOWN_DEFECTS):
-            item.add_marker(pytest.mark.xfail(reason="a known defect, see tests/known_defects.txt", strict=False))
