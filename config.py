@@ -58,9 +58,7 @@ class TrainConfig:
     timestep_fraction: float = _option(None, "share of those steps that is trained on, drawn anew for each image")
     resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = _option(None, "of AdamW")
-    lr_scheduler: str = _option(
-        "constant", "course of the learning rate after its warm-up: constant, linear or cosine (to 0)"
-    )
+    lr_scheduler: str = _option("constant", "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
     lr_warmup_steps: int = _option(
         None, "optimizer steps over which the learning rate rises: Adam's first steps are long and mostly noise"
     )
@@ -68,10 +66,6 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     clip_range: float = _option(None, "PPO's clip range of the ratio")
     advantages: str = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
-    critic: str = _option(
-        None, "predicted-clean scores the clean images that the U-Net foresees at each step, to credit steps; or none"
-    )
-    gae_lambda: float = _option(0.0, "of the critic: 1 is an unbiased baseline, 0 credits a step by what it changed at once")
     advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
     kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
     null_prompt: str = _option(
@@ -110,7 +104,6 @@ _SD = {
     "eval_every": 10,
 }
 _PAPER = {
-    "critic": "none",
     "lr_warmup_steps": 0,
     "num_samples_per_prompt": 1,
     "num_updates_per_epoch": 2,
@@ -134,7 +127,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "lr_warmup_steps": 10,
         "clip_range": 5e-3,
         "ema_decay": 0.95,
-        "critic": "predicted-clean",
     },
     ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 120, "num_prompts_per_epoch": 128},
     ("stable-diffusion", "default"): _SD
@@ -143,7 +135,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "timestep_window": 1.0,
         "timestep_fraction": 0.5,
         "num_epochs": 320,
-        "critic": "none",
         "learning_rate": 3e-4,
         "lr_warmup_steps": 0,
         "clip_range": 1e-4,
@@ -154,7 +145,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 CHOICES = {
     "preset": ("default", "paper"),
     "lr_scheduler": ("constant", "linear", "cosine"),
-    "critic": ("none", "predicted-clean"),
     "target": ("text-encoder", "unet", "both"),
     "advantages": ("leave-one-out", "per-prompt"),
     "null_prompt": ("adapted", "base"),
@@ -195,8 +185,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise ValueError(
             "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
         )
-    if config.critic != "none" and config.advantages != "leave-one-out":
-        raise ValueError(f"critic: {config.critic} needs leave-one-out advantages, not {config.advantages}")
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config
@@ -250,8 +238,6 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     _check_seed(config)
-    if not 0 <= config.gae_lambda <= 1:
-        raise ValueError(f"gae_lambda: must be from 0 to 1, not {config.gae_lambda}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 

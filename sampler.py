@@ -81,19 +81,16 @@ def _check_kind(name: str, tokenizer: Any, text_encoder: Any, unet: Any, vae: An
     # transformers makes an empty tokenizer, of no length limit, where its files are missing.
     if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
         raise ValueError(
-            f"model: the tokenizer of {name!r} is missing, or allows longer prompts than its text encoder reads"
+            f"model: the tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
         )
     width, channels = text_encoder.config.hidden_size, vae.config.latent_channels
+    taken = unet.config.cross_attention_dim
     if unet.config.addition_embed_type is not None:
-        raise ValueError(
-            f"model: the U-Net of {name!r} wants {unet.config.addition_embed_type} conditioning, as SDXL's does"
-        )
+        raise ValueError(f"model: the U-Net of {name!r} wants {unet.config.addition_embed_type} conditioning, as SDXL does")
     if unet.config.in_channels != channels:
         raise ValueError(f"model: the U-Net of {name!r} takes {unet.config.in_channels} channels, its VAE makes {channels}")
-    if unet.config.cross_attention_dim != width:
-        raise ValueError(
-            f"model: the U-Net of {name!r} takes embeddings of {unet.config.cross_attention_dim}, its text encoder makes {width}"
-        )
+    if taken != width:
+        raise ValueError(f"model: the U-Net of {name!r} takes embeddings of {taken}, its text encoder makes {width}")
 
 
 def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
@@ -169,16 +166,13 @@ class Conditioning:
 class Schedule:
     """T steps of DDIM (arXiv:2010.02502 eq. 12 and 16) as Gaussian transitions, affine in what the U-Net says.
 
-    next_latents ~ Normal(latents_weight * latents + output_weight * model_output, std), and the clean sample that the U-Net
-    predicts is clean_latents_weight * latents + clean_output_weight * model_output; every tensor (T,).
+    next_latents ~ Normal(latents_weight * latents + output_weight * model_output, std); every tensor (T,).
     """
 
     timesteps: Tensor  # int64, descending
     latents_weight: Tensor
     output_weight: Tensor
     std: Tensor
-    clean_latents_weight: Tensor
-    clean_output_weight: Tensor
 
     @property
     def trainable_steps(self) -> Tensor:
@@ -186,12 +180,9 @@ class Schedule:
         return torch.nonzero(self.std > MIN_STD).flatten()
 
     def to(self, device: torch.device) -> Schedule:
-        return Schedule(*(getattr(self, item.name).to(device) for item in fields(self)))
-
-    def predicted_clean(self, latents: Tensor, mean: Tensor, step: int) -> Tensor:
-        """The clean latents that the U-Net predicted when it gave this mean for latents (N, C, H, W) at a step."""
-        output = (mean - self.latents_weight[step] * latents) / self.output_weight[step]
-        return self.clean_latents_weight[step] * latents + self.clean_output_weight[step] * output
+        return Schedule(
+            *(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std"))
+        )
 
 
 def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Schedule:
@@ -214,7 +205,7 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
     timesteps = scheduler.timesteps.long().cpu()
     if timesteps.max() >= config.num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps: {num_inference_steps} steps with the scheduler's steps_offset of {config.steps_offset} lead "
+            f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} steps lead "
             f"past its {config.num_train_timesteps} training timesteps; take fewer"
         )
     previous = timesteps - config.num_train_timesteps // num_inference_steps
@@ -234,8 +225,7 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
     to_sample, to_noise = next_alpha.sqrt(), (1 - next_alpha - std.square()).clamp(min=0).sqrt()
     latents_weight = to_sample * sample[0] + to_noise * noise[0]
     output_weight = to_sample * sample[1] + to_noise * noise[1]
-    weights = (latents_weight, output_weight, std, sample[0], sample[1])
-    return Schedule(timesteps, *(weight.float() for weight in weights))
+    return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
 
 
 def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -331,7 +321,6 @@ class Trajectory:
     latents: Tensor  # (N, T+1, C, H, W), initial noise first
     log_probs: Tensor  # (N, T) float32, under the sampling policy
     null_outputs: Tensor | None = None  # (N, T, C, H, W), kept only if the null prompt is not trained
-    predicted_clean: Tensor | None = None  # (N, T, C, H, W): clean latents foreseen at each step, kept only for a critic
 
     def __post_init__(self) -> None:
         num_samples, num_steps = self.timesteps.shape
@@ -340,16 +329,17 @@ class Trajectory:
             "latents": (num_samples, num_steps + 1, *self.latents.shape[2:]),
             "log_probs": (num_samples, num_steps),
         }
-        for name in ("null_outputs", "predicted_clean"):
-            if getattr(self, name) is not None:
-                shapes[name] = (num_samples, num_steps, *self.latents.shape[2:])
+        if self.null_outputs is not None:
+            shapes["null_outputs"] = (num_samples, num_steps, *self.latents.shape[2:])
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
 
     def __getitem__(self, rows: Tensor) -> Trajectory:
-        parts = (getattr(self, item.name) for item in fields(self))
-        return Trajectory(*(None if part is None else part[rows] for part in parts))
+        null_outputs = None if self.null_outputs is None else self.null_outputs[rows]
+        return Trajectory(
+            self.prompt_ids[rows], self.timesteps[rows], self.latents[rows], self.log_probs[rows], null_outputs
+        )
 
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
@@ -385,7 +375,6 @@ def rollout(
     shape: tuple[int, int, int],
     generator: torch.Generator | list[torch.Generator],
     keep_null_outputs: bool = False,
-    keep_predicted_clean: bool = False,
 ) -> Trajectory:
     """Denoise N prompts from noise with a denoiser's (maybe compiled) step; one generator, or one a sample.
 
@@ -395,13 +384,11 @@ def rollout(
 
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     latents = [randn_tensor((num_samples, *shape), generator=generator, device=device)]
-    log_probs, null_outputs, predicted_clean = [], [], []
+    log_probs, null_outputs = [], []
     for k in range(len(schedule.timesteps)):
         noise = randn_tensor((num_samples, *shape), generator=generator, device=device)
         steps = torch.full((num_samples,), k, device=device)
         next_latents, log_prob, null_output = step(latents[-1], steps, conditioning, noise)
-        if keep_predicted_clean:
-            predicted_clean.append(schedule.predicted_clean(latents[-1], next_latents - schedule.std[k] * noise, k))
         latents.append(next_latents)
         log_probs.append(log_prob)
         null_outputs.append(null_output)
@@ -411,7 +398,6 @@ def rollout(
         latents=torch.stack(latents, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
         null_outputs=torch.stack(null_outputs, dim=1) if keep_null_outputs and null_outputs[0] is not None else None,
-        predicted_clean=torch.stack(predicted_clean, dim=1) if keep_predicted_clean else None,
     )
 
 

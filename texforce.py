@@ -155,25 +155,6 @@ class PromptStatistics:
         return advantages
 
 
-def critic_advantages(advantages: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (arXiv:1506.02438 eq. 16, no discount) of N images over S steps: (N, S).
-
-    Args:
-        advantages: (N,) of the finished images, each over its group's others.
-        values: (N, S+1), what a critic foresaw before each step and after the last, likewise over its group's others. They
-            are scaled to the least-squares prediction of the advantages, step by step. Lambda 1 makes them a baseline,
-            which leaves the gradient unbiased; less trusts them more and the steps to come less.
-    """
-    slopes = (advantages[:, None] * values).sum(dim=0) / values.square().sum(dim=0).clamp(min=1e-12)
-    values = slopes * values
-    deltas = torch.cat([values[:, 1:], advantages[:, None]], dim=1) - values  # (N, S+1); the last step stands for the rest
-    estimate, estimates = torch.zeros_like(advantages), []
-    for delta in reversed(deltas.unbind(dim=1)):
-        estimate = delta + gae_lambda * estimate
-        estimates.append(estimate)
-    return torch.stack(estimates[:0:-1], dim=1)
-
-
 def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Clipped surrogate (arXiv:1707.06347 eq. 7), to minimise; all inputs (N,)."""
     ratio = (log_probs - old_log_probs).exp()
@@ -189,7 +170,7 @@ class Batch:
     """One epoch's images, as the update needs them: N trajectories, their advantages, and what was measured."""
 
     trajectory: sampler.Trajectory
-    advantages: Tensor  # (N, T) float32, 0 where nothing is to be learned
+    advantages: Tensor  # (N,) float32, 0 where nothing is to be learned
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
 
 
@@ -208,35 +189,23 @@ def collect(
         RewardError: the scorer failed, or gave no finite score at all.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
-    trajectories, scores, foreseen = [], [], []
+    trajectories, scores = [], []
     step = sampler.compiled(denoiser, config.compile)
     shape = sampler.latent_shape(policy.models, config.resolution)
-    criticised = criticised_steps(denoiser.schedule, config)
     for chunk in _chunks(repeated, config.sample_batch_size):
         prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)
         keep = config.null_prompt == "base"
-        trajectory = sampler.rollout(
-            step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep, bool(criticised)
-        )
+        trajectory = sampler.rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep)
         images = sampler.decode(policy.models.vae, trajectory.latents[:, -1])
-        scores.append(rewards.score(scorer, images, chunk))
-        if trajectory.predicted_clean is not None:
-            latents = trajectory.predicted_clean[:, criticised]
-            images = sampler.decode(policy.models.vae, latents.flatten(0, 1))
-            prompts_of_images = [prompt for prompt in chunk for _ in criticised]
-            foreseen.append(rewards.score(scorer, images, prompts_of_images).reshape(len(chunk), -1))
-            trajectory = replace(trajectory, predicted_clean=None)
         trajectories.append(trajectory)
+        scores.append(rewards.score(scorer, images, chunk))
     values = torch.cat(scores)
     values = values.where(values.isfinite(), torch.nan)
     if values.isnan().all():
         raise rewards.RewardError("reward: the scorer gave no finite score for any image of an epoch")
     advantages = normalised_advantages(values, repeated, config, statistics)
-    advantages = advantages[:, None].repeat(1, len(denoiser.schedule.timesteps))
-    if foreseen:
-        advantages[:, criticised[:-1]] = with_critic(advantages[:, 0], torch.cat(foreseen), config)
     return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values)
 
 
@@ -250,24 +219,6 @@ def normalised_advantages(
         advantages = leave_one_out(values.reshape(-1, config.num_samples_per_prompt)).flatten()
         advantages = advantages / (advantages[values.isfinite()].std(correction=0) + 1e-8)
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)
-
-
-def criticised_steps(schedule: sampler.Schedule, config: TrainConfig) -> list[int]:
-    """The steps whose predicted clean images a critic scores: those that are trained on, and the one after; none without."""
-    if config.critic == "none":
-        return []
-    steps = window(schedule, config).tolist()
-    return list(range(min(steps[-1] + 2, len(schedule.timesteps))))
-
-
-def with_critic(advantages: Tensor, foreseen: Tensor, config: TrainConfig) -> Tensor:
-    """Advantages (N, S) in standard deviations, of advantages (N,) and the scores (N, S+1) of predicted clean images."""
-    groups = foreseen.reshape(-1, config.num_samples_per_prompt, foreseen.shape[1])
-    values = torch.stack([leave_one_out(scores).flatten() for scores in groups.unbind(dim=2)], dim=1)
-    estimates = critic_advantages(advantages, values, config.gae_lambda)
-    estimates = torch.where((advantages != 0)[:, None], estimates, 0)  # a dropped image teaches nothing
-    estimates = estimates / (estimates.std(correction=0) + 1e-8)
-    return estimates.clamp(-config.advantage_clip, config.advantage_clip)
 
 
 @dataclass
@@ -353,7 +304,7 @@ def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator
     """
     num_steps = max(1, round(config.timestep_fraction * len(steps)))
     order = torch.rand(len(advantages), len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
-    wanted = torch.nonzero((advantages != 0).any(dim=1).cpu() | (config.kl_weight > 0)).flatten()
+    wanted = torch.nonzero((advantages != 0).cpu() | (config.kl_weight > 0)).flatten()
     return torch.stack([wanted.repeat_interleave(num_steps), steps.cpu()[order[wanted]].flatten()], dim=1)
 
 
@@ -414,7 +365,7 @@ def _pair_losses(
     std = denoiser.std(steps)
     mean, _ = denoiser.mean(latents, steps, sampler.Conditioning(embeds[rows], embeds[:1]), null_outputs)
     log_probs = sampler.gaussian_log_prob(next_latents, mean, std)
-    loss = ppo_loss(log_probs, old_log_probs, batch.advantages[samples, steps], config.clip_range)
+    loss = ppo_loss(log_probs, old_log_probs, batch.advantages[samples], config.clip_range)
     calls = len(pairs) * (2 if denoiser.guided and null_outputs is None else 1)
     if base_embeds is not None:
         with policy.base(), torch.no_grad():
@@ -542,8 +493,8 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
     if len(window(schedule, config)) == 0:
         raise ValueError(
-            f"eta, timestep_window: none of the first {config.timestep_window:.0%} of the {config.num_inference_steps} steps is "
-            f"random enough at eta {config.eta} to have a density to train on; raise one of them"
+            f"eta, timestep_window: none of the first {config.timestep_window:.0%} of the {config.num_inference_steps} steps "
+            f"is random enough at eta {config.eta} to have a density to train on; raise one of them"
         )
     models = add_lora(models, config)
     if config.gradient_checkpointing:

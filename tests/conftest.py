@@ -28,7 +28,7 @@ def small_options(folder):
         "num_updates_per_epoch": 2,
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
-        "critic": "none",
+        "lr_warmup_steps": 0,
         "timestep_window": 1.0,
         "timestep_fraction": 1.0,
         "learning_rate": 1e-3,

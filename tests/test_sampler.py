@@ -192,22 +192,6 @@ def test_every_step_and_its_log_prob_equal_diffusers_and_torch(prediction_type, 
     assert num_densities == (60 - lasts if eta else 0)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_clean_latents_foreseen_at_each_step_equal_diffusers(prediction_type):
-    reference = make_scheduler(prediction_type=prediction_type)
-    schedule = ddim_schedule(reference, 8, 1.0)
-    torch.manual_seed(0)
-    outputs = torch.randn(4, 2, 2)
-    cond = Conditioning(torch.ones(3, 1, 1), torch.zeros(1, 1, 1))
-    trajectory = sampler.rollout(
-        Denoiser(FakeUNet(outputs), schedule, 1.0).step, schedule, torch.zeros(3, 1, dtype=torch.long), cond, (4, 2, 2),
-        torch.Generator().manual_seed(0), keep_predicted_clean=True,
-    )  # fmt: skip
-    for k, timestep in enumerate(reference.timesteps):
-        expected = reference.step(outputs.expand(3, -1, -1, -1), timestep, trajectory.latents[:, k]).pred_original_sample
-        torch.testing.assert_close(trajectory.predicted_clean[:, k], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_a_step_equals_diffusers_in_float32_too():
     reference = make_scheduler()
     torch.manual_seed(0)

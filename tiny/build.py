@@ -309,7 +309,7 @@ def per_image(num_images: int) -> Tensor:
 
 
 def degrade(images: Tensor) -> Tensor:
-    """Spoil images (N, 3, 32, 32): blurred, noisy (faintly or strongly), mixed with another, or partly wiped out, one each."""
+    """Spoil images (N, 3, 32, 32), one way each: blur, faint or strong noise, a mixture, or a part wiped out."""
     num_images = len(images)
     blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4, mode="bilinear")
     noisy = images + 0.01 * 25 ** per_image(num_images) * torch.randn_like(images)
