@@ -205,7 +205,7 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
     timesteps = scheduler.timesteps.long().cpu()
     if timesteps.max() >= config.num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} steps lead "
+            f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} lead "
             f"past its {config.num_train_timesteps} training timesteps; take fewer"
         )
     previous = timesteps - config.num_train_timesteps // num_inference_steps

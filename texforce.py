@@ -251,7 +251,9 @@ class Learner:
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
         num_updates = config.num_epochs * config.num_updates_per_epoch
-        self.lr_scheduler = get_scheduler(name, self.optimizer, config.lr_warmup_steps, num_updates)
+        self.lr_scheduler = get_scheduler(
+            name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_updates
+        )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
@@ -493,8 +495,8 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
     if len(window(schedule, config)) == 0:
         raise ValueError(
-            f"eta, timestep_window: none of the first {config.timestep_window:.0%} of the {config.num_inference_steps} steps "
-            f"is random enough at eta {config.eta} to have a density to train on; raise one of them"
+            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps is "
+            "random enough to have a density to train on; raise one of them"
         )
     models = add_lora(models, config)
     if config.gradient_checkpointing:
