@@ -115,8 +115,8 @@ def captioned_scenes(num_scenes: int, rng: random.Random, with_mutants: bool = F
         captions = [mislabelled_caption(scene, rng) for scene in scenes]
         if not any(map(world.is_heldout, captions)):
             pairs.append(list(zip(scenes, captions, strict=True)))
-    scenes, captions = zip(*itertools.chain(*zip(*pairs, strict=True)), strict=True)
-    return list(scenes), list(captions)
+    captioned = list(itertools.chain(*zip(*pairs, strict=True)))
+    return [scene for scene, _ in captioned], [caption for _, caption in captioned]
 
 
 def fit(
