@@ -36,6 +36,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
+    """The reward curve, the result and the model card of a finished run."""
+    write_curve(output_dir / "curve.png", epochs[1:], config.reward)
+    write_json(output_dir / "result.json", result)
+    (output_dir / "README.md").write_text(model_card(config, result))
+
+
 @contextlib.contextmanager
 def trackers(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
     """accelerate's tracker that --report-to names, as a function of an epoch's record."""

@@ -473,9 +473,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
                 policy.save(output_dir)
             raise
     result = provenance | _summary(epochs, heldout.base) | {"seconds": time.perf_counter() - start}
-    record.write_curve(output_dir / "curve.png", epochs[1:], config.reward)
-    record.write_json(output_dir / "result.json", result)
-    (output_dir / "README.md").write_text(record.model_card(config, result))
+    record.write_result(output_dir, config, epochs, result)
     return result
 
 

@@ -301,6 +301,10 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output_dir)
+    path = output_dir / "vae" / "config.json"  # diffusers notes where it was loaded from; that tells nobody anything
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n"
+    )
 
 
 def per_image(num_images: int) -> Tensor:
