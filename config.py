@@ -58,12 +58,12 @@ class TrainConfig:
     timestep_fraction: float = _option(None, "share of those steps that is trained on, drawn anew for each image")
     resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = _option(None, "of AdamW")
-    lr_scheduler: str = _option("constant", "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
+    lr_scheduler: str = _option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
     lr_warmup_steps: int = _option(
         None, "optimizer steps over which the learning rate rises: Adam's first steps are long and mostly noise"
     )
     weight_decay: float = _option(1e-4, "of AdamW")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = _option(None, "gradients are clipped to this norm")
     clip_range: float = _option(None, "PPO's clip range of the ratio")
     advantages: str = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
     advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
@@ -86,61 +86,52 @@ class TrainConfig:
 # What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
 # are published ones (arXiv:2311.15657 and its released code), and only the grouping and the batch shape are ours.
 _TINY = {
-    "num_prompts_per_epoch": 16,
-    "num_samples_per_prompt": 8,
-    "num_inference_steps": 8,
+    "num_epochs": 60,
     "guidance_scale": 3.0,
     "micro_batch_size": 128,
     "sample_batch_size": 128,
-    "eval_every": 20,
+    "eval_every": 15,
 }
 _SD = {
-    "num_prompts_per_epoch": 8,
-    "num_samples_per_prompt": 8,
-    "num_inference_steps": 50,
+    "num_epochs": 320,
     "guidance_scale": 7.5,
     "micro_batch_size": 4,
     "sample_batch_size": 8,
     "eval_every": 10,
 }
-_PAPER = {
-    "lr_warmup_steps": 0,
-    "num_samples_per_prompt": 1,
-    "num_updates_per_epoch": 2,
+_PUBLISHED = {
     "num_inference_steps": 50,
     "timestep_window": 1.0,
     "timestep_fraction": 0.5,
+    "num_updates_per_epoch": 2,
     "learning_rate": 3e-4,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "max_grad_norm": 1.0,
     "clip_range": 1e-4,
-    "advantages": "per-prompt",
     "ema_decay": 0.0,
 }
-_OURS = {"advantages": "leave-one-out", "num_updates_per_epoch": 2}
+_PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
+_GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "default"): _TINY
-    | _OURS
+    | _GROUPS
     | {
-        "timestep_window": 0.75,
+        "num_prompts_per_epoch": 32,
+        "num_updates_per_epoch": 1,
+        "num_inference_steps": 8,
+        "timestep_window": 0.5,
         "timestep_fraction": 1.0,
-        "num_epochs": 120,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
+        "lr_scheduler": "cosine",
         "lr_warmup_steps": 10,
+        "max_grad_norm": 5e-3,
         "clip_range": 5e-3,
-        "ema_decay": 0.95,
+        "ema_decay": 0.9,
     },
-    ("tiny", "paper"): _TINY | _PAPER | {"num_epochs": 120, "num_prompts_per_epoch": 128},
-    ("stable-diffusion", "default"): _SD
-    | _OURS
-    | {
-        "timestep_window": 1.0,
-        "timestep_fraction": 0.5,
-        "num_epochs": 320,
-        "learning_rate": 3e-4,
-        "lr_warmup_steps": 0,
-        "clip_range": 1e-4,
-        "ema_decay": 0.0,
-    },
-    ("stable-diffusion", "paper"): _SD | _PAPER | {"num_epochs": 320, "num_prompts_per_epoch": 64},
+    ("tiny", "paper"): _TINY | _PAPER | {"num_prompts_per_epoch": 256},
+    ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"num_prompts_per_epoch": 8},
+    ("stable-diffusion", "paper"): _SD | _PAPER | {"num_prompts_per_epoch": 64},
 }
 CHOICES = {
     "preset": ("default", "paper"),

@@ -140,7 +140,9 @@ def is_heldout(prompt: str) -> bool:
 
 
 def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) -> list[str]:
-    """Distinct sentences of one kind, from the training or the held-out side of the split.
+    """Distinct sentences of one kind: held-out ones of any words, or training ones that hold a rare word.
+
+    Sentences of common words alone would teach little: the model draws them right already.
 
     Raises:
         ValueError: the kind has fewer sentences than that.
@@ -149,7 +151,7 @@ def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) 
     prompts: dict[str, None] = {}
     for _ in range(200 * num_prompts):
         prompt = caption(draw_scene(rng, kind), rng)
-        if is_heldout(prompt) == heldout:
+        if is_heldout(prompt) == heldout and (heldout or has_rare_word(prompt)):
             prompts[prompt] = None
         if len(prompts) == num_prompts:
             return list(prompts)

@@ -127,6 +127,8 @@ def test_drawn_prompts_are_distinct_repeatable_and_of_the_side_asked_for(kind):
     assert not set(train) & set(heldout)
     assert not any(map(world.is_heldout, train))
     assert all(map(world.is_heldout, heldout))
+    assert all(map(world.has_rare_word, train))
+    assert not all(map(world.has_rare_word, heldout))
     assert {world.parse(prompt).kind for prompt in train + heldout} == {kind}
     assert world.draw_prompts(20, kind, 0) == train
     assert world.draw_prompts(20, kind, 1) != train

@@ -1,7 +1,8 @@
 """Build the embedded tiny model from scratch: `python tiny/build.py --seed 0` (about an hour on two CPU cores).
 
-Stages, each of which can be run alone with --stage: tokenizer, vae, text_encoder, unet, hps. The result is a complete
-Stable Diffusion pipeline in diffusers' format, and a preference scorer in HPSv2's format (open_clip, `state_dict`).
+Stages, each of which can be run alone with --stage: prompts, tokenizer, vae, text_encoder, unet, hps. The result is the
+prompt sets of the tiny world, a complete Stable Diffusion pipeline in diffusers' format, and a preference scorer in HPSv2's
+format (open_clip, `state_dict`).
 
 The text encoder is imperfect on purpose, in the way of real ones. It is trained contrastively, which asks little of
 word order, and then frozen; rare words (crimson, disc) are seldom seen and often with a wrong meaning. The U-Net learns
@@ -28,8 +29,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from texforce import rewards, world
 
 ROOT = Path(__file__).parent
-STAGES = ("tokenizer", "vae", "text_encoder", "unet", "hps")
+STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps")
 Step = tuple[Tensor, dict[str, float]]  # a loss, and what to print beside it
+NUM_PROMPTS = {"colour": (75, 28), "count": (150, 74), "composition": (150, 77), "position": (75, 77)}  # to train, held out
 MAX_TOKENS = 24
 WIDTH = 96
 LATENT_CHANNELS = 8
@@ -140,6 +142,15 @@ def fit(
         if (step + 1) % 100 == 0:
             shown = " ".join(f"{key} {value:.4f}" for key, value in mean.items())
             print(f"{name} {step + 1}/{num_steps} {shown} {time.time() - start:.0f} s", flush=True)
+
+
+def build_prompts(output_dir: Path, seed: int) -> None:
+    """The sets of prompts/ that the tiny world judges; they do not depend on the output folder."""
+    del output_dir
+    for kind, (num_train, num_heldout) in NUM_PROMPTS.items():
+        for name, num_prompts, heldout in ((kind, num_train, False), (f"{kind}-heldout", num_heldout, True)):
+            prompts = world.draw_prompts(num_prompts, kind, seed, heldout)
+            (ROOT.parent / "prompts" / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
 def build_tokenizer(output_dir: Path, seed: int) -> None:
