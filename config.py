@@ -69,7 +69,7 @@ class TrainConfig:
     advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
     kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
     null_prompt: str = _option(
-        "adapted", "whether guidance's null prompt goes through the adapted text encoder or the base one"
+        None, "whether guidance's null prompt goes through the adapted text encoder or the base one"
     )
     rank: int = _option(16, "of LoRA")
     lora_alpha: int = _option(None, "of LoRA (default: the rank)")
@@ -86,11 +86,11 @@ class TrainConfig:
 # What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
 # are published ones (arXiv:2311.15657 and its released code), and only the grouping and the batch shape are ours.
 _TINY = {
-    "num_epochs": 60,
+    "num_epochs": 140,
     "guidance_scale": 3.0,
     "micro_batch_size": 128,
     "sample_batch_size": 128,
-    "eval_every": 15,
+    "eval_every": 20,
 }
 _SD = {
     "num_epochs": 320,
@@ -110,6 +110,7 @@ _PUBLISHED = {
     "max_grad_norm": 1.0,
     "clip_range": 1e-4,
     "ema_decay": 0.0,
+    "null_prompt": "adapted",
 }
 _PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
@@ -128,6 +129,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "max_grad_norm": 5e-3,
         "clip_range": 5e-3,
         "ema_decay": 0.9,
+        "null_prompt": "base",
     },
     ("tiny", "paper"): _TINY | _PAPER | {"num_prompts_per_epoch": 256},
     ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"num_prompts_per_epoch": 8},
@@ -167,6 +169,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = config.model or default_model(device)
     preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
+    if config.target != "text-encoder":
+        preset["null_prompt"] = "adapted"
     config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     _check_ranges(config)
     _check_precision(config, device)
