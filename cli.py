@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import signal
-import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,7 +178,6 @@ class EpochView:
         self.live = Live(console=progress, auto_refresh=False) if progress.is_terminal else None
 
     def __enter__(self) -> EpochView:
-        self.start = time.monotonic()
         if self.live:
             self.live.start()
         return self
@@ -218,8 +216,8 @@ class EpochView:
         return table
 
     def time_left(self) -> list[str]:
-        epoch = self.rows[-1]["epoch"]
-        return [f"{(time.monotonic() - self.start) / epoch * (self.num_epochs - epoch):.0f} s left"] if epoch else []
+        epoch, seconds = self.rows[-1]["epoch"], self.rows[-1]["seconds"] - self.rows[0]["seconds"]
+        return [f"{seconds / epoch * (self.num_epochs - epoch):.0f} s left"] if epoch else []
 
 
 EPOCH_COLUMNS = (
