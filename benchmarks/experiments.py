@@ -31,7 +31,8 @@ def combined(folders: list[Path]) -> dict[str, dict[str, float]]:
     for folder in folders:
         models = adapters.load_adapter(models, folder)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
-    policy, denoiser = texforce.Policy(models), sampler.Denoiser(models.unet, schedule, options.guidance_scale)
+    policy = texforce.Policy(models, options.null_prompt)
+    denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
     prompts = config.read_prompts("world-heldout")
     scorers = {"hps": rewards.load_reward("hps")}
     tuned = evaluate.measure(evaluate.heldout_images(policy, denoiser, prompts, options), prompts, scorers)

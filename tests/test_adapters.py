@@ -26,7 +26,8 @@ OPTIONS = {  # learning rates high enough that one epoch is seen in the images
     "model": "tiny", "reward": "jpeg", "num_epochs": 1, "num_prompts_per_epoch": 2, "num_samples_per_prompt": 4,
     "num_updates_per_epoch": 2, "num_inference_steps": 5, "guidance_scale": 3.0, "learning_rate": 0.03, "rank": 4,
     "timestep_window": 1.0, "timestep_fraction": 1.0, "clip_range": 5e-3, "ema_decay": 0.0,
-    "sample_batch_size": 8, "micro_batch_size": 8,
+    "sample_batch_size": 8, "micro_batch_size": 8, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    "null_prompt": "adapted",
 }  # fmt: skip
 
 
@@ -79,11 +80,11 @@ def sample(adapters: list[Path], **options) -> dict[str, Tensor]:
     return texforce.sample(config, PROMPTS, [5, 6])
 
 
-def by_diffusers(pipeline) -> Tensor:
+def by_diffusers(pipeline, **arguments) -> Tensor:
     """The same images by plain diffusers."""
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     options = {"num_inference_steps": 5, "guidance_scale": 3.0, "eta": 1.0, "output_type": "pt"}
-    return pipeline(PROMPTS, generator=generators, **options).images
+    return pipeline(PROMPTS, generator=generators, **options, **arguments).images
 
 
 # --- used as plain peft and diffusers use them ---
@@ -101,6 +102,18 @@ def test_plain_peft_and_diffusers_draw_the_same_images(runs, pipeline):
     pipeline.text_encoder = plain
     torch.testing.assert_close(tuned, ours["tuned"], rtol=0, atol=1e-4)
     assert (tuned - base).abs().max() > 0.01
+
+
+def test_plain_diffusers_draws_the_same_images_with_the_null_prompt_of_the_base_encoder(runs, pipeline):
+    from peft import PeftModel
+
+    ours = sample([runs / "base-null"])
+    null, _ = pipeline.encode_prompt("", "cpu", 1, False)
+    adapted = PeftModel.from_pretrained(load_tiny().text_encoder, runs / "base-null")
+    pipeline.text_encoder, plain = adapted, pipeline.text_encoder
+    tuned = by_diffusers(pipeline, negative_prompt_embeds=null.repeat(2, 1, 1))
+    pipeline.text_encoder = plain
+    torch.testing.assert_close(tuned, ours["tuned"], rtol=0, atol=1e-4)
 
 
 def test_plain_peft_loads_a_unets_adapter_from_its_subfolder(runs, pipeline):

@@ -79,7 +79,8 @@ def make_rig(**options) -> Rig:
     options = {
         "model": "tiny", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
         "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5,
-        "lr_warmup_steps": 0, "lr_scheduler": "constant", "max_grad_norm": 1.0, "null_prompt": "adapted", "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
+        "lr_warmup_steps": 0, "lr_scheduler": "constant", "max_grad_norm": 1.0, "null_prompt": "adapted",
+        "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
     policy, denoiser, _ = texforce.prepare(config)
