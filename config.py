@@ -68,9 +68,7 @@ class TrainConfig:
     advantages: str = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
     advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
     kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
-    null_prompt: str = _option(
-        None, "whether guidance's null prompt goes through the adapted text encoder or the base one"
-    )
+    null_prompt: str = _option(None, "whether guidance's null prompt goes through the adapted text encoder or the base one")
     rank: int = _option(16, "of LoRA")
     lora_alpha: int = _option(None, "of LoRA (default: the rank)")
     ema_decay: float = _option(None, "average the adapter over updates with this decay; 0 is off")
