@@ -38,7 +38,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
     """The reward curve, the result and the model card of a finished run."""
-    write_curve(output_dir / "curve.png", epochs[1:], config.reward)
+    write_curve(output_dir / "curve.png", epochs, config.reward)
     write_json(output_dir / "result.json", result)
     (output_dir / "README.md").write_text(model_card(config, result))
 
@@ -139,13 +139,13 @@ def _shorten(text: str, font: Any, width: int) -> str:
 
 
 def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
-    """A PNG of the training reward over images, and of the held-out reward where it was measured."""
+    """A PNG of the training reward over images, and of the held-out reward where it was measured, first before training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
-    images = [record["num_images"] for record in epochs]
-    axes.plot(images, [record["reward_mean"] for record in epochs], color="tab:blue", alpha=0.5, label="training prompts")
+    images, means = zip(*((record["num_images"], record["reward_mean"]) for record in epochs[1:]), strict=True)
+    axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
     measured = [record for record in epochs if "heldout" in record]
     axes.plot(
         [record["num_images"] for record in measured],

@@ -117,7 +117,8 @@ class Bench:
             conditioning = self.policy.conditioning(prompt_ids)
         generator = torch.Generator(models.device).manual_seed(0)
         shape = sampler.latent_shape(models, self.config.resolution)
-        return sampler.rollout(step, schedule, prompt_ids, conditioning, shape, generator)
+        keep = self.config.null_prompt == "base"
+        return sampler.rollout(step, schedule, prompt_ids, conditioning, shape, generator, keep)
 
     def gradients(self, trajectory: sampler.Trajectory) -> texforce.UpdateStatistics:
         num_images, num_steps = trajectory.timesteps.shape
