@@ -48,6 +48,7 @@ from texforce.config import SampleConfig, TrainConfig, default_device, resolve, 
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOAT32_TOLERANCE = 5e-6  # of the ratio: 0 for sampling and training batches of equal size, else what rounding leaves
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -401,7 +402,8 @@ def update(
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
     shares = torch.randperm(len(batch.advantages), generator=generator).chunk(config.num_updates_per_epoch)
-    tolerance = max(1e-6, config.clip_range / 1000) if config.mixed_precision == "no" else config.clip_range / 10
+    exact = config.mixed_precision == "no"
+    tolerance = max(FLOAT32_TOLERANCE, config.clip_range / 1000) if exact else config.clip_range / 10
     for share in shares:
         mine = pairs[torch.isin(pairs[:, 0], share)]
         if len(mine) == 0:

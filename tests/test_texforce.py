@@ -83,8 +83,16 @@ def make_rig(**options) -> Rig:
         "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
-    policy, denoiser, _ = texforce.prepare(config)
+    models = sampler.load_models("tiny", dtype=getattr(torch, texforce.DTYPES[config.mixed_precision]))
+    policy, denoiser = texforce.make_policy(replace(models, unet=untrained(models.unet)), config)
     return Rig(policy, denoiser, config)
+
+
+def untrained(unet: nn.Module) -> nn.Module:
+    """The same architecture with random weights: the trained one enlarges float32's rounding up to a thousandfold."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(unet).from_config(unet.config).requires_grad_(False).eval().to(unet.dtype)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -112,13 +120,13 @@ def test_the_ratio_is_one_before_the_first_update(target, null_prompt):
     assert statistics.num_clipped == 0
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 7, 9, 13, 32, 100])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 7, 9, 13, 24, 32, 100])
 def test_the_ratio_is_one_whatever_the_batch_sizes_of_sampling_and_training(micro_batch_size):
     rig = make_rig(num_samples_per_prompt=8, sample_batch_size=24, micro_batch_size=micro_batch_size)
     batch = rig.collect()
-    # Kernels round differently for batches of other sizes: the last step's deviation of 0.02 makes 1e-6 of that, or a little
-    # more for a batch of one.
-    assert rig.accumulate(batch, rig.pairs(batch, ALL_STEPS)).ratio_deviation <= (2e-6 if micro_batch_size == 1 else 1e-6)
+    # Kernels round differently for batches of other sizes, and the last step's deviation of 0.02 enlarges that.
+    tolerance = texforce.FLOAT32_TOLERANCE if micro_batch_size != 24 else 0
+    assert rig.accumulate(batch, rig.pairs(batch, ALL_STEPS)).ratio_deviation <= tolerance
 
 
 def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, image: int, k: int) -> Tensor:
