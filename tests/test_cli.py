@@ -1,5 +1,6 @@
 """The command line: exit codes and messages, what a run leaves behind, and what reaches the terminal."""
 
+import io
 import json
 import os
 import re
@@ -347,6 +348,42 @@ def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run,
         signal.signal(signal.SIGTERM, previous)
     check_failure(result, 143)
     check_saved(tmp_path / "out")
+
+
+# --- the live view ---
+
+EPOCHS = [
+    {"epoch": 0, "seconds": 5.0, "heldout": {"hps": 0.25}},
+    {"epoch": 1, "seconds": 15.0, "reward_mean": 0.5, "reward_std": 0.125, "images_per_s": 40.0},
+    {"epoch": 2, "seconds": 25.0, "reward_mean": 0.75, "reward_std": 0.125, "images_per_s": 40.0, "heldout": {"hps": 0.375}},
+]
+
+
+def view_of_epochs(monkeypatch, **console) -> str:
+    from rich.console import Console
+
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "progress", Console(file=shown, width=200, **console))
+    with cli.EpochView(TrainConfig(num_epochs=4)) as view:
+        for measures in EPOCHS:
+            view(measures)
+    return shown.getvalue()
+
+
+def test_a_terminal_shows_a_table_of_the_last_epochs_drawn_anew(monkeypatch):
+    shown = view_of_epochs(monkeypatch, force_terminal=True)
+    last = squash(shown[shown.rindex("epoch 2/4") :])
+    assert "\x1b[" in shown
+    for text in ("20 s left", "0.5000", "0.7500", "held-out  hps 0.3750"):
+        assert squash(text) in last
+
+
+def test_elsewhere_every_epoch_is_a_line(monkeypatch):
+    lines = view_of_epochs(monkeypatch).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
+    assert "held-out hps 0.2500" in lines[0]
+    assert "30 s left" in lines[1]
+    assert not set("".join(lines)) & {"\x1b"}
 
 
 # --- what a training leaves behind ---

@@ -504,6 +504,22 @@ def test_ddpo_statistics_are_kept_from_epoch_to_epoch(small_run, tmp_path, monke
     assert histories == [8, 16]
 
 
+@pytest.mark.parametrize(("lr_scheduler", "expected"), [
+    ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+    ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+    ("cosine", [0.0, 0.5, 1.0, 0.8536, 0.5, 0.1464]),
+])  # fmt: skip
+def test_the_learning_rate_warms_up_for_the_steps_asked_and_then_follows_its_schedule(lr_scheduler, expected):
+    rig = make_rig(lr_warmup_steps=2, lr_scheduler=lr_scheduler, num_epochs=3, num_updates_per_epoch=2, learning_rate=1.0)
+    learner, rates = texforce.Learner(rig.policy.parameters, rig.config), []
+    for parameter in rig.policy.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in expected:
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        learner.step(rig.policy.parameters, 1.0)
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
 # --- what must not happen ---
 
 
