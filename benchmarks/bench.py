@@ -12,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,40 +107,40 @@ class Bench:
         self.policy, self.denoiser = texforce.make_policy(models, self.config)
         self.learner = texforce.Learner(self.policy.parameters, self.config)
 
-    def rollout(self, num_images: int, step: Any, num_steps: int | None = None) -> sampler.Trajectory:
+    def with_steps(self, num_steps: int) -> sampler.Denoiser:
+        schedule = sampler.ddim_schedule(self.policy.models.scheduler, num_steps, 1.0).to(self.policy.models.device)
+        return replace(self.denoiser, schedule=schedule)
+
+    def rollout(self, num_images: int, denoiser: sampler.Denoiser, step: Any = None) -> sampler.Trajectory:
+        """Trajectories of a denoiser, by its plain step unless a compiled one is given."""
         models = self.policy.models
-        schedule = self.denoiser.schedule
-        if num_steps:
-            schedule = sampler.ddim_schedule(models.scheduler, num_steps, 1.0).to(models.device)
-        prompts = [f"a red circle and {i} blue squares" for i in range(num_images)]
+        prompts = [f"a red circle and {i % 4} blue squares" for i in range(num_images)]  # groups of a few prompts
         prompt_ids = sampler.tokenize(models.tokenizer, prompts).to(models.device)
         with torch.no_grad():
             conditioning = self.policy.conditioning(prompt_ids)
         generator = torch.Generator(models.device).manual_seed(0)
         shape = sampler.latent_shape(models, self.config.resolution)
         keep = self.config.null_prompt == "base"
-        return sampler.rollout(step, schedule, prompt_ids, conditioning, shape, generator, keep)
+        return sampler.rollout(step or denoiser.step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep)
 
-    def gradients(self, trajectory: sampler.Trajectory) -> texforce.UpdateStatistics:
+    def gradients(self, trajectory: sampler.Trajectory, micro_batch_size: int | None = None) -> texforce.UpdateStatistics:
         num_images, num_steps = trajectory.timesteps.shape
         advantages = torch.linspace(-1, 1, num_images, device=trajectory.latents.device)
         batch = texforce.Batch(trajectory, advantages, advantages)
         pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_steps))
-        denoiser = self.denoiser
-        if num_steps != len(denoiser.schedule.timesteps):
-            schedule = sampler.ddim_schedule(self.policy.models.scheduler, num_steps, 1.0).to(trajectory.latents.device)
-            denoiser = sampler.Denoiser(denoiser.unet, schedule, denoiser.guidance_scale)
-        statistics = texforce.accumulate_gradients(self.policy, denoiser, batch, pairs, self.config, self.learner.scaler)
+        denoiser = self.with_steps(num_steps)
+        config = replace(self.config, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
+        statistics = texforce.accumulate_gradients(self.policy, denoiser, batch, pairs, config, self.learner.scaler)
         self.learner.optimizer.zero_grad()
         return statistics
 
-    def peak_bytes(self, num_images: int, num_steps: int) -> int:
+    def peak_bytes(self, num_images: int, num_steps: int, micro_batch_size: int) -> int:
         """What the update holds at most, beyond what is there before it: memory on CUDA, tensors kept by autograd else."""
-        trajectory = self.rollout(num_images, self.denoiser.step, num_steps)
+        trajectory = self.rollout(num_images, self.with_steps(num_steps))
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            self.gradients(trajectory)
+            self.gradients(trajectory, micro_batch_size)
             return torch.cuda.max_memory_allocated() - before
         live: dict[int, int] = {}
         peak = 0
@@ -155,7 +156,7 @@ class Bench:
                 live.pop(id(self), None)
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            self.gradients(trajectory)
+            self.gradients(trajectory, micro_batch_size)
         return peak
 
 
@@ -177,28 +178,28 @@ def main() -> None:
     num_images, num_steps = options.num_images, options.num_inference_steps
     calls = num_images * num_steps * (2 if bench.denoiser.guided else 1)
 
-    seconds = timed(lambda: bench.rollout(num_images, bench.denoiser.step), options.device, options.repeats)
-    trajectory = bench.rollout(num_images, bench.denoiser.step)
+    seconds = timed(lambda: bench.rollout(num_images, bench.denoiser), options.device, options.repeats)
+    trajectory = bench.rollout(num_images, bench.denoiser)
     deviation = bench.gradients(trajectory).ratio_deviation
     update_seconds = timed(lambda: bench.gradients(trajectory), options.device, options.repeats)
     sizes = [(4, 2), (8, 2), (8, 4), (16, 4)] if options.model == "tiny" else [(1, 2), (2, 2), (2, 4)]
+    smallest = math.prod(sizes[0])  # as the micro-batch, so that each size fills it
     results: dict[str, Any] = {
         "rollout_images_per_s": num_images / seconds,
         "rollout_unet_calls_per_s": calls / seconds,
         "update_pairs_per_s": num_images * num_steps / update_seconds,
         "ratio_deviation_before_first_update": deviation,
-        "peak_bytes_of_update": {f"{n} images x {t} steps": bench.peak_bytes(n, t) for n, t in sizes},
+        "peak_bytes_of_update": {f"{n} images x {t} steps": bench.peak_bytes(n, t, smallest) for n, t in sizes},
     }
     if options.compile if options.compile is not None else options.device == "cuda":
         step = sampler.compiled(bench.denoiser, True)
-        fused = bench.rollout(num_images, step)
+        fused = bench.rollout(num_images, bench.denoiser, step)
         results["compiled_images_per_s"] = num_images / timed(
-            lambda: bench.rollout(num_images, step), options.device, options.repeats
+            lambda: bench.rollout(num_images, bench.denoiser, step), options.device, options.repeats
         )
         results["compiled_deviation"] = (fused.latents - trajectory.latents).abs().max().item()
-    where = (
-        torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor()} x{torch.get_num_threads()}"
-    )
+    processor = platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{processor} x{torch.get_num_threads()}"
     results |= {"machine": where, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
     table = Table("measure", "value", title=f"{options.model} on {options.device}")
     for name, value in results.items():
