@@ -209,7 +209,7 @@ class EpochView:
         shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
         title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
         caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
-        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=caption)
+        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(printable(caption)))
         for row in self.rows[-self.num_rows :]:
             cells = (f"{row[name]:{form}}" if name in row else "" for name, _, form in shown)
             table.add_row(str(row["epoch"]), *cells)

@@ -76,7 +76,8 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
-    return scores.detach().float().cpu()
+    scores = scores.detach().float().cpu()
+    return scores.where(images.isfinite().flatten(1).all(dim=1).cpu(), torch.nan)  # nothing can be said of a broken image
 
 
 def _load_function(spec: str) -> Scorer:

@@ -270,10 +270,11 @@ class Learner:
             raise DivergedError("the gradient is not finite; lower --learning-rate")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.step(parameters)
+        if norm.isfinite():
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(parameters)
         return norm.item()
 
     @contextlib.contextmanager
@@ -413,7 +414,7 @@ def update(
         if first and statistics.ratio_deviation > tolerance:
             raise DivergedError(
                 f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
-                f"{tolerance:.0e}: sampling and training do not compute the same; try --mixed-precision no"
+                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile or --mixed-precision no"
             )
         total.add(statistics, first)
         total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
@@ -534,10 +535,11 @@ def _train_epoch(
         "max_ratio_deviation": update_statistics.first_ratio_deviation,
         "ratio_deviation": update_statistics.ratio_deviation,
         "clip_fraction": update_statistics.num_clipped / num_pairs,
-        "grad_norm": update_statistics.grad_norm,
         "images_per_s": num_images / (time.perf_counter() - begin),
         "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
     }
+    if math.isfinite(update_statistics.grad_norm):  # else fp16 skipped the step
+        measures["grad_norm"] = update_statistics.grad_norm
     if config.kl_weight > 0:
         measures["kl"] = update_statistics.kl / num_pairs
     if dropped:
