@@ -486,8 +486,9 @@ def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scor
     checkpoint = config.reward_checkpoint
     if checkpoint is None and config.reward in rewards.HPS_CHECKPOINTS:
         checkpoint = str(rewards.EMBEDDED_HPS) if config.model == "tiny" else "hub"
-    scorer = rewards.load_reward(config.reward, device, checkpoint)
+    # The model first: a mistyped folder must not wait for the download of a scorer.
     models = sampler.load_models(config.model, device, getattr(torch, DTYPES[config.mixed_precision]))
+    scorer = rewards.load_reward(config.reward, device, checkpoint)
     return *make_policy(models, config), scorer
 
 

@@ -150,6 +150,7 @@ BAD_TRAINING = [
     (["--heldout-prompts", "LONG"], ["tokens"]),
     (["--heldout-prompts", "absent.txt"], ["absent.txt"]),
     (["--model", "./nowhere"], ["./nowhere"]),
+    (["--model", "./nowhere", "--reward", "hps"], ["./nowhere"]),
     (["--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
     (["--reward", "hps", "--reward-checkpoint", "absent.pt"], ["absent.pt"]),
     (["--eta", "0"], ["eta", "above 0"]),
