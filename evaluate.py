@@ -18,7 +18,6 @@ HELDOUT_SEED = 20_231_115  # one noise for every run, so that figures of differe
 def heldout_images(policy: Any, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig) -> Tensor:
     """One image (N, 3, H, W) in [0, 1] for each prompt, always from the same noise."""
     images = []
-    step = sampler.compiled(denoiser, config.compile)
     shape = sampler.latent_shape(policy.models, config.resolution)
     for start in range(0, len(prompts), config.sample_batch_size):
         chunk = prompts[start : start + config.sample_batch_size]
@@ -26,7 +25,7 @@ def heldout_images(policy: Any, denoiser: sampler.Denoiser, prompts: Sequence[st
         generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)
-        trajectory = sampler.rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generator)
+        trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator)
         images.append(sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu())
     return torch.cat(images)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,6 @@ class Models:
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
-
-    @property
-    def is_tiny(self) -> bool:
-        return self.name == "tiny"
 
 
 def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Models:
@@ -155,9 +152,6 @@ class Conditioning:
     prompt_embeds: Tensor  # (N, L, D)
     null_embeds: Tensor  # (1, L, D)
 
-    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        return replace(self, prompt_embeds=self.prompt_embeds[rows])
-
 
 # --- the transition ---
 
@@ -245,6 +239,7 @@ class Denoiser:
     unet: nn.Module
     schedule: Schedule
     guidance_scale: float
+    compile: bool | None = None  # whether fused_step is one compiled graph; None: on CUDA
 
     @property
     def guided(self) -> bool:
@@ -291,22 +286,22 @@ class Denoiser:
         log_probs = gaussian_log_prob(next_latents, mean, std.clamp(min=MIN_STD))
         return next_latents, log_probs, null_outputs
 
+    @functools.cached_property
+    def fused_step(self) -> Callable[[Tensor, Tensor, Conditioning, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+        """`step` as one compiled graph, if `compile` says so, else `step` itself, which is equal; made once."""
+        enabled = next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
+        if not enabled:
+            return self.step
 
-def compiled(denoiser: Denoiser, enabled: bool | None) -> Any:
-    """The denoiser's step as one compiled graph if enabled (None: on CUDA), else the plain method, which is equal."""
-    if enabled is None:
-        enabled = next(denoiser.unet.parameters()).is_cuda
-    if not enabled:
-        return denoiser.step
+        # Plain tensors as arguments: what a graph is specialised on is then their shapes and nothing else.
+        @torch.compile
+        def graph(latents: Tensor, steps: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor) -> Any:
+            return self.step(latents, steps, Conditioning(prompt_embeds, null_embeds), noise)
 
-    def step(latents: Tensor, steps: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor) -> Any:
-        return denoiser.step(latents, steps, Conditioning(prompt_embeds, null_embeds), noise)
-
-    graph = torch.compile(step)
-    logging.getLogger(__name__).info("compiling the denoising step; the first one takes a minute")
-    return lambda latents, steps, conditioning, noise: graph(
-        latents, steps, conditioning.prompt_embeds, conditioning.null_embeds, noise
-    )
+        logging.getLogger(__name__).info("compiling the denoising step; the first one takes a minute")
+        return lambda latents, steps, conditioning, noise: graph(
+            latents, steps, conditioning.prompt_embeds, conditioning.null_embeds, noise
+        )
 
 
 # --- rollouts ---
@@ -335,12 +330,6 @@ class Trajectory:
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
 
-    def __getitem__(self, rows: Tensor) -> Trajectory:
-        null_outputs = None if self.null_outputs is None else self.null_outputs[rows]
-        return Trajectory(
-            self.prompt_ids[rows], self.timesteps[rows], self.latents[rows], self.log_probs[rows], null_outputs
-        )
-
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Join trajectories along their first axis."""
@@ -368,33 +357,33 @@ def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, in
 
 @torch.no_grad()
 def rollout(
-    step: Any,
-    schedule: Schedule,
+    denoiser: Denoiser,
     prompt_ids: Tensor,
     conditioning: Conditioning,
     shape: tuple[int, int, int],
     generator: torch.Generator | list[torch.Generator],
     keep_null_outputs: bool = False,
 ) -> Trajectory:
-    """Denoise N prompts from noise with a denoiser's (maybe compiled) step; one generator, or one a sample.
+    """Denoise N prompts from noise, all at once; with one generator, or with one a sample.
 
     Each generator gives the initial latents first and then the noise of every step, as diffusers' pipeline draws them.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
+    timesteps = denoiser.schedule.timesteps
     latents = [randn_tensor((num_samples, *shape), generator=generator, device=device)]
     log_probs, null_outputs = [], []
-    for k in range(len(schedule.timesteps)):
+    for k in range(len(timesteps)):
         noise = randn_tensor((num_samples, *shape), generator=generator, device=device)
         steps = torch.full((num_samples,), k, device=device)
-        next_latents, log_prob, null_output = step(latents[-1], steps, conditioning, noise)
+        next_latents, log_prob, null_output = denoiser.fused_step(latents[-1], steps, conditioning, noise)
         latents.append(next_latents)
         log_probs.append(log_prob)
         null_outputs.append(null_output)
     return Trajectory(
         prompt_ids=prompt_ids,
-        timesteps=schedule.timesteps.expand(num_samples, -1),
+        timesteps=timesteps.expand(num_samples, -1),
         latents=torch.stack(latents, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
         null_outputs=torch.stack(null_outputs, dim=1) if keep_null_outputs and null_outputs[0] is not None else None,
@@ -417,20 +406,19 @@ def sample_images(
     seeds: Sequence[int],
     batch_size: int = 16,
     resolution: int | None = None,
-    compile: bool | None = None,
     null_embeds: Tensor | None = None,
 ) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
 
     The null prompt goes through the models' text encoder unless its embedding (1, L, D) is given.
     """
-    step, shape = compiled(denoiser, compile), latent_shape(models, resolution)
+    shape = latent_shape(models, resolution)
     images = []
     for start in range(0, len(prompts), batch_size):
         prompt_ids = tokenize(models.tokenizer, prompts[start : start + batch_size]).to(models.device)
         embeds, rows = encode_distinct(models, prompt_ids, null_embeds)
         generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
         conditioning = Conditioning(embeds[rows], embeds[:1])
-        trajectory = rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generators)
+        trajectory = rollout(denoiser, prompt_ids, conditioning, shape, generators)
         images.append(decode(models.vae, trajectory.latents[:, -1]).cpu())
     return torch.cat(images)

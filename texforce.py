@@ -191,14 +191,13 @@ def collect(
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
     trajectories, scores = [], []
-    step = sampler.compiled(denoiser, config.compile)
     shape = sampler.latent_shape(policy.models, config.resolution)
     for chunk in _chunks(repeated, config.sample_batch_size):
         prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)
         keep = config.null_prompt == "base"
-        trajectory = sampler.rollout(step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep)
+        trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
         images = sampler.decode(policy.models.vae, trajectory.latents[:, -1])
         trajectories.append(trajectory)
         scores.append(rewards.score(scorer, images, chunk))
@@ -504,7 +503,8 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    return Policy(models, config.null_prompt), sampler.Denoiser(models.unet, schedule, config.guidance_scale)
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
+    return Policy(models, config.null_prompt), denoiser
 
 
 def _train_epoch(

@@ -102,6 +102,7 @@ class Bench:
                 mixed_precision=precision,
                 gradient_checkpointing=options.gradient_checkpointing,
                 timestep_fraction=1.0,
+                compile=False,
             )
         )
         self.policy, self.denoiser = texforce.make_policy(models, self.config)
@@ -111,8 +112,7 @@ class Bench:
         schedule = sampler.ddim_schedule(self.policy.models.scheduler, num_steps, 1.0).to(self.policy.models.device)
         return replace(self.denoiser, schedule=schedule)
 
-    def rollout(self, num_images: int, denoiser: sampler.Denoiser, step: Any = None) -> sampler.Trajectory:
-        """Trajectories of a denoiser, by its plain step unless a compiled one is given."""
+    def rollout(self, num_images: int, denoiser: sampler.Denoiser) -> sampler.Trajectory:
         models = self.policy.models
         prompts = [f"a red circle and {i % 4} blue squares" for i in range(num_images)]  # groups of a few prompts
         prompt_ids = sampler.tokenize(models.tokenizer, prompts).to(models.device)
@@ -121,7 +121,7 @@ class Bench:
         generator = torch.Generator(models.device).manual_seed(0)
         shape = sampler.latent_shape(models, self.config.resolution)
         keep = self.config.null_prompt == "base"
-        return sampler.rollout(step or denoiser.step, denoiser.schedule, prompt_ids, conditioning, shape, generator, keep)
+        return sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
 
     def gradients(self, trajectory: sampler.Trajectory, micro_batch_size: int | None = None) -> texforce.UpdateStatistics:
         num_images, num_steps = trajectory.timesteps.shape
@@ -192,10 +192,10 @@ def main() -> None:
         "peak_bytes_of_update": {f"{n} images x {t} steps": bench.peak_bytes(n, t, smallest) for n, t in sizes},
     }
     if options.compile if options.compile is not None else options.device == "cuda":
-        step = sampler.compiled(bench.denoiser, True)
-        fused = bench.rollout(num_images, bench.denoiser, step)
+        compiled = replace(bench.denoiser, compile=True)
+        fused = bench.rollout(num_images, compiled)
         results["compiled_images_per_s"] = num_images / timed(
-            lambda: bench.rollout(num_images, bench.denoiser, step), options.device, options.repeats
+            lambda: bench.rollout(num_images, compiled), options.device, options.repeats
         )
         results["compiled_deviation"] = (fused.latents - trajectory.latents).abs().max().item()
     processor = platform.processor() or platform.machine()

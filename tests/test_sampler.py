@@ -147,10 +147,14 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def rows_of(cond: Conditioning, rows: Tensor) -> Conditioning:
+    return replace(cond, prompt_embeds=cond.prompt_embeds[rows])
+
+
 def micro_rollout(denoiser: Denoiser, generator, num_samples: int = 3, keep_null_outputs: bool = False) -> Trajectory:
     prompt_ids = torch.arange(num_samples * 5).reshape(num_samples, 5)
     cond = conditioning(num_samples)
-    return sampler.rollout(denoiser.step, denoiser.schedule, prompt_ids, cond, (4, 8, 8), generator, keep_null_outputs)
+    return sampler.rollout(denoiser, prompt_ids, cond, (4, 8, 8), generator, keep_null_outputs)
 
 
 # --- the transition ---
@@ -326,13 +330,6 @@ def test_kept_null_outputs_give_the_same_mean_for_half_the_work():
     assert torch.equal(kept, null_outputs)
 
 
-def test_conditioning_rows_keep_the_null_prompt():
-    cond = conditioning(4)
-    part = cond[torch.tensor([2, 0])]
-    assert torch.equal(part.prompt_embeds, cond.prompt_embeds[[2, 0]])
-    assert torch.equal(part.null_embeds, cond.null_embeds)
-
-
 def test_gradients_reach_the_embeddings_of_prompt_and_null_prompt():
     denoiser, cond = micro_denoiser(), conditioning(2)
     cond = Conditioning(cond.prompt_embeds.requires_grad_(), cond.null_embeds.requires_grad_())
@@ -363,7 +360,7 @@ def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_g
         embeds = pipeline.text_encoder(ids).last_hidden_state
         denoiser = Denoiser(pipeline.unet, ddim_schedule(make_scheduler(), 4, eta), guidance_scale)
         cond = Conditioning(embeds[:-1], embeds[-1:])
-        trajectory = sampler.rollout(denoiser.step, denoiser.schedule, ids[:-1], cond, (4, 8, 8), generator())
+        trajectory = sampler.rollout(denoiser, ids[:-1], cond, (4, 8, 8), generator())
     torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -408,9 +405,7 @@ def test_with_a_generator_each_an_image_does_not_depend_on_its_batch():
 
     def run(rows: list[int]) -> Trajectory:
         rows_tensor = torch.tensor(rows)
-        return sampler.rollout(
-            denoiser.step, denoiser.schedule, ids[rows_tensor], cond[rows_tensor], (4, 8, 8), seeded(*rows)
-        )
+        return sampler.rollout(denoiser, ids[rows_tensor], rows_of(cond, rows_tensor), (4, 8, 8), seeded(*rows))
 
     whole = run([0, 1, 2, 3])
     for rows in ([2], [3, 1]):
@@ -429,7 +424,7 @@ def test_ratio_is_one_when_log_probs_are_recomputed_in_other_batches(keep_null_o
     worst = 0.0
     for samples, steps in (chunk.unbind(1) for chunk in pairs.split(7)):
         null_outputs = trajectory.null_outputs[samples, steps] if keep_null_outputs else None
-        mean, _ = denoiser.mean(trajectory.latents[samples, steps], steps, cond[samples], null_outputs)
+        mean, _ = denoiser.mean(trajectory.latents[samples, steps], steps, rows_of(cond, samples), null_outputs)
         log_probs = sampler.gaussian_log_prob(trajectory.latents[samples, steps + 1], mean, denoiser.std(steps))
         ratio = (log_probs - trajectory.log_probs[samples, steps]).exp()
         worst = max(worst, (ratio - 1).abs().max().item())
@@ -442,7 +437,7 @@ def test_a_compiled_step_equals_the_plain_one():
     denoiser = Denoiser(SmallUNet().requires_grad_(False), ddim_schedule(make_scheduler(), 10, 1.0), 3.0)
     arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
     with torch.no_grad():
-        plain, fused = denoiser.step(*arguments), sampler.compiled(denoiser, True)(*arguments)
+        plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).fused_step(*arguments)
     for one, other in zip(plain, fused, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
@@ -453,15 +448,29 @@ def test_the_step_with_a_real_unet_is_one_graph_without_breaks(monkeypatch):
     denoiser = micro_denoiser()
     arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
     with torch.no_grad():
-        plain, fused = denoiser.step(*arguments), sampler.compiled(denoiser, True)(*arguments)
+        plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).fused_step(*arguments)
     for one, other in zip(plain, fused, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
+def test_a_graph_is_made_once_and_not_for_every_rollout(monkeypatch):
+    graphs = []
+
+    def compile(function):
+        graphs.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    denoiser = replace(micro_denoiser(num_steps=3), compile=True)
+    fused = [micro_rollout(denoiser, seeded(0)[0]) for _ in range(3)]
+    assert len(graphs) == 1
+    assert torch.equal(fused[-1].latents, micro_rollout(micro_denoiser(num_steps=3), seeded(0)[0]).latents)
+
+
 def test_not_compiling_gives_the_plain_method():
-    denoiser = micro_denoiser()
-    assert sampler.compiled(denoiser, False) == denoiser.step
-    assert sampler.compiled(denoiser, None) == denoiser.step  # on the CPU
+    for compile in (False, None):  # None: on CUDA only
+        denoiser = replace(micro_denoiser(), compile=compile)
+        assert denoiser.fused_step == denoiser.step
 
 
 # --- trajectories ---
@@ -493,13 +502,11 @@ def test_trajectory_refuses_wrong_shapes_by_name(name, shape):
 
 
 @pytest.mark.parametrize("null", [True, False])
-def test_concatenate_joins_what_rows_take_apart(null):
-    whole = a_trajectory(5, null)
-    parts = [whole[torch.tensor(rows)] for rows in ([0, 1], [2], [3, 4])]
+def test_concatenate_joins_trajectories_in_their_order(null):
+    parts = [a_trajectory(num_samples, null, seed) for seed, num_samples in enumerate((2, 1, 2))]
     joined = sampler.concatenate(parts)
-    for name in Trajectory.__dataclass_fields__:
-        one, other = getattr(joined, name), getattr(whole, name)
-        assert (one is other is None) or torch.equal(one, other)
+    for name in ("prompt_ids", "timesteps", "latents", "log_probs", *(["null_outputs"] if null else [])):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(part, name) for part in parts]))
     assert (joined.null_outputs is None) == (not null)
 
 
@@ -555,7 +562,6 @@ def test_loaded_models_are_the_saved_ones_frozen_and_in_evaluation(saved, pipeli
         expected = getattr(pipeline, part).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
     assert models.device.type == "cpu"
-    assert not models.is_tiny
     assert sampler.latent_shape(models) == (4, 8, 8)
     assert torch.equal(sampler.tokenize(models.tokenizer, PROMPTS), sampler.tokenize(pipeline.tokenizer, PROMPTS))
 
