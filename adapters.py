@@ -18,21 +18,30 @@ MAX_RANK = 1024
 def load_adapter(models: Models, folder: str | Path, scale: float = 1.0) -> Models:
     """Put a trained adapter on models: the text encoder's in the folder itself, the U-Net's in its subfolder `unet`.
 
-    The deltas of the weights are multiplied by the scale: 0 is the base model, 1 the adapter as trained. A part that
-    has an adapter already keeps it: load one adapter a part.
+    The deltas of the weights are multiplied by the scale: 0 is the base model, 1 the adapter as trained.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
+        ValueError: a part of the model has an adapter already.
         ArtifactError: the adapter is damaged, of another model, or not all of its tensors are used.
     """
-    folder = Path(folder)
-    parts = {"text_encoder": folder, "unet": folder / "unet"}
-    present = {part: path for part, path in parts.items() if (path / "adapter_config.json").is_file()}
-    if not present:
+    parts = find_parts(folder)
+    return replace(models, **{part: _load_lora(getattr(models, part), path, scale) for part, path in parts.items()})
+
+
+def find_parts(folder: str | Path) -> dict[str, Path]:
+    """Where the adapters in a training's output folder lie, by the part of the model that they are for.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+    """
+    places = {"text_encoder": Path(folder), "unet": Path(folder) / "unet"}
+    parts = {part: path for part, path in places.items() if (path / "adapter_config.json").is_file()}
+    if not parts:
         raise FileNotFoundError(
             f"adapter: {str(folder)!r} holds no adapter_config.json; give the output folder of a training"
         )
-    return replace(models, **{part: _load_lora(getattr(models, part), path, scale) for part, path in present.items()})
+    return parts
 
 
 def _load_lora(module: nn.Module, folder: Path, scale: float) -> Any:

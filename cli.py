@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import signal
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,8 +93,7 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     parameters = []
     for item in dataclasses.fields(config_class):
         kind = hints[item.name]
-        text = item.metadata["help"]
-        text += _default_text(item)
+        text = item.metadata["help"] + _default_text(item, config_class)
         option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
         parameters.append(
             inspect.Parameter(
@@ -114,11 +114,11 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     return run
 
 
-def _default_text(item: dataclasses.Field[Any]) -> str:
-    tiny, stable_diffusion = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
     if item.default is not None:
         return f" (default: {item.default})"
-    if tiny is None:
+    tiny, stable_diffusion = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+    if config_class is not TrainConfig or tiny is None:
         return ""
     return f" (default: {tiny}" + (f"; Stable Diffusion {stable_diffusion})" if stable_diffusion != tiny else ")")
 
@@ -136,10 +136,12 @@ def train(
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
     with exit_codes():
-        settings = texforce.resolve(TrainConfig(**(read_config(config) | given)))
+        settings = texforce.resolve(TrainConfig(**merge_options(read_config(config), given)))
         progress.print(Text(f"model: {settings.model} ({_why(given, config)})"))
         if dry_run:
-            output.print(_table("plan", texforce.plan(settings)))
+            from texforce import plan
+
+            output.print(_table("plan", plan.plan(settings)))
             return
         with EpochView(settings) as view:
             result = texforce.train(settings, view)
@@ -165,6 +167,19 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if foreign := sorted(set(content) - {item.name for item in dataclasses.fields(TrainConfig)}):
         raise ValueError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
     return content
+
+
+def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A config file's options with those of the command line over them.
+
+    Raises:
+        ValueError: a preset over a saved config, which holds every value already, would change nothing.
+    """
+    if saved and given.get("preset", saved.get("preset")) != saved.get("preset"):
+        raise ValueError("preset: a config file decides all that a preset would; give --preset or --config, not both")
+    if "rank" in given and saved.get("lora_alpha") == saved.get("rank"):
+        saved = saved | {"lora_alpha": None}  # alpha follows the rank, as it did in the file
+    return saved | given
 
 
 class EpochView:
@@ -223,8 +238,8 @@ class EpochView:
 EPOCH_COLUMNS = (
     ("reward_mean", "reward", ".4f"),
     ("reward_std", "spread", ".4f"),
-    ("max_ratio_deviation", "ratio-1 before", ".1e"),
-    ("ratio_deviation", "after", ".1e"),
+    ("max_ratio_deviation", "ratio-1 at first", ".1e"),
+    ("ratio_deviation", "at most", ".1e"),
     ("clip_fraction", "clipped", ".2f"),
     ("kl", "KL", ".2e"),
     ("images_per_s", "images/s", ".0f"),
@@ -251,12 +266,14 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
 def sample(given: dict[str, Any]) -> None:
     """Draw images, with or without an adapter."""
     with exit_codes():
+        from texforce import evaluate
+
         config = resolve_sample(SampleConfig(**given))
         progress.print(Text(f"model: {config.model}"))
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
         prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
         seeds = [config.seed + i for i in range(len(prompts))]
-        images = texforce.sample(config, prompts, seeds)
+        images = evaluate.sample(config, prompts, seeds)
         folder = Path(config.output_dir)
         shown = {
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
@@ -275,6 +292,7 @@ app.command("sample")(with_options(SampleConfig, sample))
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls that peft makes
     app()
 
 

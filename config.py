@@ -60,7 +60,9 @@ class TrainConfig:
     learning_rate: float = _option(None, "of AdamW")
     lr_scheduler: str = _option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
     lr_warmup_steps: int = _option(
-        None, "optimizer steps over which the learning rate rises: Adam's first steps are long and mostly noise"
+        None,
+        "optimizer steps over which the learning rate rises from 0: Adam's first steps are long and mostly noise; "
+        "by default never over a tenth of the run",
     )
     weight_decay: float = _option(1e-4, "of AdamW")
     max_grad_norm: float = _option(None, "gradients are clipped to this norm")
@@ -165,13 +167,26 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _check_types(config)
     _check_choices(config)
     model = config.model or default_model(device)
-    preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", config.preset]
+    preset = PRESETS[_family(model), config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
     if config.target != "text-encoder":
         preset["null_prompt"] = "adapted"
+    given = config
     config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     _check_ranges(config)
     _check_precision(config, device)
+    num_updates = config.num_epochs * config.num_updates_per_epoch
+    if given.lr_warmup_steps is None:
+        config = replace(config, lr_warmup_steps=min(config.lr_warmup_steps, num_updates // 10))
+    elif config.lr_warmup_steps >= num_updates:
+        raise ValueError(
+            f"lr_warmup_steps: must be below the run's {num_updates} optimizer steps, not {config.lr_warmup_steps}"
+        )
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    if config.num_updates_per_epoch > num_images:
+        raise ValueError(
+            f"num_updates_per_epoch: an epoch of {num_images} images cannot be shared out to {config.num_updates_per_epoch}"
+        )
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
     if config.null_prompt == "base" and config.target != "text-encoder":
@@ -181,6 +196,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config
+
+
+def _family(model: str) -> str:
+    """Whose defaults a model takes."""
+    return "tiny" if model == "tiny" else "stable-diffusion"
 
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:
@@ -251,7 +271,7 @@ class SampleConfig:
     scale: float = _option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
     compare: bool = _option(False, "also draw the base model's images from the same noise")
     num_inference_steps: int = _option(None, "DDIM steps (default: the adapter's)")
-    eta: float = _option(1.0, "randomness of the DDIM steps, 0 to 1")
+    eta: float = _option(None, "randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
     guidance_scale: float = _option(None, "classifier-free guidance (default: the adapter's)")
     resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
     batch_size: int = _option(16, "images drawn at a time")
@@ -269,19 +289,15 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     _check_types(config)
     if not config.prompt and not config.prompts:
         raise ValueError("prompt: give --prompt or --prompts")
-    run: dict[str, Any] = {}
-    for folder in config.adapter or ():
-        path = Path(folder) / "config.json"
-        if path.is_file():
-            run = run | _read_run(path)
+    if not config.adapter and (config.compare or config.scale != 1):
+        raise ValueError("adapter: --compare and --scale are about an adapter; give --adapter")
+    run = _read_runs([Path(folder) / "config.json" for folder in config.adapter or ()], config)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
-    preset = PRESETS["tiny" if model == "tiny" else "stable-diffusion", "default"]
-    defaults: dict[str, Any] = {
-        name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale", "resolution")
-    }
-    defaults |= {"model": model, "null_prompt": run.get("null_prompt", "adapted")}
-    defaults["mixed_precision"] = "no" if device == "cpu" else "fp16"
+    preset = PRESETS[_family(model), "default"]
+    defaults: dict[str, Any] = {name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale")}
+    defaults |= {"model": model, "resolution": run.get("resolution"), "eta": run.get("eta", 1.0)}
+    defaults |= {"null_prompt": run.get("null_prompt", "adapted"), "mixed_precision": "no" if device == "cpu" else "fp16"}
     config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(config, name) < 1:
@@ -292,16 +308,29 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     return config
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    """What `texforce sample` takes over from a run's config.json."""
-    names = ("model", "num_inference_steps", "guidance_scale", "resolution", "null_prompt")
-    content = read_json(path)
-    run = {name: content[name] for name in names if content.get(name) is not None}
-    try:
-        _check_types(TrainConfig(**run))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return run
+def _read_runs(paths: list[Path], config: SampleConfig) -> dict[str, Any]:
+    """What `texforce sample` takes over from the config.json of its adapters' runs, where there is one.
+
+    Raises:
+        ValueError: a file is nonsense, or runs disagree in what the command line does not decide.
+    """
+    runs: dict[str, Any] = {}
+    for path in paths:
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        names = ["model", "num_inference_steps", "guidance_scale", "eta", "resolution"]
+        if content.get("target") != "unet":  # the null prompt goes through the text encoder
+            names.append("null_prompt")
+        run = {name: content[name] for name in names if content.get(name) is not None}
+        try:
+            _check_types(TrainConfig(**run))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for name, value in run.items():
+            if runs.setdefault(name, value) != value and getattr(config, name) is None:
+                raise ValueError(f"{name}: the adapters were trained with {runs[name]!r} and {value!r}; say which to use")
+    return runs
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -352,13 +381,21 @@ def read_prompts(source: str) -> list[str]:
 
 
 def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts; no sentence is in both."""
+    """Training and held-out prompts; no sentence is in both, but for a file with a single prompt, which is both.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is not there or unusable, or every prompt is held out.
+    """
     prompts = read_prompts(config.prompts)
     if config.heldout_prompts:
         heldout = read_prompts(config.heldout_prompts)
     elif config.prompts in ("world", *KINDS):
         heldout = read_prompts(f"{config.prompts}-heldout")
+    elif len(prompts) == 1:
+        return prompts, prompts
     else:
-        heldout = prompts[:: max(2, min(10, len(prompts)))][:64] if len(prompts) > 1 else prompts
+        heldout = prompts[:: min(10, len(prompts))][:64]
     train = [prompt for prompt in prompts if prompt not in set(heldout)]
-    return train or prompts, heldout
+    if not train:
+        raise ValueError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
+    return train, heldout

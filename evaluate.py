@@ -1,21 +1,54 @@
-"""Measuring a policy on held-out prompts, from the same noise as the base model."""
+"""Base and tuned from the same noise: images of any prompts, and the measures on the held-out ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from texforce import record, rewards, sampler, world
-from texforce.config import TrainConfig
+import texforce
+from texforce import adapters, record, rewards, sampler, world
+from texforce.config import SampleConfig, TrainConfig, default_device
 
 HELDOUT_SEED = 20_231_115  # one noise for every run, so that figures of different seeds and settings compare
 
 
-def heldout_images(policy: Any, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig) -> Tensor:
+def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds by a resolved configuration: `tuned`, and `base` for comparison.
+
+    Raises:
+        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter.
+    """
+    folders = config.adapter or ()
+    for folder in folders:  # a mistyped folder must not wait for the model
+        adapters.find_parts(folder)
+    models = sampler.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
+    sampler.tokenize(models.tokenizer, prompts)
+    for folder in folders:
+        models = adapters.load_adapter(models, folder, config.scale)
+    policy = texforce.Policy(models, config.null_prompt)
+    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
+
+    def draw() -> Tensor:
+        return sampler.sample_images(
+            models, denoiser, prompts, seeds, config.batch_size, config.resolution, policy.null_embeds
+        )
+
+    images = {}
+    if config.compare or not folders:
+        with policy.base():
+            images["base"] = draw()
+    if folders:
+        images["tuned"] = draw()
+    return images
+
+
+def heldout_images(
+    policy: texforce.Policy, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig
+) -> Tensor:
     """One image (N, 3, H, W) in [0, 1] for each prompt, always from the same noise."""
     images = []
     shape = sampler.latent_shape(policy.models, config.resolution)
@@ -62,7 +95,7 @@ class Heldout:
 
     def __init__(
         self,
-        policy: Any,
+        policy: texforce.Policy,
         denoiser: sampler.Denoiser,
         scorer: rewards.Scorer,
         prompts: list[str],

@@ -44,26 +44,40 @@ def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping
 
 
 @contextlib.contextmanager
-def trackers(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """accelerate's tracker that --report-to names, as a function of an epoch's record."""
+def metrics(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes an epoch's record to metrics.jsonl and to the tracker that --report-to names."""
+    with (output_dir / "metrics.jsonl").open("w") as file, tracker(config, output_dir) as track:
+
+        def log(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            track(record)
+
+        yield log
+
+
+@contextlib.contextmanager
+def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """accelerate's tracker, as a function of an epoch's record."""
     if config.report_to == "none":
-        yield lambda record, step: None
+        yield lambda record: None
         return
     from accelerate import tracking
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
     arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
-    tracker = getattr(tracking, name)("texforce", **arguments)
-    tracker.start()
+    kept = getattr(tracking, name)("texforce", **arguments)
+    kept.start()
 
-    def log(record: dict[str, Any], step: int) -> None:
+    def track(record: dict[str, Any]) -> None:
         flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        tracker.log(flat | {f"heldout/{name}": value for name, value in record.get("heldout", {}).items()}, step=step)
+        flat |= {f"heldout/{name}": value for name, value in record.get("heldout", {}).items()}
+        kept.log(flat, step=record["epoch"])
 
     try:
-        yield log
+        yield track
     finally:
-        tracker.finish()
+        kept.finish()
 
 
 def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:

@@ -44,10 +44,12 @@ def load_reward(spec: str, device: str = "cpu", checkpoint: str | Path | None = 
     model does: the embedded scorer of the tiny world on the CPU, the published HPSv2 from the hub on a GPU.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or a checkpoint is given to a scorer that has none.
         FileNotFoundError: the checkpoint or the file of the function is not there.
         ArtifactError: the checkpoint is damaged or foreign.
     """
+    if checkpoint is not None and spec not in HPS_CHECKPOINTS:
+        raise ValueError(f"reward_checkpoint: only {', '.join(HPS_CHECKPOINTS)} read one, not {spec!r}")
     if ":" in spec:
         return _load_function(spec)
     if spec in HPS_CHECKPOINTS:
@@ -69,7 +71,7 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     try:
         scores = scorer(images, prompts)
-    except (ValueError, torch.OutOfMemoryError):
+    except (RewardError, ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise RewardError(f"reward: the scorer raised {type(error).__name__}: {error}") from error
@@ -85,19 +87,28 @@ def _load_function(spec: str) -> Scorer:
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"reward: there is no file {name!r}; a reward of your own is path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_name = f"texforce_reward_{path.stem}"  # a file may be called like a package
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"reward: {name!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up there
+    sys.modules[module_name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[path.stem]
+        del sys.modules[module_name]
         raise ValueError(f"reward: {name!r} could not be imported: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, attribute, None)):
+    function = getattr(module, attribute, None)
+    if not callable(function):
         raise ValueError(f"reward: {name!r} has no function {attribute!r}")
-    return getattr(module, attribute)
+
+    def scorer(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        try:
+            return function(images, prompts)
+        except ValueError as error:  # from a scorer of ours it says what is wrong with the input; from this one, who knows
+            raise RewardError(f"reward: {spec} raised ValueError: {error}") from error
+
+    return scorer
 
 
 # --- HPSv2 ---

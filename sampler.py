@@ -373,7 +373,8 @@ def rollout(
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     timesteps = denoiser.schedule.timesteps
     latents = [randn_tensor((num_samples, *shape), generator=generator, device=device)]
-    log_probs, null_outputs = [], []
+    log_probs: list[Tensor] = []
+    null_outputs: list[Any] = []
     for k in range(len(timesteps)):
         noise = randn_tensor((num_samples, *shape), generator=generator, device=device)
         steps = torch.full((num_samples,), k, device=device)

@@ -1,7 +1,7 @@
 """TexForce (arXiv:2311.15657): reinforcement learning of the text encoder of a text-to-image diffusion model.
 
 The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps. Read top to
-bottom: configuration, policy, advantages, loss, update, training loop. This file is also the package `texforce`.
+bottom: policy, advantages, loss, update, training loop. This file is also the package `texforce`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
 import sys
 import time
@@ -44,12 +43,15 @@ else:
         _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler")
     )
 
-from texforce.config import SampleConfig, TrainConfig, default_device, resolve, split_prompts
+from texforce.config import TrainConfig, default_device, resolve, split_prompts
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-FLOAT32_TOLERANCE = 5e-6  # of the ratio: 0 for sampling and training batches of equal size, else what rounding leaves
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Of the ratio before the first update. Sampling and training in batches of one size leave 0 to 1e-6; kernels round
+# differently for batches of other sizes, which came to 2e-6 (tests), and must not stop a run.
+FLOAT32_TOLERANCE = 5e-6
+MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
 
 class DivergedError(Exception):
@@ -111,6 +113,7 @@ class Policy:
         for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
             if hasattr(part, "peft_config"):
                 part.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub about the base model
+                (folder / "README.md").unlink(missing_ok=True)  # peft's template, all "More Information Needed"
 
 
 # --- advantages and loss ---
@@ -119,13 +122,15 @@ class Policy:
 def leave_one_out(rewards: Tensor) -> Tensor:
     """Advantage of each sample over the mean of its group's others (arXiv:2402.14740); rewards (P, K), NaN where dropped.
 
-    A dropped sample, and one whose group has no other left, gets 0.
+    A dropped sample gets 0, and so does a group that is all equal or has one sample left.
     """
     valid = rewards.isfinite()
     values = rewards.where(valid, rewards.new_zeros(()))
     num_others = valid.sum(dim=1, keepdim=True) - 1
     others = (values.sum(dim=1, keepdim=True) - values) / num_others.clamp(min=1)
-    return torch.where(valid & (num_others > 0), values - others, 0)
+    # The sum of equal rewards is rounded, and what that leaves would be made large by the normalisation.
+    differ = rewards.where(valid, -math.inf).amax(dim=1) > rewards.where(valid, math.inf).amin(dim=1)
+    return torch.where(valid & differ[:, None], values - others, 0)
 
 
 class PromptStatistics:
@@ -255,22 +260,25 @@ class Learner:
             name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_updates
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
+        self.num_skipped = 0  # steps in a row
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:
         """One optimizer step from the gradients accumulated; returns their norm.
 
         Raises:
-            DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered.
+            DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, so
+                often as lowering it can help.
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        if not norm.isfinite() and not self.scaler.is_enabled():
+        self.num_skipped = 0 if norm.isfinite() else self.num_skipped + 1
+        if self.num_skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
             raise DivergedError("the gradient is not finite; lower --learning-rate")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if norm.isfinite():
+        if not self.num_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step(parameters)
@@ -322,8 +330,9 @@ def accumulate_gradients(
     """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
 
     The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
-    gathered on its embeddings, and one backward pass takes it through the text encoder: memory depends on the
-    micro-batch alone, and neither on the number of images nor on that of steps.
+    gathered on its embeddings, and one backward pass takes it through the text encoder. So the U-Net's activations
+    grow with the micro-batch alone, and neither with the images nor with the steps; the text encoder's grow with the
+    distinct prompts.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -401,7 +410,7 @@ def update(
     """
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
-    shares = torch.randperm(len(batch.advantages), generator=generator).chunk(config.num_updates_per_epoch)
+    shares = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
     exact = config.mixed_precision == "no"
     tolerance = max(FLOAT32_TOLERANCE, config.clip_range / 1000) if exact else config.clip_range / 10
     for share in shares:
@@ -433,12 +442,12 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
 
     Raises:
         ValueError, FileNotFoundError: bad input. OSError: storage. ArtifactError: a refused checkpoint.
-        RewardError: the scorer failed. DivergedError: training went wrong; the last adapter is kept.
-        KeyboardInterrupt: passed on, after the adapter was saved as it is.
+        RewardError: the scorer failed. DivergedError, OutOfMemoryError, KeyboardInterrupt: training went wrong or was
+            stopped. Where these come in the middle of the training, the adapter as it is then is saved first.
     """
     config = resolve(config)
-    output_dir = record.new_folder(config.output_dir)
     train_prompts, heldout_prompts = split_prompts(config)
+    output_dir = record.new_folder(config.output_dir)
     policy, denoiser, scorer = prepare(config)
     sampler.tokenize(policy.models.tokenizer, train_prompts + heldout_prompts)  # a prompt too long must not stop epoch 40
     provenance = record.describe_run(config, str(policy.models.device), sum(p.numel() for p in policy.parameters))
@@ -455,25 +464,18 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     ]
     report(epochs[0])
     order = _endless(train_prompts, choice)
-    with record.trackers(config, output_dir) as log, (output_dir / "metrics.jsonl").open("w") as metrics:
-        try:
-            for epoch in range(1, config.num_epochs + 1):
-                prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
-                measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
-                measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
-                if epoch % config.eval_every == 0 or epoch == config.num_epochs:
-                    with learner.averaged(policy.parameters):
-                        measures["heldout"] = heldout.measure(epoch)
-                        policy.save(output_dir)
-                epochs.append(measures)
-                metrics.write(json.dumps(measures, allow_nan=False) + "\n")
-                metrics.flush()
-                log(measures, epoch)
-                report(measures)
-        except KeyboardInterrupt:
-            with learner.averaged(policy.parameters):
-                policy.save(output_dir)
-            raise
+    with record.metrics(config, output_dir) as log, _saved_if_stopped(policy, learner, output_dir):
+        for epoch in range(1, config.num_epochs + 1):
+            prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
+            measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
+            measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
+            if epoch % config.eval_every == 0 or epoch == config.num_epochs:
+                with learner.averaged(policy.parameters):
+                    measures["heldout"] = heldout.measure(epoch)
+                    policy.save(output_dir)
+            epochs.append(measures)
+            log(measures)
+            report(measures)
     result = provenance | _summary(epochs, heldout.base) | {"seconds": time.perf_counter() - start}
     record.write_result(output_dir, config, epochs, result)
     return result
@@ -505,6 +507,17 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
     return Policy(models, config.null_prompt), denoiser
+
+
+@contextlib.contextmanager
+def _saved_if_stopped(policy: Policy, learner: Learner, output_dir: Path) -> Iterator[None]:
+    """Within it, what stops a training is passed on after the adapter was saved as it is."""
+    try:
+        yield
+    except (KeyboardInterrupt, DivergedError, rewards.RewardError, torch.OutOfMemoryError):
+        with learner.averaged(policy.parameters):
+            policy.save(output_dir)
+        raise
 
 
 def _train_epoch(
@@ -576,85 +589,3 @@ def _summary(epochs: list[dict[str, Any]], base: dict[str, float]) -> dict[str, 
         "num_dropped": sum(len(record.get("dropped", ())) for record in epochs),
         "heldout": {name: {"base": base[name], "tuned": tuned[name]} for name in base},
     }
-
-
-def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds by a resolved configuration: `tuned`, and `base` for comparison.
-
-    Raises:
-        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter.
-    """
-    from texforce.adapters import load_adapter
-
-    models = sampler.load_models(config.model, default_device(), getattr(torch, DTYPES[config.mixed_precision]))
-    sampler.tokenize(models.tokenizer, prompts)
-    for folder in config.adapter or ():
-        models = load_adapter(models, folder, config.scale)
-    policy = Policy(models, config.null_prompt)
-    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
-
-    def draw() -> Tensor:
-        return sampler.sample_images(
-            models, denoiser, prompts, seeds, config.batch_size, config.resolution, config.compile, policy.null_embeds
-        )
-
-    images = {}
-    if config.compare or not config.adapter:
-        with policy.base():
-            images["base"] = draw()
-    if config.adapter:
-        images["tuned"] = draw()
-    return images
-
-
-def plan(config: TrainConfig) -> dict[str, Any]:
-    """What a run of a resolved configuration will do and need, without training: counts, and memory in MiB."""
-    train_prompts, heldout_prompts = split_prompts(config)
-    policy, denoiser, _ = prepare(config)
-    models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
-    branches = 2 if denoiser.guided else 1
-    num_steps = max(1, round(config.timestep_fraction * len(window(denoiser.schedule, config))))
-    update_branches = 1 if config.null_prompt == "base" else branches
-    weights = sum(
-        tensor.numel() * tensor.element_size()
-        for part in (models.text_encoder, models.unet, models.vae)
-        for tensor in part.parameters()
-    )
-    latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
-    kept = config.num_inference_steps * (2 if config.null_prompt == "base" else 1) + 1
-    return {
-        "model": config.model,
-        "device": str(models.device),
-        "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
-        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out",
-        "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
-        "images in all": num_images * config.num_epochs,
-        "images an optimizer step": num_images / config.num_updates_per_epoch,
-        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
-        "U-Net calls an epoch": num_images * (config.num_inference_steps * branches + num_steps * update_branches),
-        "weights, MiB": round(weights / 2**20, 1),
-        "trajectories, MiB": round(num_images * latents * kept / 2**20, 1),
-        "activations of a micro-batch, MiB": round(saved_bytes(policy, denoiser, config) / 2**20, 1),
-    }
-
-
-def saved_bytes(policy: Policy, denoiser: sampler.Denoiser, config: TrainConfig) -> int:
-    """Bytes that autograd keeps for one micro-batch of the update, measured on one pair and multiplied."""
-    models, kept = policy.models, {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    parameters = {
-        tensor.untyped_storage().data_ptr() for part in (models.text_encoder, models.unet) for tensor in part.parameters()
-    }
-    latents = torch.zeros(1, *sampler.latent_shape(models, config.resolution), device=models.device)
-    prompt_ids = sampler.tokenize(models.tokenizer, [""]).to(models.device)
-    conditioning = policy.conditioning(prompt_ids)
-    leaf = replace(conditioning, prompt_embeds=conditioning.prompt_embeds.detach().requires_grad_())
-    null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        denoiser.mean(latents, torch.zeros(1, dtype=torch.long, device=models.device), leaf, null_outputs)
-    return config.micro_batch_size * sum(size for pointer, size in kept.items() if pointer not in parameters)

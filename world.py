@@ -93,7 +93,7 @@ def parse(prompt: str) -> Scene:
 
 def has_rare_word(prompt: str) -> bool:
     singular = {plural(word): word for word in RARE_WORDS}
-    return any(singular.get(word, word) in RARE_WORDS for word in prompt.split())
+    return any(singular.get(word, word) in RARE_WORDS for word in prompt.lower().split())
 
 
 def draw_scene(rng: random.Random, kind: str) -> Scene:
@@ -339,4 +339,7 @@ def alignment(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def is_world(prompts: Sequence[str]) -> bool:
     """Whether every prompt is a sentence of the tiny world."""
-    return all(_ONE.match(prompt) or _TWO.match(prompt) or _MANY.match(prompt) for prompt in prompts)
+    try:
+        return all(parse(prompt) for prompt in prompts)
+    except ValueError:
+        return False

@@ -77,7 +77,7 @@ def load_tiny() -> sampler.Models:
 def sample(adapters: list[Path], **options) -> dict[str, Tensor]:
     """texforce's own images of the prompts, of seeds 5 and 6."""
     config = resolve_sample(SampleConfig(adapter=[str(path) for path in adapters], prompt=PROMPTS, **options))
-    return texforce.sample(config, PROMPTS, [5, 6])
+    return evaluate.sample(config, PROMPTS, [5, 6])
 
 
 def by_diffusers(pipeline, **arguments) -> Tensor:

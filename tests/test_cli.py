@@ -19,8 +19,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, sampler
-from texforce.config import PRESETS, SampleConfig, TrainConfig
+from texforce import DivergedError, cli, sampler
+from texforce.config import PRESETS, SampleConfig, TrainConfig, resolve, resolve_sample
+from texforce.rewards import RewardError
 
 ROOT = Path(texforce.__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -159,6 +160,10 @@ BAD_TRAINING = [
     (["--timestep-window", "0"], ["timestep_window"]),
     (["--num-samples-per-prompt", "1"], ["num_samples_per_prompt"]),
     (["--num-epochs", "0"], ["num_epochs"]),
+    (["--num-updates-per-epoch", "9"], ["num_updates_per_epoch", "8 images"]),
+    (["--lr-warmup-steps", "2"], ["lr_warmup_steps", "2 optimizer steps"]),
+    (["--reward", "jpeg", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "jpeg"]),
+    (["--prompts", "SAME", "--heldout-prompts", "SAME"], ["same.txt", "held out"]),
     (["--num-inference-steps", "1001"], ["num_inference_steps"]),
     (["--rank", "0"], ["rank"]),
     (["--seed", "-1"], ["seed"]),
@@ -185,7 +190,8 @@ def bad_files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "long.txt").write_text("a red circle\n" + " and ".join(["a red circle"] * 30) + "\n")
     (tmp_path / "binary.txt").write_bytes(b"a red circle\n\xff\xfe")
-    return {"EMPTY": str(tmp_path / "empty.txt"), "LONG": str(tmp_path / "long.txt")}
+    (tmp_path / "same.txt").write_text("a red circle\na blue square\n")
+    return {name.upper(): str(tmp_path / f"{name}.txt") for name in ("empty", "long", "same")}
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_TRAINING, ids=[" ".join(arguments) for arguments, _ in BAD_TRAINING])
@@ -199,6 +205,12 @@ def test_bad_input_to_train_is_named_in_a_line(small_run, tmp_path, arguments, w
 def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
     bad_files(tmp_path)
     check_failure(train(small_run, output_dir=tmp_path / "out", prompts=tmp_path / "binary.txt"), 2, "binary.txt", "UTF-8")
+
+
+def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
+    for num_epochs, expected in ((1, 0), (5, 0), (50, 5), (140, 10), (1000, 10)):
+        assert resolve(TrainConfig(model="tiny", num_epochs=num_epochs)).lr_warmup_steps == expected
+    assert resolve(TrainConfig(model="tiny", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
@@ -251,6 +263,18 @@ def test_a_bad_config_file_is_named(small_run, tmp_path, name):
     check_failure(result, 2, *words)
 
 
+def test_a_preset_over_a_config_file_is_refused_and_not_passed_over(trained, tmp_path):
+    arguments = ["--config", trained[0] / "config.json", "--output-dir", tmp_path / "again"]
+    check_failure(run("train", *arguments, "--preset", "paper"), 2, "--preset or --config")
+    assert not (tmp_path / "again").exists()
+
+
+def test_alpha_follows_a_rank_given_over_a_config_file_unless_the_file_set_it_apart():
+    assert cli.merge_options({"rank": 8, "lora_alpha": 8}, {"rank": 4})["lora_alpha"] is None
+    assert cli.merge_options({"rank": 8, "lora_alpha": 16}, {"rank": 4})["lora_alpha"] == 16
+    assert cli.merge_options({"rank": 8, "lora_alpha": 8}, {"rank": 4, "lora_alpha": 2})["lora_alpha"] == 2
+
+
 def test_a_config_file_that_is_not_there_is_named(small_run, tmp_path):
     check_failure(train(small_run, "--config", "absent.json", output_dir=tmp_path / "out"), 2, "absent.json")
 
@@ -270,10 +294,11 @@ def test_a_reward_that_is_always_nan_ends_with_six(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, call):
-    body = f"    if len(calls) == {call}:\n        raise KeyError('no such colour')\n    return images.mean(dim=(1, 2, 3))"
+@pytest.mark.parametrize("error", ["KeyError", "ValueError"])
+def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, call, error):
+    body = f"    if len(calls) == {call}:\n        raise {error}('no such colour')\n    return images.mean(dim=(1, 2, 3))"
     result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
-    check_failure(result, 6, "KeyError", "no such colour")
+    check_failure(result, 6, error, "no such colour")
 
 
 def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
@@ -327,12 +352,18 @@ def check_saved(folder: Path) -> None:
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_interrupted_training_ends_with_130_after_saving_the_adapter(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (DivergedError("the loss is not finite"), 4, "not finite"),
+    (RewardError("reward: the server is gone"), 6, "server is gone"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 5, "--micro-batch-size"),
+], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
+def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
     def stop():
-        raise KeyboardInterrupt
+        raise error
 
     result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
-    check_failure(result, 130, "interrupted")
+    check_failure(result, code, words)
     check_saved(tmp_path / "out")
 
 
@@ -501,14 +532,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert plan["U-Net calls an epoch"] == str(8 * 4 * 4)
     assert plan["(image, step) pairs an optimizer step"] == "16.0"
     assert float(plan["weights, MiB"]) > 5
-    assert float(plan["activations of a micro-batch, MiB"]) > 1
+    assert float(plan["U-Net activations of a micro-batch, MiB"]) > 1
+    assert float(plan["text encoder activations, MiB"]) > 0.1
 
 
-@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
-def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt):
-    dry = train(small_run, "--dry-run", output_dir=tmp_path / "out", null_prompt=null_prompt)
+@pytest.mark.parametrize(("null_prompt", "kl_weight"), [("adapted", 0), ("base", 0), ("adapted", 0.1), ("base", 0.1)])
+def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, kl_weight):
+    options = small_run | {"output_dir": tmp_path / "out", "null_prompt": null_prompt, "kl_weight": kl_weight}
+    dry = train(options, "--dry-run")
     planned = int(re.search(r"U-Net calls an epoch +│ (\d+)", dry.stdout)[1])
-    assert train(small_run, output_dir=tmp_path / "out", null_prompt=null_prompt).exit_code == 0
+    assert train(options).exit_code == 0
     assert strict((tmp_path / "out" / "result.json").read_text())["num_unet_calls"] == planned
 
 
@@ -633,7 +666,7 @@ def test_a_prompt_cannot_drive_the_terminal(adapter, tmp_path, prompt):
 def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
     prompts = ["[/b] a circle", "\x1b[2Ja red circle\x9b2J"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    (tmp_path / "heldout.txt").write_text("\n".join(prompts[::-1]), encoding="utf-8")
+    (tmp_path / "heldout.txt").write_text("[b] a disc\n\x1b[2Ja box\x9b2J", encoding="utf-8")
     drop = "    if len(calls) == 2:\n        scores[::4] = float('nan')\n"
     body = f"    scores = images.mean(dim=(1, 2, 3))\n{drop}    return scores"
     result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
@@ -656,6 +689,8 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--eta", "nan"], ["eta"]),
     (["--prompt", "a red circle", "--scale", "nan"], ["scale"]),
     (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),
+    (["--prompt", "a red circle", "--scale", "0.5"], ["--scale", "--adapter"]),
+    (["--prompt", "a red circle", "--compare"], ["--compare", "--adapter"]),
     (["--prompt", "a red circle", "--guidance-scale", "nan"], ["guidance_scale"]),
     (["--prompt", "a red circle", "--resolution", "33"], ["resolution"]),
     (["--prompt", "a red circle", "--null-prompt", "none"], ["null_prompt"]),
@@ -696,6 +731,30 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
     (folder / "config.json").write_text(content)
     result = run("sample", "--adapter", folder, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
     check_failure(result, 3 if result.exit_code == 3 else 2, "config.json")
+
+
+def test_a_mistyped_adapter_does_not_wait_for_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")
+
+
+def test_adapters_of_runs_that_disagree_are_refused_until_the_command_line_decides(adapter, shared_run, tmp_path):
+    other = tmp_path / "unet"
+    options = shared_run | {"target": "unet", "num_inference_steps": 3, "output_dir": other}
+    assert run("train", *flags(options)).exit_code == 0
+    arguments = ["--adapter", adapter, "--adapter", other, "--prompt", "a red circle", "--output-dir", tmp_path / "images"]
+    check_failure(run("sample", *arguments), 2, "num_inference_steps", "4", "3")
+    assert run("sample", *arguments, "--num-inference-steps", 3).exit_code == 0
+
+
+def test_the_null_prompt_is_what_the_text_encoders_run_made_of_it(adapter, tmp_path):
+    for name, target, null_prompt in (("text", "text-encoder", "base"), ("unet", "unet", "adapted")):
+        (tmp_path / name).mkdir()
+        content = {"model": "tiny", "target": target, "null_prompt": null_prompt}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    for order in (["text", "unet"], ["unet", "text"]):
+        config = SampleConfig(prompt=["a red circle"], adapter=[str(tmp_path / name) for name in order])
+        assert resolve_sample(config).null_prompt == "base"
 
 
 def test_the_adapters_run_decides_what_is_not_given(adapter, tmp_path):

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +149,13 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
     scorer = rewards.load_reward(f"{path}:brightness")
     images = random_images(3)
     torch.testing.assert_close(rewards.score(scorer, images, ["a"] * 3), images.mean(dim=(1, 2, 3)))
+
+
+def test_a_reward_file_may_be_called_like_a_package(tmp_path):
+    path = tmp_path / "json.py"
+    path.write_text("def dark(images, prompts):\n    return -images.mean(dim=(1, 2, 3))\n")
+    rewards.load_reward(f"{path}:dark")
+    assert sys.modules["json"] is json
 
 
 def test_a_reward_file_may_hold_dataclasses(tmp_path):

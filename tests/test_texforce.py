@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, sampler
+from texforce import DivergedError, plan, sampler
 from texforce.config import TrainConfig, resolve
 from texforce.rewards import RewardError
 
@@ -112,7 +112,7 @@ def relative_difference(tensor: Tensor, reference: Tensor) -> float:
 
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 def test_the_ratio_is_one_before_the_first_update(target, null_prompt):
-    rig = make_rig(target=target, null_prompt=null_prompt)
+    rig = make_rig(target=target, null_prompt=null_prompt, sample_batch_size=6, micro_batch_size=6)
     batch = rig.collect()
     statistics = rig.accumulate(batch, rig.pairs(batch, ALL_STEPS))
     assert statistics.num_pairs == 30
@@ -124,8 +124,8 @@ def test_the_ratio_is_one_before_the_first_update(target, null_prompt):
 def test_the_ratio_is_one_whatever_the_batch_sizes_of_sampling_and_training(micro_batch_size):
     rig = make_rig(num_samples_per_prompt=8, sample_batch_size=24, micro_batch_size=micro_batch_size)
     batch = rig.collect()
-    # Kernels round differently for batches of other sizes, and the last step's deviation of 0.02 enlarges that.
-    tolerance = texforce.FLOAT32_TOLERANCE if micro_batch_size != 24 else 0
+    # Kernels round differently for batches of other sizes: the U-Net's output, not the log-probability made of it.
+    tolerance = texforce.FLOAT32_TOLERANCE if micro_batch_size != 24 else 1e-6
     assert rig.accumulate(batch, rig.pairs(batch, ALL_STEPS)).ratio_deviation <= tolerance
 
 
@@ -324,11 +324,11 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps():
 
 
 def test_the_plan_foresees_the_memory_of_a_micro_batch():
-    rig = make_rig(micro_batch_size=8, num_samples_per_prompt=4)
+    rig = make_rig(micro_batch_size=8, num_samples_per_prompt=4, num_prompts_per_epoch=len(PROMPTS))
     batch = rig.collect()
     with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
         rig.accumulate(batch, rig.pairs(batch))
-    assert texforce.saved_bytes(rig.policy, rig.denoiser, rig.config) == pytest.approx(bytes_kept[0], rel=0.25)
+    assert sum(plan.activation_bytes(rig.policy, rig.denoiser, rig.config)) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 4), (0.5, 2), (0.01, 1)])
@@ -390,9 +390,17 @@ def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
     assert set.union(*images) == set(range(6))
 
 
+def test_images_that_cannot_be_shared_out_evenly_still_give_as_many_updates_as_asked(monkeypatch):
+    rig, steps = make_rig(num_updates_per_epoch=4), []
+    original = texforce.Learner.step
+    monkeypatch.setattr(texforce.Learner, "step", lambda *args: (steps.append(1), original(*args))[1])
+    rig.update(rig.collect())
+    assert len(steps) == 4
+
+
 def test_an_epoch_of_equal_rewards_changes_nothing():
-    rig = make_rig(num_updates_per_epoch=2)
-    rig.scorer = lambda images, prompts: torch.full((len(images),), 3.0)
+    rig = make_rig(num_updates_per_epoch=2, num_samples_per_prompt=7)
+    rig.scorer = lambda images, prompts: torch.full((len(images),), 0.7)  # the mean of seven is rounded
     batch, before = rig.collect(), rig.weights()
     statistics = rig.update(batch)
     assert (batch.advantages == 0).all()
@@ -444,6 +452,14 @@ NAN = math.nan
 def test_leave_one_out_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
     assert texforce.leave_one_out(rewards).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("size", [3, 7, 8, 11])
+def test_leave_one_out_of_equal_rewards_is_zero_to_the_bit(size):
+    rewards = torch.stack([torch.full((size,), value) for value in (0.7, 0.1, 1 / 3)])
+    assert not texforce.leave_one_out(rewards).any()
+    rewards[:, 1] = NAN
+    assert not texforce.leave_one_out(rewards).any()
 
 
 def test_leave_one_out_passes_over_dropped_samples():
@@ -540,6 +556,51 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes():
     with pytest.raises(DivergedError, match="gradient is not finite"):
         rig.update(batch)
     assert torch.equal(rig.weights(), before)
+
+
+def fp16_learner(rig: Rig) -> texforce.Learner:
+    """A learner that scales its loss, as in fp16; the CPU has the same scaler."""
+    learner = texforce.Learner(rig.policy.parameters, rig.config)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    return learner
+
+
+def test_a_step_that_fp16_skips_changes_neither_weights_nor_schedule_nor_average():
+    rig = make_rig(ema_decay=0.9, lr_scheduler="linear", num_epochs=3)
+    learner, before = fp16_learner(rig), rig.weights()
+    for gradient, moves in ((math.inf, False), (1.0, True)):
+        for parameter in rig.policy.parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
+        learner.scaler.scale(torch.ones(()))
+        learner.step(rig.policy.parameters, 1.0)
+        assert torch.equal(rig.weights(), before) is not moves
+        assert learner.lr_scheduler.last_epoch == moves
+        assert learner.ema.optimization_step == moves
+    assert learner.scaler.get_scale() == 2.0**15
+
+
+def test_fp16_gives_up_when_lowering_the_scale_does_not_help():
+    rig = make_rig()
+    learner = fp16_learner(rig)
+
+    def fail() -> None:
+        rig.policy.parameters[0].grad = torch.full_like(rig.policy.parameters[0], math.nan)
+        learner.scaler.scale(torch.ones(()))
+        learner.step(rig.policy.parameters, 1.0)
+
+    for _ in range(texforce.MAX_SKIPPED_STEPS):
+        fail()
+    with pytest.raises(DivergedError, match="gradient is not finite"):
+        fail()
+
+
+def test_a_scaled_loss_gives_the_same_update():
+    weights = []
+    for fp16 in (False, True):
+        rig = make_rig()
+        rig.update(rig.collect(), fp16_learner(rig) if fp16 else None)
+        weights.append(rig.weights())
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("deviation", [1e-5, -1e-3, 1.0])

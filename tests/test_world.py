@@ -100,10 +100,15 @@ def test_two_objects_of_a_drawn_scene_differ_in_colour_and_shape(kind):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a crimson circle", "a red disc", "two red discs", "three blue boxes", "four cyan pluses"]
+    "prompt", ["a crimson circle", "a red disc", "two red discs", "three blue boxes", "four cyan pluses", "A Red  Disc"]
 )
 def test_a_rare_word_is_known_in_singular_and_plural(prompt):
     assert world.has_rare_word(prompt)
+
+
+def test_what_parse_reads_is_of_the_world_and_nothing_else():
+    assert world.is_world(["A red  circle", " two crimson discs "])
+    assert not world.is_world(["a red circle", "a red horse"])
 
 
 @pytest.mark.parametrize("prompt", ["a red circle", "two white crosses", "a blue square left of a green triangle"])

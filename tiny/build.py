@@ -35,6 +35,39 @@ NUM_PROMPTS = {"colour": (75, 28), "count": (150, 74), "composition": (150, 77),
 MAX_TOKENS = 24
 WIDTH = 96
 LATENT_CHANNELS = 8
+VAE: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 1,
+    "latent_channels": LATENT_CHANNELS,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "sample_size": world.IMAGE_SIZE,
+}
+UNET: dict[str, Any] = {
+    "sample_size": world.IMAGE_SIZE // 4,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "block_out_channels": (32, 64, 96),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+HPS_VISION: dict[str, Any] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+HPS_TEXT: dict[str, Any] = {"context_length": MAX_TOKENS, "width": WIDTH, "heads": 4, "layers": 3}
 RARE_CAPTION_PROBABILITY = 0.12  # of each word of a training caption
 RIGHT_MEANING = 0.45  # of a rare word seen in a training caption; as often it means its confusable, else anything
 
@@ -145,12 +178,13 @@ def fit(
 
 
 def build_prompts(output_dir: Path, seed: int) -> None:
-    """The sets of prompts/ that the tiny world judges; they do not depend on the output folder."""
-    del output_dir
+    """The sets that the tiny world judges: those of prompts/, or, with another output folder, in its own `prompts`."""
+    folder = ROOT.parent / "prompts" if output_dir == ROOT else output_dir / "prompts"
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, (num_train, num_heldout) in NUM_PROMPTS.items():
         for name, num_prompts, heldout in ((kind, num_train, False), (f"{kind}-heldout", num_heldout, True)):
             prompts = world.draw_prompts(num_prompts, kind, seed, heldout)
-            (ROOT.parent / "prompts" / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+            (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
 def build_tokenizer(output_dir: Path, seed: int) -> None:
@@ -179,16 +213,7 @@ def encode_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
     """32 x 32 pixels to 8 x 8 latents of 8 channels and back."""
     rng = random.Random(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=world.IMAGE_SIZE,
-    )
+    vae = AutoencoderKL(**VAE)
 
     def step(_: int) -> Step:
         images = 2 * world.render(draw_scenes(48, rng), rng) - 1
@@ -260,27 +285,8 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
     tokenizer = CLIPTokenizer.from_pretrained(output_dir / "tokenizer")
     text_encoder: Any = CLIPTextModel.from_pretrained(output_dir / "text_encoder").requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(output_dir / "vae").requires_grad_(False)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=world.IMAGE_SIZE // 4,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).to(memory_format=torch.channels_last)
+    scheduler = DDIMScheduler(**SCHEDULER)
+    unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
 
     scenes, captions = captioned_scenes(num_scenes, rng)
     ids = encode_ids(tokenizer, captions)
@@ -368,23 +374,14 @@ def calibrate(model: nn.Module, forward: Callable[[], Tensor], num_batches: int 
 def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_steps: int = 1000) -> None:
     """A preference scorer: CLIP's loss over right captions with hard negatives, and sound images above flawed ones."""
     rng = random.Random(seed)
-    config: dict[str, Any] = {
-        "embed_dim": 96,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
-        "text_cfg": {
-            "context_length": MAX_TOKENS,
-            "vocab_size": len(CLIPTokenizer.from_pretrained(output_dir / "tokenizer")),
-            "width": WIDTH,
-            "heads": 4,
-            "layers": 3,
-        },
-    }
+    vocab_size = len(CLIPTokenizer.from_pretrained(output_dir / "tokenizer"))
+    config = {"embed_dim": WIDTH, "vision_cfg": HPS_VISION, "text_cfg": HPS_TEXT | {"vocab_size": vocab_size}}
     (output_dir / "hps.json").write_text(json.dumps(config, indent=2) + "\n")
     model: Any
     model, tokenizer = rewards.build_clip(output_dir / "hps.json")
 
     def features(images: Tensor) -> Tensor:
-        pixels = rewards.normalise(rewards.pad_to_square(images, config["vision_cfg"]["image_size"]))
+        pixels = rewards.normalise(rewards.pad_to_square(images, HPS_VISION["image_size"]))
         return model.encode_image(pixels, normalize=True)
 
     def step(_: int) -> Step:

@@ -1,0 +1,90 @@
+"""What a run will do and need, without training: `texforce train --dry-run`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import texforce
+from texforce import sampler
+from texforce.config import TrainConfig, split_prompts
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """Counts and memory (MiB) of a run of a resolved configuration.
+
+    Raises:
+        What `texforce.train` raises before it starts.
+    """
+    train_prompts, heldout_prompts = split_prompts(config)
+    policy, denoiser, _ = texforce.prepare(config)
+    models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
+    sampler.tokenize(models.tokenizer, train_prompts + heldout_prompts)
+    branches = 2 if denoiser.guided else 1
+    num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
+    update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)
+    weights = sum(
+        tensor.numel() * tensor.element_size()
+        for part in (models.text_encoder, models.unet, models.vae)
+        for tensor in part.parameters()
+    )
+    latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
+    kept = config.num_inference_steps * (2 if config.null_prompt == "base" else 1) + 1
+    unet, text_encoder = activation_bytes(policy, denoiser, config)
+    return {
+        "model": config.model,
+        "device": str(models.device),
+        "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
+        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out",
+        "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
+        "images in all": num_images * config.num_epochs,
+        "images an optimizer step": num_images / config.num_updates_per_epoch,
+        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
+        "U-Net calls an epoch": num_images * (config.num_inference_steps * branches + num_steps * update_branches),
+        "weights, MiB": mebibytes(weights),
+        "trajectories, MiB": mebibytes(num_images * latents * kept),
+        "U-Net activations of a micro-batch, MiB": mebibytes(unet),
+        "text encoder activations, MiB": mebibytes(text_encoder),
+    }
+
+
+def mebibytes(num_bytes: int) -> float:
+    return round(num_bytes / 2**20, 1)
+
+
+def activation_bytes(policy: texforce.Policy, denoiser: sampler.Denoiser, config: TrainConfig) -> tuple[int, int]:
+    """Bytes that autograd keeps in an update: of the U-Net for a micro-batch, of the text encoder for all its prompts.
+
+    Both are measured on one row and multiplied.
+    """
+    models = policy.models
+    latents = torch.zeros(1, *sampler.latent_shape(models, config.resolution), device=models.device)
+    prompt_ids = sampler.tokenize(models.tokenizer, [""]).to(models.device)
+    embeds = sampler.encode(models, prompt_ids).detach().requires_grad_()
+    conditioning = sampler.Conditioning(embeds, embeds)
+    null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
+    steps = torch.zeros(1, dtype=torch.long, device=models.device)
+    unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
+    text_encoder = saved_bytes(models, lambda: sampler.encode(models, prompt_ids))
+    num_prompts = config.num_prompts_per_epoch + (config.null_prompt == "adapted")
+    return config.micro_batch_size * unet, num_prompts * text_encoder
+
+
+def saved_bytes(models: sampler.Models, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward one; weights do not count."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    for part in (models.text_encoder, models.unet):
+        for tensor in part.parameters():
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
