@@ -8,7 +8,7 @@ import signal
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,8 +136,9 @@ def train(
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
     with exit_codes():
-        settings = texforce.resolve(TrainConfig(**merge_options(read_config(config), given)))
-        progress.print(Text(f"model: {settings.model} ({_why(given, config)})"))
+        options = merge_options(read_config(config), given)
+        settings = texforce.resolve(TrainConfig(**options))
+        progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         if dry_run:
             from texforce import plan
 
@@ -149,8 +150,8 @@ def train(
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
 
 
-def _why(given: dict[str, Any], config: Path | None) -> str:
-    if "model" in given or config:
+def _why(options: dict[str, Any]) -> str:
+    if options.get("model") is not None:
         return "as asked"
     from texforce.config import default_device
 
@@ -172,14 +173,22 @@ def read_config(path: Path | None) -> dict[str, Any]:
 def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A config file's options with those of the command line over them.
 
+    A run's config.json holds everything. What in it follows from other options follows anew from those of the command line.
+
     Raises:
-        ValueError: a preset over a saved config, which holds every value already, would change nothing.
+        ValueError: a preset over a file that decides all that a preset would, so that it would change nothing.
     """
-    if saved and given.get("preset", saved.get("preset")) != saved.get("preset"):
-        raise ValueError("preset: a config file decides all that a preset would; give --preset or --config, not both")
-    if "rank" in given and saved.get("lora_alpha") == saved.get("rank"):
-        saved = saved | {"lora_alpha": None}  # alpha follows the rank, as it did in the file
+    preset = saved.get("preset", "default")
+    if given.get("preset", preset) != preset and all(saved.get(name) is not None for name in PRESETS["tiny", "default"]):
+        raise ValueError("preset: the config file decides all that a preset would; give --preset or --config, not both")
+    for name in set(FOLLOWING_OPTIONS) & set(saved) - set(given):
+        with suppress(ValueError):  # the file alone may be unusable, without what is given
+            if getattr(texforce.resolve(TrainConfig(**saved | {name: None})), name) == saved[name]:
+                saved = saved | {name: None}
     return saved | given
+
+
+FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt")
 
 
 class EpochView:
@@ -271,6 +280,7 @@ def sample(given: dict[str, Any]) -> None:
         config = resolve_sample(SampleConfig(**given))
         progress.print(Text(f"model: {config.model}"))
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
+        record.check_writable(Path(config.output_dir))
         prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
         seeds = [config.seed + i for i in range(len(prompts))]
         images = evaluate.sample(config, prompts, seeds)

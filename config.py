@@ -78,7 +78,7 @@ class TrainConfig:
     sample_batch_size: int = _option(None, "images sampled at a time")
     mixed_precision: str = _option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
     gradient_checkpointing: bool = _option(False, "recompute the U-Net's activations to save memory")
-    compile: bool | None = _option(None, "compile the denoising step (default: on CUDA)")
+    compile: bool | None = _option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
     eval_every: int = _option(None, "epochs between measurements on the held-out prompts")
     report_to: str = _option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
 
@@ -177,7 +177,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _check_precision(config, device)
     num_updates = config.num_epochs * config.num_updates_per_epoch
     if given.lr_warmup_steps is None:
-        config = replace(config, lr_warmup_steps=min(config.lr_warmup_steps, num_updates // 10))
+        shortened = min(config.lr_warmup_steps, num_updates // 10)
+        config = replace(config, lr_warmup_steps=shortened if shortened > 1 else 0)  # a single step's rate would be 0
     elif config.lr_warmup_steps >= num_updates:
         raise ValueError(
             f"lr_warmup_steps: must be below the run's {num_updates} optimizer steps, not {config.lr_warmup_steps}"
@@ -302,6 +303,8 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: must be at least 1, not {getattr(config, name)}")
+    if config.guidance_scale < 0:
+        raise ValueError(f"guidance_scale: must not be negative, not {config.guidance_scale}")
     _check_seed(config)
     _check_choices(config)
     _check_precision(config, device)
@@ -319,10 +322,12 @@ def _read_runs(paths: list[Path], config: SampleConfig) -> dict[str, Any]:
         if not path.is_file():
             continue
         content = read_json(path)
-        names = ["model", "num_inference_steps", "guidance_scale", "eta", "resolution"]
+        names = ["model", "num_inference_steps", "guidance_scale", "eta"]
         if content.get("target") != "unet":  # the null prompt goes through the text encoder
             names.append("null_prompt")
         run = {name: content[name] for name in names if content.get(name) is not None}
+        if "resolution" in content:
+            run["resolution"] = content["resolution"]  # null says something: what the U-Net was made for
         try:
             _check_types(TrainConfig(**run))
         except ValueError as error:

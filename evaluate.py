@@ -12,14 +12,15 @@ import texforce
 from texforce import adapters, record, rewards, sampler, world
 from texforce.config import SampleConfig, TrainConfig, default_device
 
-HELDOUT_SEED = 20_231_115  # one noise for every run, so that figures of different seeds and settings compare
+# One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
+HELDOUT_SEED = 20_231_115
 
 
 def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
     """Images (N, 3, H, W) in [0, 1] of N prompts and seeds by a resolved configuration: `tuned`, and `base` for comparison.
 
     Raises:
-        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter.
+        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter. DivergedError: no image is finite.
     """
     folders = config.adapter or ()
     for folder in folders:  # a mistyped folder must not wait for the model
@@ -33,8 +34,8 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
 
     def draw() -> Tensor:
-        return sampler.sample_images(
-            models, denoiser, prompts, seeds, config.batch_size, config.resolution, policy.null_embeds
+        return texforce.check_finite(
+            sampler.sample_images(models, denoiser, prompts, seeds, config.batch_size, config.resolution, policy.null_embeds)
         )
 
     images = {}
@@ -49,7 +50,11 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
 def heldout_images(
     policy: texforce.Policy, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig
 ) -> Tensor:
-    """One image (N, 3, H, W) in [0, 1] for each prompt, always from the same noise."""
+    """One image (N, 3, H, W) in [0, 1] for each prompt, from the same noise for every policy.
+
+    Raises:
+        DivergedError: no image is finite.
+    """
     images = []
     shape = sampler.latent_shape(policy.models, config.resolution)
     for start in range(0, len(prompts), config.sample_batch_size):
@@ -60,7 +65,7 @@ def heldout_images(
             conditioning = policy.conditioning(prompt_ids)
         trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator)
         images.append(sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu())
-    return torch.cat(images)
+    return texforce.check_finite(torch.cat(images))
 
 
 def measure(images: Tensor, prompts: Sequence[str], scorers: Mapping[str, rewards.Scorer]) -> dict[str, float]:
@@ -79,14 +84,14 @@ def measure(images: Tensor, prompts: Sequence[str], scorers: Mapping[str, reward
             raise rewards.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
         measures[name] = scores[scores.isfinite()].mean().item()
     if world.is_world(prompts):
-        scores = world.alignment(images, prompts)
+        scores = rewards.score(world.alignment, images, prompts)
+        finite = scores.isfinite()
         exact = (scores == 1).float()
         rare = torch.tensor([world.has_rare_word(prompt) for prompt in prompts])
-        measures["alignment"] = scores.mean().item()
-        measures["alignment_exact"] = exact.mean().item()
-        for name, rows in (("common", ~rare), ("rare", rare)):
+        measures["alignment"] = scores[finite].mean().item()
+        for name, rows in (("", finite), ("_common", finite & ~rare), ("_rare", finite & rare)):
             if rows.any():
-                measures[f"alignment_exact_{name}"] = exact[rows].mean().item()
+                measures[f"alignment_exact{name}"] = exact[rows].mean().item()
     return measures
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import sampler
+from texforce import record, sampler
 from texforce.config import TrainConfig, split_prompts
 
 
@@ -18,12 +18,13 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """Counts and memory (MiB) of a run of a resolved configuration.
 
     Raises:
-        What `texforce.train` raises before it starts.
+        What `texforce.train` raises before it samples.
     """
+    record.check_folder(config.output_dir)
     train_prompts, heldout_prompts = split_prompts(config)
     policy, denoiser, _ = texforce.prepare(config)
     models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
-    sampler.tokenize(models.tokenizer, train_prompts + heldout_prompts)
+    texforce.check_prompts(policy, config.reward, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
     update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)
@@ -33,8 +34,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         for tensor in part.parameters()
     )
     latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
-    kept = config.num_inference_steps * (2 if config.null_prompt == "base" else 1) + 1
-    unet, text_encoder = activation_bytes(policy, denoiser, config)
+    kept = config.num_inference_steps * (2 if config.null_prompt == "base" and denoiser.guided else 1) + 1
+    num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
+    unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
     return {
         "model": config.model,
         "device": str(models.device),
@@ -56,8 +58,10 @@ def mebibytes(num_bytes: int) -> float:
     return round(num_bytes / 2**20, 1)
 
 
-def activation_bytes(policy: texforce.Policy, denoiser: sampler.Denoiser, config: TrainConfig) -> tuple[int, int]:
-    """Bytes that autograd keeps in an update: of the U-Net for a micro-batch, of the text encoder for all its prompts.
+def activation_bytes(
+    policy: texforce.Policy, denoiser: sampler.Denoiser, config: TrainConfig, num_prompts: int
+) -> tuple[int, int]:
+    """Bytes that autograd keeps in an update: of the U-Net for a micro-batch, of the text encoder for distinct prompts.
 
     Both are measured on one row and multiplied.
     """
@@ -70,8 +74,7 @@ def activation_bytes(policy: texforce.Policy, denoiser: sampler.Denoiser, config
     steps = torch.zeros(1, dtype=torch.long, device=models.device)
     unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(models, lambda: sampler.encode(models, prompt_ids))
-    num_prompts = config.num_prompts_per_epoch + (config.null_prompt == "adapted")
-    return config.micro_batch_size * unet, num_prompts * text_encoder
+    return config.micro_batch_size * unet, (num_prompts + (config.null_prompt == "adapted")) * text_encoder
 
 
 def saved_bytes(models: sampler.Models, forward: Callable[[], Any]) -> int:

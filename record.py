@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +20,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def new_folder(name: str) -> Path:
-    """Make the output folder, and see that it can be written to before any model is loaded."""
+def check_writable(folder: Path) -> None:
+    """See that a folder can be made and written to, without making it.
+
+    Raises:
+        OSError: a part of its path is a file, or not to be written to.
+    """
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+def check_folder(name: str) -> Path:
+    """See that a training can make its output folder, without making it.
+
+    Raises:
+        ValueError: it is not empty. OSError: it cannot be made or written to.
+    """
     folder = Path(name)
+    check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output_dir: {name!r} is not empty; choose another folder, or remove it")
+    return folder
+
+
+def new_folder(name: str) -> Path:
+    """Make the output folder, and see that it can be written to before any model is loaded."""
+    folder = check_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.write_text("")

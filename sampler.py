@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -298,7 +297,6 @@ class Denoiser:
         def graph(latents: Tensor, steps: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor) -> Any:
             return self.step(latents, steps, Conditioning(prompt_embeds, null_embeds), noise)
 
-        logging.getLogger(__name__).info("compiling the denoising step; the first one takes a minute")
         return lambda latents, steps, conditioning, noise: graph(
             latents, steps, conditioning.prompt_embeds, conditioning.null_embeds, noise
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import evaluate, record, rewards, sampler
+    from texforce import evaluate, record, rewards, sampler, world
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -39,8 +39,8 @@ else:
         return module
 
     torch = _lazy_import("torch")
-    evaluate, record, rewards, sampler = (
-        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler")
+    evaluate, record, rewards, sampler, world = (
+        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler", "world")
     )
 
 from texforce.config import TrainConfig, default_device, resolve, split_prompts
@@ -146,18 +146,15 @@ class PromptStatistics:
     def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
         """Normalised rewards (N,); 0 where the reward is not finite."""
         valid = rewards.isfinite()
-        batch_mean, batch_std = rewards[valid].mean(), rewards[valid].std(correction=0)
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             if math.isfinite(reward):
                 self.history[prompt].append(reward)
         advantages = torch.zeros_like(rewards)
         for i in torch.nonzero(valid).flatten().tolist():
             history = self.history[prompts[i]]
-            mean, std = batch_mean, batch_std
-            if len(history) >= self.min_count:
-                seen = torch.tensor(history)
-                mean, std = seen.mean(), seen.std(correction=0)
-            advantages[i] = (rewards[i] - mean) / (std + 1e-6)
+            seen = torch.tensor(history) if len(history) >= self.min_count else rewards[valid]
+            if seen.amax() > seen.amin():  # the mean of equal rewards is rounded: what that leaves is no advantage
+                advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + 1e-6)
         return advantages
 
 
@@ -192,7 +189,7 @@ def collect(
     """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
 
     Raises:
-        RewardError: the scorer failed, or gave no finite score at all.
+        DivergedError: no image is finite. RewardError: the scorer failed, or gave no finite score at all.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
     trajectories, scores = [], []
@@ -203,7 +200,7 @@ def collect(
             conditioning = policy.conditioning(prompt_ids)
         keep = config.null_prompt == "base"
         trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
-        images = sampler.decode(policy.models.vae, trajectory.latents[:, -1])
+        images = check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1]))
         trajectories.append(trajectory)
         scores.append(rewards.score(scorer, images, chunk))
     values = torch.cat(scores)
@@ -212,6 +209,19 @@ def collect(
         raise rewards.RewardError("reward: the scorer gave no finite score for any image of an epoch")
     advantages = normalised_advantages(values, repeated, config, statistics)
     return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values)
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as they are.
+
+    Raises:
+        DivergedError: not one of them is finite, so that it is not for the scorer to judge them.
+    """
+    if not images.isfinite().flatten(1).all(dim=1).any():
+        raise DivergedError(
+            "the images are not finite; lower --learning-rate (or --scale, in sampling), or try --mixed-precision no"
+        )
+    return images
 
 
 def normalised_advantages(
@@ -442,14 +452,14 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
 
     Raises:
         ValueError, FileNotFoundError: bad input. OSError: storage. ArtifactError: a refused checkpoint.
-        RewardError: the scorer failed. DivergedError, OutOfMemoryError, KeyboardInterrupt: training went wrong or was
-            stopped. Where these come in the middle of the training, the adapter as it is then is saved first.
+        RewardError: the scorer failed. DivergedError: training went wrong; the adapter of the last measurement is kept.
+        Anything else that comes in the middle of the training is passed on after the adapter was saved as it is then.
     """
     config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
     output_dir = record.new_folder(config.output_dir)
     policy, denoiser, scorer = prepare(config)
-    sampler.tokenize(policy.models.tokenizer, train_prompts + heldout_prompts)  # a prompt too long must not stop epoch 40
+    check_prompts(policy, config.reward, train_prompts + heldout_prompts)
     provenance = record.describe_run(config, str(policy.models.device), sum(p.numel() for p in policy.parameters))
     record.write_json(output_dir / "config.json", asdict(config))
     learner = Learner(policy.parameters, config)
@@ -493,6 +503,18 @@ def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scor
     return *make_policy(models, config), scorer
 
 
+def check_prompts(policy: Policy, reward: str, prompts: Sequence[str]) -> None:
+    """Find a prompt that cannot be used before the training, and not in its fortieth epoch.
+
+    Raises:
+        ValueError: a prompt is too long, or the scorer cannot judge it.
+    """
+    sampler.tokenize(policy.models.tokenizer, prompts)
+    if reward == "alignment":
+        for prompt in prompts:
+            world.parse(prompt)
+
+
 def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
@@ -511,10 +533,12 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
 
 @contextlib.contextmanager
 def _saved_if_stopped(policy: Policy, learner: Learner, output_dir: Path) -> Iterator[None]:
-    """Within it, what stops a training is passed on after the adapter was saved as it is."""
+    """Within it, what stops a training is passed on after the adapter was saved as it is, unless it went wrong itself."""
     try:
         yield
-    except (KeyboardInterrupt, DivergedError, rewards.RewardError, torch.OutOfMemoryError):
+    except DivergedError:
+        raise
+    except BaseException:
         with learner.averaged(policy.parameters):
             policy.save(output_dir)
         raise

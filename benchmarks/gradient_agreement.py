@@ -1,8 +1,8 @@
 """Which steps and which prompts teach: `python benchmarks/gradient_agreement.py` (tiny model, reward hps, three minutes).
 
-For one prompt and every denoising step, how far two halves of many images agree about the gradient on the prompt's
-embedding: the cosine between them. Where it is about 0, that step's gradient is noise. Then the same for the whole
-gradient on LoRA, over the window of steps that the default trains on, for each kind of prompt.
+How far the gradients on LoRA agree that two halves of many images give, before the first update: the cosine between them.
+Where it is about 0, the gradient is noise. First for one prompt at every denoising step, then for the first 64 training
+prompts of each kind, 8 images each, at the steps that the default trains on.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from texforce import config
 class Probe:
     """The tiny model's default training before its first update."""
 
-    def __init__(self, seed: int, guidance_scale: float | None) -> None:
-        self.config = texforce.resolve(texforce.TrainConfig(model="tiny", seed=seed, guidance_scale=guidance_scale))
+    def __init__(self, seed: int) -> None:
+        self.config = texforce.resolve(texforce.TrainConfig(model="tiny", seed=seed))
         self.policy, self.denoiser, self.scorer = texforce.prepare(self.config)
         self.noise = torch.Generator().manual_seed(seed)
         self.scaler = torch.amp.GradScaler("cuda", enabled=False)
@@ -51,10 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--prompt", default="a golden circle")
     parser.add_argument("--num-images", type=int, default=512, help="of each half")
-    parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    probe = Probe(options.seed, options.guidance_scale)
+    probe = Probe(options.seed)
     num_steps = probe.config.num_inference_steps
 
     halves = [probe.collect([options.prompt], options.num_images) for _ in range(2)]
@@ -67,10 +66,8 @@ def main() -> None:
     steps = texforce.window(probe.denoiser.schedule, probe.config).tolist()
     table = Table("prompts", "cosine of the halves", title=f"each kind, 2 x {options.num_images} images, steps {steps}")
     for kind in config.KINDS:
-        prompts = config.read_prompts(kind)
-        num_prompts = options.num_images // 8
-        shares = [prompts[:num_prompts], prompts[-num_prompts:]]
-        one, other = (probe.gradient(probe.collect(share, 8), steps) for share in shares)
+        prompts = config.read_prompts(kind)[: options.num_images // 8]
+        one, other = (probe.gradient(probe.collect(prompts, 8), steps) for _ in range(2))
         table.add_row(kind, f"{cosine(one, other):.2f}")
     Console().print(table)
 

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
@@ -164,6 +165,7 @@ BAD_TRAINING = [
     (["--lr-warmup-steps", "2"], ["lr_warmup_steps", "2 optimizer steps"]),
     (["--reward", "jpeg", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "jpeg"]),
     (["--prompts", "SAME", "--heldout-prompts", "SAME"], ["same.txt", "held out"]),
+    (["--reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--num-inference-steps", "1001"], ["num_inference_steps"]),
     (["--rank", "0"], ["rank"]),
     (["--seed", "-1"], ["seed"]),
@@ -191,7 +193,8 @@ def bad_files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "long.txt").write_text("a red circle\n" + " and ".join(["a red circle"] * 30) + "\n")
     (tmp_path / "binary.txt").write_bytes(b"a red circle\n\xff\xfe")
     (tmp_path / "same.txt").write_text("a red circle\na blue square\n")
-    return {name.upper(): str(tmp_path / f"{name}.txt") for name in ("empty", "long", "same")}
+    (tmp_path / "horses.txt").write_text("a red circle\na red horse\n")
+    return {name.upper(): str(tmp_path / f"{name}.txt") for name in ("empty", "long", "same", "horses")}
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_TRAINING, ids=[" ".join(arguments) for arguments, _ in BAD_TRAINING])
@@ -208,7 +211,7 @@ def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
 
 
 def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
-    for num_epochs, expected in ((1, 0), (5, 0), (50, 5), (140, 10), (1000, 10)):
+    for num_epochs, expected in ((1, 0), (5, 0), (12, 0), (50, 5), (140, 10), (1000, 10)):
         assert resolve(TrainConfig(model="tiny", num_epochs=num_epochs)).lr_warmup_steps == expected
     assert resolve(TrainConfig(model="tiny", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
 
@@ -263,16 +266,36 @@ def test_a_bad_config_file_is_named(small_run, tmp_path, name):
     check_failure(result, 2, *words)
 
 
-def test_a_preset_over_a_config_file_is_refused_and_not_passed_over(trained, tmp_path):
+def test_a_preset_over_a_whole_config_file_is_refused_and_not_passed_over(trained, tmp_path):
     arguments = ["--config", trained[0] / "config.json", "--output-dir", tmp_path / "again"]
     check_failure(run("train", *arguments, "--preset", "paper"), 2, "--preset or --config")
     assert not (tmp_path / "again").exists()
 
 
-def test_alpha_follows_a_rank_given_over_a_config_file_unless_the_file_set_it_apart():
-    assert cli.merge_options({"rank": 8, "lora_alpha": 8}, {"rank": 4})["lora_alpha"] is None
-    assert cli.merge_options({"rank": 8, "lora_alpha": 16}, {"rank": 4})["lora_alpha"] == 16
-    assert cli.merge_options({"rank": 8, "lora_alpha": 8}, {"rank": 4, "lora_alpha": 2})["lora_alpha"] == 2
+def test_a_preset_fills_in_what_a_file_of_a_few_options_leaves_open():
+    for preset in ("paper", "default"):
+        merged = cli.merge_options({"num_epochs": 1, "model": "tiny"}, {"preset": preset})
+        assert resolve(TrainConfig(**merged)).num_inference_steps == PRESETS["tiny", preset]["num_inference_steps"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({"rank": 4}, {"rank": 4, "lora_alpha": 4, "lr_warmup_steps": 10}),
+    ({"rank": 4, "lora_alpha": 2}, {"rank": 4, "lora_alpha": 2}),
+    ({"num_epochs": 5}, {"num_epochs": 5, "lr_warmup_steps": 0}),
+    ({"num_epochs": 5, "lr_warmup_steps": 3}, {"lr_warmup_steps": 3}),
+    ({"target": "unet"}, {"target": "unet", "null_prompt": "adapted"}),
+])  # fmt: skip
+def test_what_follows_from_an_option_follows_anew_when_it_is_given_over_a_saved_config(given, expected):
+    saved = asdict(resolve(TrainConfig(model="tiny")))
+    assert (saved["lora_alpha"], saved["lr_warmup_steps"], saved["null_prompt"]) == (16, 10, "base")
+    config = resolve(TrainConfig(**cli.merge_options(saved, given)))
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_a_config_file_sets_apart_stays():
+    saved = asdict(resolve(TrainConfig(model="tiny", lora_alpha=32, lr_warmup_steps=4, null_prompt="adapted")))
+    config = resolve(TrainConfig(**cli.merge_options(saved, {"rank": 4, "num_epochs": 100})))
+    assert (config.lora_alpha, config.lr_warmup_steps, config.null_prompt) == (32, 4, "adapted")
 
 
 def test_a_config_file_that_is_not_there_is_named(small_run, tmp_path):
@@ -343,7 +366,7 @@ def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, sto
         return original(*args)
 
     monkeypatch.setattr(texforce, "_train_epoch", train_epoch)
-    return train(small_run, output_dir=output_dir, num_epochs=3, eval_every=3)
+    return train({"eval_every": 3} | small_run, output_dir=output_dir, num_epochs=3)
 
 
 def check_saved(folder: Path) -> None:
@@ -354,17 +377,57 @@ def check_saved(folder: Path) -> None:
 
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "interrupted"),
-    (DivergedError("the loss is not finite"), 4, "not finite"),
     (RewardError("reward: the server is gone"), 6, "server is gone"),
     (torch.OutOfMemoryError("CUDA out of memory"), 5, "--micro-batch-size"),
+    (ValueError("such a prompt"), 2, "such a prompt"),
+    (OSError(32, "Broken pipe"), 5, "Broken pipe"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
 def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
+    policies, original = [], texforce.prepare
+
+    def prepare(config):
+        prepared = original(config)
+        policies.append(prepared[0])
+        return prepared
+
     def stop():
         raise error
 
+    monkeypatch.setattr(texforce, "prepare", prepare)
     result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
     check_failure(result, code, words)
     check_saved(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / WEIGHTS)
+    trained = {n: p for n, p in policies[0].models.text_encoder.named_parameters() if p.requires_grad}
+    assert len(saved) == len(trained)
+    assert all(torch.equal(saved[name.replace(".default", "")], weight) for name, weight in trained.items())
+    assert any(saved[name].any() for name in saved if "lora_B" in name)
+
+
+def test_a_training_that_diverges_keeps_the_adapter_of_its_last_measurement(small_run, tmp_path, monkeypatch):
+    kept = []
+
+    def stop():
+        kept.append((tmp_path / "out" / WEIGHTS).read_bytes())
+        raise DivergedError("the loss is not finite")
+
+    result = train_until_second_epoch(small_run | {"eval_every": 1}, tmp_path / "out", monkeypatch, stop)
+    check_failure(result, 4, "not finite")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == kept[0]
+
+
+@pytest.mark.parametrize("eval_every", [1, 2])
+def test_a_policy_that_explodes_is_not_the_scorers_failure(small_run, tmp_path, eval_every):
+    options = {"learning_rate": 1e30, "num_epochs": 2, "num_updates_per_epoch": 1, "eval_every": eval_every}
+    result = train(small_run | options, output_dir=tmp_path / "out")
+    check_failure(result, 4, "images are not finite", "--learning-rate")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_images_that_are_not_finite_are_not_written_as_black_ones(adapter, tmp_path):
+    result = sample("--adapter", adapter, "--scale", 1e30, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
+    check_failure(result, 4, "images are not finite", "--scale")
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run, tmp_path, monkeypatch):
@@ -519,6 +582,10 @@ def test_flags_override_the_config_file(trained, tmp_path):
     config = strict((tmp_path / "again" / "config.json").read_text())
     assert (config["seed"], config["num_epochs"], config["reward"], config["rank"]) == (12, 1, "jpeg", 4)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() != (trained[0] / WEIGHTS).read_bytes()
+
+
+def test_a_dry_run_refuses_what_the_training_would(small_run, adapter):
+    check_failure(train(small_run, "--dry-run", output_dir=adapter), 2, "output_dir", "not empty")
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
@@ -692,6 +759,7 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--scale", "0.5"], ["--scale", "--adapter"]),
     (["--prompt", "a red circle", "--compare"], ["--compare", "--adapter"]),
     (["--prompt", "a red circle", "--guidance-scale", "nan"], ["guidance_scale"]),
+    (["--prompt", "a red circle", "--guidance-scale", "-3"], ["guidance_scale"]),
     (["--prompt", "a red circle", "--resolution", "33"], ["resolution"]),
     (["--prompt", "a red circle", "--null-prompt", "none"], ["null_prompt"]),
     (["--prompt", "and a red circle " * 30], ["tokens", "24"]),
@@ -733,8 +801,10 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
     check_failure(result, 3 if result.exit_code == 3 else 2, "config.json")
 
 
-def test_a_mistyped_adapter_does_not_wait_for_the_model(tmp_path, monkeypatch):
+def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    check_failure(run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 5, "storage", "file")
     check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, plan, sampler
+from texforce import DivergedError, evaluate, plan, sampler, world
 from texforce.config import TrainConfig, resolve
 from texforce.rewards import RewardError
 
@@ -324,11 +325,12 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps():
 
 
 def test_the_plan_foresees_the_memory_of_a_micro_batch():
-    rig = make_rig(micro_batch_size=8, num_samples_per_prompt=4, num_prompts_per_epoch=len(PROMPTS))
+    rig = make_rig(micro_batch_size=8, num_samples_per_prompt=4)
     batch = rig.collect()
     with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
         rig.accumulate(batch, rig.pairs(batch))
-    assert sum(plan.activation_bytes(rig.policy, rig.denoiser, rig.config)) == pytest.approx(bytes_kept[0], rel=0.25)
+    planned = plan.activation_bytes(rig.policy, rig.denoiser, rig.config, len(PROMPTS))
+    assert sum(planned) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 4), (0.5, 2), (0.01, 1)])
@@ -497,6 +499,13 @@ def test_prompt_statistics_by_hand_before_and_after_min_count():
     # The buffer holds the last four: 3, 8, 0, 1 of mean 3 and deviation sqrt(38 / 4).
     advantages = statistics.advantages(["a", "a"], torch.tensor([0.0, 1.0]))
     assert advantages.tolist() == pytest.approx([-3 / 9.5**0.5, -2 / 9.5**0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("min_count", [3, 100])
+def test_prompt_statistics_of_equal_rewards_give_no_advantage_to_the_bit(min_count):
+    statistics = texforce.PromptStatistics(min_count=min_count)
+    for _ in range(2):
+        assert not statistics.advantages(["a"] * 7, torch.full((7,), 0.7)).any()
 
 
 def test_prompt_statistics_pass_over_dropped_samples():
@@ -882,6 +891,14 @@ def test_the_update_of_an_epoch_with_a_dropped_sample_equals_that_without_it():
     )
     assert 1 not in pairs[:, 0]
     assert rig.gradient(batch, pairs).isfinite().all()
+
+
+def test_a_broken_image_counts_in_no_measure():
+    images = world.render([world.parse("a red circle")] * 3, random.Random(0))
+    images[1] = NAN
+    measures = evaluate.measure(images, ["a red circle", "a red circle", "a blue square"], {})
+    assert measures["alignment_exact"] == 0.5
+    assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], ["a red circle", "a blue square"]).mean())
 
 
 def test_rewards_without_a_finite_one_are_a_reward_error(small_run, tmp_path):
