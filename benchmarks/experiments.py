@@ -1,8 +1,8 @@
 """The experiments of EXPERIMENTS.md on the tiny model: `python benchmarks/experiments.py --output-dir runs`.
 
 For every seed: the text encoder (TexForce) and the U-Net (DDPO) trained with the same number of images, and the two adapters
-loaded together without more training; with --paper the published recipe too. Finished runs are not made again. Prints a
-table of the share of held-out prompts fully right, base and tuned from the same noise.
+loaded together without more training, at full and at half strength; with --paper the published recipe too. Finished runs are
+not made again. Prints a table of the share of held-out prompts fully right, base and tuned from the same noise.
 """
 
 import argparse
@@ -15,6 +15,14 @@ from rich.table import Table
 import texforce
 from texforce import adapters, config, evaluate, rewards, sampler
 
+BOTH = ("text-encoder", "unet")
+COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
+    "combined": (BOTH, 1.0),
+    "combined at half strength": (BOTH, 0.5),
+    "text-encoder at half strength": (("text-encoder",), 0.5),
+    "unet at half strength": (("unet",), 0.5),
+}
+
 
 def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
     """Held-out measures, base and tuned, of one training."""
@@ -24,12 +32,12 @@ def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
     return json.loads(result.read_text())["heldout"]
 
 
-def combined(folders: list[Path]) -> dict[str, dict[str, float]]:
-    """Held-out measures of several adapters loaded side by side, from the noise of the trainings' own measurements."""
+def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
+    """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
     options = texforce.resolve(texforce.TrainConfig(model="tiny"))
     models = sampler.load_models("tiny")
     for folder in folders:
-        models = adapters.load_adapter(models, folder)
+        models = adapters.load_adapter(models, folder, scale)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     policy = texforce.Policy(models, options.null_prompt)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
@@ -45,16 +53,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", default=["text-encoder", "unet", "combined"])
+    parser.add_argument("--systems", nargs="+", default=[*BOTH, *COMBINATIONS])
     parser.add_argument("--paper", type=int, metavar="EPOCHS", help="also run --preset paper for so many epochs")
     options = parser.parse_args()
     table = Table("seed", "system", "hps", "alignment", "fully right", "common words", "rare words")
     for seed in options.seeds:
-        folders = {name: options.output_dir / f"{name}-{seed}" for name in ("text-encoder", "unet")}
+        folders = {name: options.output_dir / f"{name}-{seed}" for name in BOTH}
         measures = {}
         for name in options.systems:
-            if name == "combined":
-                measures[name] = combined(list(folders.values()))
+            if name in COMBINATIONS:
+                parts, scale = COMBINATIONS[name]
+                measures[name] = load_and_measure([folders[part] for part in parts], scale)
             else:
                 measures[name] = run(folders[name], target=name, seed=seed)
         if options.paper:
