@@ -95,7 +95,7 @@ def _load_function(spec: str) -> Scorer:
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(f"reward: {name!r} could not be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
@@ -105,8 +105,9 @@ def _load_function(spec: str) -> Scorer:
     def scorer(images: Tensor, prompts: Sequence[str]) -> Tensor:
         try:
             return function(images, prompts)
-        except ValueError as error:  # from a scorer of ours it says what is wrong with the input; from this one, who knows
-            raise RewardError(f"reward: {spec} raised ValueError: {error}") from error
+        # From a scorer of ours a ValueError says what is wrong with the input; from this one, who knows.
+        except (ValueError, SystemExit) as error:
+            raise RewardError(f"reward: {spec} raised {type(error).__name__}: {error}") from error
 
     return scorer
 

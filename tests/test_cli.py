@@ -317,7 +317,7 @@ def test_a_reward_that_is_always_nan_ends_with_six(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("error", ["KeyError", "ValueError"])
+@pytest.mark.parametrize("error", ["KeyError", "ValueError", "SystemExit"])
 def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, call, error):
     body = f"    if len(calls) == {call}:\n        raise {error}('no such colour')\n    return images.mean(dim=(1, 2, 3))"
     result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))

@@ -178,12 +178,14 @@ def test_a_reward_file_may_hold_dataclasses(tmp_path):
     ("mine.txt", "f", ValueError, "mine.txt' is not a Python file"),
     ("broken.py", "f", (ValueError, RewardError), "reward: .*broken.py"),
     ("lacking.py", "f", (ValueError, RewardError), "reward: .*lacking.py"),
+    ("script.py", "f", ValueError, "reward: .*script.py.*SystemExit"),
 ])  # fmt: skip
 def test_a_reward_file_that_cannot_be_used_is_named(tmp_path, file, attribute, error, words):
     for name in ("mine.py", "mine.txt"):
         (tmp_path / name).write_text("number = 3\n\ndef f(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "lacking.py").write_text("import no_such_package_anywhere\n")
+    (tmp_path / "script.py").write_text("import sys\n\nsys.exit(0)\n")
     with pytest.raises(error, match=words):
         rewards.load_reward(f"{tmp_path / file}:{attribute}")
 
