@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from texforce.config import MAX_RANK
 from texforce.rewards import ArtifactError
 from texforce.sampler import Models
-
-MAX_RANK = 1024
 
 
 def load_adapter(models: Models, folder: str | Path, scale: float = 1.0) -> Models:

@@ -23,6 +23,7 @@ from texforce import record
 from texforce.config import PRESETS, SampleConfig, TrainConfig, read_json, read_prompts, resolve_sample
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
+OUT_OF_MEMORY = "out of memory; lower --micro-batch-size, --sample-batch-size or --resolution ({})"
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
@@ -50,9 +51,13 @@ def exit_codes() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        _fail(f"out of memory; lower --micro-batch-size or --sample-batch-size ({str(error).splitlines()[0]})", 5)
-    except (ValueError, FileNotFoundError) as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _fail(OUT_OF_MEMORY.format(str(error).partition("\n")[0]), 5)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on the CPU
+            raise
+        _fail(OUT_OF_MEMORY.format(str(error).partition("\n")[0]), 5)
+    except ValueError as error:
         _fail(error, 2)
     except ArtifactError as error:
         _fail(error, 3)
@@ -61,6 +66,8 @@ def exit_codes() -> Iterator[None]:
     except RewardError as error:
         _fail(error, 6)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: the system's own have a number
+            _fail(error, 2)
         _fail(f"storage: {error.strerror or error}: {error.filename or ''}", 5)
     except Terminated:
         _fail("terminated", 143)

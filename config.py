@@ -16,6 +16,7 @@ from typing import Any
 PROMPTS = Path(__file__).parent / "prompts"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
+MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
 
@@ -252,6 +253,8 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     _check_seed(config)
+    if config.rank > MAX_RANK:
+        raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 

@@ -3,12 +3,13 @@
 A scorer takes images (N, 3, H, W) in [0, 1] and N prompts and returns (N,) float32, higher is better.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ def load_reward(spec: str, device: str = "cpu", checkpoint: str | Path | None = 
         FileNotFoundError: the checkpoint or the file of the function is not there.
         ArtifactError: the checkpoint is damaged or foreign.
     """
+    check_name(spec)
     if checkpoint is not None and spec not in HPS_CHECKPOINTS:
         raise ValueError(f"reward_checkpoint: only {', '.join(HPS_CHECKPOINTS)} read one, not {spec!r}")
     if ":" in spec:
@@ -56,10 +58,21 @@ def load_reward(spec: str, device: str = "cpu", checkpoint: str | Path | None = 
         if checkpoint is None:
             checkpoint = EMBEDDED_HPS if device == "cpu" else "hub"
         return HPS(_download_hps(spec) if checkpoint == "hub" else Path(checkpoint), device)
-    if spec in PLAIN_SCORERS:
-        return PLAIN_SCORERS[spec]()
-    known = ", ".join([*HPS_CHECKPOINTS, *PLAIN_SCORERS])
-    raise ValueError(f"reward: unknown name {spec!r}; known are {known}, and path/to/file.py:function")
+    return PLAIN_SCORERS[spec]()
+
+
+def check_name(spec: str) -> None:
+    """See whether there is such a reward, without loading it.
+
+    Raises:
+        ValueError: the name is unknown. FileNotFoundError: the file of a function is not there.
+    """
+    known = [*HPS_CHECKPOINTS, *PLAIN_SCORERS]
+    if ":" not in spec and spec not in known:
+        raise ValueError(f"reward: unknown name {spec!r}; known are {', '.join(known)}, and path/to/file.py:function")
+    name = spec.rpartition(":")[0]
+    if name and not Path(name).is_file():
+        raise FileNotFoundError(f"reward: there is no file {name!r}; a reward of your own is path/to/file.py:function")
 
 
 def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -85,8 +98,6 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def _load_function(spec: str) -> Scorer:
     name, _, attribute = spec.rpartition(":")
     path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"reward: there is no file {name!r}; a reward of your own is path/to/file.py:function")
     module_name = f"texforce_reward_{path.stem}"  # a file may be called like a package
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
@@ -145,11 +156,10 @@ class HPS:
         self.device = device
         self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
         dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        if not checkpoint.is_file():  # before a billion parameters are made
-            raise FileNotFoundError(f"reward: there is no checkpoint {str(checkpoint)!r}")
+        state_dict = read_state_dict(checkpoint)  # before a billion parameters are made
         self.model: Any
         self.model, self.tokenizer = build_clip(checkpoint.with_suffix(".json"))
-        load_state_dict(self.model, checkpoint)
+        fill(self.model, state_dict, checkpoint)
         self.model.requires_grad_(False).eval().to(device, dtype)
         self.dtype = dtype
 
@@ -176,7 +186,7 @@ def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     import open_clip
 
     if not config.exists():
-        return open_clip.create_model("ViT-H-14"), open_clip.get_tokenizer("ViT-H-14")
+        return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14")
     cfg: dict[str, Any] = json.loads(config.read_text())
     tokenizer = open_clip.tokenizer.HFTokenizer(
         str(config.parent / "tokenizer"), context_length=cfg["text_cfg"]["context_length"]
@@ -184,19 +194,36 @@ def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     return open_clip.CLIP(**cfg), tokenizer
 
 
-def load_state_dict(model: nn.Module, checkpoint: Path) -> None:
-    """Fill a model from a checkpoint with a `state_dict`, every key used and none missing; no code is run.
+def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """The `state_dict` of a checkpoint; no code is run.
 
     Raises:
         FileNotFoundError: the checkpoint is not there.
-        ArtifactError: it is damaged, unsafe, or of another architecture.
+        ArtifactError: it is damaged or unsafe, or holds no such thing.
     """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"reward: there is no checkpoint {str(checkpoint)!r}")
-    try:
-        state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    with _refused(checkpoint):
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def fill(model: nn.Module, state_dict: dict[str, Tensor], checkpoint: Path) -> None:
+    """Give a model a checkpoint's tensors, every one used and none missing.
+
+    Raises:
+        ArtifactError: they are another architecture's.
+    """
+    with _refused(checkpoint):
         model.load_state_dict(state_dict, strict=True)
-    except (pickle.UnpicklingError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
+
+
+@contextlib.contextmanager
+def _refused(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever code is in the file
+        raise ArtifactError(f"{checkpoint}: refused as a scorer's checkpoint: not a file of tensors alone") from error
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(f"{checkpoint}: refused as a scorer's checkpoint: {reason[:300]}") from error
 

@@ -43,6 +43,7 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         ValueError: it is not a Stable Diffusion 1.x or 2.x pipeline, or tensors are missing from its files.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from huggingface_hub import hf_hub_download
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -50,6 +51,8 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
     try:
+        if not Path(source).is_dir():  # one question to the hub before dozens, each tried again for a while
+            hf_hub_download(source, "model_index.json")
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
         parts = {

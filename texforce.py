@@ -494,6 +494,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
 def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scorer]:
     """Load the models and the scorer of a resolved configuration, and put LoRA on them."""
     device = default_device()
+    rewards.check_name(config.reward)  # a typing error must not wait for a model
     checkpoint = config.reward_checkpoint
     if checkpoint is None and config.reward in rewards.HPS_CHECKPOINTS:
         checkpoint = str(rewards.EMBEDDED_HPS) if config.model == "tiny" else "hub"

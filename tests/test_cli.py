@@ -168,6 +168,7 @@ BAD_TRAINING = [
     (["--reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--num-inference-steps", "1001"], ["num_inference_steps"]),
     (["--rank", "0"], ["rank"]),
+    (["--rank", "100000000"], ["rank", "1024"]),
     (["--seed", "-1"], ["seed"]),
     (["--seed", str(2**64)], ["seed"]),
     (["--resolution", "33"], ["resolution", "33"]),
@@ -235,6 +236,7 @@ def test_an_output_folder_that_is_not_empty_is_left_as_it_is(small_run, tmp_path
 def test_an_output_folder_that_cannot_be_made_is_a_storage_error(small_run, tmp_path):
     (tmp_path / "file").write_text("")
     check_failure(train(small_run, output_dir=tmp_path / "file" / "out"), 5, "storage", "file")
+    check_failure(train(small_run, output_dir="/proc/out"), 5, "storage", "/proc/out")
     check_failure(train(small_run, output_dir=tmp_path / "file"), 5, "storage", "file")
     result = run("sample", "--model", "tiny", "--prompt", "a red circle", "--output-dir", tmp_path / "file" / "images")
     check_failure(result, 5, "storage", "file")
@@ -324,6 +326,19 @@ def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, c
     check_failure(result, 6, error, "no such colour")
 
 
+def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    for reward in ("hsp", "absent.py:reward"):
+        check_failure(train(small_run, output_dir=tmp_path / "out", reward=reward), 2, reward.partition(":")[0])
+
+
+def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(small_run, tmp_path):
+    options = {"reward": "hps", "reward_checkpoint": ROOT / "LICENSE", "output_dir": tmp_path / "out"}
+    result = train(small_run | options)
+    check_failure(result, 3, "LICENSE", "not a file of tensors")
+    assert "weights_only" not in result.output
+
+
 def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
     content = (sampler.TINY / "hps.pt").read_bytes()
     (tmp_path / "hps.pt").write_bytes(content[: len(content) // 2])
@@ -354,6 +369,11 @@ def test_lack_of_memory_ends_with_five_and_the_option_that_helps(small_run, tmp_
 
     monkeypatch.setattr(texforce, "update", exhausted)
     check_failure(train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
+
+
+def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
+    result = train(small_run, "--dry-run", output_dir=tmp_path / "out", resolution=16_000_000)
+    check_failure(result, 5, "out of memory", "--resolution")
 
 
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:

@@ -254,11 +254,15 @@ def save(path, content) -> None:
     torch.save(content, path)
 
 
+def load(model, path) -> None:
+    rewards.fill(model, rewards.read_state_dict(path), path)
+
+
 def test_a_checkpoint_fills_the_model(small_model, tmp_path):
     path = tmp_path / "c.pt"
     save(path, {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.arange(2.0)}, "epoch": 3})
     model = torch.nn.Linear(3, 2)
-    rewards.load_state_dict(model, path)
+    load(model, path)
     assert model.weight.eq(1).all()
     assert model.bias.tolist() == [0.0, 1.0]
 
@@ -279,7 +283,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(small_m
     save(tmp_path / "c.pt", content)
     tensor = {1: "bias", 2: "weight", 3: "more"}[len(content["state_dict"])]
     with pytest.raises(ArtifactError, match=rf"c\.pt: refused.*{tensor}"):
-        rewards.load_state_dict(small_model, tmp_path / "c.pt")
+        load(small_model, tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("content", [
@@ -290,7 +294,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(small_m
 def test_a_foreign_checkpoint_is_refused(small_model, tmp_path, content):
     save(tmp_path / "c.pt", content)
     with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        rewards.load_state_dict(small_model, tmp_path / "c.pt")
+        load(small_model, tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("content", [
@@ -301,7 +305,7 @@ def test_a_foreign_checkpoint_is_refused(small_model, tmp_path, content):
 def test_a_file_that_is_no_checkpoint_is_refused(small_model, tmp_path, content):
     (tmp_path / "c.pt").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        rewards.load_state_dict(small_model, tmp_path / "c.pt")
+        load(small_model, tmp_path / "c.pt")
 
 
 def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_model, tmp_path):
@@ -313,7 +317,7 @@ def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_mode
         damaged[rng.randrange(len(whole))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            rewards.load_state_dict(torch.nn.Linear(3, 2), path)
+            load(torch.nn.Linear(3, 2), path)
         except ArtifactError:
             refused += 1
     assert refused > 30
@@ -348,7 +352,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(small_model, tmp_path,
         state_dict = small_model.state_dict()
         save(path, hostile if where.startswith("instead") else {"state_dict": state_dict, "extra": hostile})
     with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        rewards.load_state_dict(small_model, path)
+        load(small_model, path)
     assert not (tmp_path / "created").exists()
     with contextlib.suppress(RuntimeError):
         torch.load(path, weights_only=False)  # where one lets it, it does harm
