@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,26 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
             if tiny is not None:
                 default = f"{tiny}; Stable Diffusion {large}" if large != tiny else tiny
                 assert squash(f"{item.metadata['help']} (default: {default})") in shown
+
+
+def test_the_readmes_commands_work_as_printed(adapter, tmp_path):
+    commands = re.findall(
+        r"^(?:pip .* && )?texforce ((?:train|sample) .+?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(commands) >= 5
+    for number, command in enumerate(commands):
+        arguments = [str(adapter) if text == "out" else text for text in shlex.split(command)]
+        if arguments[0] == "train":
+            arguments += ["--model", "tiny", "--dry-run"]
+        result = run(*arguments, "--output-dir", tmp_path / str(number))
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_the_readmes_python_draws_an_image(adapter):
+    code = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    names: dict = {}
+    exec(code.replace('"out"', repr(str(adapter))).replace('"tiny"', repr(str(sampler.TINY))), names)  # noqa: S102
+    assert names["image"].size == (32, 32)
 
 
 # --- bad input ---
