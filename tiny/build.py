@@ -1,4 +1,4 @@
-"""Build the embedded tiny model from scratch: `python tiny/build.py --seed 0` (about 80 minutes on two CPU cores).
+"""Build the embedded tiny model from scratch: `python tiny/build.py --seed 0` (about 80 minutes on one CPU core).
 
 Stages, each of which can be run alone with --stage: prompts, tokenizer, vae, text_encoder, unet, hps. The result is the
 prompt sets of the tiny world, a complete Stable Diffusion pipeline in diffusers' format, and a preference scorer in HPSv2's
