@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from texforce.checkpoints import ArtifactError
 from texforce.config import MAX_RANK
-from texforce.rewards import ArtifactError
 from texforce.sampler import Models
 
 

@@ -46,7 +46,8 @@ def exit_codes() -> Iterator[None]:
     """Turn expected errors into a message without traceback and the documented exit code."""
     import torch
 
-    from texforce.rewards import ArtifactError, RewardError
+    from texforce.checkpoints import ArtifactError
+    from texforce.scorers import RewardError
 
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -233,6 +234,7 @@ class EpochView:
     def line(self, measures: dict[str, Any]) -> str:
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
         parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
+        parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
         parts += [f"held-out {name} {value:.4f}" for name, value in measures.get("heldout", {}).items()]
         return "  ".join(parts + self.time_left())
 
@@ -240,9 +242,13 @@ class EpochView:
         shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
         title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
         caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
+        parts = self.rows[-1].get("parts", {})
         table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(printable(caption)))
+        for name in parts:
+            table.add_column(Text(printable(name)))
         for row in self.rows[-self.num_rows :]:
-            cells = (f"{row[name]:{form}}" if name in row else "" for name, _, form in shown)
+            cells = [f"{row[name]:{form}}" if name in row else "" for name, _, form in shown]
+            cells += [f"{row['parts'][name]:.4f}" if "parts" in row else "" for name in parts]
             table.add_row(str(row["epoch"]), *cells)
         return table
 
@@ -304,8 +310,34 @@ def sample(given: dict[str, Any]) -> None:
         output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
 
 
+# --- rewards ---
+
+
+def list_rewards() -> None:
+    """Show the rewards there are, what they need, and whether it is here."""
+    from texforce.checkpoints import HUB, is_fetched
+    from texforce.rewards import CATALOGUE, missing_packages
+
+    table = Table("reward", "measures", "range; higher is better", "gradients", "needs", "licence", "here", show_lines=True)
+    for name, entry in CATALOGUE.items():
+        needs = "\n".join(HUB[item].repository for item in entry.weights) or "-"
+        if entry.packages:
+            needs = f"pip install 'texforce[{name}]'"
+        here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
+        cells = (name, entry.measures, entry.scale, "yes" if entry.gradients else "no", needs, entry.licence)
+        table.add_row(*(Text(cell) for cell in cells), "yes" if here else "no")
+    output.print(table)
+    output.print(
+        "Others: path/to/file.py:function, http://HOST:PORT/score, and mixtures of any as hps=1,jpeg=0.1. What is not "
+        "here is fetched from the hub at first use.",
+        soft_wrap=True,
+    )
+    output.print("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.", soft_wrap=True)
+
+
 app.command("train")(with_options(TrainConfig, train))
 app.command("sample")(with_options(SampleConfig, sample))
+app.command("rewards")(list_rewards)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ PROMPTS = Path(__file__).parent / "prompts"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
 MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
+MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
 
@@ -31,7 +32,15 @@ class TrainConfig:
     What is None is filled in by `resolve`, from the preset for the model; the types are those after it.
     """
 
-    reward: str = _option("hps", "hps, hps-v2, alignment, jpeg, incompress, or path/to/file.py:function")
+    reward: str = _option(
+        "hps",
+        "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of them as "
+        "hps=1,jpeg=0.1",
+    )
+    normalise_rewards: bool = _option(False, "divide each part of a mixture by the running deviation of its scores")
+    eval_reward: list[str] | None = _option(
+        None, "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable"
+    )
     model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
     prompts: str = _option(
         "world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals"
@@ -42,9 +51,12 @@ class TrainConfig:
     output_dir: str = _option("out", "where the adapter, the figures and the metrics go; must be new or empty")
     preset: str = _option("default", "default, or paper: the published recipe")
     target: str = _option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
-    reward_checkpoint: str | None = _option(
-        None, "file with the scorer's weights, or 'hub' (default: embedded for tiny, else hub)"
+    reward_checkpoint: list[str] | None = _option(
+        None,
+        "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published weights "
+        "(default: embedded hps for tiny, else hub)",
     )
+    reward_timeout: float = _option(600.0, "seconds after which a function or a server that gives no scores is given up")
     seed: int = _option(0, "seed of everything random")
     num_epochs: int = _option(None, "rounds of sampling and updating")
     num_prompts_per_epoch: int = _option(None, "prompts drawn an epoch")
@@ -215,8 +227,9 @@ def _check_types(config: TrainConfig | SampleConfig) -> None:
         kinds = tuple(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
         if float in kinds:
             kinds = (*kinds, int)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
+        foreign = isinstance(value, list) and not all(isinstance(element, str) for element in value)  # no others are known
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or foreign:
+            wanted = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in kinds)
             raise ValueError(f"{item.name}: must be {wanted}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{item.name}: must be a finite number, not {value}")
@@ -253,6 +266,8 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     _check_seed(config)
+    if not 0 < config.reward_timeout <= MAX_TIMEOUT:
+        raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
     if config.rank > MAX_RANK:
         raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
     if not 0 <= (config.ema_decay or 0) < 1:

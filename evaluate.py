@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, record, rewards, sampler, world
+from texforce import adapters, record, sampler, scorers, world
 from texforce.config import SampleConfig, TrainConfig, default_device
+from texforce.scorers import Scorer
 
 # One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
 HELDOUT_SEED = 20_231_115
@@ -68,23 +69,23 @@ def heldout_images(
     return texforce.check_finite(torch.cat(images))
 
 
-def measure(images: Tensor, prompts: Sequence[str], scorers: Mapping[str, rewards.Scorer]) -> dict[str, float]:
-    """Mean score of images (N, 3, H, W) by each scorer, over the finite ones.
+def measure(images: Tensor, prompts: Sequence[str], measured_by: Mapping[str, Scorer]) -> dict[str, float]:
+    """Mean score of images (N, 3, H, W) by each of some scorers, over the finite ones.
 
     For prompts of the tiny world also `alignment`, and `alignment_exact`, the share of prompts that are fully right, over
     all and over those with common words only and with rare ones.
 
     Raises:
-        RewardError: a scorer failed or gave no finite score.
+        RewardError: one failed or gave no finite score.
     """
     measures = {}
-    for name, scorer in scorers.items():
-        scores = rewards.score(scorer, images, prompts)
+    for name, scorer in measured_by.items():
+        scores = scorers.score(scorer, images, prompts)
         if not scores.isfinite().any():
-            raise rewards.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
-        measures[name] = scores[scores.isfinite()].mean().item()
+            raise scorers.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
+        measures[name] = texforce.finite_mean(scores)
     if world.is_world(prompts):
-        scores = rewards.score(world.alignment, images, prompts)
+        scores = scorers.score(world.alignment, images, prompts)
         finite = scores.isfinite()
         exact = (scores == 1).float()
         rare = torch.tensor([world.has_rare_word(prompt) for prompt in prompts])
@@ -98,27 +99,26 @@ def measure(images: Tensor, prompts: Sequence[str], scorers: Mapping[str, reward
 class Heldout:
     """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
 
-    def __init__(
-        self,
-        policy: texforce.Policy,
-        denoiser: sampler.Denoiser,
-        scorer: rewards.Scorer,
-        prompts: list[str],
-        config: TrainConfig,
-        output_dir: Path,
-    ) -> None:
-        self.policy, self.denoiser, self.prompts, self.config = policy, denoiser, prompts, config
-        self.scorers = {config.reward: scorer}
+    def __init__(self, setup: texforce.Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
+        self.setup, self.prompts, self.config = setup, prompts, config
         self.folder = output_dir / "grids"
         self.folder.mkdir()
-        with policy.base():
-            self.base_images = heldout_images(policy, denoiser, prompts, config)
-        self.base = measure(self.base_images, prompts, self.scorers)
+        with setup.policy.base():
+            self.base_images = heldout_images(setup.policy, setup.denoiser, prompts, config)
+        self.base = self._scores(self.base_images)
+
+    def _scores(self, images: Tensor) -> dict[str, float]:
+        """Means of the reward, its parts, and what is only measured."""
+        reward = self.setup.reward
+        measures = measure(images, self.prompts, {**reward.parts, **self.setup.eval_rewards})
+        if self.config.reward in reward.parts:
+            return measures
+        return {self.config.reward: reward.combine_means(measures)} | measures
 
     def measure(self, epoch: int) -> dict[str, float]:
         """Scores of the policy as it is now; writes the grid of base and tuned images."""
-        images = heldout_images(self.policy, self.denoiser, self.prompts, self.config)
+        images = heldout_images(self.setup.policy, self.setup.denoiser, self.prompts, self.config)
         shown = torch.linspace(0, len(self.prompts) - 1, min(16, len(self.prompts))).long().tolist()
         columns = {"base": self.base_images[shown], "tuned": images[shown]}
         record.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in shown], columns)
-        return measure(images, self.prompts, self.scorers)
+        return self._scores(images)

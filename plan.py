@@ -22,9 +22,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """
     record.check_folder(config.output_dir)
     train_prompts, heldout_prompts = split_prompts(config)
-    policy, denoiser, _ = texforce.prepare(config)
+    setup = texforce.prepare(config)
+    policy, denoiser = setup.policy, setup.denoiser
     models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
-    texforce.check_prompts(policy, config.reward, train_prompts + heldout_prompts)
+    texforce.check_prompts(policy, config, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
     update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)

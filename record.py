@@ -97,7 +97,8 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
 
     def track(record: dict[str, Any]) -> None:
         flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        flat |= {f"heldout/{name}": value for name, value in record.get("heldout", {}).items()}
+        for group in ("heldout", "parts"):
+            flat |= {f"{group}/{name}": value for name, value in record.get(group, {}).items()}
         kept.log(flat, step=record["epoch"])
 
     try:

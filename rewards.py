@@ -1,98 +1,316 @@
-"""Rewards: scorers of images for their prompts, behind one protocol.
+"""Rewards: what `--reward` names. A published scorer, a weighted sum of several, a function of yours, or a server of yours.
 
-A scorer takes images (N, 3, H, W) in [0, 1] and N prompts and returns (N,) float32, higher is better.
+Run as a program, this file serves a scorer over HTTP: `python -m texforce.rewards --serve hps --port 8000`.
 """
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import importlib.util
-import io
-import json
-import pickle
+import math
+import queue
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
-EMBEDDED_MAX_SIZE = 64  # pixels; beyond it an image is not of the tiny world
-HPS_CHECKPOINTS = {"hps": "HPS_v2.1_compressed.pt", "hps-v2": "HPS_v2_compressed.pt"}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from texforce import remote, scorers, world
+from texforce.checkpoints import ArtifactError, find_weights
+from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
 
-
-class Scorer(Protocol):
-    """Images (N, 3, H, W) in [0, 1] and N prompts to scores (N,) float32; higher is better."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+URL = ("http://", "https://")
+TIMEOUT = 600.0  # seconds
 
 
-class ArtifactError(Exception):
-    """A file of weights that is damaged, foreign or unsafe, and was refused."""
+# --- what there is ---
 
 
-class RewardError(Exception):
-    """A scorer failed or broke the protocol."""
+@dataclass(frozen=True)
+class Entry:
+    """A scorer that has a name, and what one should know before choosing it."""
+
+    make: Callable[..., Scorer]  # of the paths of its weights, and the device
+    measures: str
+    scale: str  # higher is better for all
+    weights: tuple[str, ...] = ()  # names that checkpoints.HUB and --reward-checkpoint know
+    licence: str = "-"  # of the weights, or of what must be installed besides
+    packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
+    gradients: bool = False  # whether its `with_gradients` carries them to the images
+    check_prompt: Callable[[str], object] = lambda prompt: None  # raises ValueError for a prompt it cannot judge
 
 
-def load_reward(spec: str, device: str = "cpu", checkpoint: str | Path | None = None) -> Scorer:
-    """Load a scorer: `hps`, `hps-v2`, `alignment`, `jpeg`, `incompress`, or your own as `path/to/file.py:function`.
+CATALOGUE = {
+    "hps": Entry(
+        scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
+        gradients=True,
+    ),
+    "hps-v2": Entry(
+        scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
+        gradients=True,
+    ),
+    "imagereward": Entry(
+        scorers.ImageReward, "human preference", "mean 0, deviation 1 on its data",
+        ("imagereward", "imagereward-tokenizer"), "Apache-2.0", gradients=True,
+    ),
+    "pickscore": Entry(
+        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT", gradients=True
+    ),
+    "aesthetic": Entry(
+        scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
+        "Apache-2.0, MIT", gradients=True,
+    ),
+    "clip": Entry(
+        scorers.CLIP, "agreement with the prompt, ViT-B/32", "CLIPScore: 2.5 x cosine, 0 to 2.5", ("clip",), "MIT",
+        gradients=True,
+    ),
+    "ocr": Entry(
+        lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
+        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=scorers.quoted,
+    ),
+    "face": Entry(
+        scorers.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
+        packages=("pyiqa",),
+    ),
+    "hand": Entry(scorers.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
+    "alignment": Entry(
+        lambda device: world.alignment, "the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse
+    ),
+    "jpeg": Entry(lambda device: scorers.jpeg, "small files", "kB as JPEG, negated"),
+    "incompress": Entry(lambda device: scorers.incompress, "large files", "kB as JPEG"),
+}  # fmt: skip
 
-    For `hps` and `hps-v2` the checkpoint is a file in HPSv2's format or "hub". By default it follows the device as the
-    model does: the embedded scorer of the tiny world on the CPU, the published HPSv2 from the hub on a GPU.
+
+def missing_packages(name: str) -> list[str]:
+    """What of a scorer's packages is not installed."""
+    return [package for package in CATALOGUE[name].packages if importlib.util.find_spec(package) is None]
+
+
+# --- from what --reward says to a scorer ---
+
+
+def parse_mixture(spec: str) -> dict[str, float]:
+    """Names and weights of `hps=1,aesthetic=0.1`; a name, a file's function or a URL alone has weight 1.
 
     Raises:
-        ValueError: the name is unknown, or a checkpoint is given to a scorer that has none.
-        FileNotFoundError: the checkpoint or the file of the function is not there.
-        ArtifactError: the checkpoint is damaged or foreign.
+        ValueError: a name is unknown or comes twice, or a weight is no finite number other than 0.
     """
-    check_name(spec)
-    if checkpoint is not None and spec not in HPS_CHECKPOINTS:
-        raise ValueError(f"reward_checkpoint: only {', '.join(HPS_CHECKPOINTS)} read one, not {spec!r}")
-    if ":" in spec:
-        return _load_function(spec)
-    if spec in HPS_CHECKPOINTS:
-        if checkpoint is None:
-            checkpoint = EMBEDDED_HPS if device == "cpu" else "hub"
-        return HPS(_download_hps(spec) if checkpoint == "hub" else Path(checkpoint), device)
-    return PLAIN_SCORERS[spec]()
+    if "," not in spec and ("=" not in spec or spec.startswith(URL)):
+        parts = [(spec, "1")]
+    else:
+        parts = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in spec.split(","))]
+    weights: dict[str, float] = {}
+    for name, text in parts:
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"reward: a mixture is NAME=WEIGHT,NAME=WEIGHT with numbers other than 0, not {spec!r}")
+        if name in weights:
+            raise ValueError(f"reward: {name!r} comes twice in {spec!r}")
+        weights[name] = weight
+    return weights
 
 
-def check_name(spec: str) -> None:
+def check_reward(spec: str) -> None:
     """See whether there is such a reward, without loading it.
 
     Raises:
-        ValueError: the name is unknown. FileNotFoundError: the file of a function is not there.
+        ValueError: a name is unknown, a weight unusable, or a package is missing.
+        FileNotFoundError: the file of a function is not there.
     """
-    known = [*HPS_CHECKPOINTS, *PLAIN_SCORERS]
-    if ":" not in spec and spec not in known:
-        raise ValueError(f"reward: unknown name {spec!r}; known are {', '.join(known)}, and path/to/file.py:function")
-    name = spec.rpartition(":")[0]
-    if name and not Path(name).is_file():
-        raise FileNotFoundError(f"reward: there is no file {name!r}; a reward of your own is path/to/file.py:function")
+    for name in parse_mixture(spec):
+        if name.startswith(URL):
+            continue
+        if ":" in name:
+            path = name.rpartition(":")[0]
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function"
+                )
+        elif name not in CATALOGUE:
+            known = ", ".join(CATALOGUE)
+            raise ValueError(f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and http://...")
+        elif missing := missing_packages(name):
+            raise ValueError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
 
 
-def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
+def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str]:
+    """Paths by name of NAME=PATH, for the rewards given; a path alone is that of the only scorer, "hub" the hub's.
 
     Raises:
-        RewardError: the scorer raised, or returned something other than one number an image.
-        ValueError: the scorer does not take such a prompt or image.
+        ValueError: a name that reads no checkpoint, or a path alone where there are several scorers.
     """
-    try:
-        scores = scorer(images, prompts)
-    except (RewardError, ValueError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise RewardError(f"reward: the scorer raised {type(error).__name__}: {error}") from error
-    if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-        seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
-    scores = scores.detach().float().cpu()
-    return scores.where(images.isfinite().flatten(1).all(dim=1).cpu(), torch.nan)  # nothing can be said of a broken image
+    names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
+    known = [weights for name in names if name in CATALOGUE for weights in CATALOGUE[name].weights]
+    paths: dict[str, str] = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if name not in known and len(names) == 1 and known:
+            name, path = known[0], item
+        if name not in known or not path:
+            wanted = f"NAME is one of {', '.join(known)}" if known else f"{', '.join(names)} reads none"
+            raise ValueError(f"reward_checkpoint: give NAME=PATH; {wanted}, not {item!r}")
+        paths[name] = path
+    return paths
+
+
+def load_reward(
+    spec: str,
+    device: str = "cpu",
+    checkpoints: Mapping[str, str | Path] | None = None,
+    embedded: bool | None = None,
+    normalise: bool = False,
+    timeout: float = TIMEOUT,
+) -> Mixture:
+    """Load a reward: a name of CATALOGUE, `path/to/file.py:function`, a server's URL, or `hps=1,aesthetic=0.1`.
+
+    Weights are those of `checkpoints`, by the names of checkpoints.HUB, and otherwise come from the hub; but with
+    `embedded` (by default: on the CPU) `hps` is the scorer of the tiny world. The timeout, in seconds, is that of one call
+    of a function or server.
+
+    Raises:
+        ValueError: what `check_reward` raises, or a file has no such function.
+        FileNotFoundError: weights, or the file of the function, are not there.
+        ArtifactError: weights are damaged or foreign.
+    """
+    check_reward(spec)
+    weights = parse_mixture(spec)
+    paths: dict[str, str | Path] = {}
+    if embedded if embedded is not None else device == "cpu":
+        paths = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}
+    paths = {name: path for name, path in (paths | dict(checkpoints or {})).items() if path != "hub"}
+    parts = {name: _load_one(name, paths, device, timeout) for name in weights}
+    return Mixture(parts, weights, normalise and len(parts) > 1)  # advantages are in units of one reward as it is
+
+
+def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: float) -> Scorer:
+    if name.startswith(URL):
+        return Supervised(remote.Remote(name, timeout), name, timeout)
+    if ":" in name:
+        return Supervised(_load_function(name), name, timeout)
+    entry = CATALOGUE[name]
+    return entry.make(*(find_weights(weights, paths) for weights in entry.weights), device=device)
+
+
+def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
+    """See that rewards can judge prompts.
+
+    Raises:
+        ValueError: one cannot; `alignment` knows the tiny world's sentences only, `ocr` needs a quoted text.
+    """
+    for name in {name for spec in specs for name in parse_mixture(spec)} & CATALOGUE.keys():
+        for prompt in prompts:
+            CATALOGUE[name].check_prompt(prompt)
+
+
+# --- mixtures ---
+
+
+class Mixture:
+    """A weighted sum of scorers, each of which can also be seen on its own.
+
+    With `normalise`, each is divided by the running deviation of its scores first, so that the easy one does not dominate.
+    """
+
+    def __init__(self, parts: Mapping[str, Scorer], weights: Mapping[str, float], normalise: bool = False) -> None:
+        self.parts, self.weights, self.normalise = parts, weights, normalise
+        self.spreads = {name: Spread() for name in parts}
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.combine(self.score(images, prompts))
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The scores (N,) of each part for images (N, 3, H, W), as `scorers.score` gives them.
+
+        Raises:
+            RewardError: a part failed, or broke the protocol. ValueError: one does not take such a prompt or image.
+        """
+        return {name: score(part, images, prompts) for name, part in self.parts.items()}
+
+    def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """The sum (N,) of the parts' scores (N,)."""
+        terms = [self.weights[name] / self._unit(name) * part for name, part in scores.items()]
+        return torch.stack(terms).sum(dim=0)
+
+    def combine_means(self, means: Mapping[str, float]) -> float:
+        """The same of means over many images."""
+        return sum(self.weights[name] / self._unit(name) * means[name] for name in self.parts)
+
+    def observe(self, scores: Mapping[str, Tensor]) -> None:
+        """Let scores (N,) enter the running deviations."""
+        for name, part in scores.items():
+            self.spreads[name].add(part)
+
+    def _unit(self, name: str) -> float:
+        return self.spreads[name].std if self.normalise else 1.0
+
+
+class Spread:
+    """Deviation of all finite numbers seen so far, by Chan's update of count, mean and sum of squares."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, scores: Tensor) -> None:
+        finite = scores[scores.isfinite()].double()
+        if len(finite) == 0:
+            return
+        total, mean = self.count + len(finite), finite.mean().item()
+        delta = mean - self.mean
+        self.squares += (finite - mean).square().sum().item() + delta**2 * self.count * len(finite) / total
+        self.mean += delta * len(finite) / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """1 until there are two different numbers."""
+        return math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
+
+
+# --- scorers that are not ours ---
+
+
+class Supervised:
+    """A scorer called in a thread of its own, so that one that hangs is given up: nothing can stop it, but nothing waits.
+
+    Raises, when called:
+        RewardError: the time is over, or the scorer raised whatever it be.
+    """
+
+    def __init__(self, scorer: Scorer, name: str, timeout: float) -> None:
+        self.scorer, self.name, self.timeout = scorer, name, timeout
+        self.jobs: queue.SimpleQueue[tuple[Tensor, Sequence[str]]] | None = None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.jobs is None:
+            self.jobs, self.results = queue.SimpleQueue(), queue.SimpleQueue[Any]()
+            threading.Thread(target=self._work, args=(self.jobs, self.results), daemon=True).start()
+        self.jobs.put((images, prompts))
+        try:
+            result = self.results.get(timeout=self.timeout)
+        except queue.Empty:
+            self.jobs = None  # what it may still answer is not for the next call
+            raise RewardError(f"reward: {self.name} gave no scores within {self.timeout:g} s") from None
+        if isinstance(result, RewardError | torch.OutOfMemoryError):
+            raise result
+        if isinstance(result, BaseException):
+            raise RewardError(f"reward: {self.name} raised {type(result).__name__}: {result}") from result
+        return result
+
+    @torch.no_grad()  # grad mode is a thread's own
+    def _work(self, jobs: queue.SimpleQueue[tuple[Tensor, Sequence[str]]], results: queue.SimpleQueue[Any]) -> None:
+        while True:
+            try:
+                results.put(self.scorer(*jobs.get()))
+            except BaseException as error:  # SystemExit too: it must not end the thread without an answer
+                results.put(error)
 
 
 def _load_function(spec: str) -> Scorer:
@@ -112,169 +330,33 @@ def _load_function(spec: str) -> Scorer:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward: {name!r} has no function {attribute!r}")
-
-    def scorer(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        try:
-            return function(images, prompts)
-        # From a scorer of ours a ValueError says what is wrong with the input; from this one, who knows.
-        except (ValueError, SystemExit) as error:
-            raise RewardError(f"reward: {spec} raised {type(error).__name__}: {error}") from error
-
-    return scorer
+    return function
 
 
-# --- HPSv2 ---
+# --- serving ---
 
 
-def pad_to_square(images: Tensor, size: int) -> Tensor:
-    """Resize the longest side of images (N, 3, H, W) to `size`, bicubic with antialiasing, and pad with zeros.
-
-    This is HPSv2's preprocessing (arXiv:2306.09341) before the normalisation.
-    """
-    height, width = images.shape[-2:]
-    scale = size / max(height, width)
-    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
-    images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-    down, across = size - shape[0], size - shape[1]
-    return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Subtract CLIP's mean and divide by its deviation, a channel each."""
-    mean, std = images.new_tensor(CLIP_MEAN), images.new_tensor(CLIP_STD)
-    return (images - mean[:, None, None]) / std[:, None, None]
-
-
-class HPS:
-    """Human Preference Score v2 (arXiv:2306.09341): cosine of the image and the prompt features, -1 to 1.
-
-    Tables of the papers show it times 100. The checkpoint holds an open_clip `state_dict`; its architecture is
-    ViT-H-14, or what the JSON file of the same name beside it says.
-    """
-
-    def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
-        self.device = device
-        self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
-        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        state_dict = read_state_dict(checkpoint)  # before a billion parameters are made
-        self.model: Any
-        self.model, self.tokenizer = build_clip(checkpoint.with_suffix(".json"))
-        fill(self.model, state_dict, checkpoint)
-        self.model.requires_grad_(False).eval().to(device, dtype)
-        self.dtype = dtype
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if self.max_size and max(images.shape[-2:]) > self.max_size:
-            raise ValueError(
-                f"reward: the embedded hps scorer knows the tiny world's images of 32x32 pixels only, not "
-                f"{images.shape[-1]}x{images.shape[-2]}; give HPSv2's checkpoint with --reward-checkpoint"
-            )
-        size = self.model.visual.image_size
-        size = size[0] if isinstance(size, tuple) else size
-        pixels = normalise(pad_to_square(images.to(self.device).float(), size)).to(self.dtype)
-        image_features = self.model.encode_image(pixels, normalize=True)
-        unique = list(dict.fromkeys(prompts))
-        text_features = self.model.encode_text(self.tokenizer(unique).to(self.device), normalize=True)
-        row = {prompt: i for i, prompt in enumerate(unique)}
-        text_features = text_features[[row[prompt] for prompt in prompts]]
-        return (image_features.float() * text_features.float()).sum(dim=1)
-
-
-def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """An open_clip model with random weights and its tokenizer: ViT-H-14, or as the JSON file says if it is there."""
-    import open_clip
-
-    if not config.exists():
-        return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14")
-    cfg: dict[str, Any] = json.loads(config.read_text())
-    tokenizer = open_clip.tokenizer.HFTokenizer(
-        str(config.parent / "tokenizer"), context_length=cfg["text_cfg"]["context_length"]
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Serve a scorer over HTTP, for texforce train --reward http://HOST:PORT/score"
     )
-    return open_clip.CLIP(**cfg), tokenizer
-
-
-def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """The `state_dict` of a checkpoint; no code is run.
-
-    Raises:
-        FileNotFoundError: the checkpoint is not there.
-        ArtifactError: it is damaged or unsafe, or holds no such thing.
-    """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"reward: there is no checkpoint {str(checkpoint)!r}")
-    with _refused(checkpoint):
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-
-
-def fill(model: nn.Module, state_dict: dict[str, Tensor], checkpoint: Path) -> None:
-    """Give a model a checkpoint's tensors, every one used and none missing.
-
-    Raises:
-        ArtifactError: they are another architecture's.
-    """
-    with _refused(checkpoint):
-        model.load_state_dict(state_dict, strict=True)
-
-
-@contextlib.contextmanager
-def _refused(checkpoint: Path) -> Iterator[None]:
+    parser.add_argument("--serve", required=True, metavar="REWARD", help="what --reward takes")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, and asks no password")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--reward-checkpoint", action="append", default=[], metavar="NAME=PATH")
+    options = parser.parse_args(arguments)
     try:
-        yield
-    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever code is in the file
-        raise ArtifactError(f"{checkpoint}: refused as a scorer's checkpoint: not a file of tensors alone") from error
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"{checkpoint}: refused as a scorer's checkpoint: {reason[:300]}") from error
+        checkpoints = parse_checkpoints(options.reward_checkpoint, [options.serve])
+        server = remote.make_server(load_reward(options.serve, options.device, checkpoints), options.port, options.host)
+    except (ValueError, OSError, OverflowError) as error:
+        parser.error(str(error))
+    except ArtifactError as error:
+        parser.exit(3, f"{error}\n")
+    print(f"{options.serve} at http://{options.host}:{server.server_port}/score", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
-def _download_hps(spec: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name = HPS_CHECKPOINTS[spec]
-    try:
-        return Path(hf_hub_download("xswu/HPSv2", name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"reward: {name} of xswu/HPSv2 could not be had from the hub ({type(error).__name__}); "
-            "give the file with --reward-checkpoint"
-        ) from error
-
-
-# --- file size ---
-
-
-def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Size of images (N, 3, H, W) in [0, 1] as JPEG of quality 95, in kB of 1000 bytes."""
-    from PIL import Image
-
-    sizes = []
-    for pixels in (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-        sizes.append(buffer.tell() / 1000)
-    return torch.tensor(sizes)
-
-
-def jpeg(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Compressibility (arXiv:2305.13301): kB as JPEG, negated."""
-    return -jpeg_kilobytes(images)
-
-
-def incompress(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Incompressibility (arXiv:2305.13301): kB as JPEG."""
-    return jpeg_kilobytes(images)
-
-
-def _alignment() -> Scorer:
-    from texforce.world import alignment
-
-    return alignment
-
-
-PLAIN_SCORERS: dict[str, Callable[[], Scorer]] = {
-    "alignment": _alignment,
-    "jpeg": lambda: jpeg,
-    "incompress": lambda: incompress,
-}
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import evaluate, record, rewards, sampler, world
+    from texforce import evaluate, record, rewards, sampler, scorers
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -39,8 +39,8 @@ else:
         return module
 
     torch = _lazy_import("torch")
-    evaluate, record, rewards, sampler, world = (
-        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler", "world")
+    evaluate, record, rewards, sampler, scorers = (
+        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler", "scorers")
     )
 
 from texforce.config import TrainConfig, default_device, resolve, split_prompts
@@ -175,12 +175,13 @@ class Batch:
     trajectory: sampler.Trajectory
     advantages: Tensor  # (N,) float32, 0 where nothing is to be learned
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
+    parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
 
 
 def collect(
     policy: Policy,
     denoiser: sampler.Denoiser,
-    scorer: rewards.Scorer,
+    reward: rewards.Mixture,
     prompts: Sequence[str],
     config: TrainConfig,
     generator: torch.Generator,
@@ -189,7 +190,7 @@ def collect(
     """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
 
     Raises:
-        DivergedError: no image is finite. RewardError: the scorer failed, or gave no finite score at all.
+        DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
     trajectories, scores = [], []
@@ -202,13 +203,15 @@ def collect(
         trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
         images = check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1]))
         trajectories.append(trajectory)
-        scores.append(rewards.score(scorer, images, chunk))
-    values = torch.cat(scores)
+        scores.append(reward.score(images, chunk))
+    parts = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+    reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
+    values = reward.combine(parts)
     values = values.where(values.isfinite(), torch.nan)
     if values.isnan().all():
-        raise rewards.RewardError("reward: the scorer gave no finite score for any image of an epoch")
+        raise scorers.RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
     advantages = normalised_advantages(values, repeated, config, statistics)
-    return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values)
+    return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values, parts)
 
 
 def check_finite(images: Tensor) -> Tensor:
@@ -458,8 +461,9 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
     output_dir = record.new_folder(config.output_dir)
-    policy, denoiser, scorer = prepare(config)
-    check_prompts(policy, config.reward, train_prompts + heldout_prompts)
+    setup = prepare(config)
+    policy, reward = setup.policy, setup.reward
+    check_prompts(policy, config, train_prompts + heldout_prompts)
     provenance = record.describe_run(config, str(policy.models.device), sum(p.numel() for p in policy.parameters))
     record.write_json(output_dir / "config.json", asdict(config))
     learner = Learner(policy.parameters, config)
@@ -468,7 +472,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     choice = torch.Generator().manual_seed(config.seed)
 
     start = time.perf_counter()
-    heldout = evaluate.Heldout(policy, denoiser, scorer, heldout_prompts, config, output_dir)
+    heldout = evaluate.Heldout(setup, heldout_prompts, config, output_dir)
     epochs = [
         {"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": heldout.base, "seconds": time.perf_counter() - start}
     ]
@@ -477,7 +481,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     with record.metrics(config, output_dir) as log, _saved_if_stopped(policy, learner, output_dir):
         for epoch in range(1, config.num_epochs + 1):
             prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
-            measures = _train_epoch(policy, denoiser, scorer, prompts, config, learner, statistics, noise, choice)
+            measures = _train_epoch(setup, prompts, config, learner, statistics, noise, choice)
             measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
             if epoch % config.eval_every == 0 or epoch == config.num_epochs:
                 with learner.averaged(policy.parameters):
@@ -486,34 +490,48 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
             epochs.append(measures)
             log(measures)
             report(measures)
-    result = provenance | _summary(epochs, heldout.base) | {"seconds": time.perf_counter() - start}
+    epochs = [_in_final_units(measures, config.reward, reward) for measures in epochs]
+    result = provenance | _summary(epochs) | {"seconds": time.perf_counter() - start}
     record.write_result(output_dir, config, epochs, result)
     return result
 
 
-def prepare(config: TrainConfig) -> tuple[Policy, sampler.Denoiser, rewards.Scorer]:
-    """Load the models and the scorer of a resolved configuration, and put LoRA on them."""
-    device = default_device()
-    rewards.check_name(config.reward)  # a typing error must not wait for a model
-    checkpoint = config.reward_checkpoint
-    if checkpoint is None and config.reward in rewards.HPS_CHECKPOINTS:
-        checkpoint = str(rewards.EMBEDDED_HPS) if config.model == "tiny" else "hub"
+@dataclass(frozen=True)
+class Setup:
+    """What a training works with."""
+
+    policy: Policy
+    denoiser: sampler.Denoiser
+    reward: rewards.Mixture
+    eval_rewards: dict[str, rewards.Mixture]  # only measured
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Load the models and the rewards of a resolved configuration, and put LoRA on the models."""
+    device, names = default_device(), [config.reward, *(config.eval_reward or ())]
+    for name in names:
+        rewards.check_reward(name)  # a typing error must not wait for a model
+    checkpoints = rewards.parse_checkpoints(config.reward_checkpoint or (), names)
     # The model first: a mistyped folder must not wait for the download of a scorer.
     models = sampler.load_models(config.model, device, getattr(torch, DTYPES[config.mixed_precision]))
-    scorer = rewards.load_reward(config.reward, device, checkpoint)
-    return *make_policy(models, config), scorer
+
+    def load(name: str, normalise: bool = False) -> rewards.Mixture:
+        embedded = config.model == "tiny"
+        return rewards.load_reward(name, device, checkpoints, embedded, normalise, config.reward_timeout)
+
+    reward = load(config.reward, config.normalise_rewards)
+    eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
+    return Setup(*make_policy(models, config), reward, eval_rewards)
 
 
-def check_prompts(policy: Policy, reward: str, prompts: Sequence[str]) -> None:
+def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -> None:
     """Find a prompt that cannot be used before the training, and not in its fortieth epoch.
 
     Raises:
-        ValueError: a prompt is too long, or the scorer cannot judge it.
+        ValueError: a prompt is too long, or a scorer cannot judge it.
     """
     sampler.tokenize(policy.models.tokenizer, prompts)
-    if reward == "alignment":
-        for prompt in prompts:
-            world.parse(prompt)
+    rewards.check_prompts([config.reward, *(config.eval_reward or ())], prompts)
 
 
 def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
@@ -546,9 +564,7 @@ def _saved_if_stopped(policy: Policy, learner: Learner, output_dir: Path) -> Ite
 
 
 def _train_epoch(
-    policy: Policy,
-    denoiser: sampler.Denoiser,
-    scorer: rewards.Scorer,
+    setup: Setup,
     prompts: list[str],
     config: TrainConfig,
     learner: Learner,
@@ -557,18 +573,17 @@ def _train_epoch(
     choice: torch.Generator,
 ) -> dict[str, Any]:
     """Sample, score and update once; the measures of the epoch."""
-    begin = time.perf_counter()
-    batch = collect(policy, denoiser, scorer, prompts, config, noise, statistics)
+    begin, denoiser = time.perf_counter(), setup.denoiser
+    batch = collect(setup.policy, denoiser, setup.reward, prompts, config, noise, statistics)
     sampled = time.perf_counter()
-    update_statistics = update(policy, denoiser, batch, learner, config, choice)
-    finite = batch.rewards[batch.rewards.isfinite()]
+    update_statistics = update(setup.policy, denoiser, batch, learner, config, choice)
     dropped = torch.nonzero(batch.rewards.isnan()).flatten().tolist()
     num_images = len(batch.rewards)
     num_pairs = max(1, update_statistics.num_pairs)
     steps = len(denoiser.schedule.timesteps)
     measures: dict[str, Any] = {
-        "reward_mean": finite.mean().item(),
-        "reward_std": finite.std(correction=0).item(),
+        "reward_mean": finite_mean(batch.rewards),
+        "reward_std": batch.rewards[batch.rewards.isfinite()].std(correction=0).item(),
         "num_images": num_images,
         "num_unet_calls": num_images * steps * (2 if denoiser.guided else 1) + update_statistics.num_unet_calls,
         "max_ratio_deviation": update_statistics.first_ratio_deviation,
@@ -581,11 +596,18 @@ def _train_epoch(
         measures["grad_norm"] = update_statistics.grad_norm
     if config.kl_weight > 0:
         measures["kl"] = update_statistics.kl / num_pairs
+    if len(batch.parts) > 1:
+        measures["parts"] = {name: finite_mean(scores) for name, scores in batch.parts.items()}
     if dropped:
         measures["dropped"] = [
             {"prompt": prompts[i // config.num_samples_per_prompt], "seed": config.seed, "image": i} for i in dropped
         ]
     return measures
+
+
+def finite_mean(scores: Tensor) -> float:
+    """Mean of those of scores (N,) that are finite."""
+    return scores[scores.isfinite()].mean().item()
 
 
 def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -605,8 +627,21 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
     return (list(items[start : start + size]) for start in range(0, len(items), size))
 
 
-def _summary(epochs: list[dict[str, Any]], base: dict[str, float]) -> dict[str, Any]:
-    tuned = next(record["heldout"] for record in reversed(epochs) if "heldout" in record)
+def _in_final_units(measures: dict[str, Any], name: str, reward: rewards.Mixture) -> dict[str, Any]:
+    """An epoch's measures with a normalised reward in the units of the end, so that epochs compare."""
+    if not reward.normalise:
+        return measures
+    measures = dict(measures)
+    if "parts" in measures:
+        measures["reward_mean"] = reward.combine_means(measures["parts"])
+    if "heldout" in measures:
+        measures["heldout"] = measures["heldout"] | {name: reward.combine_means(measures["heldout"])}
+    return measures
+
+
+def _summary(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = [record["heldout"] for record in epochs if "heldout" in record]
+    base, tuned = measured[0], measured[-1]
     return {
         "num_images": epochs[-1]["num_images"],
         "num_unet_calls": epochs[-1]["num_unet_calls"],

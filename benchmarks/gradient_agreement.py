@@ -22,14 +22,15 @@ class Probe:
 
     def __init__(self, seed: int) -> None:
         self.config = texforce.resolve(texforce.TrainConfig(model="tiny", seed=seed))
-        self.policy, self.denoiser, self.scorer = texforce.prepare(self.config)
+        setup = texforce.prepare(self.config)
+        self.policy, self.denoiser, self.reward = setup.policy, setup.denoiser, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
         self.scaler = torch.amp.GradScaler("cuda", enabled=False)
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> texforce.Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
         statistics = texforce.PromptStatistics()
-        return texforce.collect(self.policy, self.denoiser, self.scorer, prompts, options, self.noise, statistics)
+        return texforce.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
 
     def gradient(self, batch: texforce.Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from texforce import rewards, world
+from texforce import scorers, world
 
 ROOT = Path(__file__).parent
 STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps")
@@ -378,10 +378,10 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
     config = {"embed_dim": WIDTH, "vision_cfg": HPS_VISION, "text_cfg": HPS_TEXT | {"vocab_size": vocab_size}}
     (output_dir / "hps.json").write_text(json.dumps(config, indent=2) + "\n")
     model: Any
-    model, tokenizer = rewards.build_clip(output_dir / "hps.json")
+    model, tokenizer = scorers.build_clip(output_dir / "hps.json")
 
     def features(images: Tensor) -> Tensor:
-        pixels = rewards.normalise(rewards.pad_to_square(images, HPS_VISION["image_size"]))
+        pixels = scorers.normalise(scorers.pad_to_square(images, HPS_VISION["image_size"]))
         return model.encode_image(pixels, normalize=True)
 
     def step(_: int) -> Step:
