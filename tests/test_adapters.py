@@ -17,8 +17,8 @@ from torch import Tensor
 import texforce
 from texforce import evaluate, sampler
 from texforce.adapters import load_adapter
+from texforce.checkpoints import ArtifactError
 from texforce.config import SampleConfig, TrainConfig, resolve_sample
-from texforce.rewards import ArtifactError
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPTS = ["a crimson disc", "two blue squares"]

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 import texforce
 from texforce import DivergedError, cli, sampler
 from texforce.config import PRESETS, SampleConfig, TrainConfig, resolve, resolve_sample
-from texforce.rewards import RewardError
+from texforce.scorers import RewardError
 
 ROOT = Path(texforce.__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -428,7 +428,7 @@ def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_pat
 
     def prepare(config):
         prepared = original(config)
-        policies.append(prepared[0])
+        policies.append(prepared.policy)
         return prepared
 
     def stop():

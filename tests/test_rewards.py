@@ -1,122 +1,26 @@
-"""Scorers against PIL and open_clip, the protocol they are held to, and the files that are refused."""
+"""Rewards by name: mixtures, functions of a user's own, and what is refused."""
 
-import contextlib
 import importlib.util
-import io
 import json
-import pickle
 import random
-import re
-import shutil
 import sys
+import threading
+import time
+import tomllib
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from texforce import rewards, world
-from texforce.rewards import ArtifactError, RewardError
+from texforce import checkpoints, rewards, scorers, world
+from texforce.scorers import RewardError
 
 
-def random_images(num_images: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    return torch.rand(num_images, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def smooth_images(num_images: int, height: int, width: int) -> Tensor:
-    return F.interpolate(random_images(num_images, 6, 6), (height, width), mode="bilinear")
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-# --- HPSv2's preprocessing ---
-
-
-def pad_by_pil(image: Tensor, size: int) -> Tensor:
-    """HPSv2's: the longest side to `size` by PIL's bicubic filter, then centred on black; in float, so without rounding."""
-    height, width = image.shape[1:]
-    scale = size / max(height, width)
-    new_width, new_height = round(width * scale), round(height * scale)
-    padded = torch.zeros(3, size, size)
-    top, left = (size - new_height) // 2, (size - new_width) // 2
-    for channel, pixels in enumerate(image):
-        resized = Image.fromarray(pixels.numpy(), mode=None).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        padded[channel, top : top + new_height, left : left + new_width] = torch.from_numpy(np.array(resized)).clamp(0, 1)
-    return padded
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(512, 512), (384, 512), (512, 200), (301, 227), (99, 333), (64, 48), (32, 32), (224, 224), (7, 5)]
-)
-def test_padding_to_a_square_equals_pil(height, width):
-    images = random_images(2, height, width)
-    padded = rewards.pad_to_square(images, 224)
-    assert padded.shape == (2, 3, 224, 224)
-    torch.testing.assert_close(padded, torch.stack([pad_by_pil(image, 224) for image in images]), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(("height", "width"), [(384, 512), (512, 200), (300, 300), (32, 32)])
-def test_preprocessing_equals_open_clips_own_within_its_rounding(height, width):
-    import open_clip
-
-    transform = open_clip.image_transform(224, is_train=False, resize_mode="longest", fill_color=0)
-    images = smooth_images(2, height, width)
-    mine = rewards.normalise(rewards.pad_to_square(images, 224))
-    theirs = torch.stack([transform(to_pil(image)) for image in images])
-    levels = (mine - theirs).abs() * torch.tensor(rewards.CLIP_STD)[:, None, None] * 255
-    assert levels.max() <= 1.6  # of 255: PIL rounds once going in and once coming out
-
-
-def test_padding_is_black_and_centred_to_the_pixel():
-    padded = rewards.pad_to_square(torch.ones(1, 3, 10, 3), 9)  # 9 x 2.7, so 9 x 3 pixels
-    expected = torch.zeros(1, 3, 9, 9)
-    expected[..., 3:6] = 1
-    torch.testing.assert_close(padded, expected)
-    odd = rewards.pad_to_square(torch.ones(1, 3, 2, 8), 8)
-    assert odd[0, 0, :, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
-    uneven = rewards.pad_to_square(torch.ones(1, 3, 3, 8), 8)
-    assert uneven[0, 0, :, 0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]  # the odd row goes below
-
-
-def test_an_extremely_long_image_keeps_a_row():
-    padded = rewards.pad_to_square(torch.ones(1, 3, 1, 500), 16)
-    assert padded.shape == (1, 3, 16, 16)
-    assert padded[0, 0].sum().item() == pytest.approx(16)
-
-
-def test_normalising_by_hand():
-    images = torch.tensor([0.0, 0.5, 1.0])[:, None, None].expand(1, 3, 2, 2)
-    normalised = rewards.normalise(images)[0, :, 0, 0].tolist()
-    by_hand = [(0 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
-    assert normalised == pytest.approx(by_hand, abs=1e-6)
-
-
-# --- file size ---
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 17)])
-def test_jpeg_is_minus_the_kilobytes_of_pils_file_and_incompress_plus(height, width):
-    images = torch.cat([random_images(2, height, width), smooth_images(2, height, width), torch.zeros(1, 3, height, width)])
-    sizes = []
-    for image in images:
-        buffer = io.BytesIO()
-        to_pil(image).save(buffer, format="JPEG", quality=95)
-        sizes.append(len(buffer.getvalue()) / 1000)
-    jpeg, incompress = (rewards.load_reward(name) for name in ("jpeg", "incompress"))
-    assert incompress(images, [""] * 5).tolist() == pytest.approx(sizes)
-    assert jpeg(images, [""] * 5).tolist() == pytest.approx([-size for size in sizes])
-    assert incompress(images, [""] * 5)[0] > incompress(images, [""] * 5)[4]
-
-
-def test_file_size_takes_half_precision_and_values_beyond_the_range():
-    images = 3 * random_images(2) - 1
-    clamped = images.clamp(0, 1)
-    assert torch.equal(rewards.incompress(images, ["", ""]), rewards.incompress(clamped, ["", ""]))
-    assert rewards.incompress(images.half(), ["", ""]).dtype == torch.float32
+def random_images(num_images: int) -> Tensor:
+    return torch.rand(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 # --- loading by name ---
@@ -124,7 +28,7 @@ def test_file_size_takes_half_precision_and_values_beyond_the_range():
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"reward: unknown name 'hsp'.*hps, hps-v2, alignment, jpeg, incompress.*file\.py:function"
+        ValueError, match=r"reward: unknown name 'hsp'.*hps, hps-v2, imagereward, .*incompress.*file\.py:function.*http"
     ):
         rewards.load_reward("hsp")
 
@@ -136,11 +40,7 @@ def test_alignment_is_the_detector_of_the_tiny_world():
 
 def test_the_hub_checkpoint_that_cannot_be_had_names_the_option():
     with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed\.pt of xswu/HPSv2 .*--reward-checkpoint"):
-        rewards.load_reward("hps", checkpoint="hub")
-
-
-def test_each_version_of_hps_has_its_published_file():
-    assert rewards.HPS_CHECKPOINTS == {"hps": "HPS_v2.1_compressed.pt", "hps-v2": "HPS_v2_compressed.pt"}
+        rewards.load_reward("hps", checkpoints={"hps": "hub"})
 
 
 def test_a_function_of_a_file_is_a_reward(tmp_path):
@@ -148,7 +48,7 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
     path.write_text("import torch\n\ndef brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     scorer = rewards.load_reward(f"{path}:brightness")
     images = random_images(3)
-    torch.testing.assert_close(rewards.score(scorer, images, ["a"] * 3), images.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(scorers.score(scorer, images, ["a"] * 3), images.mean(dim=(1, 2, 3)))
 
 
 def test_a_reward_file_may_be_called_like_a_package(tmp_path):
@@ -167,7 +67,7 @@ def test_a_reward_file_may_hold_dataclasses(tmp_path):
         "seven = Constant(7.0)\n"
     )
     scorer = rewards.load_reward(f"{path}:seven")
-    assert rewards.score(scorer, random_images(2), ["", ""]).tolist() == [7.0, 7.0]
+    assert scorers.score(scorer, random_images(2), ["", ""]).tolist() == [7.0, 7.0]
 
 
 @pytest.mark.parametrize(("file", "attribute", "error", "words"), [
@@ -190,353 +90,247 @@ def test_a_reward_file_that_cannot_be_used_is_named(tmp_path, file, attribute, e
         rewards.load_reward(f"{tmp_path / file}:{attribute}")
 
 
-# --- the protocol ---
+# --- the catalogue ---
 
 
-def test_scores_come_back_detached_in_float32_on_the_cpu():
-    images = random_images(3).requires_grad_()
-    scores = rewards.score(lambda images, prompts: images.double().mean(dim=(1, 2, 3)), images, ["a"] * 3)
-    assert (scores.dtype, scores.device.type, scores.requires_grad) == (torch.float32, "cpu", False)
-    assert rewards.score(lambda images, prompts: torch.tensor([1, 2, 3]), images, ["a"] * 3).tolist() == [1.0, 2.0, 3.0]
+@pytest.mark.parametrize("name", rewards.CATALOGUE)
+def test_the_catalogue_says_of_each_reward_what_one_must_know(name):
+    entry = rewards.CATALOGUE[name]
+    assert entry.measures
+    assert entry.scale
+    assert set(entry.weights) <= checkpoints.HUB.keys()
+    assert (entry.licence != "-") == bool(entry.weights or entry.packages)
+    assert entry.gradients == hasattr(entry.make, "with_gradients")
 
 
-def test_non_finite_scores_are_passed_on():
-    given = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf")])
-    scores = rewards.score(lambda images, prompts: given, random_images(4), ["a"] * 4)
-    torch.testing.assert_close(scores, given, equal_nan=True)
+def test_the_rewards_that_carry_gradients_are_the_networks():
+    carrying = {name for name, entry in rewards.CATALOGUE.items() if entry.gradients}
+    assert carrying == {"hps", "hps-v2", "imagereward", "pickscore", "aesthetic", "clip"}
 
 
-@pytest.mark.parametrize(("returned", "words"), [
-    (torch.zeros(2), r"shape \(3,\) but returned a tensor of shape \(2,\)"),
-    (torch.zeros(3, 1), r"shape \(3, 1\)"),
-    (torch.zeros(()), r"shape \(\)"),
-    ([1.0, 2.0, 3.0], "returned list"),
-    (1.0, "returned float"),
-    (None, "returned NoneType"),
-    (np.zeros(3), "returned ndarray"),
+def test_every_weight_of_the_hub_is_some_rewards():
+    assert {weights for entry in rewards.CATALOGUE.values() for weights in entry.weights} == checkpoints.HUB.keys()
+
+
+@pytest.mark.parametrize(("name", "package"), [("ocr", "rapidocr"), ("ocr", "onnxruntime"), ("face", "pyiqa")])
+def test_a_reward_whose_package_is_missing_names_the_extra(monkeypatch, name, package):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == package else original(wanted))
+    with pytest.raises(ValueError, match=rf"reward: {name} needs {package}; pip install 'texforce\[{name}\]'"):
+        rewards.check_reward(f"jpeg=1,{name}=2")
+
+
+def test_the_extras_install_what_the_rewards_need():
+    project = tomllib.loads((Path(rewards.__file__).parent / "pyproject.toml").read_text())["project"]
+    for name, entry in rewards.CATALOGUE.items():
+        assert sorted(entry.packages) == project["optional-dependencies"].get(name, [])
+
+
+# --- what --reward and --reward-checkpoint say ---
+
+
+@pytest.mark.parametrize(("spec", "weights"), [
+    ("hps", {"hps": 1.0}),
+    ("hps=2", {"hps": 2.0}),
+    ("hps=1,jpeg=0.1", {"hps": 1.0, "jpeg": 0.1}),
+    ("hps=1, jpeg=-1e-3", {"hps": 1.0, "jpeg": -0.001}),
+    ("my/file.py:f", {"my/file.py:f": 1.0}),
+    ("my/file.py:f=3,hps=1", {"my/file.py:f": 3.0, "hps": 1.0}),
+    ("http://127.0.0.1:8000/score", {"http://127.0.0.1:8000/score": 1.0}),
+    ("https://host/score?token=1", {"https://host/score?token=1": 1.0}),
+    ("http://host/score=0.5,hps=1", {"http://host/score": 0.5, "hps": 1.0}),
 ])  # fmt: skip
-def test_a_scorer_that_returns_something_else_is_a_reward_error(returned, words):
-    with pytest.raises(RewardError, match=words):
-        rewards.score(lambda images, prompts: returned, random_images(3), ["a"] * 3)
+def test_a_reward_is_names_with_weights(spec, weights):
+    assert rewards.parse_mixture(spec) == weights
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("x"), RuntimeError("boom"), ZeroDivisionError("zero"), AssertionError("no face")]
-)
-def test_a_scorer_that_raises_is_a_reward_error_with_its_cause(error):
-    def scorer(images, prompts):
-        raise error
-
-    with pytest.raises(RewardError, match=f"the scorer raised {type(error).__name__}: .*{error.args[0]}") as caught:
-        rewards.score(scorer, random_images(1), ["a"])
-    assert caught.value.__cause__ is error
+@pytest.mark.parametrize("spec", [
+    "hps,jpeg", "hps=", "=1", "hps=x", "hps=1,", ",hps=1", "hps=nan", "hps=inf", "hps=0", "hps=1,jpeg", "hps=1;jpeg=1,",
+])  # fmt: skip
+def test_a_mixture_that_makes_no_sense_is_named(spec):
+    with pytest.raises(ValueError, match="reward: a mixture is NAME=WEIGHT,NAME=WEIGHT"):
+        rewards.parse_mixture(spec)
 
 
-@pytest.mark.parametrize("error", [ValueError("such a prompt"), torch.OutOfMemoryError("gone"), KeyboardInterrupt()])
-def test_bad_input_lack_of_memory_and_interrupts_are_not_the_scorers_failure(error):
-    def scorer(images, prompts):
-        raise error
-
-    with pytest.raises(type(error)):
-        rewards.score(scorer, random_images(1), ["a"])
+def test_a_part_must_not_come_twice():
+    with pytest.raises(ValueError, match="reward: 'hps' comes twice in"):
+        rewards.parse_mixture("hps=1,jpeg=1,hps=2")
 
 
-# --- checkpoints ---
+@pytest.mark.parametrize(("items", "specs", "paths"), [
+    ([], ["hps"], {}),
+    (["a.pt"], ["hps"], {"hps": "a.pt"}),
+    (["hub"], ["hps-v2"], {"hps-v2": "hub"}),
+    (["runs/x=1/a.pt"], ["hps"], {"hps": "runs/x=1/a.pt"}),
+    (["hps=runs/x=1/a.pt"], ["hps=1,clip=2"], {"hps": "runs/x=1/a.pt"}),
+    (["clip=c", "hps=h"], ["hps", "clip"], {"hps": "h", "clip": "c"}),
+    (["aesthetic-clip=c"], ["aesthetic"], {"aesthetic-clip": "c"}),
+])  # fmt: skip
+def test_checkpoints_go_to_their_scorers(items, specs, paths):
+    assert rewards.parse_checkpoints(items, specs) == paths
 
 
-@pytest.fixture(scope="module")
-def small_model():
-    torch.manual_seed(0)
-    return torch.nn.Linear(3, 2)
+@pytest.mark.parametrize(("item", "specs", "words"), [
+    ("a.pt", ["jpeg"], "jpeg reads none, not 'a.pt'"),
+    ("a.pt", ["hps=1,jpeg=1"], "NAME is one of hps, not 'a.pt'"),
+    ("clip=c", ["hps=1,jpeg=1"], "NAME is one of hps, not 'clip=c'"),
+    ("hps=", ["hps"], "NAME is one of hps, not 'hps='"),
+])  # fmt: skip
+def test_a_checkpoint_that_is_no_scorers_is_named(item, specs, words):
+    with pytest.raises(ValueError, match=f"reward_checkpoint: give NAME=PATH; {words}"):
+        rewards.parse_checkpoints([item], specs)
 
 
-def save(path, content) -> None:
-    torch.save(content, path)
+@pytest.mark.parametrize(("specs", "prompts", "words"), [
+    (["hps", "alignment"], ["a red circle", "a red horse"], "a red horse"),
+    (["jpeg=1,ocr=2"], ["a sign"], "quotation marks"),
+])  # fmt: skip
+def test_prompts_that_a_reward_cannot_judge_are_found_beforehand(specs, prompts, words):
+    with pytest.raises(ValueError, match=words):
+        rewards.check_prompts(specs, prompts)
+    rewards.check_prompts(["hps", "jpeg=1,clip=2", "mine.py:f"], prompts)
 
 
-def load(model, path) -> None:
-    rewards.fill(model, rewards.read_state_dict(path), path)
+def test_the_embedded_scorer_is_for_the_tiny_model_only():
+    assert rewards.load_reward("hps=1,jpeg=1", embedded=True).parts["hps"].max_size
+    for name in ("hps", "hps-v2"):
+        with pytest.raises(FileNotFoundError, match="xswu/HPSv2"):
+            rewards.load_reward(f"{name}=1,jpeg=1", embedded=False)
 
 
-def test_a_checkpoint_fills_the_model(small_model, tmp_path):
-    path = tmp_path / "c.pt"
-    save(path, {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.arange(2.0)}, "epoch": 3})
-    model = torch.nn.Linear(3, 2)
-    load(model, path)
-    assert model.weight.eq(1).all()
-    assert model.bias.tolist() == [0.0, 1.0]
+# --- mixtures ---
 
 
-@pytest.mark.parametrize("checkpoint", ["absent.pt", "."])
-def test_a_missing_checkpoint_is_named_before_a_billion_parameters_are_built(tmp_path, monkeypatch, checkpoint):
-    monkeypatch.setattr(rewards, "build_clip", lambda config: pytest.fail("built the model first"))
-    with pytest.raises(FileNotFoundError, match="reward: there is no checkpoint .*" + re.escape(tmp_path.name)):
-        rewards.load_reward("hps", checkpoint=tmp_path / checkpoint)
+def constant(*scores: float) -> scorers.Scorer:
+    return lambda images, prompts: torch.tensor(scores)
 
 
-@pytest.mark.parametrize("content", [
-    {"state_dict": {"weight": torch.ones(2, 3)}},
-    {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)}},
-    {"state_dict": {"weight": torch.ones(3, 3), "bias": torch.ones(2)}},
-], ids=["a key is missing", "a key is too much", "a shape is wrong"])  # fmt: skip
-def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(small_model, tmp_path, content):
-    save(tmp_path / "c.pt", content)
-    tensor = {1: "bias", 2: "weight", 3: "more"}[len(content["state_dict"])]
-    with pytest.raises(ArtifactError, match=rf"c\.pt: refused.*{tensor}"):
-        load(small_model, tmp_path / "c.pt")
+def test_a_mixture_is_the_weighted_sum_of_its_parts():
+    mixture = rewards.Mixture({"a": constant(1, 2), "b": constant(10, -10)}, {"a": 2.0, "b": -0.5})
+    images = random_images(2)
+    assert mixture(images, ["", ""]).tolist() == [-3.0, 9.0]
+    scores = mixture.score(images, ["", ""])
+    assert {name: part.tolist() for name, part in scores.items()} == {"a": [1.0, 2.0], "b": [10.0, -10.0]}
+    assert mixture.combine_means({"a": 1.5, "b": 0.0, "more": 7.0}) == 3.0
 
 
-@pytest.mark.parametrize("content", [
-    {"weight": torch.ones(2, 3), "bias": torch.ones(2)},
-    *({"state_dict": content} for content in (None, [1], {1: torch.ones(2)}, {"weight": 1, "bias": 2})),
-    *([1, 2], None, "text", torch.ones(3)),
-], ids=["bare", "none in it", "list in it", "integer keys", "integers in it", "list", "none", "text", "tensor"])  # fmt: skip
-def test_a_foreign_checkpoint_is_refused(small_model, tmp_path, content):
-    save(tmp_path / "c.pt", content)
-    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        load(small_model, tmp_path / "c.pt")
+def test_a_single_reward_is_passed_on_to_the_bit():
+    scores = torch.tensor([0.1, -0.2, 1e-30])
+    assert torch.equal(rewards.Mixture({"a": lambda *_: scores}, {"a": 1.0})(random_images(3), [""] * 3), scores)
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"hello world\n", b"<html></html>", b"\0" * 64, b"version https://git-lfs.github.com/spec/v1\n",
-    b"PK\x03\x04" + b"\0" * 60, pickle.dumps([1, 2]), b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
-    b"\x80\x02X\x03\x00\x00\x00\xff\xfe\xfdq\x00.",
-], ids=["empty", "text", "html", "zeros", "lfs pointer", "half a zip", "pickled list", "png", "no utf-8"])  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_refused(small_model, tmp_path, content):
-    (tmp_path / "c.pt").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        load(small_model, tmp_path / "c.pt")
+def test_a_part_that_is_not_finite_drops_the_image():
+    nan, inf = float("nan"), float("inf")
+    mixture = rewards.Mixture({"a": constant(1, nan, inf), "b": constant(1, 2, -inf)}, {"a": 1.0, "b": 1.0})
+    assert mixture(random_images(3), [""] * 3).isfinite().tolist() == [True, False, False]
 
 
-def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_model, tmp_path):
-    path, rng = tmp_path / "c.pt", random.Random(0)
-    save(path, {"state_dict": small_model.state_dict()})
-    whole, refused = path.read_bytes(), 0
-    for _ in range(300):
-        damaged = bytearray(whole)
-        damaged[rng.randrange(len(whole))] = rng.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            load(torch.nn.Linear(3, 2), path)
-        except ArtifactError:
-            refused += 1
-    assert refused > 30
+def test_normalised_parts_have_unit_spread():
+    mixture = rewards.Mixture({"a": constant(1, 3), "b": constant(100, 300)}, {"a": 1.0, "b": 2.0}, normalise=True)
+    scores = mixture.score(random_images(2), ["", ""])
+    assert mixture.combine(scores).tolist() == [201.0, 603.0]  # nothing was seen yet
+    mixture.observe(scores)
+    combined = mixture.combine(scores)
+    assert combined.tolist() == pytest.approx([1 + 2 * 1, 3 + 2 * 3])
+    assert combined.std(correction=0).item() == pytest.approx(3)
+    assert mixture.combine_means({"a": 2.0, "b": 200.0}) == pytest.approx(6)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
-def test_a_truncated_hps_checkpoint_is_refused(tmp_path, share):
-    content = rewards.EMBEDDED_HPS.read_bytes()
-    checkpoint = copy_config(tmp_path)
-    checkpoint.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        rewards.load_reward("hps", checkpoint=checkpoint)
-
-
-class Hostile:
-    """Its pickle runs a program when it is loaded."""
-
-    def __init__(self, target) -> None:
-        self.target = str(target)
-
-    def __reduce__(self):
-        return (open, (self.target, "w"))
-
-
-@pytest.mark.parametrize("where", ["instead of the checkpoint", "beside the tensors", "bare pickle"])
-def test_a_hostile_checkpoint_is_refused_and_runs_nothing(small_model, tmp_path, monkeypatch, where):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not open the door
-    hostile, path = Hostile(tmp_path / "created"), tmp_path / "c.pt"
-    if where == "bare pickle":
-        path.write_bytes(pickle.dumps(hostile))
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=6), min_size=1, max_size=6))
+def test_the_running_deviation_is_that_of_all_numbers(chunks):
+    spread = rewards.Spread()
+    for chunk in chunks:
+        spread.add(torch.tensor([*chunk, float("nan"), float("inf")]))
+    numbers = torch.tensor([number for chunk in chunks for number in chunk]).double()
+    expected = numbers.std(correction=0).item() if len(numbers) else 0.0
+    if expected > 1e-4:
+        assert spread.std == pytest.approx(expected, rel=1e-5)
+    elif len(set(numbers.tolist())) <= 1:
+        assert spread.std == 1.0
     else:
-        state_dict = small_model.state_dict()
-        save(path, hostile if where.startswith("instead") else {"state_dict": state_dict, "extra": hostile})
-    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
-        load(small_model, path)
-    assert not (tmp_path / "created").exists()
-    with contextlib.suppress(RuntimeError):
-        torch.load(path, weights_only=False)  # where one lets it, it does harm
-    assert (tmp_path / "created").exists()
+        assert spread.std > 0
 
 
-# --- HPS ---
+def test_a_single_reward_is_not_normalised():
+    assert not rewards.load_reward("jpeg", normalise=True).normalise
+    assert rewards.load_reward("jpeg=1,incompress=1", normalise=True).normalise
 
 
-@pytest.fixture(scope="module")
-def hps():
-    return rewards.load_reward("hps")
+# --- scorers that are not ours ---
 
 
-def copy_config(folder):
-    """A folder with the embedded scorer's architecture and tokenizer, and the path of a checkpoint to put beside them."""
-    tiny = rewards.EMBEDDED_HPS.parent
-    shutil.copy(tiny / "hps.json", folder / "c.json")
-    shutil.copytree(tiny / "tokenizer", folder / "tokenizer")
-    return folder / "c.pt"
+def supervised(function, timeout: float = 30.0) -> rewards.Supervised:
+    return rewards.Supervised(function, "mine", timeout)
 
 
-def scenes_and_prompts(num_scenes: int, seed: int = 0) -> tuple[list[world.Scene], list[str]]:
-    rng = random.Random(seed)
-    scenes = [world.draw_scene(rng, world.KINDS[k % 4]) for k in range(num_scenes)]
-    return scenes, [world.caption(scene, rng, rare_probability=0.35) for scene in scenes]
+def test_a_scorer_that_hangs_is_given_up_and_its_late_answer_is_not_the_next_ones():
+    release = threading.Event()
+
+    def hang(images, prompts):
+        if prompts == ["hang"]:
+            release.wait(20)
+            return torch.tensor([666.0])
+        return torch.tensor([7.0])
+
+    scorer = supervised(hang, timeout=0.2)
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=r"reward: mine gave no scores within 0\.2 s"):
+        scorer(random_images(1), ["hang"])
+    assert time.perf_counter() - start < 5
+    release.set()
+    assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
 
 
-@pytest.fixture(scope="module")
-def renderings():
-    scenes, prompts = scenes_and_prompts(300)
-    return scenes, prompts, world.render(scenes, random.Random(1))
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyError("boom"), SystemExit("boom"), KeyboardInterrupt("boom")])
+def test_whatever_a_foreign_scorer_raises_is_its_failure(error):
+    def fail(images, prompts):
+        raise error
+
+    scorer = supervised(fail)
+    for _ in range(2):
+        with pytest.raises(RewardError, match=f"reward: mine raised {type(error).__name__}: .*boom") as caught:
+            scorer(random_images(1), [""])
+        assert caught.value.__cause__ is error
 
 
-def test_hps_equals_open_clip_itself_on_pil_images(hps):
-    import open_clip
+@pytest.mark.parametrize("error", [RewardError("reward: gone"), torch.OutOfMemoryError("out")])
+def test_what_has_its_own_exit_code_keeps_it(error):
+    def fail(images, prompts):
+        raise error
 
-    tiny = rewards.EMBEDDED_HPS.parent
-    settings = json.loads((tiny / "hps.json").read_text())
-    model = open_clip.CLIP(**settings)
-    state_dict = torch.load(tiny / "hps.pt", weights_only=True)["state_dict"]
-    model.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, strict=True)
-    model.eval()
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
-    prompts = ["a red circle", "two crimson discs", "a red circle", "a navy box left of an ivory plus"]
-    for size in ((32, 32), (24, 32), (64, 48)):
-        images = smooth_images(4, *size)
-        size = settings["vision_cfg"]["image_size"]
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-        )
-        pixels = torch.stack([(pad_by_pil(image, size) - mean) / std for image in images])
-        ids = tokenizer(
-            prompts, padding="max_length", max_length=settings["text_cfg"]["context_length"], return_tensors="pt"
-        ).input_ids
-        with torch.no_grad():
-            expected = F.cosine_similarity(model.encode_image(pixels), model.encode_text(ids))
-        torch.testing.assert_close(hps(images, prompts), expected, rtol=0, atol=1e-4)
+    with pytest.raises(type(error)) as caught:
+        supervised(fail)(random_images(1), [""])
+    assert caught.value is error
 
 
-def test_rounding_an_image_to_eight_bits_hardly_moves_hps(hps, renderings):
-    _, prompts, images = renderings
-    scores = hps(images, prompts)
-    rounded = hps((images * 255).round() / 255, prompts)
-    assert (scores - rounded).abs().mean() <= 0.1 * scores.std()
+def test_a_foreign_scorer_keeps_no_graph_and_its_thread():
+    weight, threads = torch.nn.Parameter(torch.ones(1)), []
+
+    def mine(images, prompts):
+        threads.append(threading.get_ident())
+        scores = weight * images.mean(dim=(1, 2, 3))
+        assert not scores.requires_grad
+        return scores
+
+    scorer = supervised(mine)
+    for _ in range(3):
+        scorer(random_images(2), ["", ""])
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
 
 
-def test_hps_is_a_cosine_in_float32(hps, renderings):
-    _, prompts, images = renderings
-    scores = hps(images[:32], prompts[:32])
-    assert (scores.dtype, scores.shape) == (torch.float32, (32,))
-    assert scores.abs().max() <= 1
+# --- serving ---
 
 
-def test_hps_of_a_batch_equals_hps_of_each(hps, renderings):
-    _, prompts, images = renderings
-    prompts = prompts[:28] + prompts[:4]  # some twice
-    whole = hps(images[:32], prompts)
-    each = torch.cat([hps(images[i : i + 1], prompts[i : i + 1]) for i in range(32)])
-    torch.testing.assert_close(whole, each, rtol=0, atol=1e-5)
-
-
-def test_hps_of_equal_prompts_goes_to_the_right_images(hps, renderings):
-    _, prompts, images = renderings
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    shuffled = hps(images[:32][order], [prompts[i] for i in order])
-    torch.testing.assert_close(shuffled, hps(images[:32], prompts[:32])[order], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (65, 32), (32, 65)])
-def test_the_embedded_scorer_refuses_images_that_are_not_of_its_world(hps, height, width):
-    with pytest.raises(ValueError, match=f"32x32 pixels only, not {width}x{height}.*--reward-checkpoint"):
-        hps(torch.zeros(1, 3, height, width), ["a red circle"])
-
-
-def test_the_refusal_passes_through_the_protocol_as_bad_input(hps):
-    with pytest.raises(ValueError, match="embedded hps"):
-        rewards.score(hps, torch.zeros(1, 3, 512, 512), ["a red circle"])
-
-
-def test_a_checkpoint_of_ones_own_takes_any_size_and_the_name_hps_v2(tmp_path):
-    checkpoint = copy_config(tmp_path)
-    shutil.copy(rewards.EMBEDDED_HPS, checkpoint)
-    scorer = rewards.load_reward("hps-v2", checkpoint=checkpoint)
-    assert scorer(random_images(1, 128, 96), ["a red circle"]).shape == (1,)
-
-
-def test_a_checkpoint_that_lacks_a_key_is_refused(tmp_path):
-    checkpoint = copy_config(tmp_path)
-    state_dict = torch.load(rewards.EMBEDDED_HPS, weights_only=True)["state_dict"]
-    del state_dict["text_projection"]
-    torch.save({"state_dict": state_dict}, checkpoint)
-    with pytest.raises(ArtifactError, match="text_projection"):
-        rewards.load_reward("hps", checkpoint=checkpoint)
-
-
-# --- what the embedded scorer prefers ---
-
-
-def meaning(scene: world.Scene) -> tuple:
-    mirrored = {"right of": "left of", "below": "above"}
-    if scene.relation in mirrored:
-        return mirrored[scene.relation], scene.objects[::-1]
-    return scene.relation, scene.objects if scene.relation else tuple(sorted(scene.objects))
-
-
-def share_above(better: Tensor, worse: Tensor) -> float:
-    return (better > worse).double().mean().item()
-
-
-def test_hps_ranks_the_right_prompt_above_a_wrong_one(hps, renderings):
-    scenes, prompts, images = renderings
-    rng = random.Random(2)
-    wrong = []
-    for scene in scenes:  # another sentence of the same kind with another meaning
-        other = world.draw_scene(rng, scene.kind)
-        while meaning(other) == meaning(scene):
-            other = world.draw_scene(rng, scene.kind)
-        wrong.append(world.caption(other, rng))
-    share = share_above(hps(images, prompts), hps(images, wrong))
-    print(f"right above wrong prompt: {share:.4f}")
-    assert share >= 0.95
-
-
-def test_hps_ranks_the_right_prompt_above_one_that_differs_in_one_thing(hps, renderings):
-    scenes, prompts, images = renderings
-    specification = importlib.util.spec_from_file_location("tiny_build", rewards.EMBEDDED_HPS.parent / "build.py")
-    build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
-    rng = random.Random(3)
-    mutants = [build.mutate(scene, rng) for scene in scenes]
-    fair = torch.tensor([meaning(one) != meaning(other) for one, other in zip(scenes, mutants, strict=True)])
-    right, wrong = hps(images, prompts), hps(images, [world.caption(mutant, rng) for mutant in mutants])
-    for kind in world.KINDS:
-        mine = fair & torch.tensor([scene.kind == kind for scene in scenes])
-        print(f"hard, {kind}: {share_above(right[mine], wrong[mine]):.4f} of {int(mine.sum())}")
-    share = share_above(right[fair], wrong[fair])
-    print(f"hard: {share:.4f} of {int(fair.sum())}")
-    assert share >= 0.90
-
-
-def blurred(images: Tensor) -> Tensor:
-    small = F.interpolate(images, scale_factor=0.25, mode="bilinear", antialias=True)
-    return F.interpolate(small, scale_factor=4, mode="bilinear").clamp(0, 1)
-
-
-def noisy(images: Tensor, strength: float = 0.2) -> Tensor:
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return (images + strength * noise).clamp(0, 1)
-
-
-def slightly_noisy(images: Tensor) -> Tensor:
-    return noisy(images, 0.02)
-
-
-def mixed(images: Tensor) -> Tensor:
-    return 0.6 * images + 0.4 * images.roll(1, dims=0)
-
-
-@pytest.mark.parametrize("degrade", [blurred, noisy, mixed, slightly_noisy])
-def test_hps_prefers_a_clean_image_to_a_degraded_one(hps, renderings, degrade):
-    _, prompts, images = renderings
-    share = share_above(hps(images, prompts), hps(degrade(images), prompts))
-    print(f"clean above {degrade.__name__}: {share:.4f}")
-    assert share >= 0.90
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (["--serve", "hsp"], 2, "unknown name 'hsp'"),
+    (["--serve", "jpeg", "--port", "70000"], 2, "port"),
+    (["--serve", "jpeg", "--host", "no.such.host.invalid"], 2, "error"),
+    (["--serve", "hps", "--reward-checkpoint", "absent.pt"], 2, "absent.pt"),
+    (["--serve", "hps", "--reward-checkpoint", __file__], 3, "refused"),
+])  # fmt: skip
+def test_a_server_that_cannot_start_says_why(capsys, arguments, code, words):
+    with pytest.raises(SystemExit) as caught:
+        rewards.main(arguments)
+    assert caught.value.code == code
+    assert words in capsys.readouterr().err

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, evaluate, plan, sampler, world
+from texforce import DivergedError, evaluate, plan, rewards, sampler, world
 from texforce.config import TrainConfig, resolve
-from texforce.rewards import RewardError
+from texforce.scorers import RewardError
 
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
@@ -41,7 +41,8 @@ class Rig:
     def collect(self, prompts: list[str] = PROMPTS) -> texforce.Batch:
         generator = torch.Generator().manual_seed(0)
         statistics = texforce.PromptStatistics()
-        return texforce.collect(self.policy, self.denoiser, self.scorer, prompts, self.config, generator, statistics)
+        reward = rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
+        return texforce.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
 
     def pairs(self, batch: texforce.Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
         """The (image, step) pairs of all images and the steps, in a shuffled order."""
@@ -723,7 +724,7 @@ def remember_policies(monkeypatch) -> list[texforce.Policy]:
 
     def prepare(config):
         result = original(config)
-        policies.append(result[0])
+        policies.append(result.policy)
         return result
 
     monkeypatch.setattr(texforce, "prepare", prepare)

@@ -1,0 +1,382 @@
+"""Checkpoints: what is refused, what runs nothing, what is kept, and where the hub's lie."""
+
+import contextlib
+import fnmatch
+import hashlib
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
+
+from texforce import checkpoints, rewards, scorers
+from texforce.checkpoints import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+def save(path, content) -> None:
+    torch.save(content, path)
+
+
+def load(model, path) -> None:
+    checkpoints.fill(model, checkpoints.read_tensors(path), path)
+
+
+def test_a_checkpoint_fills_the_model(small_model, tmp_path):
+    path = tmp_path / "c.pt"
+    save(path, {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.arange(2.0)}, "epoch": 3})
+    model = torch.nn.Linear(3, 2)
+    load(model, path)
+    assert model.weight.eq(1).all()
+    assert model.bias.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("checkpoint", ["absent.pt", "."])
+def test_a_missing_checkpoint_is_named_before_a_billion_parameters_are_built(tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setattr(scorers, "build_clip", lambda config: pytest.fail("built the model first"))
+    with pytest.raises(FileNotFoundError, match="reward: there is no checkpoint .*" + re.escape(tmp_path.name)):
+        rewards.load_reward("hps", checkpoints={"hps": tmp_path / checkpoint})
+
+
+@pytest.mark.parametrize("content", [
+    {"state_dict": {"weight": torch.ones(2, 3)}},
+    {"state_dict": {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)}},
+    {"state_dict": {"weight": torch.ones(3, 3), "bias": torch.ones(2)}},
+], ids=["a key is missing", "a key is too much", "a shape is wrong"])  # fmt: skip
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(small_model, tmp_path, content):
+    save(tmp_path / "c.pt", content)
+    tensor = {1: "bias", 2: "weight", 3: "more"}[len(content["state_dict"])]
+    with pytest.raises(ArtifactError, match=rf"c\.pt: refused.*{tensor}"):
+        load(small_model, tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("content", [
+    {"model": {"weight": torch.ones(2, 3), "bias": torch.ones(2)}},
+    *({"state_dict": content} for content in (None, [1], {1: torch.ones(2)}, {"weight": 1, "bias": 2})),
+    *([1, 2], None, "text", torch.ones(3)),
+], ids=["key", "none in it", "list in it", "integer keys", "integers in it", "list", "none", "text", "tensor"])  # fmt: skip
+def test_a_foreign_checkpoint_is_refused(small_model, tmp_path, content):
+    save(tmp_path / "c.pt", content)
+    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
+        load(small_model, tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"hello world\n", b"<html></html>", b"\0" * 64, b"version https://git-lfs.github.com/spec/v1\n",
+    b"PK\x03\x04" + b"\0" * 60, pickle.dumps([1, 2]), b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
+    b"\x80\x02X\x03\x00\x00\x00\xff\xfe\xfdq\x00.",
+], ids=["empty", "text", "html", "zeros", "lfs pointer", "half a zip", "pickled list", "png", "no utf-8"])  # fmt: skip
+def test_a_file_that_is_no_checkpoint_is_refused(small_model, tmp_path, content):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
+        load(small_model, tmp_path / "c.pt")
+
+
+def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_model, tmp_path):
+    path, rng = tmp_path / "c.pt", random.Random(0)
+    save(path, {"state_dict": small_model.state_dict()})
+    whole, refused = path.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load(torch.nn.Linear(3, 2), path)
+        except ArtifactError:
+            refused += 1
+    assert refused > 30
+
+
+# --- files that run code ---
+
+
+class Hostile:
+    """Its pickle calls a function when it is loaded."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+EVENTS: list[str] = []  # of the audit hook, which cannot be taken away again
+RECORDING = [False]
+EXECUTION = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec", "socket.connect", "os.remove")
+
+
+def audit(event: str, arguments: tuple) -> None:
+    if RECORDING[0]:
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        evaluates = event == "exec" and getattr(arguments[0], "co_filename", "") == "<string>"
+        if event in EXECUTION or writes or evaluates:
+            EVENTS.append(f"{event} {arguments[0]}")
+
+
+sys.addaudithook(audit)
+
+
+@contextlib.contextmanager
+def recorded():
+    EVENTS.clear()
+    RECORDING[0] = True
+    try:
+        yield EVENTS
+    finally:
+        RECORDING[0] = False
+
+
+def hostile_objects(folder: Path) -> list[Hostile]:
+    return [
+        Hostile(open, str(folder / "created"), "w"),
+        Hostile(os.system, f"touch {folder / 'created'}"),
+        Hostile(eval, f"open({str(folder / 'created')!r}, 'w')"),
+        Hostile(subprocess.Popen, ["touch", str(folder / "created")]),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("where", ["instead of the checkpoint", "beside the tensors", "bare pickle"])
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(small_model, tmp_path, monkeypatch, where, number):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not open the door
+    hostile, path = hostile_objects(tmp_path)[number], tmp_path / "c.pt"
+    if where == "bare pickle":
+        path.write_bytes(pickle.dumps(hostile))
+    else:
+        state_dict = small_model.state_dict()
+        save(path, hostile if where.startswith("instead") else {"state_dict": state_dict, "extra": hostile})
+    with recorded() as events, pytest.raises(ArtifactError, match=r"c\.pt: refused"):
+        load(small_model, path)
+    assert events == []
+    assert not (tmp_path / "created").exists()
+    with recorded() as events, contextlib.suppress(RuntimeError):
+        torch.load(path, weights_only=False)  # where one lets it, it does harm
+    assert events
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["hps", "hps-v2", "imagereward", "aesthetic", "clip", "pickscore"])
+def test_a_hostile_checkpoint_of_any_scorer_is_refused_and_runs_nothing(tmp_path, monkeypatch, name, cached):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 0 if cached else 2**30)
+    content, folder = {"state_dict": {}, "extra": hostile_objects(tmp_path)[1]}, tmp_path / "folder"
+    folder.mkdir()
+    save(folder / "pytorch_model.bin", content)
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    paths = dict.fromkeys(rewards.CATALOGUE[name].weights, folder)
+    if isinstance(checkpoints.HUB[name], checkpoints.HubFile):
+        paths[name] = folder / "pytorch_model.bin"
+    with recorded() as events, pytest.raises(ArtifactError, match=r"refused as a scorer's checkpoint"):
+        rewards.load_reward(name, checkpoints=paths)
+    assert events == []
+    assert not (tmp_path / "created").exists()
+
+
+# --- the copies in the cache ---
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "texforce"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    pool = torch.arange(12.0)
+    save(tmp_path / "c.pt", {"state_dict": {"a": pool[:6].reshape(2, 3), "b": pool[3:].reshape(3, 3).T}})
+    return tmp_path / "c.pt"
+
+
+def check_content(tensors: dict[str, torch.Tensor]) -> None:
+    assert tensors["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert tensors["b"].tolist() == [[3, 6, 9], [4, 7, 10], [5, 8, 11]]
+
+
+def test_a_pickle_is_read_once_and_kept_as_safetensors_under_its_sha256(cache, checkpoint, monkeypatch):
+    check_content(checkpoints.read_tensors(checkpoint))
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert sorted(path.name for path in cache.iterdir()) == [f"{digest}.safetensors", f"{digest}.sha256"]
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled again"))
+    check_content(checkpoints.read_tensors(checkpoint))
+
+
+def test_a_small_pickle_is_not_kept(cache, checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 2**20)
+    check_content(checkpoints.read_tensors(checkpoint))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "its end", "all of it", "its note"])
+def test_a_damaged_copy_is_made_anew(cache, checkpoint, damage):
+    checkpoints.read_tensors(checkpoint)
+    copy, note = (next(cache.glob(f"*.{kind}")) for kind in ("safetensors", "sha256"))
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    damages = {"a bit": bytes(content), "its end": bytes(content[:-8]), "all of it": b""}
+    copy.write_bytes(damages[damage]) if damage in damages else note.unlink()
+    check_content(checkpoints.read_tensors(checkpoint))
+    assert note.read_text() == hashlib.sha256(copy.read_bytes()).hexdigest()
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(cache, checkpoint, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.warns(UserWarning, match="no copy could be kept.*No space left"):
+        check_content(checkpoints.read_tensors(checkpoint))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_file_of_the_hubs_cache_must_have_the_sha256_of_its_name(cache, checkpoint, tmp_path):
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder, blob in ((good, digest), (bad, "0" * 64)):
+        folder.mkdir()
+        shutil.copy(checkpoint, folder / blob)
+        (folder / "HPS.pt").symlink_to(folder / blob)
+    check_content(checkpoints.read_tensors(good / "HPS.pt"))
+    with pytest.raises(ArtifactError, match=rf"HPS\.pt: refused.*SHA-256 is {digest}; delete it"):
+        checkpoints.read_tensors(bad / "HPS.pt")
+
+
+def test_safetensors_are_read_as_they_are(cache, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "c.safetensors")
+    assert checkpoints.read_tensors(tmp_path / "c.safetensors")["a"].tolist() == [1, 1]
+    assert not cache.exists()
+    (tmp_path / "c.safetensors").write_bytes(b"\x08" + b"\0" * 20)
+    with pytest.raises(ArtifactError, match=r"c\.safetensors: refused"):
+        checkpoints.read_tensors(tmp_path / "c.safetensors")
+
+
+# --- the hub ---
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that notes what it is asked for; its repositories hold what `hub.files` says."""
+    asked = []
+
+    class Hub:
+        files = ("config.json",)
+        calls = asked
+
+    def download(repository, name, revision):
+        asked.append((repository, revision, name))
+        return str(tmp_path / name)
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        for name in Hub.files:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return Hub
+
+
+def test_every_weight_is_fetched_at_a_pinned_revision(hub):
+    for name, source in checkpoints.HUB.items():
+        hub.calls.clear()
+        checkpoints.find_weights(name, {})
+        for repository, revision, _ in hub.calls:
+            assert repository == source.repository
+            assert re.fullmatch("[0-9a-f]{40}", revision)
+
+
+def test_each_version_of_hps_is_its_published_file(hub):
+    names = [checkpoints.find_weights(name, {}).name for name in ("hps", "hps-v2")]
+    assert names == ["HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"]
+
+
+@pytest.mark.parametrize(("files", "num_calls"), [
+    (("config.json", "model.safetensors", "pytorch_model.bin"), 1),
+    (("config.json", "pytorch_model.bin"), 2),
+])  # fmt: skip
+def test_a_models_pickle_is_fetched_only_where_there_are_no_safetensors(hub, tmp_path, files, num_calls):
+    hub.files = files
+    checkpoints.find_weights("pickscore", {})
+    assert len(hub.calls) == num_calls
+    assert (tmp_path / "pytorch_model.bin").exists() == (num_calls == 2)
+
+
+def test_a_tokenizer_is_fetched_without_the_model(hub, tmp_path):
+    hub.files = ("config.json", "vocab.txt", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
+    checkpoints.find_weights("imagereward-tokenizer", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", checkpoints.HUB)
+def test_what_the_hub_does_not_give_is_named_with_the_option_that_helps(name):
+    with pytest.raises(FileNotFoundError, match=rf"{checkpoints.HUB[name].repository} .*--reward-checkpoint {name}=PATH"):
+        checkpoints.find_weights(name, {})
+    assert not checkpoints.is_fetched(name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hps", "a file"), ("clip", "a folder")])
+def test_a_path_of_the_wrong_kind_is_named(tmp_path, name, kind):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint .*{tmp_path.name}.* for {name} it must be {kind}"):
+        checkpoints.find_weights(name, {name: tmp_path if kind == "a file" else tmp_path / "file"})
+
+
+# --- models in transformers' format ---
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    return small_clip(tmp_path_factory.mktemp("clip"))
+
+
+def small_clip(folder: Path) -> Path:
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_whole_folder_loads(clip_folder):
+    assert checkpoints.load_pretrained(CLIPModel, clip_folder).config.projection_dim == 8
+
+
+@pytest.mark.parametrize(
+    "flaw", ["lacks a tensor", "another shape", "cut short", "no weights", "no config", "broken config"]
+)
+def test_a_folder_with_a_flaw_is_refused_and_not_filled_at_random(clip_folder, tmp_path, flaw):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "out_proj.weight" in name)
+    if flaw == "lacks a tensor":
+        save_file({n: t for n, t in tensors.items() if n != name}, weights, {"format": "pt"})
+    elif flaw == "another shape":
+        save_file(tensors | {name: torch.zeros(4, 4)}, weights, {"format": "pt"})
+    elif flaw == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif flaw == "broken config":
+        config.write_text("{")
+    else:
+        (weights if flaw == "no weights" else config).unlink()
+    with pytest.raises(ArtifactError, match=r"clip.*: refused as a scorer's checkpoint"):
+        checkpoints.load_pretrained(CLIPModel, folder)
