@@ -1,18 +1,23 @@
 """The command line: exit codes and messages, what a run leaves behind, and what reaches the terminal."""
 
+import http.server
 import io
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +26,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import DivergedError, cli, sampler
+from texforce import DivergedError, cli, remote, rewards, sampler
 from texforce.config import PRESETS, SampleConfig, TrainConfig, resolve, resolve_sample
 from texforce.scorers import RewardError
 
@@ -119,7 +124,7 @@ def test_help_loads_neither_torch_nor_what_builds_on_it():
 def test_help_shows_the_commands_that_there_are():
     result = run("--help")
     commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
-    assert commands == ["train", "sample"]
+    assert commands == ["train", "sample", "rewards"]
     for absent in ("merge", "eval"):
         assert run(absent).exit_code == 2
     assert "2 bad input" in result.stdout
@@ -185,6 +190,19 @@ BAD_TRAINING = [
     (["--num-updates-per-epoch", "9"], ["num_updates_per_epoch", "8 images"]),
     (["--lr-warmup-steps", "2"], ["lr_warmup_steps", "2 optimizer steps"]),
     (["--reward", "jpeg", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "jpeg"]),
+    (["--reward", "hps=1,jpeg=1", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "NAME=PATH"]),
+    (["--reward", "hps,jpeg"], ["mixture", "NAME=WEIGHT"]),
+    (["--reward", "hps=1,hsp=2"], ["hsp", "imagereward"]),
+    (["--reward", "hps=1,jpeg=x"], ["mixture", "jpeg=x"]),
+    (["--eval-reward", "hsp"], ["hsp", "imagereward"]),
+    (["--eval-reward", "absent.py:f"], ["absent.py"]),
+    (["--eval-reward", "face"], ["pyiqa", "texforce[face]"]),
+    (["--reward", "pickscore"], ["PickScore", "--reward-checkpoint pickscore=PATH"]),
+    (["--reward", "clip", "--reward-checkpoint", "LICENSE"], ["LICENSE", "folder"]),
+    (["--eval-reward", "ocr"], ["ocr", "quotation marks"]),
+    (["--reward-timeout", "0"], ["reward_timeout"]),
+    (["--reward-timeout", "1e10"], ["reward_timeout"]),
+    (["--eval-reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--prompts", "SAME", "--heldout-prompts", "SAME"], ["same.txt", "held out"]),
     (["--reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--num-inference-steps", "1001"], ["num_inference_steps"]),
@@ -347,10 +365,80 @@ def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, c
     check_failure(result, 6, error, "no such colour")
 
 
-def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["function", "server"])
+@pytest.mark.parametrize("flaw", [
+    "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
+])  # fmt: skip
+def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_saved(small_run, tmp_path, kind, flaw):
+    """The first call is for the 2 held-out prompts, the second for the first epoch's 8 images, the third for the next's."""
+    calls = []
+
+    def scores(num_images: int) -> Any:
+        calls.append(num_images)
+        if len(calls) < 3:
+            return [float(number) for number in range(num_images)]
+        return {"gives too few": [1.0], "gives words": "good", "gives NaN for all": [math.nan] * num_images}.get(flaw, flaw)
+
+    def function(images, prompts):
+        result = scores(len(images))
+        if result == "hangs":
+            time.sleep(20)
+        elif result in ("raises", "ends the process", "is reset"):
+            raise {"raises": KeyError, "ends the process": SystemExit, "is reset": ConnectionResetError}[result](flaw)
+        return torch.tensor(result) if isinstance(result, list) else result
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            result = scores(len(request["images"]))
+            if result == "hangs":
+                time.sleep(20)
+            elif result in ("ends the process", "is reset"):
+                self.connection.shutdown(socket.SHUT_RDWR)
+            else:
+                self.send_response(500 if result == "raises" else 200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"scores": result}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "mine.py").write_text("reward = None\n")
+        reward = f"{tmp_path / 'mine.py'}:reward"
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "server":
+                reward = f"http://127.0.0.1:{server.server_port}/score"
+                patch.setattr(remote.Remote.__init__, "__defaults__", (2, 0.01))
+            else:
+                patch.setattr(rewards, "_load_function", lambda spec: function)
+            options = {"output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 3, "reward_timeout": 2.0}
+            start = time.perf_counter()
+            result = train(small_run | options, reward=reward)
+        server.shutdown()
+    assert time.perf_counter() - start < 15
+    check_failure(result, 6, "reward: ")
+    assert calls[:2] == [2, 8]
+    check_saved(tmp_path / "out")
+
+
+def test_a_function_that_hangs_does_not_keep_the_process(small_run, tmp_path):
+    reward = reward_file(tmp_path, "    import time\n    time.sleep(600)")
+    options = flags(small_run | {"output_dir": tmp_path / "out", "reward": reward, "reward_timeout": 0.5})
+    command = [sys.executable, "-m", "texforce.cli", "train", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert (done.returncode, "no scores within 0.5 s" in " ".join(done.stderr.split())) == (6, True), done.stderr
+
+
+@pytest.mark.parametrize("option", ["reward", "eval_reward"])
+def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch, option):
     monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
-    for reward in ("hsp", "absent.py:reward"):
-        check_failure(train(small_run, output_dir=tmp_path / "out", reward=reward), 2, reward.partition(":")[0])
+    for reward in ("hsp", "absent.py:reward", "face"):
+        result = train(small_run | {option: reward}, output_dir=tmp_path / "out")
+        check_failure(result, 2, reward.partition(":")[0])
 
 
 def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(small_run, tmp_path):
@@ -486,6 +574,80 @@ def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run,
     check_saved(tmp_path / "out")
 
 
+# --- rewards ---
+
+
+def test_a_mixture_with_a_scorer_that_is_only_measured(small_run, tmp_path):
+    options = {"reward": "hps=1,jpeg=0.1", "eval_reward": "incompress", "output_dir": tmp_path / "out", "num_epochs": 2}
+    result = train(small_run | options, eval_every=1)
+    assert result.exit_code == 0, result.output
+    lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["parts"].keys() == {"hps", "jpeg"}
+        assert line["reward_mean"] == pytest.approx(line["parts"]["hps"] + 0.1 * line["parts"]["jpeg"], abs=1e-6)
+        heldout = line["heldout"]
+        assert {"hps=1,jpeg=0.1", "hps", "jpeg", "incompress"} <= heldout.keys()
+        assert heldout["hps=1,jpeg=0.1"] == pytest.approx(heldout["hps"] + 0.1 * heldout["jpeg"], abs=1e-6)
+        assert heldout["incompress"] == pytest.approx(-heldout["jpeg"])
+    final = strict((tmp_path / "out" / "result.json").read_text())["heldout"]
+    assert final["hps"]["tuned"] == lines[-1]["heldout"]["hps"]
+    assert "hps=1,jpeg=0.1" in result.stdout
+    assert (tmp_path / "out" / "curve.png").is_file()
+
+
+def test_what_is_only_measured_does_not_change_the_training(small_run, tmp_path):
+    for name, options in (("plain", {}), ("measured", {"eval_reward": "hps"})):
+        assert train(small_run | options, output_dir=tmp_path / name).exit_code == 0
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "measured" / WEIGHTS).read_bytes()
+
+
+def test_a_mixture_trains_otherwise_than_its_first_part(small_run, tmp_path):
+    for name in ("incompress", "incompress=1,hps=100"):
+        assert train(small_run | {"reward": name}, output_dir=tmp_path / name).exit_code == 0
+    assert (tmp_path / "incompress" / WEIGHTS).read_bytes() != (tmp_path / "incompress=1,hps=100" / WEIGHTS).read_bytes()
+
+
+def test_the_parts_of_a_normalised_mixture_have_unit_spread(small_run, tmp_path):
+    name = "hps=1,jpeg=1"
+    options = {"reward": name, "output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 1}
+    result = train(small_run | options, "--normalise-rewards")
+    assert result.exit_code == 0, result.output
+    lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert 0.3 < line["reward_std"] < 2.5  # two parts of unit spread, in whatever units they came
+    final = strict((tmp_path / "out" / "result.json").read_text())["heldout"]
+    assert final[name]["tuned"] == pytest.approx(lines[-1]["heldout"][name])
+
+
+def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, tmp_path):
+    server = remote.make_server(rewards.load_reward("jpeg"), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/score"
+        for name, reward in (("here", "jpeg"), ("there", url)):
+            result = train(small_run | {"reward": reward}, output_dir=tmp_path / name)
+            assert result.exit_code == 0, result.output
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (tmp_path / "here" / WEIGHTS).read_bytes() == (tmp_path / "there" / WEIGHTS).read_bytes()
+
+
+def test_the_table_of_rewards_names_each_with_what_it_needs(monkeypatch):
+    monkeypatch.setattr(rewards, "missing_packages", lambda name: ["pyiqa"] if name == "face" else [])
+    result = run("rewards")
+    assert result.exit_code == 0, result.output
+    table = squash(result.stdout)
+    for name, entry in rewards.CATALOGUE.items():
+        assert name in table
+        assert squash(entry.scale) in table
+    for words in ("xswu/HPSv2", "non-commercial", "pip install 'texforce[face]'", "path/to/file.py:function"):
+        assert squash(words) in table
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    here = {row[0]: row[-1] for row in rows if row[0]}
+    assert (here["jpeg"], here["alignment"], here["ocr"], here["face"], here["hps"]) == ("yes", "yes", "yes", "no", "no")
+
+
 # --- the live view ---
 
 EPOCHS = [
@@ -607,7 +769,7 @@ def test_the_saved_config_is_resolved_and_repeats_the_run_to_the_byte(trained, t
     folder, _ = trained
     config = strict((folder / "config.json").read_text())
     assert set(config) == {item.name for item in fields(TrainConfig)}
-    nullable = {"reward_checkpoint", "resolution", "compile"}
+    nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile"}
     assert {name for name, value in config.items() if value is None} <= nullable
     result = run("train", "--config", folder / "config.json", "--output-dir", tmp_path / "again")
     assert result.exit_code == 0, result.output

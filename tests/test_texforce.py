@@ -902,6 +902,35 @@ def test_a_broken_image_counts_in_no_measure():
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], ["a red circle", "a blue square"]).mean())
 
 
+def test_the_measures_of_a_normalised_reward_are_told_in_the_units_of_the_end():
+    mixture = rewards.Mixture({"a": None, "b": None}, {"a": 1.0, "b": 2.0}, normalise=True)
+    for scores in ([0.0, 4.0], [0.0, 4.0]):
+        mixture.observe({"a": torch.tensor(scores), "b": torch.tensor(scores) * 10})
+    epoch = {
+        "reward_mean": 99.0,
+        "parts": {"a": 4.0, "b": 10.0},
+        "heldout": {"a=1,b=2": 99.0, "a": 6.0, "b": 20.0, "c": 5.0},
+    }
+    told = texforce._in_final_units(epoch, "a=1,b=2", mixture)
+    assert told["reward_mean"] == pytest.approx(4 / 2 + 2 * 10 / 20)
+    assert told["heldout"] == pytest.approx({"a=1,b=2": 6 / 2 + 2 * 20 / 20, "a": 6.0, "b": 20.0, "c": 5.0})
+    assert epoch["reward_mean"] == epoch["heldout"]["a=1,b=2"] == 99.0
+    mixture.normalise = False
+    assert texforce._in_final_units(epoch, "a=1,b=2", mixture) == epoch
+
+
+def test_one_unit_holds_for_all_images_that_are_compared():
+    rig = make_rig(sample_batch_size=2)
+    rig.config = replace(rig.config, reward="a=1,b=1")
+    reward = rewards.Mixture(
+        {"a": rig.scorer, "b": lambda images, _: 50 * images[:, 0].mean(dim=(1, 2))}, {"a": 1.0, "b": 1.0}, True
+    )
+    noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
+    batch = texforce.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
+    expected = sum(part / part.std(correction=0) for part in batch.parts.values())
+    torch.testing.assert_close(batch.rewards, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_rewards_without_a_finite_one_are_a_reward_error(small_run, tmp_path):
     rig = make_rig()
     rig.scorer = lambda images, prompts: torch.full((len(images),), NAN)

@@ -1,0 +1,155 @@
+"""Speed of the scorers, and how far a batch's scores are from those of single images: `python benchmarks/scoring.py`.
+
+The networks have their published architectures and random weights, so nothing is downloaded. On CUDA they compute in half
+precision, and how far that is from float32 is measured too. `face` is left out: pyiqa fetches its own weights.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from texforce import checkpoints, rewards, scorers
+
+NAMES = [name for name in rewards.CATALOGUE if name not in ("face", "alignment")]
+CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision tower, text tower, width of the features
+    "pickscore": (
+        {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+        },
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        1024,
+    ),
+    "aesthetic": (
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+        },
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        768,
+    ),
+    "clip": ({"patch_size": 32}, {}, 512),
+}
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
+
+
+def random_fill(model: nn.Module, tensors: object, path: Path) -> None:
+    model.load_state_dict(random_weights(model), strict=False, assign=True)
+
+
+def random_model(name: str) -> Callable[..., nn.Module]:
+    """Stands in for checkpoints.load_pretrained."""
+
+    def load(cls: Any, folder: Path) -> Any:
+        from transformers import CLIPConfig
+
+        if name == "hand":
+            return cls(cls.config_class(vision_config={"image_size": 960}))
+        vision, text, width = CLIP_SIZES[name]
+        model = checkpoints.build_empty(cls, CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
+        random_fill(model, None, folder)
+        return model
+
+    return load
+
+
+def load(name: str, device: str, folder: Path) -> rewards.Scorer:
+    """A scorer with random weights: only where they would come from is replaced."""
+    from transformers import CLIPTokenizer, Owlv2ImageProcessor, Owlv2Processor
+
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle"]))
+    if name == "hand":
+        tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer", model_max_length=16)
+        Owlv2Processor(Owlv2ImageProcessor(), tokenizer).save_pretrained(folder)
+    with (
+        mock.patch.object(rewards, "find_weights", return_value=folder),
+        mock.patch.multiple(
+            scorers,
+            read_tensors=lambda path: {},
+            blip_tensors=lambda *_: dict.fromkeys(("vision", "text", "head")),
+            fill=random_fill,
+            load_pretrained=random_model(name),
+        ),
+    ):
+        return rewards.load_reward(name, device, embedded=False).parts[name]
+
+
+def timed(call: Callable[[], Tensor], device: str, seconds: float = 3.0) -> float:
+    """Seconds a call takes, over as many as fit into some seconds, after one that does not count."""
+    call()
+    number, start = 0, time.perf_counter()
+    while number == 0 or time.perf_counter() - start < seconds:
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        number += 1
+    return (time.perf_counter() - start) / number
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = load(name, options.device, Path(folder))
+    coarse = torch.rand(options.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (options.resolution,) * 2, mode="bicubic").clamp(0, 1).to(options.device)
+    prompts = [f'{i % 4} red circles that say "red"' for i in range(options.batch_size)]
+    single = timed(lambda: scorer(images[:1], prompts[:1]), options.device)
+    scores = scorer(images, prompts).cpu()
+    batch = timed(lambda: scorer(images, prompts), options.device, 0.0 if options.device == "cpu" else 3.0)
+    each = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).cpu() for i in range(4)])
+    result = {"images_per_s_1": 1 / single, f"images_per_s_{options.batch_size}": options.batch_size / batch}
+    result |= {"batch_deviation": (scores[:4] - each).abs().max().item(), "deviation_over_images": scores.std().item()}
+    if options.device != "cpu" and isinstance(scorer, scorers.NetworkScorer):
+        with tempfile.TemporaryDirectory() as folder:
+            exact = load(name, "cpu", Path(folder))(images[:4].cpu(), prompts[:4])
+        result["half_precision_deviation"] = (scores[:4] - exact).abs().max().item()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU x{torch.get_num_threads()}"
+    results: dict[str, Any] = {"machine": where, "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
+    results |= {"resolution": options.resolution, "scorers": {}}
+    for name in options.names:
+        results["scorers"][name] = measure(name, options)
+        print(name, {key: float(f"{value:.3g}") for key, value in results["scorers"][name].items()}, flush=True)
+    columns = list(dict.fromkeys(key for result in results["scorers"].values() for key in result))
+    table = Table("scorer", *columns, title=f"{where}, images of {options.resolution} pixels")
+    for name, result in results["scorers"].items():
+        table.add_row(name, *(f"{result[key]:.3g}" if key in result else "" for key in columns))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
