@@ -229,7 +229,7 @@ class EpochView:
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
-            progress.print(Text(self.line(measures)), soft_wrap=True)
+            progress.print(Text(printable(self.line(measures))), soft_wrap=True)
 
     def line(self, measures: dict[str, Any]) -> str:
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
@@ -271,7 +271,9 @@ EPOCH_COLUMNS = (
 def _results(result: dict[str, Any]) -> Table:
     table = Table("held-out", "base", "tuned", "change", title=f"{result['num_images']} images in {result['seconds']:.0f} s")
     for name, value in result["heldout"].items():
-        table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
+        table.add_row(
+            Text(printable(name)), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}"
+        )
     return table
 
 

@@ -101,8 +101,8 @@ def normalise(images: Tensor) -> Tensor:
 # --- networks ---
 
 
-class NetworkScorer:
-    """A scorer that is a network, in half precision on CUDA; only `with_gradients` carries gradients to the images."""
+class FrozenNetwork:
+    """A network that is only used, in half precision on CUDA."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -110,6 +110,10 @@ class NetworkScorer:
 
     def freeze(self, model: Any) -> Any:
         return model.requires_grad_(False).eval().to(self.device, self.dtype)
+
+
+class NetworkScorer(FrozenNetwork):
+    """A scorer that is a network; only `with_gradients` carries gradients to the images."""
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -144,10 +148,10 @@ class HPS(NetworkScorer):
         size = self.model.visual.image_size
         size = size[0] if isinstance(size, tuple) else size
         pixels = normalise(pad_to_square(images.to(self.device).float(), size)).to(self.dtype)
-        image_features = self.model.encode_image(pixels, normalize=True)
+        image_features = F.normalize(self.model.encode_image(pixels).float(), dim=1)
         unique, rows = distinct(prompts)
-        text_features = self.model.encode_text(self.tokenizer(unique).to(self.device), normalize=True)[rows]
-        return (image_features.float() * text_features.float()).sum(dim=1)
+        text_features = F.normalize(self.model.encode_text(self.tokenizer(unique).to(self.device)).float(), dim=1)
+        return (image_features * text_features[rows]).sum(dim=1)
 
 
 def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -409,29 +413,32 @@ class Face:
             return 0.0
 
 
-class Hand:
+class Hand(FrozenNetwork):
     """Confidence of the surest hand in the image, 0 to 1, by OWLv2 (arXiv:2306.09683), asked for "a human hand".
 
     The paper (arXiv:2311.15657) takes the surest box of a YOLO trained on hands; OWLv2 is free to use, and in transformers.
     """
 
-    QUERY = "a human hand"
+    QUERY, MAX_BATCH = "a human hand", 16  # of 960 x 960 pixels
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
-        self.device = device
+        super().__init__(device)
         self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
-        self.model: Any = load_pretrained(Owlv2ForObjectDetection, folder).requires_grad_(False).eval().to(device)
+        self.model: Any = self.freeze(load_pretrained(Owlv2ForObjectDetection, folder))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return torch.cat([self.confidence(image) for image in images])
+        return torch.cat([self.confidence(chunk) for chunk in images.split(self.MAX_BATCH)])
 
-    def confidence(self, image: Tensor) -> Tensor:
-        """(1,) of an image (3, H, W)."""
-        inputs = self.processor(text=[[self.QUERY]], images=[to_bytes(image[None])[0].numpy()], return_tensors="pt")
-        return self.model(**inputs.to(self.device)).logits.sigmoid().flatten(1).amax(dim=1).float().cpu()
+    def confidence(self, images: Tensor) -> Tensor:
+        """(N,) of images (N, 3, H, W)."""
+        inputs = self.processor(
+            text=[[self.QUERY]] * len(images), images=list(to_bytes(images).numpy()), return_tensors="pt"
+        )
+        logits = self.model(**inputs.to(self.device, self.dtype)).logits
+        return logits.float().sigmoid().flatten(1).amax(dim=1)
 
 
 # --- file size ---
