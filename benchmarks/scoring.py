@@ -97,16 +97,15 @@ def load(name: str, device: str, folder: Path) -> rewards.Scorer:
         return rewards.load_reward(name, device, embedded=False).parts[name]
 
 
-def timed(call: Callable[[], Tensor], device: str, seconds: float = 3.0) -> float:
-    """Seconds a call takes, over as many as fit into some seconds, after one that does not count."""
-    call()
+def timed(call: Callable[[], Tensor], device: str, seconds: float = 3.0) -> tuple[float, Tensor]:
+    """Seconds a call takes, over as many as fit into some seconds, and its scores."""
     number, start = 0, time.perf_counter()
     while number == 0 or time.perf_counter() - start < seconds:
-        call()
+        scores = call().cpu()
         if device != "cpu":
             torch.cuda.synchronize()
         number += 1
-    return (time.perf_counter() - start) / number
+    return (time.perf_counter() - start) / number, scores
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -115,10 +114,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     coarse = torch.rand(options.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(coarse, (options.resolution,) * 2, mode="bicubic").clamp(0, 1).to(options.device)
     prompts = [f'{i % 4} red circles that say "red"' for i in range(options.batch_size)]
-    single = timed(lambda: scorer(images[:1], prompts[:1]), options.device)
-    scores = scorer(images, prompts).cpu()
-    batch = timed(lambda: scorer(images, prompts), options.device, 0.0 if options.device == "cpu" else 3.0)
-    each = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).cpu() for i in range(4)])
+    each = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).cpu() for i in range(4)])  # and warms up
+    single, _ = timed(lambda: scorer(images[:1], prompts[:1]), options.device)
+    batch, scores = timed(lambda: scorer(images, prompts), options.device)
     result = {"images_per_s_1": 1 / single, f"images_per_s_{options.batch_size}": options.batch_size / batch}
     result |= {"batch_deviation": (scores[:4] - each).abs().max().item(), "deviation_over_images": scores.std().item()}
     if options.device != "cpu" and isinstance(scorer, scorers.NetworkScorer):
