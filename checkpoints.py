@@ -77,15 +77,15 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
             kind = "a file" if isinstance(source, HubFile) else "a folder"
             raise FileNotFoundError(f"reward: there is no checkpoint {str(path)!r}; for {name} it must be {kind}")
         return path
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return _fetch(source)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's client has changed its HTTP library, and their errors have no class in common
+        if isinstance(error, OSError) and error.errno is not None:  # the disk is full, or may not be written to
+            raise
         what = source.name if isinstance(source, HubFile) else "the model"
         raise FileNotFoundError(
-            f"reward: {what} of {source.repository} could not be had from the hub ({type(error).__name__}); "
-            f"give it with --reward-checkpoint {name}=PATH"
+            f"reward: {what} of {source.repository} could not be had from the hub; give it with "
+            f"--reward-checkpoint {name}=PATH ({describe(error)})"
         ) from error
 
 
@@ -106,7 +106,13 @@ def is_fetched(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     source = HUB[name]
-    files = [source.name] if isinstance(source, HubFile) else ["config.json", "tokenizer.json", "vocab.txt"]
+    if isinstance(source, HubFile):
+        files = [source.name]
+    elif source.patterns == MODEL:
+        kinds = ("model.safetensors", "pytorch_model.bin")
+        files = [name + ending for name in kinds for ending in ("", ".index.json")]
+    else:
+        files = ["tokenizer.json", "vocab.txt"]
     return any(isinstance(try_to_load_from_cache(source.repository, file, revision=source.revision), str) for file in files)
 
 
@@ -129,11 +135,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with refused(path):
         if path.suffix == ".safetensors":
             return load_file(path)
+        digest = _checked_sha256(path)
         if path.stat().st_size < MIN_CACHED_BYTES:
             return _unpickle(path)
-        copy = cache_folder() / f"{_checked_sha256(path)}.safetensors"
-        note = copy.with_suffix(".sha256")
-        if copy.is_file() and note.is_file() and note.read_text() == _sha256(copy):
+        copy, note = (cache_folder() / f"{digest}.{ending}" for ending in ("safetensors", "sha256"))
+        if copy.is_file() and note.is_file() and note.read_bytes() == _sha256(copy).encode():
             return load_file(copy)
         tensors = _unpickle(path)
         try:
@@ -143,16 +149,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return tensors
 
 
+def describe(error: BaseException) -> str:
+    """Kind and words of an error, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 @contextlib.contextmanager
 def refused(path: Path) -> Iterator[None]:
     """Within it, what goes wrong with a file's content is an ArtifactError that names the file."""
-    from safetensors import SafetensorError
-
     try:
         yield
+    except ArtifactError:
+        raise
     except pickle.UnpicklingError as error:  # torch's own words advise to run whatever code is in the file
         raise ArtifactError(f"{path}: refused as a scorer's checkpoint: not a file of tensors alone") from error
-    except (SafetensorError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
+    except Exception as error:  # what a damaged file can make its reader do is without end
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+            isinstance(error, OSError) and error.errno is not None
+        ):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(f"{path}: refused as a scorer's checkpoint: {reason[:300]}") from error
 
@@ -218,17 +233,18 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_pretrained(cls: Any, folder: Path) -> Any:
-    """A model of a folder in transformers' format, none of its tensors missing; transformers would only warn.
+    """A model of a folder in transformers' format, none of its tensors missing or unused; transformers would only warn.
 
     Raises:
-        ArtifactError: files are damaged, or tensors missing or of other shapes.
+        ArtifactError: files are missing or damaged, or tensors missing, foreign or of other shapes.
     """
-    try:
-        with refused(folder):
-            model, info = cls.from_pretrained(folder, output_loading_info=True, weights_only=True, local_files_only=True)
-    except OSError as error:  # transformers' word for a folder that lacks its files
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{folder}: refused as a scorer's checkpoint: {reason[:300]}") from error
-    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise ArtifactError(f"{folder}: refused as a scorer's checkpoint: {len(wrong)} tensors are missing, as {wrong[0]}")
+    with refused(folder):
+        if any(folder.glob("model*.safetensors")):
+            model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
+        else:
+            config = cls.config_class.from_pretrained(folder, local_files_only=True)
+            tensors = read_tensors(folder / "pytorch_model.bin")
+            model, info = cls.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+        if wrong := [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]:
+            raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, as {wrong[0]}")
     return model

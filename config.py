@@ -207,6 +207,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise ValueError(
             "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
         )
+    if config.normalise_rewards and config.advantages == "per-prompt":
+        raise ValueError(
+            "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
+            "use advantages leave-one-out"
+        )
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config

@@ -69,7 +69,19 @@ def heldout_images(
     return texforce.check_finite(torch.cat(images))
 
 
-def measure(images: Tensor, prompts: Sequence[str], measured_by: Mapping[str, Scorer]) -> dict[str, float]:
+def score_all(scorer: Scorer, images: Tensor, prompts: Sequence[str], batch_size: int, device: torch.device) -> Tensor:
+    """Scores (N,) of images (N, 3, H, W), in batches and on a device as in training."""
+    chunks = zip(images.split(batch_size), range(0, len(images), batch_size), strict=True)
+    return torch.cat([scorers.score(scorer, chunk.to(device), prompts[i : i + batch_size]) for chunk, i in chunks])
+
+
+def measure(
+    images: Tensor,
+    prompts: Sequence[str],
+    measured_by: Mapping[str, Scorer],
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
     """Mean score of images (N, 3, H, W) by each of some scorers, over the finite ones.
 
     For prompts of the tiny world also `alignment`, and `alignment_exact`, the share of prompts that are fully right, over
@@ -80,7 +92,7 @@ def measure(images: Tensor, prompts: Sequence[str], measured_by: Mapping[str, Sc
     """
     measures = {}
     for name, scorer in measured_by.items():
-        scores = scorers.score(scorer, images, prompts)
+        scores = score_all(scorer, images, prompts, batch_size, torch.device(device))
         if not scores.isfinite().any():
             raise scorers.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
         measures[name] = texforce.finite_mean(scores)
@@ -110,7 +122,9 @@ class Heldout:
     def _scores(self, images: Tensor) -> dict[str, float]:
         """Means of the reward, its parts, and what is only measured."""
         reward = self.setup.reward
-        measures = measure(images, self.prompts, {**reward.parts, **self.setup.eval_rewards})
+        parts = {**reward.parts, **self.setup.eval_rewards}
+        device = self.setup.policy.models.device
+        measures = measure(images, self.prompts, parts, self.config.sample_batch_size, device)
         if self.config.reward in reward.parts:
             return measures
         return {self.config.reward: reward.combine_means(measures)} | measures

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from texforce.checkpoints import describe
 from texforce.scorers import RewardError, Scorer, score, to_bytes
 
 MAX_RESPONSE_BYTES = 2**24
@@ -31,21 +33,15 @@ MAX_REQUEST_BYTES = 2**30
 class Remote:
     """A scorer behind HTTP.
 
-    What may pass (no connection, a reset, the statuses 429, 500, 502, 503 and 504) is tried again, after growing pauses.
+    What may pass (no connection, a reset, half an answer, the statuses 429 and 5xx) is tried again, after growing pauses.
     Redirects are not followed.
     """
 
     def __init__(self, url: str, timeout: float, num_retries: int = 4, backoff: float = 0.5) -> None:
         import requests
-        from urllib3.util import Retry
 
-        self.url, self.timeout = url, timeout
+        self.url, self.timeout, self.num_retries, self.backoff = url, timeout, num_retries, backoff
         self.session = requests.Session()
-        retry = Retry(
-            num_retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None,
-            raise_on_status=False,
-        )  # fmt: skip
-        self.session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
         if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
             self.session.trust_env = False  # a proxy of the environment does not know this machine
 
@@ -74,22 +70,30 @@ class Remote:
         from requests import RequestException
         from urllib3.exceptions import HTTPError
 
-        try:
-            with self.session.post(
-                self.url, json=content, timeout=self.timeout, stream=True, allow_redirects=False
-            ) as response:
-                body = response.raw.read(MAX_RESPONSE_BYTES + 1, decode_content=True)
-        except (RequestException, HTTPError, OSError) as error:
-            raise RewardError(f"reward: {self.url} failed: {type(error).__name__}: {str(error)[:300]}") from error
-        if response.status_code != 200:
-            text = body[:200].decode(errors="replace")
-            raise RewardError(f"reward: {self.url} answered with status {response.status_code}: {text}")
+        for attempt in range(self.num_retries + 1):
+            try:
+                status, body = self._try(content)
+                failure = f"answered with status {status}: {' '.join(body[:300].decode(errors='replace').split())}"
+            except (RequestException, HTTPError, OSError) as error:
+                status, failure = 0, f"failed: {describe(error)}"
+            if status not in (0, 429) and status < 500:
+                break
+            if attempt < self.num_retries:
+                time.sleep(self.backoff * 2**attempt)
+        if status != 200:
+            raise RewardError(f"reward: {self.url} {failure}")
         if len(body) > MAX_RESPONSE_BYTES:
             raise RewardError(f"reward: the answer of {self.url} is longer than {MAX_RESPONSE_BYTES} bytes")
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise RewardError(f"reward: the answer of {self.url} is not JSON: {error}") from error
+            raise RewardError(f"reward: the answer of {self.url} is not JSON: {describe(error)}") from error
+
+    def _try(self, content: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and content of one answer, of which not more is read than may be."""
+        options: dict[str, Any] = {"timeout": self.timeout, "stream": True, "allow_redirects": False}
+        with self.session.post(self.url, json=content, **options) as response:
+            return response.status_code, response.raw.read(MAX_RESPONSE_BYTES + 1, decode_content=True)
 
 
 def encode_png(image: Tensor) -> str:

@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from texforce import remote, scorers, world
-from texforce.checkpoints import ArtifactError, find_weights
+from texforce.checkpoints import ArtifactError, describe, find_weights
 from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
 
 URL = ("http://", "https://")
@@ -66,7 +67,7 @@ CATALOGUE = {
         "Apache-2.0, MIT", gradients=True,
     ),
     "clip": Entry(
-        scorers.CLIP, "agreement with the prompt, ViT-B/32", "CLIPScore: 2.5 x cosine, 0 to 2.5", ("clip",), "MIT",
+        scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
         gradients=True,
     ),
     "ocr": Entry(
@@ -127,8 +128,8 @@ def check_reward(spec: str) -> None:
     """
     for name in parse_mixture(spec):
         if name.startswith(URL):
-            continue
-        if ":" in name:
+            _check_url(name)
+        elif ":" in name:
             path = name.rpartition(":")[0]
             if not Path(path).is_file():
                 raise FileNotFoundError(
@@ -139,6 +140,16 @@ def check_reward(spec: str) -> None:
             raise ValueError(f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and http://...")
         elif missing := missing_packages(name):
             raise ValueError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        usable = False
+    if not usable:
+        raise ValueError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
 
 
 def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str]:
@@ -196,7 +207,11 @@ def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: 
     if ":" in name:
         return Supervised(_load_function(name), name, timeout)
     entry = CATALOGUE[name]
-    return entry.make(*(find_weights(weights, paths) for weights in entry.weights), device=device)
+    found = [find_weights(weights, paths) for weights in entry.weights]
+    try:
+        return entry.make(*found, device=device)
+    except ImportError as error:  # of what a package itself needs, as OpenCV a system's library
+        raise ValueError(f"reward: {name} cannot be used: {describe(error)}") from error
 
 
 def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
@@ -292,16 +307,18 @@ class Supervised:
         if self.jobs is None:
             self.jobs, self.results = queue.SimpleQueue(), queue.SimpleQueue[Any]()
             threading.Thread(target=self._work, args=(self.jobs, self.results), daemon=True).start()
-        self.jobs.put((images, prompts))
+        self.jobs.put((images.clone(), list(prompts)))  # others see them too, and a function may change what it is given
         try:
             result = self.results.get(timeout=self.timeout)
-        except queue.Empty:
+        except BaseException as error:
             self.jobs = None  # what it may still answer is not for the next call
+            if not isinstance(error, queue.Empty):
+                raise
             raise RewardError(f"reward: {self.name} gave no scores within {self.timeout:g} s") from None
         if isinstance(result, RewardError | torch.OutOfMemoryError):
             raise result
         if isinstance(result, BaseException):
-            raise RewardError(f"reward: {self.name} raised {type(result).__name__}: {result}") from result
+            raise RewardError(f"reward: {self.name} raised {describe(result)}") from result
         return result
 
     @torch.no_grad()  # grad mode is a thread's own
@@ -326,7 +343,7 @@ def _load_function(spec: str) -> Scorer:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise ValueError(f"reward: {name!r} could not be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"reward: {name!r} could not be imported: {describe(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward: {name!r} has no function {attribute!r}")

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from texforce.checkpoints import ArtifactError, build_empty, fill, load_pretrained, read_tensors
+from texforce.checkpoints import ArtifactError, build_empty, describe, fill, load_pretrained, read_tensors, refused
 
 EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
 EMBEDDED_MAX_SIZE = 64  # pixels; beyond it an image is not of the tiny world
-MAX_BATCH = 256  # images in one forward pass: a held-out set of any size fits into memory
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -31,7 +30,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Scorer(Protocol):
-    """Images (N, 3, H, W) in [0, 1] and N prompts to scores (N,) float32; higher is better."""
+    """Images (N, 3, H, W) in [0, 1], on the device that draws them, and N prompts to scores (N,); higher is better."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
@@ -52,7 +51,7 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except (RewardError, ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RewardError(f"reward: the scorer raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"reward: the scorer raised {describe(error)}") from error
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
@@ -117,8 +116,7 @@ class NetworkScorer(FrozenNetwork):
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        starts = range(0, len(images), MAX_BATCH)
-        return torch.cat([self.with_gradients(images[i : i + MAX_BATCH], prompts[i : i + MAX_BATCH]) for i in starts])
+        return self.with_gradients(images, prompts)
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
@@ -135,7 +133,8 @@ class HPS(NetworkScorer):
         super().__init__(device)
         self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
         tensors = read_tensors(checkpoint)
-        model, self.tokenizer = build_empty(build_clip, checkpoint.with_suffix(".json"))
+        with refused(checkpoint.with_suffix(".json")):
+            model, self.tokenizer = build_empty(build_clip, checkpoint.with_suffix(".json"))
         fill(model, tensors, checkpoint)
         self.model: Any = self.freeze(model)
 
@@ -167,16 +166,18 @@ def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     if not config.exists():
         return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14")
     cfg: dict[str, Any] = json.loads(config.read_text())
-    tokenizer = open_clip.tokenizer.HFTokenizer(
-        str(config.parent / "tokenizer"), context_length=cfg["text_cfg"]["context_length"]
-    )
+    folder = config.parent / "tokenizer"
+    if not folder.is_dir():  # or else the hub is asked for a repository of that name
+        raise ValueError(f"there is no tokenizer in {str(folder)!r}")
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=cfg["text_cfg"]["context_length"])
     return open_clip.CLIP(**cfg), tokenizer
 
 
 class CLIP(NetworkScorer):
-    """A CLIP model (arXiv:2103.00020) in transformers' format, as CLIPScore (arXiv:2104.08718): 2.5 * max(cosine, 0).
+    """A CLIP model (arXiv:2103.00020) in transformers' format, on the scale of CLIPScore: 2.5 * max(cosine, 0).
 
-    0 to 2.5; other papers report the cosine, or it times 100.
+    0 to 2.5; other papers report the cosine, or it times 100. CLIPScore's own figures (arXiv:2104.08718) are of prompts
+    that begin with "A photo depicts", which is not added here.
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
@@ -215,9 +216,10 @@ def clip_tokenizer(folder: Path, config: Any) -> Callable[[list[str]], Tensor]:
     length = config.max_position_embeddings
     if not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         return open_clip.get_tokenizer("ViT-B-32", context_length=length)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ArtifactError(f"{folder}: its tokenizer knows {len(tokenizer)} tokens and its model {config.vocab_size}")
+    with refused(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens and its model {config.vocab_size}")
 
     def tokenize(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
@@ -266,18 +268,21 @@ class ImageReward(NetworkScorer):
 
     MEAN, STD = 0.16717362830052426, 1.0333394966054072
     IMAGE_SIZE, MAX_TOKENS = 224, 35
+    BERT_UNCASED = (30522, 101, 102)  # tokens in all, the first and the last of a text
 
     def __init__(self, checkpoint: Path, tokenizer: Path, device: str = "cpu") -> None:
         from transformers import BertTokenizer
 
         super().__init__(device)
         tensors = blip_tensors(read_tensors(checkpoint), checkpoint)
-        self.tokenizer = BertTokenizer.from_pretrained(tokenizer)
+        with refused(tokenizer):  # without its files transformers makes a tokenizer that knows no word
+            self.tokenizer = BertTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            ids = (len(self.tokenizer), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
+            if ids != self.BERT_UNCASED:
+                raise ValueError("it is not the tokenizer of bert-base-uncased")
         vision, text, head = build_empty(build_blip)
         for part, model in (("vision", vision), ("text", text), ("head", head)):
             fill(model, tensors[part], checkpoint)
-        if len(self.tokenizer) > text.config.vocab_size:
-            raise ArtifactError(f"{tokenizer}: its tokenizer has {len(self.tokenizer)} tokens, more than ImageReward knows")
         self.vision, self.text, self.head = self.freeze(vision), self.freeze(text), self.freeze(head).float()
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -425,7 +430,8 @@ class Hand(FrozenNetwork):
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
         super().__init__(device)
-        self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
+        with refused(folder):
+            self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
         self.model: Any = self.freeze(load_pretrained(Owlv2ForObjectDetection, folder))
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -86,9 +87,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(small_model, tmp_path, content)
         load(small_model, tmp_path / "c.pt")
 
 
-def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_model, tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_model, tmp_path, zipped):
     path, rng = tmp_path / "c.pt", random.Random(0)
-    save(path, {"state_dict": small_model.state_dict()})
+    torch.save({"state_dict": small_model.state_dict()}, path, _use_new_zipfile_serialization=zipped)
     whole, refused = path.read_bytes(), 0
     for _ in range(300):
         damaged = bytearray(whole)
@@ -223,14 +225,19 @@ def test_a_small_pickle_is_not_kept(cache, checkpoint, monkeypatch):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damage", ["a bit", "its end", "all of it", "its note"])
+@pytest.mark.parametrize("damage", ["a bit", "its end", "all of it", "its note", "words in its note"])
 def test_a_damaged_copy_is_made_anew(cache, checkpoint, damage):
     checkpoints.read_tensors(checkpoint)
     copy, note = (next(cache.glob(f"*.{kind}")) for kind in ("safetensors", "sha256"))
     content = bytearray(copy.read_bytes())
     content[-1] ^= 1
     damages = {"a bit": bytes(content), "its end": bytes(content[:-8]), "all of it": b""}
-    copy.write_bytes(damages[damage]) if damage in damages else note.unlink()
+    if damage in damages:
+        copy.write_bytes(damages[damage])
+    elif damage == "its note":
+        note.unlink()
+    else:
+        note.write_bytes(b"\xff\xfe")
     check_content(checkpoints.read_tensors(checkpoint))
     assert note.read_text() == hashlib.sha256(copy.read_bytes()).hexdigest()
 
@@ -246,7 +253,8 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(cache
     assert list(cache.iterdir()) == []
 
 
-def test_a_file_of_the_hubs_cache_must_have_the_sha256_of_its_name(cache, checkpoint, tmp_path):
+@pytest.mark.parametrize("large", [True, False])
+def test_a_file_of_the_hubs_cache_must_have_the_sha256_of_its_name(cache, checkpoint, tmp_path, monkeypatch, large):
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     good, bad = tmp_path / "good", tmp_path / "bad"
     for folder, blob in ((good, digest), (bad, "0" * 64)):
@@ -254,6 +262,8 @@ def test_a_file_of_the_hubs_cache_must_have_the_sha256_of_its_name(cache, checkp
         shutil.copy(checkpoint, folder / blob)
         (folder / "HPS.pt").symlink_to(folder / blob)
     check_content(checkpoints.read_tensors(good / "HPS.pt"))
+    if not large:
+        monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 2**20)
     with pytest.raises(ArtifactError, match=rf"HPS\.pt: refused.*SHA-256 is {digest}; delete it"):
         checkpoints.read_tensors(bad / "HPS.pt")
 
@@ -333,6 +343,44 @@ def test_what_the_hub_does_not_give_is_named_with_the_option_that_helps(name):
     assert not checkpoints.is_fetched(name)
 
 
+@pytest.mark.parametrize("error", [TimeoutError("read timed out"), RuntimeError("proxy"), ValueError("odd answer")])
+def test_whatever_goes_wrong_on_the_way_to_the_hub_is_named(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match=rf"could not be had from the hub; give it .*{error.args[0]}"):
+        checkpoints.find_weights("hps", {})
+
+
+def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoints.find_weights("hps", {})
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(("name", "cached", "there"), [
+    ("hps", {"HPS_v2.1_compressed.pt"}, True),
+    ("hps", {"HPS_v2_compressed.pt"}, False),
+    ("clip", {"config.json", "tokenizer.json", "vocab.json"}, False),
+    ("clip", {"config.json", "pytorch_model.bin"}, True),
+    ("pickscore", {"model.safetensors.index.json"}, True),
+    ("imagereward-tokenizer", {"config.json"}, False),
+    ("imagereward-tokenizer", {"vocab.txt"}, True),
+])  # fmt: skip
+def test_what_is_here_is_seen_without_asking(monkeypatch, name, cached, there):
+    def look(repository, file, revision):
+        assert (repository, revision) == (checkpoints.HUB[name].repository, checkpoints.HUB[name].revision)
+        return f"/cache/{file}" if file in cached else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
+    assert checkpoints.is_fetched(name) == there
+
+
 @pytest.mark.parametrize(("name", "kind"), [("hps", "a file"), ("clip", "a folder")])
 def test_a_path_of_the_wrong_kind_is_named(tmp_path, name, kind):
     (tmp_path / "file").touch()
@@ -355,8 +403,24 @@ def small_clip(folder: Path) -> Path:
     return folder
 
 
-def test_a_whole_folder_loads(clip_folder):
-    assert checkpoints.load_pretrained(CLIPModel, clip_folder).config.projection_dim == 8
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_whole_folder_loads(clip_folder, tmp_path, cache, pickled):
+    if pickled:
+        shutil.copy(clip_folder / "config.json", tmp_path)
+        torch.save(load_file(clip_folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    state = checkpoints.load_pretrained(CLIPModel, tmp_path if pickled else clip_folder).state_dict()
+    for name, tensor in load_file(clip_folder / "model.safetensors").items():
+        assert torch.equal(state[name], tensor)
+    assert cache.exists() == pickled  # the pickle's copy
+
+
+def test_a_configuration_of_fewer_layers_than_the_weights_is_refused(clip_folder, tmp_path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"tensors are missing, foreign"):
+        checkpoints.load_pretrained(CLIPModel, folder)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +434,8 @@ def test_a_folder_with_a_flaw_is_refused_and_not_filled_at_random(clip_folder, t
     name = next(name for name in tensors if "out_proj.weight" in name)
     if flaw == "lacks a tensor":
         save_file({n: t for n, t in tensors.items() if n != name}, weights, {"format": "pt"})
+    elif flaw == "has a tensor more":
+        save_file(tensors | {"more.weight": torch.zeros(4)}, weights, {"format": "pt"})
     elif flaw == "another shape":
         save_file(tensors | {name: torch.zeros(4, 4)}, weights, {"format": "pt"})
     elif flaw == "cut short":

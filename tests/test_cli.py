@@ -209,6 +209,8 @@ BAD_TRAINING = [
     (["--reward", "clip", "--reward-checkpoint", "LICENSE"], ["LICENSE", "folder"]),
     (["--eval-reward", "ocr"], ["ocr", "quotation marks"]),
     (["--reward-timeout", "0"], ["reward_timeout"]),
+    (["--normalise-rewards", "--preset", "paper"], ["normalise_rewards", "leave-one-out"]),
+    (["--reward", "http://host:abc/score"], ["http://host:abc/score", "is no URL"]),
     (["--reward-timeout", "1e10"], ["reward_timeout"]),
     (["--eval-reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--prompts", "SAME", "--heldout-prompts", "SAME"], ["same.txt", "held out"]),

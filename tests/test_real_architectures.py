@@ -327,14 +327,16 @@ def imagereward_tensors() -> dict[str, Tensor]:
     return tensors
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "left", "of", "blue", "square", ",", "!"]
+WORDS = ["a", "red", "circle", "left", "of", "blue", "square", ",", "!"]
+# bert-base-uncased's size and special tokens; its other words are not to be had offline
+VOCABULARY = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+VOCABULARY += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(VOCABULARY))]
 
 
 def bert_ids(prompt: str, length: int = 35) -> tuple[Tensor, Tensor]:
     """Ids and the mask that is added to attention's scores, padded or cut to a length with its last token kept."""
     words = re.findall(r"\w+|[^\w\s]", prompt.lower())[: length - 2]
-    ids = [WORDS.index(word) if word in WORDS else 1 for word in ["[CLS]", *words, "[SEP]"]]
-    ids = [2, *ids[1:-1], 3]
+    ids = [101, *(VOCABULARY.index(word) if word in WORDS else 100 for word in words), 102]
     padding = length - len(ids)
     return torch.tensor(ids + [0] * padding), torch.tensor([0.0] * len(ids) + [-math.inf] * padding)
 
@@ -379,7 +381,7 @@ def imagereward_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagereward")
     tensors = imagereward_tensors()
     torch.save(tensors, folder / "ImageReward.pt")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
     return tensors, {"imagereward": folder / "ImageReward.pt", "imagereward-tokenizer": folder}
 

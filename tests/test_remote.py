@@ -141,6 +141,9 @@ def reset(handler) -> None:
 FAILURES = {
     "500": lambda handler: handler.send(500, b'{"error": "no memory left"}'),
     "503": lambda handler: handler.send(503, b"", Retry_After="0"),
+    "501": lambda handler: handler.send(501, b""),
+    "520": lambda handler: handler.send(520, b""),
+    "half an answer": lambda handler: handler.send(200, b'{"scores"', Content_Length="100"),
     "429": lambda handler: handler.send(429, b""),
     "reset": reset,
     "no answer": lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import random
+import re
+import signal
 import sys
 import threading
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +126,8 @@ def test_a_reward_whose_package_is_missing_names_the_extra(monkeypatch, name, pa
 def test_the_extras_install_what_the_rewards_need():
     project = tomllib.loads((Path(rewards.__file__).parent / "pyproject.toml").read_text())["project"]
     for name, entry in rewards.CATALOGUE.items():
-        assert sorted(entry.packages) == project["optional-dependencies"].get(name, [])
+        extra = [re.sub(r"[^\w].*", "", requirement) for requirement in project["optional-dependencies"].get(name, [])]
+        assert sorted(entry.packages) == extra
 
 
 # --- what --reward and --reward-checkpoint say ---
@@ -142,6 +146,15 @@ def test_the_extras_install_what_the_rewards_need():
 ])  # fmt: skip
 def test_a_reward_is_names_with_weights(spec, weights):
     assert rewards.parse_mixture(spec) == weights
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://:80/x", "http://host:abc/", "https:///score", "http://[::1", "http://h:99999/"]
+)
+def test_a_url_that_is_none_is_bad_input(url):
+    for spec in (url, f"jpeg=1,{url}=1"):
+        with pytest.raises(ValueError, match=r"reward: .* is no URL; give http://HOST:PORT/score"):
+            rewards.check_reward(spec)
 
 
 @pytest.mark.parametrize("spec", [
@@ -279,6 +292,58 @@ def test_a_scorer_that_hangs_is_given_up_and_its_late_answer_is_not_the_next_one
     assert time.perf_counter() - start < 5
     release.set()
     assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(images, prompts):
+        if prompts == ["slow"]:
+            entered.set()
+            release.wait(20)
+            return torch.tensor([666.0])
+        return torch.tensor([7.0])
+
+    scorer = supervised(slow)
+
+    def interrupt() -> None:
+        entered.wait(20)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Timer(0, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        scorer(random_images(1), ["slow"])
+    release.set()
+    assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
+
+
+def test_a_function_that_changes_its_images_changes_nobody_elses(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return images.mul_(0).sum(dim=(1, 2, 3))\n")
+    images = random_images(2)
+    before = images.clone()
+    scores = rewards.load_reward(f"{tmp_path / 'mine.py'}:f=1,jpeg=1").score(images, ["", ""])
+    assert torch.equal(images, before)
+    assert torch.equal(scores["jpeg"], scorers.jpeg(before, ["", ""]))
+
+
+def test_a_failure_is_told_in_a_line_of_bounded_length():
+    def fail(images, prompts):
+        raise RuntimeError("CUDA error:\n" + 100 * "For debugging consider passing\n")
+
+    for scorer in (supervised(fail), lambda *_: fail(*_)):
+        with pytest.raises(RewardError) as caught:
+            scorers.score(scorer, random_images(1), [""])
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_package_that_cannot_be_imported_is_bad_input(monkeypatch):
+    def broken(device):
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setitem(rewards.CATALOGUE, "ocr", replace(rewards.CATALOGUE["ocr"], make=broken))
+    with pytest.raises(ValueError, match=r"reward: ocr cannot be used: ImportError: libGL\.so\.1"):
+        rewards.load_reward("ocr")
 
 
 @pytest.mark.parametrize("error", [ValueError("boom"), KeyError("boom"), SystemExit("boom"), KeyboardInterrupt("boom")])

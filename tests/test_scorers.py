@@ -234,10 +234,40 @@ def small_networks(tmp_path_factory):
     networks = {
         name: rewards.load_reward(name, checkpoints=paths).parts[name] for name in ("clip", "pickscore", "aesthetic")
     }
-    return networks | {"hps": rewards.load_reward("hps").parts["hps"]}
+    return networks | {"hps": rewards.load_reward("hps").parts["hps"], "imagereward": small_imagereward(folder)}
 
 
-@pytest.mark.parametrize("name", ["hps", "pickscore", "aesthetic", "clip"])
+def small_imagereward(folder):
+    from transformers import BlipTextConfig, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    torch.manual_seed(2)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = BlipVisionModel(BlipVisionConfig(**tower, image_size=32, patch_size=8))
+    text = BlipTextConfig(**tower, vocab_size=30524, encoder_hidden_size=32, is_decoder=True)
+    models = vision, BlipTextModel(text, add_pooling_layer=False), scorers.linear_head(32)
+    for parameter in (parameter for model in models[:2] for parameter in model.parameters()):
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    states = {part: model.state_dict() for part, model in zip(("vision", "text", "head"), models, strict=True)}
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circles", "blue"]
+    words += [f"##{i}" for i in range(30522 - len(words))]
+    tokenizer = folder / "bert"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.save({}, folder / "ImageReward.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorers, "build_blip", lambda: models)
+        patch.setattr(scorers, "blip_tensors", lambda *_: states)
+        patch.setattr(scorers.ImageReward, "IMAGE_SIZE", 32)
+        paths = {"imagereward": folder / "ImageReward.pt", "imagereward-tokenizer": tokenizer}
+        scorer = rewards.load_reward("imagereward", checkpoints=paths).parts["imagereward"]
+    scorer.IMAGE_SIZE = 32
+    return scorer
+
+
+@pytest.mark.parametrize("name", ["hps", "imagereward", "pickscore", "aesthetic", "clip"])
 def test_scores_of_a_batch_equal_those_of_each_image(small_networks, name):
     scorer, images = small_networks[name], smooth_images(32, 32, 32)
     prompts = [f"a {word} circle" for word in ("red", "blue", "green", "red")] * 8  # some twice
@@ -246,23 +276,7 @@ def test_scores_of_a_batch_equal_those_of_each_image(small_networks, name):
     torch.testing.assert_close(scorer(images, prompts), each, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["hps", "pickscore", "aesthetic", "clip"])
-def test_a_set_larger_than_a_forward_pass_is_scored_in_parts(small_networks, monkeypatch, name):
-    scorer, images, prompts = small_networks[name], smooth_images(7, 32, 32), [f"{i} circles" for i in range(7)]
-    whole, sizes = scorer(images, prompts), []
-    original = type(scorer).with_gradients
-
-    def with_gradients(self, images, prompts):
-        sizes.append((len(images), len(prompts)))
-        return original(self, images, prompts)
-
-    monkeypatch.setattr(scorers, "MAX_BATCH", 3)
-    monkeypatch.setattr(type(scorer), "with_gradients", with_gradients)
-    torch.testing.assert_close(scorer(images, prompts), whole, rtol=1e-6, atol=1e-5)
-    assert sizes == [(3, 3), (3, 3), (1, 1)]
-
-
-@pytest.mark.parametrize("name", ["hps", "pickscore", "aesthetic", "clip"])
+@pytest.mark.parametrize("name", ["hps", "imagereward", "pickscore", "aesthetic", "clip"])
 def test_gradients_reach_the_images_and_are_the_scores_slope(small_networks, name):
     scorer, images = small_networks[name], (0.3 + 0.4 * smooth_images(2, 32, 32)).requires_grad_()
     candidates = [f"{i} red circles" for i in range(20)]  # where the cosine is negative, CLIPScore has no slope
@@ -301,6 +315,55 @@ def test_a_folders_own_tokenizer_is_used_and_must_fit_its_model(tmp_path, small_
     assert ids.max() < 1144
     with pytest.raises(ArtifactError, match=r"tokenizer knows .* tokens and its model 9"):
         scorers.clip_tokenizer(tmp_path / "tokenizer", SimpleNamespace(max_position_embeddings=77, vocab_size=9))
+
+
+def tokenizer_with(flaw: str, folder) -> None:
+    """Spoil the tokenizer in a folder."""
+    if flaw == "empty object":
+        (folder / "tokenizer.json").write_text("{}")
+    elif flaw == "half an object":
+        (folder / "tokenizer.json").write_text("{")
+    elif flaw == "half of its files":
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    else:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("flaw", ["empty object", "half an object", "half of its files", "missing"])
+def test_a_broken_tokenizer_is_refused_with_its_place(tmp_path, small_networks, flaw):
+    checkpoint = copy_config(tmp_path)
+    shutil.copy(scorers.EMBEDDED_HPS, checkpoint)
+    tokenizer_with(flaw, tmp_path / "tokenizer")
+    with pytest.raises(ArtifactError, match=r"c\.json: refused as a scorer's checkpoint"):
+        rewards.load_reward("hps", checkpoints={"hps": checkpoint})
+    if flaw != "missing":  # then it is CLIP's own
+        with pytest.raises(ArtifactError, match=r"tokenizer: refused as a scorer's checkpoint"):
+            scorers.clip_tokenizer(tmp_path / "tokenizer", small_networks["clip"].model.config.text_config)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"embed_dim": 8}', '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": 3}']
+)
+def test_a_broken_architecture_beside_a_checkpoint_is_refused(tmp_path, content):
+    checkpoint = copy_config(tmp_path)
+    shutil.copy(scorers.EMBEDDED_HPS, checkpoint)
+    checkpoint.with_suffix(".json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"refused as a scorer's checkpoint"):
+        rewards.load_reward("hps", checkpoints={"hps": checkpoint})
+
+
+@pytest.mark.parametrize("words", [[], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"]], ids=["no files", "few words"])
+def test_an_imagereward_without_berts_words_is_refused(tmp_path, words):
+    torch.save({}, tmp_path / "ImageReward.pt")
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    if words:
+        (folder / "vocab.txt").write_text("\n".join(words))
+    paths = {"imagereward": tmp_path / "ImageReward.pt", "imagereward-tokenizer": folder}
+    with pytest.raises(ArtifactError, match=r"bert: refused.*not the tokenizer of bert-base-uncased"):
+        rewards.load_reward("imagereward", checkpoints=paths)
 
 
 # --- text in the image ---
@@ -412,7 +475,7 @@ def test_faces_without_their_weights_are_bad_input(pyiqa, monkeypatch):
         rewards.load_reward("face")
 
 
-def test_hands_are_owlv2s_surest_box(tmp_path):
+def test_hands_are_owlv2s_surest_box(tmp_path, monkeypatch):
     from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
     torch.manual_seed(0)
@@ -438,6 +501,8 @@ def test_hands_are_owlv2s_surest_box(tmp_path):
     expected = torch.stack([boxes["scores"].max() for boxes in found])
     assert expected.std() > 1e-5
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(scorers.Hand, "MAX_BATCH", 2)
+    torch.testing.assert_close(scorer(images, [""] * 3), scores, rtol=0, atol=1e-6)
 
 
 # --- HPS ---
