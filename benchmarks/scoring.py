@@ -1,7 +1,8 @@
 """Speed of the scorers, and how far a batch's scores are from those of single images: `python benchmarks/scoring.py`.
 
 The networks have their published architectures and random weights, so nothing is downloaded. On CUDA they compute in half
-precision, and how far that is from float32 is measured too. `face` is left out: pyiqa fetches its own weights.
+precision, and how far that is from float32 is measured too. `face` is left out, as pyiqa fetches its own weights, and
+`alignment`, which is for the tiny world.
 """
 
 import argparse
@@ -52,8 +53,14 @@ CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision 
 
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    names = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = 0.02 * torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
+            weights[name] += 1
+        elif name.endswith("logit_scale"):
+            weights[name] = torch.tensor(4.6052)
+    return weights
 
 
 def random_fill(model: nn.Module, tensors: object, path: Path) -> None:
