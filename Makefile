@@ -22,6 +22,5 @@ types:
 	cd $(TYPES) && $(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p texforce \
 		| sed -e 's|^texforce/__init__\.py|texforce.py|' -e 's|^texforce/||'
 
-# One thread a worker: two workers with all the cores each are slower than one.
 test:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest

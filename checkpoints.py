@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SCORER = "a scorer's checkpoint"
 MIN_CACHED_BYTES = 2**24  # a smaller pickle is read in no time
 
 
@@ -119,10 +120,11 @@ def is_fetched(name: str) -> bool:
 # --- reading them ---
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
     """A checkpoint's tensors by name, from safetensors or from a pickle, plain or in a `state_dict`; no code is run.
 
     A large pickle is read once and kept as safetensors in the cache, under its SHA-256; that of the copy is kept beside it.
+    What kind of file it was to be is told to who gave another.
 
     Raises:
         FileNotFoundError: the file is not there.
@@ -132,7 +134,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise FileNotFoundError(f"reward: there is no checkpoint {str(path)!r}")
-    with refused(path):
+    with refused(path, kind):
         if path.suffix == ".safetensors":
             return load_file(path)
         digest = _checked_sha256(path)
@@ -155,21 +157,21 @@ def describe(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refused(path: Path) -> Iterator[None]:
+def refused(path: Path, kind: str = SCORER) -> Iterator[None]:
     """Within it, what goes wrong with a file's content is an ArtifactError that names the file."""
     try:
         yield
     except ArtifactError:
         raise
     except pickle.UnpicklingError as error:  # torch's own words advise to run whatever code is in the file
-        raise ArtifactError(f"{path}: refused as a scorer's checkpoint: not a file of tensors alone") from error
+        raise ArtifactError(f"{path}: refused as {kind}: not a file of tensors alone") from error
     except Exception as error:  # what a damaged file can make its reader do is without end
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
             isinstance(error, OSError) and error.errno is not None
         ):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"{path}: refused as a scorer's checkpoint: {reason[:300]}") from error
+        raise ArtifactError(f"{path}: refused as {kind}: {reason[:300]}") from error
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

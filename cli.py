@@ -20,7 +20,16 @@ from rich.text import Text
 
 import texforce
 from texforce import record
-from texforce.config import PRESETS, SampleConfig, TrainConfig, read_json, read_prompts, resolve_sample
+from texforce.config import (
+    PRESETS,
+    MergeConfig,
+    SampleConfig,
+    TrainConfig,
+    read_json,
+    read_prompts,
+    resolve_merge,
+    resolve_sample,
+)
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
 OUT_OF_MEMORY = "out of memory; lower --micro-batch-size, --sample-batch-size or --resolution ({})"
@@ -303,6 +312,7 @@ def sample(given: dict[str, Any]) -> None:
         shown = {
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
             "num_inference_steps": config.num_inference_steps, "adapter": ", ".join(config.adapter or ()),
+            "unet": config.unet or "",
         }  # fmt: skip
         for name, drawn in images.items():
             labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
@@ -310,6 +320,20 @@ def sample(given: dict[str, Any]) -> None:
             output.print(Text(f"{name}: {paths[0]} to {paths[-1].name}"))
         record.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
         output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
+
+
+# --- merge ---
+
+
+def merge(given: dict[str, Any]) -> None:
+    """Join adapters and a U-Net with a base model, and write them for other tools."""
+    with exit_codes():
+        from texforce import export
+
+        config = resolve_merge(MergeConfig(**given))
+        progress.print(Text(printable(f"model: {config.model}")))
+        folder = export.merge(config)
+        output.print(Text(printable(f"{config.format}: {folder}")), soft_wrap=True)
 
 
 # --- rewards ---
@@ -339,6 +363,7 @@ def list_rewards() -> None:
 
 app.command("train")(with_options(TrainConfig, train))
 app.command("sample")(with_options(SampleConfig, sample))
+app.command("merge")(with_options(MergeConfig, merge))
 app.command("rewards")(list_rewards)
 
 

@@ -155,6 +155,7 @@ CHOICES = {
     "advantages": ("leave-one-out", "per-prompt"),
     "null_prompt": ("adapted", "base"),
     "mixed_precision": ("no", "fp16", "bf16"),
+    "format": ("pipeline", "checkpoint", "peft", "diffusers", "kohya"),
     "report_to": ("none", "tensorboard", "wandb", "trackio"),
 }
 
@@ -222,7 +223,7 @@ def _family(model: str) -> str:
     return "tiny" if model == "tiny" else "stable-diffusion"
 
 
-def _check_types(config: TrainConfig | SampleConfig) -> None:
+def _check_types(config: TrainConfig | SampleConfig | MergeConfig) -> None:
     """Values may come from a JSON file: hold them to the fields' types, and numbers to being finite."""
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
@@ -250,7 +251,7 @@ def _check_seed(config: TrainConfig | SampleConfig) -> None:
         raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
-def _check_choices(config: TrainConfig | SampleConfig) -> None:
+def _check_choices(config: TrainConfig | SampleConfig | MergeConfig) -> None:
     for name, choices in CHOICES.items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:
@@ -279,13 +280,18 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 
 
+ADAPTER_HELP = (
+    "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
+)
+UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Everything that decides what `texforce sample` draws."""
 
-    adapter: list[str] | None = _option(
-        None, "output folder of a training; repeat it to join a text encoder's and a U-Net's"
-    )
+    adapter: list[str] | None = _option(None, ADAPTER_HELP)
+    unet: str | None = _option(None, UNET_HELP)
     prompt: list[str] | None = _option(None, "what to draw; repeatable")
     prompts: str | None = _option(None, "a file, one prompt a line, or the name of a shipped set")
     model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
@@ -304,6 +310,24 @@ class SampleConfig:
     null_prompt: str = _option(None, "adapted or base (default: the adapter's)")
 
 
+def parse_weighted(spec: str) -> tuple[str, float]:
+    """Path and weight of PATH:0.7; without a weight it is 1.
+
+    Raises:
+        ValueError: the weight is not finite.
+    """
+    path, colon, text = spec.rpartition(":")
+    if not colon or Path(spec).exists():
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        return spec, 1.0  # a colon in a path
+    if not math.isfinite(weight):
+        raise ValueError(f"adapter: the weight in {spec!r} must be a finite number")
+    return path, weight
+
+
 def resolve_sample(config: SampleConfig) -> SampleConfig:
     """Fill in what is None from the adapter's run, or else from the model's defaults, and check every value.
 
@@ -313,9 +337,11 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     _check_types(config)
     if not config.prompt and not config.prompts:
         raise ValueError("prompt: give --prompt or --prompts")
-    if not config.adapter and (config.compare or config.scale != 1):
-        raise ValueError("adapter: --compare and --scale are about an adapter; give --adapter")
-    run = _read_runs([Path(folder) / "config.json" for folder in config.adapter or ()], config)
+    if not config.adapter and config.scale != 1:
+        raise ValueError("adapter: --scale is about an adapter; give --adapter")
+    if not config.adapter and not config.unet and config.compare:
+        raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
+    run = _read_runs(_run_files(config.adapter), config)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
     preset = PRESETS[_family(model), "default"]
@@ -334,8 +360,13 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     return config
 
 
-def _read_runs(paths: list[Path], config: SampleConfig) -> dict[str, Any]:
-    """What `texforce sample` takes over from the config.json of its adapters' runs, where there is one.
+def _run_files(specs: list[str] | None) -> list[Path]:
+    """Where the run of each of some adapters is described, if it is."""
+    return [Path(parse_weighted(spec)[0]) / "config.json" for spec in specs or ()]
+
+
+def _read_runs(paths: list[Path], config: SampleConfig | MergeConfig) -> dict[str, Any]:
+    """What is taken over from the config.json of adapters' runs, where there is one.
 
     Raises:
         ValueError: a file is nonsense, or runs disagree in what the command line does not decide.
@@ -356,9 +387,41 @@ def _read_runs(paths: list[Path], config: SampleConfig) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         for name, value in run.items():
-            if runs.setdefault(name, value) != value and getattr(config, name) is None:
+            if runs.setdefault(name, value) != value and getattr(config, name, value) is None:
                 raise ValueError(f"{name}: the adapters were trained with {runs[name]!r} and {value!r}; say which to use")
     return runs
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Everything that decides what `texforce merge` writes."""
+
+    adapter: list[str] | None = _option(None, ADAPTER_HELP)
+    unet: str | None = _option(None, UNET_HELP)
+    unet_scale: float = _option(1.0, "strength of the U-Net's change: 0 is the base model's, 1 as it was tuned")
+    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
+    format: str = _option(
+        "pipeline",
+        "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
+    )
+    output: str = _option("merged", "the folder to write")
+    overwrite: bool = _option(False, "replace the output if it exists")
+
+
+def resolve_merge(config: MergeConfig) -> MergeConfig:
+    """Fill in the model, and check every value.
+
+    Raises:
+        ValueError: an option has a value that cannot be used.
+    """
+    _check_types(config)
+    _check_choices(config)
+    if not config.adapter and not config.unet:
+        raise ValueError("adapter: there is nothing to merge; give --adapter, --unet or both")
+    if not config.output.strip("./ "):
+        raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
+    model = config.model or _read_runs(_run_files(config.adapter), config).get("model") or default_model(default_device())
+    return replace(config, model=model)
 
 
 def read_json(path: Path) -> dict[str, Any]:

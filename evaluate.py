@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, record, sampler, scorers, world
-from texforce.config import SampleConfig, TrainConfig, default_device
+from texforce import adapters, lora, record, sampler, scorers, world
+from texforce.config import SampleConfig, TrainConfig, default_device, parse_weighted
 from texforce.scorers import Scorer
 
 # One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
@@ -23,28 +23,29 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     Raises:
         FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter. DivergedError: no image is finite.
     """
-    folders = config.adapter or ()
-    for folder in folders:  # a mistyped folder must not wait for the model
-        adapters.find_parts(folder)
+    specs = config.adapter or []
+    for spec in specs:  # a mistyped folder must not wait for the model
+        lora.check_adapter(parse_weighted(spec)[0])
     models = sampler.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
     sampler.tokenize(models.tokenizer, prompts)
-    for folder in folders:
-        models = adapters.load_adapter(models, folder, config.scale)
-    policy = texforce.Policy(models, config.null_prompt)
-    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
+    terms = [(lora.read_adapter(path, models), weight * config.scale) for path, weight in map(parse_weighted, specs)]
+    unet = adapters.read_unet(config.unet, models) if config.unet else adapters.TunedUNet({}, {})
 
-    def draw() -> Tensor:
+    def draw(models: sampler.Models) -> Tensor:
+        policy = texforce.Policy(models, config.null_prompt)
+        schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+        denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
         return texforce.check_finite(
             sampler.sample_images(models, denoiser, prompts, seeds, config.batch_size, config.resolution, policy.null_embeds)
         )
 
     images = {}
-    if config.compare or not folders:
-        with policy.base():
-            images["base"] = draw()
-    if folders:
-        images["tuned"] = draw()
+    if config.compare or not (specs or config.unet):
+        images["base"] = draw(models)
+    if specs or config.unet:
+        if unet.tensors:
+            adapters.move_towards(models.unet, unet.tensors)
+        images["tuned"] = draw(adapters.apply(models, adapters.fuse([*terms, (unet.adapter, 1.0)])))
     return images
 
 

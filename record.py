@@ -56,6 +56,14 @@ def new_folder(name: str) -> Path:
     return folder
 
 
+def open_to_umask(folder: Path) -> None:
+    """Give a folder and all in it the permissions of the umask; safetensors and tempfile make theirs the owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -42,23 +42,49 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         FileNotFoundError: there is no such model.
         ValueError: it is not a Stable Diffusion 1.x or 2.x pipeline, or tensors are missing from its files.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from huggingface_hub import hf_hub_download
-    from safetensors import SafetensorError
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import DDIMScheduler
+    from transformers import CLIPTokenizer
 
-    source = str(TINY) if name == "tiny" else name
-    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
-    try:
-        if not Path(source).is_dir():  # one question to the hub before dozens, each tried again for a while
-            hf_hub_download(source, "model_index.json")
+    source = find_model(name)
+    with named(name):
         tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler")
-        parts = {
-            part: _load_strictly(cls, source, part, dtype)
-            for part, cls in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-        }
+        parts = load_parts(source, dtype)
+    _check_kind(name, tokenizer, **parts)
+    for part in parts.values():
+        part.to(device)
+    if torch.device(device).type == "cuda":
+        parts["unet"].to(memory_format=torch.channels_last)
+        parts["vae"].to(memory_format=torch.channels_last)
+    return Models(name, tokenizer, scheduler=scheduler, **parts)
+
+
+def find_model(name: str) -> str:
+    """The folder or hub name of a model.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    from huggingface_hub import hf_hub_download
+
+    source = str(TINY) if name == "tiny" else name
+    if not Path(source).is_dir():
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub"
+            )
+        with named(name):  # one question to the hub before dozens, each tried again for a while
+            hf_hub_download(source, "model_index.json")
+    return source
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Within it, what goes wrong with a model's files is told with its name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"model: the files of {name!r} are damaged or of another model: {str(error).splitlines()[0]}"
@@ -66,13 +92,20 @@ def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
-    _check_kind(name, tokenizer, **parts)
+
+
+def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = False) -> dict[str, Any]:
+    """The networks of a pipeline, frozen; with `second` also the second text encoder that Stable Diffusion XL has."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    classes = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    if second:
+        classes["text_encoder_2"] = CLIPTextModelWithProjection
+    parts = {part: _load_strictly(cls, source, part, dtype) for part, cls in classes.items()}
     for part in parts.values():
-        part.requires_grad_(False).eval().to(device)
-    if torch.device(device).type == "cuda":
-        parts["unet"].to(memory_format=torch.channels_last)
-        parts["vae"].to(memory_format=torch.channels_last)
-    return Models(name, tokenizer, scheduler=scheduler, **parts)
+        part.requires_grad_(False).eval()
+    return parts
 
 
 def _check_kind(name: str, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any) -> None:

@@ -36,8 +36,7 @@ def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, f
     """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
     options = texforce.resolve(texforce.TrainConfig(model="tiny"))
     models = sampler.load_models("tiny")
-    for folder in folders:
-        models = adapters.load_adapter(models, folder, scale)
+    models = adapters.load_adapters(models, [str(folder) for folder in folders], scale)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     policy = texforce.Policy(models, options.null_prompt)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)

@@ -30,7 +30,7 @@ def main() -> None:
     systems = {"exact renderings": world.render(scenes, random.Random(0))}
     for folder in (None, *sys.argv[1:]):
         models = sampler.load_models("tiny")
-        models = adapters.load_adapter(models, folder) if folder else models
+        models = adapters.load_adapters(models, [folder]) if folder else models
         schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
         policy = texforce.Policy(models, options.null_prompt)

@@ -1,10 +1,14 @@
-"""No test may reach the network: the hub's client is told so before it is imported."""
+"""No test may reach the network: the hub's client is told so before it is imported.
+
+Two workers share the tests (pyproject.toml), each with one thread: two threads for one test are slower than that.
+"""
 
 import os
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAINING_PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross", "a navy box"]
 HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]

@@ -124,7 +124,7 @@ def test_help_loads_neither_torch_nor_what_builds_on_it():
 def test_help_shows_the_commands_that_there_are():
     result = run("--help")
     commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
-    assert commands == ["train", "sample", "rewards"]
+    assert commands == ["train", "sample", "merge", "rewards"]
     for absent in ("merge", "eval"):
         assert run(absent).exit_code == 2
     assert "2 bad input" in result.stdout
@@ -157,14 +157,16 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(readme_block("def brightness"))
     commands = re.findall(
-        r"^(?:pip .* && )?texforce ((?:train|sample) .+?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE
+        r"^(?:pip .* && )?texforce ((?:train|sample|merge) .+?)(?:  +#.*)?$",
+        (ROOT / "README.md").read_text(),
+        flags=re.MULTILINE,
     )
-    assert len(commands) >= 8
+    assert len(commands) >= 10
     for number, command in enumerate(commands):
-        arguments = [str(adapter) if text == "out" else text for text in shlex.split(command)]
+        arguments = [re.sub(r"^out(?=$|:)", str(adapter), text) for text in shlex.split(command)]
         if arguments[0] == "train":
             arguments += ["--model", "tiny", "--dry-run"]
-        result = run(*arguments, "--output-dir", tmp_path / str(number))
+        result = run(*arguments, "--output" if arguments[0] == "merge" else "--output-dir", tmp_path / str(number))
         assert result.exit_code == 0, (command, result.output)
 
 
@@ -959,7 +961,7 @@ def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
 
 BAD_SAMPLING = [
     ([], ["--prompt"]),
-    (["--prompt", "a red circle", "--adapter", "absent"], ["absent", "adapter_config.json"]),
+    (["--prompt", "a red circle", "--adapter", "absent"], ["absent"]),
     (["--prompt", "a red circle", "--num-images", "0"], ["num_images"]),
     (["--prompt", "a red circle", "--batch-size", "0"], ["batch_size"]),
     (["--prompt", "a red circle", "--num-inference-steps", "0"], ["num_inference_steps"]),

@@ -308,7 +308,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
 
     def interrupt() -> None:
         entered.wait(20)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Timer(0, interrupt).start()
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,268 @@
+"""Weights out: `texforce merge` joins adapters and U-Nets with a base model and writes them in the formats others load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import texforce
+from texforce import adapters, ldm, lora, record, sampler
+from texforce.adapters import lora_config, lora_tensors, named_as_in
+from texforce.config import MergeConfig, parse_weighted
+from texforce.lora import Adapter
+
+LORA_FORMATS = ("peft", "diffusers", "kohya")
+FULL_FORMATS = ("pipeline", "checkpoint")
+ARCHITECTURES = {  # kohya's base model, modelspec's architecture, pixels; by the width of the U-Net's cross-attention
+    768: ("sd_v1", "stable-diffusion-v1", 512),
+    1024: ("sd_v2", "stable-diffusion-v2-512", 512),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024),
+}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was merged: an adapter, and a pipeline, whose U-Net is already replaced where one was given whole."""
+
+    models: Any  # a diffusers pipeline
+    adapter: Adapter
+    config: MergeConfig
+
+
+def merge(config: MergeConfig) -> Path:
+    """Merge by a resolved configuration; returns the folder that was written.
+
+    Raises:
+        FileNotFoundError, ValueError: bad input. ArtifactError: a refused file. OSError: storage.
+    """
+    output = Path(config.output)
+    check_output(config)
+    for spec in config.adapter or ():
+        lora.check_adapter(parse_weighted(spec)[0])
+    models = load_pipeline(config.model)
+    terms = [(lora.read_adapter(path, models), weight) for path, weight in map(parse_weighted, config.adapter or ())]
+    whole_unet = False
+    if config.unet:
+        unet = adapters.read_unet(config.unet, models)
+        terms.append((unet.adapter, config.unet_scale))
+        whole_unet = bool(unet.tensors) and config.unet_scale != 0
+        if unet.tensors and config.format in LORA_FORMATS:
+            raise ValueError(f"format: {config.unet!r} is a whole U-Net, which {config.format} cannot hold; use pipeline")
+        if whole_unet:
+            adapters.move_towards(models.unet, unet.tensors, config.unet_scale)
+    adapter = adapters.fuse(terms)
+    adapters.check_changes(adapter)
+    if not adapter and not whole_unet:
+        raise ValueError("adapter: with weights of 0 nothing is merged")
+    with written_folder(output, config.overwrite) as folder:
+        WRITERS[config.format](Merged(models, adapter, config), folder)
+        (folder / "README.md").write_text(model_card(config, adapter))
+    return output
+
+
+def check_output(config: MergeConfig) -> None:
+    """See that the output can be written, and that no input lies in it or it in an input.
+
+    Raises:
+        ValueError: it exists, or is an input. OSError: it cannot be written.
+    """
+    output = Path(config.output).resolve()
+    inputs = [parse_weighted(spec)[0] for spec in config.adapter or ()]
+    inputs += [path for path in (config.unet, config.model) if path]
+    for path in (Path(name).resolve() for name in inputs if Path(name).exists()):
+        if output == path or output in path.parents or path in output.parents:
+            raise ValueError(f"output: {config.output!r} and the input {str(path)!r} must not lie in each other")
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"output: {config.output!r} exists; choose another, or give --overwrite")
+    record.check_writable(output)
+
+
+def load_pipeline(name: str) -> Any:
+    """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, none of its tensors missing, in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sampler.load_models`.
+    """
+    from diffusers import DiffusionPipeline
+
+    source = sampler.find_model(name)
+    with sampler.named(name):
+        second = "text_encoder_2" in DiffusionPipeline.load_config(source)
+        return DiffusionPipeline.from_pretrained(source, **sampler.load_parts(source, second=second))
+
+
+# --- the folder ---
+
+
+@contextlib.contextmanager
+def written_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the output, which takes its place in one step when all of it is written, or leaves no trace."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+        record.open_to_umask(folder)
+        if output.exists() and overwrite:
+            _swap(folder, output)
+        else:
+            os.rename(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, output: Path) -> None:
+    """Put a folder in the place of another, which comes back if that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    os.rename(output, old / output.name)
+    try:
+        os.rename(folder, output)
+    except BaseException:
+        os.rename(old / output.name, output)
+        raise
+    finally:
+        shutil.rmtree(old)
+
+
+def model_card(config: MergeConfig, adapter: Adapter) -> str:
+    """README.md: from what, at which weights, it was merged."""
+    rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in map(parse_weighted, config.adapter or ())]
+    rows += [f"| U-Net | `{config.unet}` | {config.unet_scale:g} |"] if config.unet else []
+    parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
+    return "\n".join(
+        [
+            "---", "library_name: diffusers", "tags: [texforce, text-to-image, lora]", "---",
+            f"# {Path(config.output).name}", "",
+            f"Merged by texforce {texforce.__version__} into the format `{config.format}`, for the model `{config.model}`. "
+            "Changes are summed, each times its weight.",
+            "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "",
+        ]
+    )  # fmt: skip
+
+
+# --- LoRA ---
+
+
+def write_peft(merged: Merged, folder: Path) -> None:
+    """peft's folders: the text encoder's itself, others in subfolders of the part's name."""
+    for part, layers in merged.adapter.items():
+        place = folder if part == "text_encoder" else folder / part
+        place.mkdir(exist_ok=True)
+        named = named_as_in(getattr(merged.models, part), layers)  # peft looks for these
+        config = lora_config(named) | {"peft_type": "LORA", "base_model_name_or_path": merged.config.model}
+        config |= {"inference_mode": True, "bias": "none", "lora_dropout": 0.0}
+        record.write_json(place / "adapter_config.json", config)
+        tensors = {f"base_model.model.{key}": tensor for key, tensor in lora_tensors(named).items()}
+        save(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+
+
+def write_diffusers(merged: Merged, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`, with alphas in its metadata.
+
+    Text encoders' tensors have the level `text_model.` in their names, without which ComfyUI knows none of them. In the
+    metadata the names do without: peft takes the ends of names too, so that they fit transformers before and after 5.6.
+    """
+    arguments: dict[str, Any] = {}
+    for part, layers in merged.adapter.items():
+        named = layers if part == "unet" else {f"text_model.{name}": layer for name, layer in layers.items()}
+        arguments[f"{part}_lora_layers"] = lora_tensors(named)
+        arguments[f"{part}_lora_adapter_metadata"] = lora_config(layers)
+    merged.models.save_lora_weights(folder, **arguments)
+
+
+def write_kohya(merged: Merged, folder: Path) -> None:
+    """A file of kohya's names for A1111, ComfyUI and whatever else reads them, each layer with its alpha."""
+    second = getattr(merged.models, "text_encoder_2", None)
+    prefixes = {"text_encoder": "lora_te_" if second is None else "lora_te1_", "text_encoder_2": "lora_te2_"}
+    tensors = {}
+    for part, layers in merged.adapter.items():
+        for name, layer in layers.items():
+            if part != "unet":
+                full = prefixes[part] + "text_model_" + name
+            elif second is None:
+                full = "lora_unet_" + name
+            else:  # Stable Diffusion XL's go by the names of its own code
+                full = "lora_unet_" + ldm.unet_name(name, merged.models.unet.config)
+            full = full.replace(".", "_")
+            tensors[f"{full}.lora_down.weight"] = layer.down.contiguous()
+            tensors[f"{full}.lora_up.weight"] = layer.up.contiguous()
+            tensors[f"{full}.alpha"] = torch.tensor(layer.alpha)
+    every = [layer for layers in merged.adapter.values() for layer in layers.values()]
+    base, architecture, resolution = architecture_of(merged.models)
+    metadata = modelspec(merged, f"{architecture}/lora", resolution) | {
+        "ss_network_module": "networks.lora", "ss_base_model_version": base,
+        "ss_network_dim": common(str(layer.rank) for layer in every),
+        "ss_network_alpha": common(str(layer.alpha) for layer in every),
+        "ss_sd_model_name": merged.config.model, "ss_output_name": Path(merged.config.output).name,
+    }  # fmt: skip
+    save(tensors, folder / f"{Path(merged.config.output).name}.safetensors", metadata)
+
+
+def common(values: Iterator[str]) -> str:
+    """The value that all share; kohya's word for others is Dynamic."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else "Dynamic"
+
+
+def architecture_of(models: Any) -> tuple[str, str, int]:
+    unknown = ("", "stable-diffusion", 8 * (models.unet.config.sample_size or 64))
+    return ARCHITECTURES.get(models.unet.config.cross_attention_dim, unknown)
+
+
+def modelspec(merged: Merged, architecture: str, resolution: int) -> dict[str, str]:
+    """Metadata by Stability's Model Spec 1.0.0."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers" if architecture.endswith("/lora") else "sgm",
+        "modelspec.title": Path(merged.config.output).name,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": merged.models.scheduler.config.get("prediction_type", "epsilon"),
+        "modelspec.description": f"merged by texforce {texforce.__version__}",
+        "texforce": json.dumps({"adapter": merged.config.adapter, "unet": merged.config.unet, "model": merged.config.model}),
+    }  # fmt: skip
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+# --- whole models ---
+
+
+def bake(merged: Merged) -> None:
+    for part, layers in merged.adapter.items():
+        adapters.bake(getattr(merged.models, part), layers)
+
+
+def write_pipeline(merged: Merged, folder: Path) -> None:
+    """A folder for diffusers' `from_pretrained`, everything baked in."""
+    bake(merged)
+    merged.models.save_pretrained(folder)
+
+
+def write_checkpoint(merged: Merged, folder: Path) -> None:
+    """One file in the layout of Stable Diffusion's own code, everything baked in."""
+    bake(merged)
+    _, architecture, resolution = architecture_of(merged.models)
+    metadata = modelspec(merged, architecture, resolution)
+    save(ldm.checkpoint_tensors(merged.models), folder / f"{Path(merged.config.output).name}.safetensors", metadata)
+
+
+WRITERS: dict[str, Callable[[Merged, Path], None]] = {
+    "peft": write_peft, "diffusers": write_diffusers, "kohya": write_kohya,
+    "pipeline": write_pipeline, "checkpoint": write_checkpoint,
+}  # fmt: skip

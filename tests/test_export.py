@@ -1,0 +1,859 @@
+"""`texforce merge`: others read what it writes as it was meant, and it reads the layouts of others as they are."""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import texforce
+from texforce import adapters, cli, evaluate, export, ldm, lora, sampler
+from texforce.config import MergeConfig, SampleConfig, TrainConfig, parse_weighted, resolve_merge, resolve_sample
+from texforce.lora import Layer
+
+PROMPTS = ["a crimson disc", "two blue squares"]
+
+
+# --- pipelines and adapters to merge ---
+
+
+def attention_names(module: torch.nn.Module) -> list[str]:
+    names = re.compile(r"(.*\.)?(q_proj|k_proj|v_proj|out_proj|to_q|to_k|to_v|to_out\.0)")
+    return [name for name, layer in module.named_modules() if names.fullmatch(name) and hasattr(layer, "weight")]
+
+
+def random_layers(
+    module: torch.nn.Module, seed: int, rank: int = 3, alpha: float = 6.0, size: float = 0.3
+) -> dict[str, Layer]:
+    """LoRA that shows in the images, of another alpha than its rank, by our names."""
+    generator, layers = torch.Generator().manual_seed(seed), {}
+    for name in attention_names(module):
+        weight = module.get_submodule(name).weight
+        down = torch.randn(rank, weight.shape[1], generator=generator) * size / math.sqrt(weight.shape[1])
+        up = torch.randn(weight.shape[0], rank, generator=generator) * size / math.sqrt(rank)
+        layers[name.removeprefix("text_model.")] = Layer(down, up, alpha)
+    return layers
+
+
+def write_adapter(folder: Path, models, seed: int, parts=("text_encoder", "unet"), **options) -> Path:
+    """An adapter in the layout of this project's trainings, as plain peft writes it."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    for part in parts:
+        module = getattr(models, part)
+        layers = adapters.named_as_in(module, random_layers(module, seed, **options))
+        rank, alpha = (getattr(next(iter(layers.values())), name) for name in ("rank", "alpha"))
+        kinds = ["to_q", "to_k", "to_v", "to_out.0"] if part == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        clone = type(module).from_config(module.config) if part == "unet" else type(module)(module.config)
+        adapted = get_peft_model(clone, LoraConfig(r=rank, lora_alpha=alpha, target_modules=kinds))
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
+        set_peft_model_state_dict(adapted, tensors)
+        adapted.save_pretrained(folder if part == "text_encoder" else folder / part, save_embedding_layers=False)
+    return folder
+
+
+def unet_of_shape(**options):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "attention_head_dim": 4}
+    return UNet2DConditionModel(**sizes | options)
+
+
+def vae_of_shape():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=64, scaling_factor=0.18215,
+    )  # fmt: skip
+
+
+def text_encoder_of_shape(cls, act: str, layers: int, width: int = 32):
+    from transformers import CLIPTextConfig
+
+    tokenizer = tiny_tokenizer()
+    return cls(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=layers,
+            num_attention_heads=4, max_position_embeddings=77, hidden_act=act, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=0, pad_token_id=1,
+            projection_dim=width,
+        )
+    )  # fmt: skip
+
+
+def tiny_tokenizer():
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", model_max_length=77)
+
+
+def save_stable_diffusion(folder: Path, version: int) -> Path:
+    """A pipeline with every block of Stable Diffusion 1.5 or 2.1, of narrow layers and random weights."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    options = {} if version == 1 else {"use_linear_projection": True, "attention_head_dim": (2, 4, 4, 8)}
+    StableDiffusionPipeline(
+        vae=vae_of_shape(), unet=unet_of_shape(**options), tokenizer=tiny_tokenizer(), safety_checker=None,
+        text_encoder=text_encoder_of_shape(CLIPTextModel, *(("quick_gelu", 12) if version == 1 else ("gelu", 23))),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_stable_diffusion_xl(folder: Path) -> Path:
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = unet_of_shape(
+        block_out_channels=(32, 32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=96,
+        transformer_layers_per_block=(1, 2, 2), attention_head_dim=(2, 4, 8), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=112,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae_of_shape(), unet=unet, tokenizer=tiny_tokenizer(), tokenizer_2=tiny_tokenizer(),
+        text_encoder=text_encoder_of_shape(CLIPTextModel, "quick_gelu", 3),
+        text_encoder_2=text_encoder_of_shape(CLIPTextModelWithProjection, "gelu", 4, width=64),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+class Base:
+    """A pipeline's folder, and the pipeline in it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.parts = ("text_encoder", "text_encoder_2", "unet") if name == "sdxl" else ("text_encoder", "unet")
+        self.loaded = quiet(export.load_pipeline(str(folder)))
+        self.images = draw(self.loaded)
+
+    def pipeline(self):
+        """A copy that may be changed."""
+        copies = {part: copy.deepcopy(getattr(self.loaded, part)) for part in self.parts}
+        return quiet(
+            type(self.loaded)(**self.loaded.components | copies, requires_safety_checker=False)
+            if self.name != "sdxl"
+            else type(self.loaded)(**self.loaded.components | copies)
+        )
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+BASES = ("tiny", "sd15", "sd21", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Base]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "tiny": Base("tiny", sampler.TINY),
+        "sd15": Base("sd15", save_stable_diffusion(folder / "sd15", 1)),
+        "sd21": Base("sd21", save_stable_diffusion(folder / "sd21", 2)),
+        "sdxl": Base("sdxl", save_stable_diffusion_xl(folder / "sdxl")),
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(bases, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Two adapters of every base, of other ranks and alphas."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        name: (
+            write_adapter(folder / f"{name}-1", base.pipeline(), 1, base.parts, rank=3, alpha=6.0),
+            write_adapter(folder / f"{name}-2", base.pipeline(), 2, base.parts, rank=2, alpha=1.0),
+        )
+        for name, base in bases.items()
+    }
+
+
+def draw(pipeline) -> Tensor:
+    """Images of plain diffusers."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0, "output_type": "pt"}
+    if "text_encoder_2" in pipeline.config:
+        options |= {"height": 64, "width": 64}
+    return quiet(pipeline)(PROMPTS, generator=generators, **options).images
+
+
+def adapted_by_hand(base: Base, *weighted: tuple[Path, float]):
+    """The pipeline with the weights changed by plain arithmetic on the files' own tensors."""
+    pipeline = base.pipeline()
+    for folder, weight in weighted:
+        for part in base.parts:
+            place = folder if part == "text_encoder" else folder / part
+            config = json.loads((place / "adapter_config.json").read_text())
+            tensors = load_file(place / "adapter_model.safetensors")
+            for key, down in tensors.items():
+                if ".lora_A." in key:
+                    up = tensors[key.replace("lora_A", "lora_B")]
+                    name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                    layer = getattr(pipeline, part).get_submodule(name)
+                    delta = weight * config["lora_alpha"] / config["r"] * (up @ down)
+                    layer.weight.data += delta.reshape(layer.weight.shape)
+    return pipeline
+
+
+def merge(base: Base, output: Path, *specs: str, **options) -> Path:
+    config = MergeConfig(adapter=list(specs) or None, model=str(base.folder), output=str(output), **options)
+    return export.merge(resolve_merge(config))
+
+
+# --- others read what is written ---
+
+
+def read_by_others(base: Base, format: str, folder: Path):
+    """A pipeline with what was written, by plain diffusers and peft."""
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from peft import PeftModel
+
+    if format == "pipeline":
+        return DiffusionPipeline.from_pretrained(folder)
+    if format == "checkpoint":
+        cls = StableDiffusionXLPipeline if base.name == "sdxl" else StableDiffusionPipeline
+        return cls.from_single_file(folder / f"{folder.name}.safetensors", config=str(base.folder), local_files_only=True)
+    pipeline = base.pipeline()
+    if format == "peft":
+        for part in base.parts:
+            place = folder if part == "text_encoder" else folder / part
+            setattr(pipeline, part, PeftModel.from_pretrained(getattr(pipeline, part), place).merge_and_unload())
+        return pipeline
+    pipeline.load_lora_weights(folder if format == "diffusers" else folder / f"{folder.name}.safetensors")
+    return pipeline
+
+
+FORMATS = ("peft", "diffusers", "kohya", "pipeline", "checkpoint")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", BASES)
+def test_others_draw_the_same_images_from_every_format(bases, pairs, tmp_path, name, format):
+    base, (one, other) = bases[name], pairs[name]
+    expected = draw(adapted_by_hand(base, (one, 0.7), (other, -0.4)))
+    assert (expected - base.images).abs().max() > 0.01
+    folder = merge(base, tmp_path / "merged", f"{one}:0.7", f"{other}:-0.4", format=format)
+    torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["sd15"])
+def test_a_single_adapter_keeps_its_alpha_in_every_format(bases, pairs, tmp_path, name, format):
+    base, (one, _) = bases[name], pairs[name]
+    expected = draw(adapted_by_hand(base, (one, 1.0)))
+    folder = merge(base, tmp_path / "merged", str(one), format=format)
+    torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=1e-4)
+    if format == "kohya":
+        alphas = {
+            tensor.item() for key, tensor in load_file(folder / "merged.safetensors").items() if key.endswith(".alpha")
+        }
+        assert alphas == {6.0}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", BASES)
+def test_this_project_reads_every_format_back(bases, pairs, tmp_path, name, format):
+    base, (one, other) = bases[name], pairs[name]
+    folder = merge(base, tmp_path / "merged", f"{one}:0.7", f"{other}:-0.4", format=format)
+    expected = adapted_by_hand(base, (one, 0.7), (other, -0.4))
+    if format in export.FULL_FORMATS:
+        source = folder if format == "pipeline" else folder / "merged.safetensors"
+        tensors = adapters.read_unet(source, base.pipeline()).tensors
+        for key, tensor in expected.unet.state_dict().items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-6)
+        return
+    source = folder / "merged.safetensors" if format == "kohya" else folder
+    pipeline = base.pipeline()
+    adapter = lora.read_adapter(source, pipeline)
+    assert set(adapter) == set(base.parts)
+    for part, layers in adapter.items():
+        adapters.bake(getattr(pipeline, part), layers)
+        for key, tensor in getattr(expected, part).state_dict().items():
+            torch.testing.assert_close(getattr(pipeline, part).state_dict()[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_path):
+    """ComfyUI, comfy/lora.py (model_lora_keys_clip): `text_encoder.text_model.encoder.layers.{}.{}` and nothing shorter."""
+    folder = merge(bases["sd15"], tmp_path / "merged", str(pairs["sd15"][0]), format="diffusers")
+    keys = {key for key in load_file(folder / "pytorch_lora_weights.safetensors") if key.startswith("text_encoder.")}
+    kinds = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
+    names = [f"text_encoder.text_model.encoder.layers.{n}.{kind}" for n in range(12) for kind in kinds]
+    assert keys == {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
+
+
+def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_path):
+    """ComfyUI, comfy/lora.py: `lora_te_text_model_encoder_layers_{}_{}`, XL `lora_te1_...` and `lora_te2_...`, each with
+    `.lora_up.weight`, `.lora_down.weight` and `.alpha`. AUTOMATIC1111, extensions-builtin/Lora/networks.py: the same for
+    text, `lora_unet_down_blocks_(d)_attentions_(d)_(.+)` and its likes for the U-Net."""
+    ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
+    kinds = [f"self_attn_{letter}_proj" for letter in ("q", "k", "v", "out")]
+    for name, prefixes in (
+        ("sd15", {"lora_te_": 12}),
+        ("sd21", {"lora_te_": 23}),
+        ("sdxl", {"lora_te1_": 3, "lora_te2_": 4}),
+    ):
+        folder = merge(bases[name], tmp_path / name, str(pairs[name][0]), format="kohya")
+        keys = set(load_file(folder / f"{name}.safetensors"))
+        expected = {
+            f"{prefix}text_model_encoder_layers_{n}_{kind}{end}"
+            for prefix, number in prefixes.items() for n in range(number) for kind in kinds for end in ends
+        }  # fmt: skip
+        assert {key for key in keys if key.startswith("lora_te")} == expected
+        blocks = r"(down_blocks_\d_attentions_\d|mid_block_attentions_0|up_blocks_\d_attentions_\d)"
+        if name == "sdxl":
+            blocks = r"(input_blocks_\d_1|middle_block_1|output_blocks_\d_1)"
+        pattern = re.compile(
+            rf"lora_unet_{blocks}_transformer_blocks_\d_attn[12]_to_(q|k|v|out_0)({'|'.join(map(re.escape, ends))})"
+        )
+        assert all(pattern.fullmatch(key) for key in keys - expected)
+        assert len(keys - expected) == 3 * len(attention_names(bases[name].pipeline().unet))
+
+
+def test_kohyas_metadata_say_what_it_is(bases, pairs, tmp_path):
+    folder = merge(bases["sd15"], tmp_path / "mine", str(pairs["sd15"][0]), format="kohya")
+    with safe_open(folder / "mine.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
+        "networks.lora",
+        "3",
+        "6.0",
+    )
+    assert (metadata["ss_output_name"], metadata["modelspec.title"]) == ("mine", "mine")
+    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.architecture"].endswith("/lora")
+
+
+@pytest.mark.parametrize(("width", "base", "architecture"), [
+    (768, "sd_v1", "stable-diffusion-v1"), (1024, "sd_v2", "stable-diffusion-v2-512"),
+    (2048, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+])  # fmt: skip
+def test_the_published_models_have_their_names(width, base, architecture):
+    models = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width, sample_size=64)))
+    assert export.architecture_of(models)[:2] == (base, architecture)
+
+
+# --- fusion ---
+
+
+def test_the_fusion_of_two_is_the_weighted_sum_of_what_they_change(bases, pairs):
+    base = bases["tiny"]
+    one, other = (lora.read_adapter(path, base.pipeline()) for path in pairs["tiny"])
+    fused = adapters.fuse([(one, 0.3), (other, 0.7)])
+    for part in base.parts:
+        for name, layer in fused[part].items():
+            expected = 0.3 * one[part][name].delta() + 0.7 * other[part][name].delta()
+            torch.testing.assert_close(layer.delta(), expected, rtol=0, atol=1e-6)
+            assert layer.rank == 5
+
+
+def test_with_weights_one_and_zero_it_is_the_first_bit_for_bit(bases, pairs):
+    one, other = (lora.read_adapter(path, bases["tiny"].pipeline()) for path in pairs["tiny"])
+    for terms in ([(one, 1.0), (other, 0.0)], [(other, 0.0), (one, 1.0)], [(one, 1.0)]):
+        assert adapters.fuse(terms) == one
+
+
+def test_the_parts_of_different_adapters_join(bases, tmp_path):
+    pipeline = bases["tiny"].pipeline()
+    text = lora.read_adapter(write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",)), pipeline)
+    unet = lora.read_adapter(write_adapter(tmp_path / "unet", pipeline, 2, ("unet",)), pipeline)
+    fused = adapters.fuse([(text, 1.0), (unet, 1.0)])
+    assert fused == text | unet
+
+
+def test_matrices_and_convolutions_of_one_by_one_sum():
+    generator = torch.Generator().manual_seed(0)
+    flat = Layer(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator), 4.0)
+    conv = Layer(torch.randn(3, 6, 1, 1, generator=generator), torch.randn(5, 3, 1, 1, generator=generator), 3.0)
+    fused = adapters.fuse([({"unet": {"a": flat}}, 2.0), ({"unet": {"a": conv}}, -1.0)])["unet"]["a"]
+    torch.testing.assert_close(fused.delta().flatten(1), 2 * flat.delta() - conv.delta().flatten(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("spec", "expected"), [
+    ("out", ("out", 1.0)), ("out:0.5", ("out", 0.5)), ("a:b/out:-1", ("a:b/out", -1.0)), ("a:b/out", ("a:b/out", 1.0)),
+    ("out:1e-2", ("out", 0.01)),
+])  # fmt: skip
+def test_a_weight_stands_behind_the_last_colon(spec, expected):
+    assert parse_weighted(spec) == expected
+
+
+def test_a_path_that_ends_like_a_weight_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:1").mkdir()
+    assert parse_weighted("run:1") == ("run:1", 1.0)
+    assert parse_weighted("run:1:0.5") == ("run:1", 0.5)
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_weight_that_is_not_finite_is_refused(weight):
+    with pytest.raises(ValueError, match=f"adapter: the weight in 'out:{weight}'"):
+        parse_weighted(f"out:{weight}")
+
+
+# --- layouts of others ---
+
+
+def in_layout(layout: str, layers: dict[str, Layer], unet: bool, config=None) -> dict[str, Tensor]:
+    """The tensors of a part in one of the layouts that are about."""
+    tensors = {}
+    for name, layer in layers.items():
+        full = name if unet else "text_model." + name
+        part = "unet" if unet else "text_encoder"
+        processor = re.sub(r"\.(to_(?:q|k|v|out))(?:\.0)?$", r".processor.\1", full)
+        old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", full)
+        stems = {
+            "processors": f"{processor}_lora.down.weight",
+            "prefixed processors": f"{part}.{processor}_lora.down.weight",
+            "diffusers' first": f"{part}.{old}_lora.down.weight",
+            "diffusers' second": f"{part}.{full}.lora_linear_layer.down.weight",
+            "lora.down": f"{part}.{full}.lora.down.weight",
+            "lora_A": f"{part}.{full}.lora_A.weight",
+            "flat lora_A": f"{part}.{name}.lora_A.weight",
+            "bare peft": f"{full}.lora_A.weight",
+            "peft": f"base_model.model.{name}.lora_A.weight",
+            "old peft": f"base_model.model.{full}.lora_A.weight",
+            "named peft": f"base_model.model.{name}.lora_A.default.weight",
+            "kohya": f"lora_{'unet' if unet else 'te'}_{full.replace('.', '_')}.lora_down.weight",
+            "kohya XL": f"lora_te1_{full.replace('.', '_')}.lora_down.weight",
+        }  # fmt: skip
+        if layout == "kohya XL" and unet:
+            stems[layout] = f"lora_unet_{ldm.unet_name(name, config).replace('.', '_')}.lora_down.weight"
+        down = stems[layout]
+        tensors[down] = layer.down
+        head, lora, tail = down.rpartition("lora")
+        tensors[head + lora + tail.replace("_A", "_B").replace("down", "up")] = layer.up
+        if layout.startswith("kohya"):
+            tensors[down.partition(".")[0] + ".alpha"] = torch.tensor(layer.alpha)
+    return tensors
+
+
+LAYOUTS = [
+    "processors", "prefixed processors", "lora.down", "lora_A", "bare peft", "peft", "named peft", "kohya", "kohya XL",
+]  # fmt: skip
+TEXT_LAYOUTS = [
+    "diffusers' first", "diffusers' second", "lora.down", "lora_A", "flat lora_A", "bare peft", "peft", "old peft",
+    "named peft", "kohya", "kohya XL",
+]  # fmt: skip
+
+
+def check_same(found: dict[str, Layer], expected: dict[str, Layer], alpha: bool) -> None:
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        assert torch.equal(found[name].down, layer.down)
+        assert torch.equal(found[name].up, layer.up)
+        assert found[name].alpha == (layer.alpha if alpha else layer.rank)  # the convention where nothing is said
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_unets_lora_of_every_layout_is_read(bases, tmp_path, layout, ending):
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.unet, 3)
+    tensors = in_layout(layout, layers, True, pipeline.unet.config)
+    assert len(tensors) == len(layers) * (3 if "kohya" in layout else 2)
+    path = tmp_path / f"ddpo.{ending}"
+    save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
+    check_same(adapters.read_unet(path, pipeline).adapter["unet"], layers, "kohya" in layout)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", TEXT_LAYOUTS)
+def test_a_text_encoders_lora_of_every_layout_is_read(bases, tmp_path, layout, ending):
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.text_encoder, 3)
+    tensors = in_layout(layout, layers, False)
+    assert len(tensors) == len(layers) * (3 if "kohya" in layout else 2)
+    path = tmp_path / f"adapter.{ending}"
+    save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
+    check_same(lora.read_adapter(path, pipeline)["text_encoder"], layers, "kohya" in layout)
+
+
+@pytest.mark.parametrize("layout", ["old peft", "peft"])
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_peft_folder_of_either_layout_is_read_with_its_alpha(bases, tmp_path, layout, file):
+    """The authors' release is of the old layout, in a pickle."""
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.text_encoder, 3)
+    tensors = in_layout(layout, layers, False)
+    torch.save(tensors, tmp_path / file) if file.endswith("bin") else save_file(tensors, tmp_path / file)
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    check_same(lora.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+
+
+def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(bases, tmp_path):
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.text_encoder, 3)
+    one = "encoder.layers.3.self_attn.q_proj"
+    layers[one] = Layer(layers[one].down[:2], layers[one].up[:, :2].contiguous(), 9.0)
+    save_file(in_layout("peft", layers, False), tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"],
+        "rank_pattern": {one: 2}, "alpha_pattern": {"layers.3.self_attn.q_proj": 9},
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    check_same(lora.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    found = lora.read_adapter(tmp_path, pipeline)["text_encoder"]
+    assert found[one].scale == pytest.approx(9 / math.sqrt(2))
+    assert found[one.replace("3", "4")].scale == pytest.approx(6 / math.sqrt(3))
+
+
+def test_metadata_of_a_diffusers_file_give_its_alphas(bases, pairs, tmp_path):
+    base = bases["sd15"]
+    folder = merge(base, tmp_path / "merged", str(pairs["sd15"][0]), format="diffusers")
+    path = folder / "pytorch_lora_weights.safetensors"
+    assert {layer.alpha for layer in lora.read_adapter(folder, base.pipeline())["unet"].values()} == {6.0}
+    save_file(load_file(path), path)  # without metadata
+    assert {layer.alpha for layer in lora.read_adapter(folder, base.pipeline())["unet"].values()} == {3.0}
+
+
+@pytest.mark.parametrize("origin", ["file", "pickle", "folder", "pipeline", "single file"])
+@pytest.mark.parametrize("name", ["tiny", "sd15"])
+def test_a_whole_unet_of_every_origin_is_read(bases, pairs, tmp_path, name, origin):
+    base = bases[name]
+    tuned = adapted_by_hand(base, (pairs[name][0], 1.0))
+    state = tuned.unet.state_dict()
+    path = tmp_path / "unet"
+    if origin == "file":
+        path = tmp_path / "unet.safetensors"
+        save_file(state, path)
+    elif origin == "pickle":
+        path = tmp_path / "unet.bin"
+        torch.save(state, path)
+    elif origin == "folder":
+        tuned.unet.save_pretrained(path)
+    elif origin == "pipeline":
+        tuned.save_pretrained(path)
+    else:
+        path = tmp_path / "model.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in ldm.checkpoint_tensors(tuned).items()}, path)
+    tensors = adapters.read_unet(path, base.pipeline()).tensors
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], state[key]) for key in state)
+
+
+def test_the_strength_of_a_unet_goes_from_the_base_to_the_tuned_one(bases, pairs, tmp_path):
+    base, (one, _) = bases["tiny"], pairs["tiny"]
+    tuned = adapted_by_hand(base, (one, 1.0)).unet.state_dict()
+    save_file(tuned, tmp_path / "unet.safetensors")
+    plain = base.pipeline().unet.state_dict()
+    for scale in (0.25, 1.0, 1.5):
+        folder = merge(base, tmp_path / str(scale), unet=str(tmp_path / "unet.safetensors"), unet_scale=scale)
+        found = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for key in plain:
+            torch.testing.assert_close(found[key], plain[key] + scale * (tuned[key] - plain[key]), rtol=0, atol=1e-6)
+
+
+def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs, tmp_path):
+    """`merge --unet ddpo.safetensors --adapter out`, and `sample` with the same."""
+    pipeline = bases["tiny"].pipeline()
+    text = write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",))
+    layers = random_layers(pipeline.unet, 3)
+    save_file(in_layout("processors", layers, True), tmp_path / "ddpo.safetensors")
+    unet = str(tmp_path / "ddpo.safetensors")
+    folder = merge(bases["tiny"], tmp_path / "merged", f"{text}:0.8", unet=unet)
+    options = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
+    merged = resolve_sample(SampleConfig(model=str(folder), **options))
+    beside = resolve_sample(SampleConfig(model="tiny", adapter=[f"{text}:0.8"], unet=unet, **options))
+    drawn = [evaluate.sample(config, PROMPTS, [5, 6]) for config in (merged, beside)]
+    torch.testing.assert_close(drawn[0]["base"], drawn[1]["tuned"], rtol=0, atol=1e-4)
+    alone = merge(bases["tiny"], tmp_path / "alone", unet=unet)
+    assert not torch.equal(draw(read_by_others(bases["tiny"], "pipeline", alone)), bases["tiny"].images)
+
+
+def test_a_whole_unet_is_drawn_with_and_compared_to_the_base(bases, pairs, tmp_path):
+    base, (one, _) = bases["tiny"], pairs["tiny"]
+    tuned = adapted_by_hand(base, (one, 1.0))
+    save_file(tuned.unet.state_dict(), tmp_path / "unet.safetensors")
+    options = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0, "compare": True}
+    config = resolve_sample(SampleConfig(model="tiny", unet=str(tmp_path / "unet.safetensors"), **options))
+    images = evaluate.sample(config, PROMPTS, [5, 6])
+    pipeline = base.pipeline()
+    torch.testing.assert_close(images["base"], base.images, rtol=0, atol=1e-4)
+    pipeline.unet = tuned.unet
+    torch.testing.assert_close(images["tuned"], draw(pipeline), rtol=0, atol=1e-4)
+
+
+# --- the folder that is written ---
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(bases, pairs, tmp_path):
+    previous = os.umask(0o027)
+    try:
+        folder = merge(bases["tiny"], tmp_path / "merged", str(pairs["tiny"][0]))
+    finally:
+        os.umask(previous)
+    for path in (folder, *folder.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640)
+
+
+def test_the_card_says_from_what_and_at_which_weights(bases, pairs, tmp_path):
+    one, other = pairs["tiny"]
+    folder = merge(bases["tiny"], tmp_path / "merged", f"{one}:0.3", str(other), format="peft")
+    card = (folder / "README.md").read_text()
+    for words in (f"| adapter | `{one}` | 0.3 |", f"| adapter | `{other}` | 1 |", "`peft`", str(sampler.TINY)):
+        assert words in card
+
+
+def test_an_output_that_exists_is_left_unless_it_is_to_be_replaced(bases, pairs, tmp_path):
+    output, one = tmp_path / "merged", str(pairs["tiny"][0])
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"output: .* exists; choose another, or give --overwrite"):
+        merge(bases["tiny"], output, one, format="peft")
+    assert (output / "mine.txt").read_text() == "precious"
+    merge(bases["tiny"], output, one, format="peft", overwrite=True)
+    assert not (output / "mine.txt").exists()
+    assert (output / "adapter_config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_no_input_is_written_over(bases, pairs, tmp_path):
+    one = Path(shutil.copytree(pairs["tiny"][0], tmp_path / "one"))
+    for output in (one, one / "unet", one / "new", tmp_path):
+        with pytest.raises(ValueError, match="must not lie in each other"):
+            merge(bases["tiny"], output, str(one), overwrite=True)
+    assert sorted(one.rglob("*")) == sorted(tmp_path.rglob("*"))[1:]
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming"])
+def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkeypatch, when):
+    output = tmp_path / "merged"
+    merge(bases["tiny"], output, str(pairs["tiny"][0]), format="peft")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if when == "writing":
+        monkeypatch.setattr(export, "save", fail)
+    else:
+        original, calls = os.rename, []
+
+        def rename(source, target):
+            calls.append(source)
+            return fail() if len(calls) == 2 else original(source, target)  # of the three, the one into place
+
+        monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="No space left"):
+        merge(bases["tiny"], output, str(pairs["tiny"][1]), format="peft", overwrite=True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
+    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "out" / "adapter_model.safetensors").stat().st_mode) == 0o666 & ~mask
+
+
+def test_the_model_of_the_adapters_run_is_the_default(small_run, tmp_path):
+    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
+
+
+def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(small_run, tmp_path):
+    options = small_run | {"learning_rate": 0.03, "num_epochs": 2}
+    for target in ("text-encoder", "unet"):
+        texforce.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
+    specs = [str(tmp_path / "text-encoder"), str(tmp_path / "unet")]
+    folder = merge(Base("tiny", sampler.TINY), tmp_path / "merged", *specs)
+    config = texforce.resolve(TrainConfig(**options))
+    drawn = []
+    for models in (sampler.load_models(str(folder)), adapters.load_adapters(sampler.load_models("tiny"), specs)):
+        schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
+        denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
+        drawn.append(evaluate.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+
+
+# --- what is refused ---
+
+
+def bad_files(folder: Path, pipeline) -> dict[str, tuple[Path, str, int]]:
+    """Files and folders that must not get through: each with the option that names it and the exit code."""
+    text, unet = random_layers(pipeline.text_encoder, 1), random_layers(pipeline.unet, 1)
+    first = next(iter(text))
+
+    def tensors(name: str, content: dict[str, Tensor], metadata=None) -> Path:
+        path = folder / f"{name}.safetensors".replace(" ", "-")
+        save_file(
+            {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.items()}, path, metadata
+        )
+        return path
+
+    def raw(name: str, content: bytes) -> Path:
+        path = folder / name.replace(" ", "-")
+        path.write_bytes(content)
+        return path
+
+    def peft(name: str, config: object, content: dict[str, Tensor] | None = None) -> Path:
+        path = folder / name.replace(" ", "-")
+        path.mkdir()
+        save_file(content or in_layout("peft", text, False), path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return path
+
+    good = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    plain, ours = in_layout("lora_A", text, False), in_layout("lora.down", unet, True)
+    state = pipeline.unet.state_dict()
+    whole = tensors("whole", ours).read_bytes()
+    (folder / "nothing").mkdir()
+    hostile = folder / "hostile.bin"
+    torch.save({"a": Hostile(os.system, f"touch {folder / 'created'}")}, hostile)
+    hostile_peft = folder / "hostile-peft"
+    hostile_peft.mkdir()
+    shutil.copy(hostile, hostile_peft / "adapter_model.bin")
+    (hostile_peft / "adapter_config.json").write_text(json.dumps(good))
+    wide = {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in plain.items()}
+    deep = plain | {key.replace("layers.0", "layers.7"): tensor for key, tensor in plain.items() if "layers.0" in key}
+    key = f"text_encoder.text_model.{first}.lora_A.weight"
+    alpha = f"lora_te_text_model_{first.replace('.', '_')}.alpha"
+    bad = {
+        "mistyped path": (folder / "absent", "adapter", 2),
+        "mistyped unet": (folder / "absent.safetensors", "unet", 2),
+        "empty folder": (folder / "nothing", "adapter", 2),
+        "empty folder as unet": (folder / "nothing", "unet", 2),
+        "empty file": (raw("empty.safetensors", b""), "adapter", 3),
+        "empty pickle": (raw("empty.bin", b""), "unet", 3),
+        "html": (raw("page.safetensors", b"<!DOCTYPE html><html><body>Not found</body></html>"), "adapter", 3),
+        "html pickle": (raw("page.bin", b"<!DOCTYPE html><html><body>Not found</body></html>"), "unet", 3),
+        "lfs pointer": (raw("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "unet", 3),
+        "truncated": (raw("cut.safetensors", whole[: len(whole) // 2]), "unet", 3),
+        "truncated by a byte": (raw("cut1.safetensors", whole[:-1]), "unet", 3),
+        "no tensors": (tensors("none", {}), "adapter", 3),
+        "foreign keys": (tensors("foreign", {"layer.weight": torch.ones(3)}), "adapter", 3),
+        "a foreign key more": (tensors("more", plain | {"text_encoder.more.lora_A.weight": torch.ones(3, 3)}), "adapter", 3),
+        "wrong shapes": (tensors("wide", wide), "adapter", 3),
+        "another depth": (tensors("deep", deep), "adapter", 3),
+        "a key missing": (tensors("lacking", {k: t for k, t in plain.items() if k != key}), "adapter", 3),
+        "a layer missing": (tensors("less", {k: t for k, t in plain.items() if first not in k}), "adapter", 3),
+        "a block missing": (tensors("fewer", {k: t for k, t in plain.items() if "layers.1." not in k}), "adapter", 3),
+        "all NaN": (tensors("nan", {k: t * math.nan for k, t in plain.items()}), "adapter", 3),
+        "one infinite": (tensors("inf", plain | {key: plain[key] + math.inf}), "adapter", 3),
+        "all zero": (tensors("zero", {k: t * 0 for k, t in plain.items()}), "adapter", 3),
+        "zero unet": (tensors("zero-unet", {k: t * 0 for k, t in ours.items()}), "unet", 3),
+        "pickle with code": (hostile, "adapter", 3),
+        "pickle with code as unet": (hostile, "unet", 3),
+        "peft pickle with code": (hostile_peft, "adapter", 3),
+        "hostile target_modules": (peft("regex", good | {"target_modules": r"^(([a-z]+)+\.?)+$"}), "adapter", 3),
+        "hostile alpha_pattern": (peft("pattern", good | {"alpha_pattern": {r"^(([a-z]+)+\.?)+$": 3}}), "adapter", 3),
+        "configuration no json": (peft("nojson", "{"), "adapter", 3),
+        "configuration nested": (peft("nested", "[" * 100_000), "adapter", 3),
+        "another rank": (peft("rank", good | {"r": 8}), "adapter", 3),
+        "another method": (peft("loha", good | {"peft_type": "LOHA"}), "adapter", 3),
+        "alpha infinite": (peft("alpha", json.dumps(good).replace("6", "1e999")), "adapter", 3),
+        "metadata no json": (tensors("metadata", plain, {"lora_adapter_metadata": "{"}), "adapter", 3),
+        "metadata nonsense": (tensors("meta2", plain, {"lora_adapter_metadata": '{"text_encoder.r": "x"}'}), "adapter", 3),
+        "kohya alpha zero": (tensors("alpha0", in_layout("kohya", text, False) | {alpha: torch.tensor(0.0)}), "adapter", 3),
+        "twice the same": (tensors("twice", plain | in_layout("flat lora_A", text, False)), "adapter", 3),
+        "text encoder as unet": (tensors("text", plain), "unet", 3),
+        "the very same unet": (tensors("same", state), "unet", 3),
+        "a unet lacking a tensor": (tensors("part", {k: t for k, t in state.items() if k != "conv_out.bias"}), "unet", 3),
+        "a unet of other shapes": (tensors("other", state | {"conv_in.weight": torch.ones(8, 4, 3, 3)}), "unet", 3),
+        "a unet with NaN": (tensors("nan-unet", state | {"conv_out.bias": math.nan * state["conv_out.bias"]}), "unet", 3),
+        "half a checkpoint": (tensors("half", {ldm.UNET + "out.2.bias": torch.ones(8)}), "unet", 3),
+    }  # fmt: skip
+    return bad
+
+
+class Hostile:
+    """Its pickle calls a function when it is loaded."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+EXECUTION = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.fork", "socket.connect", "socket.getaddrinfo")
+EVENTS: list[str] = []
+RECORDING = [False]
+
+
+def audit(event: str, arguments: tuple) -> None:
+    if RECORDING[0] and event in (
+        "os.system",
+        "subprocess.Popen",
+        "os.posix_spawn",
+        "os.fork",
+        "socket.connect",
+        "socket.getaddrinfo",
+    ):
+        EVENTS.append(f"{event} {arguments}")
+
+
+@pytest.mark.parametrize("command", ["merge", "sample"])
+def test_bad_files_are_refused_at_once_with_nothing_run_asked_or_written(bases, tmp_path, command):
+    files = bad_files(tmp_path, bases["tiny"].pipeline())
+    assert len(files) >= 25
+    sys.addaudithook(audit)
+    arguments = {"merge": ["--output"], "sample": ["--prompt", "a red circle", "--output-dir"]}[command]
+    before = sorted(tmp_path.rglob("*"))
+    for name, (path, option, code) in files.items():
+        EVENTS.clear()
+        RECORDING[0] = True
+        start = time.perf_counter()
+        try:
+            result = CliRunner().invoke(
+                cli.app, [command, "--model", "tiny", f"--{option}", str(path), *arguments, str(tmp_path / "written")]
+            )
+        finally:
+            RECORDING[0] = False
+        seconds = time.perf_counter() - start
+        assert result.exit_code == code, (name, result.exit_code, result.output, repr(result.exception))
+        assert "Traceback" not in result.output, name
+        assert (
+            re.sub(r"[\s]", "", path.name) in re.sub(r"[\s]", "", result.output) or "all zero" in name or name == "zero unet"
+        ), (name, result.output)
+        assert EVENTS == [], (name, EVENTS)
+        assert seconds < 2, (name, seconds)
+    assert sorted(tmp_path.rglob("*")) == before
+    print(f"{len(files)} files")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], ["nothing to merge", "--adapter", "--unet"]),
+    (["--adapter", "ADAPTER", "--format", "onnx"], ["format", "pipeline, checkpoint, peft, diffusers, kohya"]),
+    (["--adapter", "ADAPTER:nan"], ["weight", "finite"]),
+    (["--adapter", "ADAPTER:0"], ["weights of 0"]),
+    (["--adapter", "ADAPTER", "--output", "."], ["output"]),
+    (["--adapter", "ADAPTER", "--output", ""], ["output"]),
+    (["--adapter", "ADAPTER", "--unet", "UNET", "--format", "kohya"], ["format", "whole U-Net", "use pipeline"]),
+    (["--unet", "UNET", "--unet-scale", "nan"], ["unet_scale"]),
+    (["--unet", "UNET", "--unet-scale", "0"], ["nothing is merged"]),
+    (["--adapter", "ADAPTER", "--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
+])  # fmt: skip
+def test_bad_input_to_merge_is_named(bases, pairs, tmp_path, arguments, words):
+    tuned = adapted_by_hand(bases["tiny"], (pairs["tiny"][0], 1.0))
+    save_file(tuned.unet.state_dict(), tmp_path / "unet.safetensors")
+    named = {"ADAPTER": str(pairs["tiny"][0]), "UNET": str(tmp_path / "unet.safetensors")}
+    arguments = [re.sub("ADAPTER|UNET", lambda match: named[match[0]], argument) for argument in arguments]
+    defaults = ["--output", str(tmp_path / "out")] if "--output" not in arguments else []
+    defaults += ["--model", "tiny"] if "--model" not in arguments else []
+    result = CliRunner().invoke(cli.app, ["merge", *arguments, *defaults], env={"COLUMNS": "1000"})
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
