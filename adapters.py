@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from texforce import ldm, sampler
-from texforce.checkpoints import ArtifactError, read_tensors
+from texforce.checkpoints import ArtifactError, read_finite
 from texforce.config import parse_weighted
 from texforce.lora import Adapter, Layer, find_files, read_adapter
 from texforce.sampler import Models
@@ -41,55 +42,79 @@ def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 def _join(terms: Sequence[tuple[Layer, float]]) -> Layer:
     if len(terms) == 1 and terms[0][1] == 1:
         return terms[0][0]
-    ndim = max(layer.down.ndim for layer, _ in terms)
-    down = torch.cat([_with_ndim(layer.down.float(), ndim) for layer, _ in terms])
-    up = torch.cat([weight * layer.scale * _with_ndim(layer.up.float(), ndim) for layer, weight in terms], dim=1)
+    down = torch.cat([layer.down.float() for layer, _ in terms])
+    up = torch.cat([weight * layer.scale * layer.up.float() for layer, weight in terms], dim=1)
     return Layer(down, up, float(len(down)))
 
 
-def _with_ndim(matrix: Tensor, ndim: int) -> Tensor:
-    """A matrix as that of a convolution of 1 x 1, where others are."""
-    return matrix if matrix.ndim == ndim else matrix[..., None, None]
-
-
 # --- application ---
+
+
+def check_inputs(specs: Sequence[str] | None, unet: str | None) -> None:
+    """See that there is something to read, before any model is loaded.
+
+    Raises:
+        FileNotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
+    """
+    for spec in specs or ():
+        find_files(Path(parse_weighted(spec)[0]))
+    if unet and not Path(unet).exists():
+        raise FileNotFoundError(f"unet: there is no file or folder {unet!r}")
 
 
 def load_adapters(models: Models, specs: Sequence[str], scale: float = 1.0) -> Models:
     """Put the sum of adapters, each PATH or PATH:WEIGHT, times a scale, on models as LoRA that can be switched off.
 
     Raises:
-        FileNotFoundError, ValueError, ArtifactError: as `parse_weighted`, `read_adapter` and `apply`.
+        FileNotFoundError, ValueError, ArtifactError: as `read_terms` and `apply`.
     """
-    terms = [(read_adapter(path, models), weight * scale) for path, weight in map(parse_weighted, specs)]
-    return apply(models, fuse(terms))
+    return apply(models, fuse(read_terms(specs, models, scale)))
+
+
+def read_terms(specs: Sequence[str], models: Any, scale: float = 1.0) -> list[tuple[Adapter, float]]:
+    """Adapters, each given as PATH or PATH:WEIGHT, with their weights times a scale.
+
+    Raises:
+        FileNotFoundError, ValueError, ArtifactError: as `parse_weighted` and `read_adapter`; or one changes nothing.
+    """
+    terms = []
+    for path, weight in map(parse_weighted, specs):
+        adapter = read_adapter(path, models)
+        check_changes(adapter, path)
+        terms.append((adapter, weight * scale))
+    return terms
+
+
+def check_changes(adapter: Adapter, path: str | Path) -> None:
+    for part, layers in adapter.items():
+        if not any(layer.delta().any() for layer in layers.values()):
+            raise ArtifactError(f"{path}: it changes nothing in the {part}")
 
 
 def apply(models: Models, adapter: Adapter) -> Models:
     """Put an adapter on models as LoRA that can be switched off.
 
     Raises:
-        ArtifactError: the embedding of a prompt, or the U-Net, does not change.
+        ArtifactError: the embedding of a prompt does not change.
     """
-    check_changes(adapter)
-    adapted = replace(models, **{part: _add_lora(getattr(models, part), layers) for part, layers in adapter.items()})
     if "text_encoder" in adapter:
-        prompt_ids = sampler.tokenize(models.tokenizer, [PROBE]).to(models.device)
-        with torch.no_grad():
-            tuned = sampler.encode(adapted, prompt_ids)
-            with sampler.adapters_disabled(adapted):
-                base = sampler.encode(adapted, prompt_ids)
-        if torch.equal(tuned, base):
-            raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
-    for part in adapter:
-        getattr(adapted, part).requires_grad_(False)  # switching peft's adapters on again makes them trainable
-    return adapted
+        check_embedding(models.tokenizer, models.text_encoder, adapter["text_encoder"])
+    return replace(models, **{part: _add_lora(getattr(models, part), layers) for part, layers in adapter.items()})
 
 
-def check_changes(adapter: Adapter) -> None:
-    for part, layers in adapter.items():
-        if not any(layer.up.any() and layer.down.any() for layer in layers.values()):
-            raise ArtifactError(f"adapter: it changes nothing in the {part}: all its matrices are zero")
+@torch.no_grad()
+def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Layer]) -> None:
+    """See that layers change the embedding of a prompt.
+
+    Raises:
+        ArtifactError: they do not.
+    """
+    tuned = copy.deepcopy(text_encoder)
+    bake(tuned, layers)
+    prompt_ids = sampler.tokenize(tokenizer, [PROBE]).to(text_encoder.device)
+    base, changed = (encoder(input_ids=prompt_ids).last_hidden_state for encoder in (text_encoder, tuned))
+    if torch.equal(base, changed):
+        raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
 
 
 def lora_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -151,24 +176,35 @@ def read_unet(path: str | Path, models: Any) -> TunedUNet:
             another U-Net's, or all equal to this one's.
     """
     path = Path(path)
-    if path.is_dir():
-        for folder in (path, path / "unet"):
-            for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-                if (folder / name).is_file():
-                    tensors = read_tensors(folder / name, "a U-Net")
-                    return TunedUNet({}, _whole_unet(tensors, models.unet, folder / name))
-    for file in find_files(path):
-        if file.config is None:
-            tensors = read_tensors(file.path, "a U-Net")
+    for folder in (path, path / "unet"):
+        if file := _unet_file(folder):
+            return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), models.unet, file))
+    for found in find_files(path):
+        if found.config is None:
+            tensors = read_finite(found.path, "a U-Net")
             if any(key.startswith(ldm.UNET) for key in tensors):
-                return TunedUNet({}, _whole_unet(ldm.unet_tensors(tensors, models.unet), models.unet, file.path))
+                return TunedUNet({}, _whole_unet(ldm.unet_tensors(tensors, models.unet), models.unet, found.path))
             if "conv_in.weight" in tensors:
-                return TunedUNet({}, _whole_unet(tensors, models.unet, file.path))
+                return TunedUNet({}, _whole_unet(tensors, models.unet, found.path))
     adapter = read_adapter(path, models)
     if foreign := [part for part in adapter if part != "unet"]:
         raise ArtifactError(f"{path}: it holds LoRA for the {foreign[0]}; give it with --adapter")
-    check_changes(adapter)
+    check_changes(adapter, path)
     return TunedUNet(adapter, {})
+
+
+def _unet_file(folder: Path) -> Path | None:
+    """The weights in a U-Net's folder, of whatever variant (fp16, non_ema) if it is the only one."""
+    for ending in ("safetensors", "bin"):
+        files = sorted(folder.glob(f"diffusion_pytorch_model*.{ending}"))
+        plain = folder / f"diffusion_pytorch_model.{ending}"
+        if len(files) > 1 and plain not in files:
+            raise ArtifactError(
+                f"{folder}: it holds {len(files)} files of a U-Net, as {files[0].name}; give one that is whole"
+            )
+        if files:
+            return plain if plain in files else files[0]
+    return None
 
 
 def _whole_unet(tensors: dict[str, Tensor], unet: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -177,13 +213,17 @@ def _whole_unet(tensors: dict[str, Tensor], unet: nn.Module, path: Path) -> dict
     wrong = (own.keys() ^ tensors.keys()) | {key for key in both if own[key].shape != tensors[key].shape}
     if wrong:
         raise ArtifactError(
-            f"{path}: another U-Net: {len(wrong)} tensors are missing, foreign or misshapen, as {min(wrong)}"
+            f"{path}: another U-Net: {len(wrong)} tensors are missing, foreign or misshapen, as {min(wrong)}; see --model"
         )
-    if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise ArtifactError(f"{path}: the tensor {bad} holds values that are not finite")
-    if all(torch.equal(tensor.to(own[key].dtype), own[key].cpu()) for key, tensor in tensors.items()):
+    if all(_same(tensor, own[key].cpu()) for key, tensor in tensors.items()):
         raise ArtifactError(f"{path}: it is this very U-Net, so that it changes nothing")
     return tensors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors are equal, up to the rounding of the coarser one."""
+    coarser = min(one, other, key=lambda tensor: tensor.element_size()).dtype
+    return torch.equal(one.to(coarser), other.to(coarser))
 
 
 @torch.no_grad()

@@ -120,10 +120,10 @@ def is_fetched(name: str) -> bool:
 # --- reading them ---
 
 
-def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
+def read_tensors(path: Path, kind: str = SCORER, keep: bool = True) -> dict[str, Tensor]:
     """A checkpoint's tensors by name, from safetensors or from a pickle, plain or in a `state_dict`; no code is run.
 
-    A large pickle is read once and kept as safetensors in the cache, under its SHA-256; that of the copy is kept beside it.
+    With `keep`, a large pickle is read once and kept as safetensors in the cache, under its SHA-256; the copy's lies beside.
     What kind of file it was to be is told to who gave another.
 
     Raises:
@@ -138,7 +138,7 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         digest = _checked_sha256(path)
-        if path.stat().st_size < MIN_CACHED_BYTES:
+        if not keep or path.stat().st_size < MIN_CACHED_BYTES:
             return _unpickle(path)
         copy, note = (cache_folder() / f"{digest}.{ending}" for ending in ("safetensors", "sha256"))
         if copy.is_file() and note.is_file() and note.read_bytes() == _sha256(copy).encode():
@@ -154,6 +154,24 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
 def describe(error: BaseException) -> str:
     """Kind and words of an error, in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def read_finite(path: Path, kind: str) -> dict[str, Tensor]:
+    """As `read_tensors`, all of them plain and finite; nothing is kept, and 8-bit numbers become 16-bit ones.
+
+    Raises:
+        FileNotFoundError, ArtifactError: as `read_tensors`, or a tensor is something else.
+    """
+    tensors = read_tensors(path, kind, keep=False)
+    with refused(path, kind):
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+                raise ValueError(f"{name} is no plain tensor")
+            if tensor.is_floating_point() and tensor.element_size() == 1:
+                tensors[name] = tensor.half()
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"the tensor {name} holds values that are not finite")
+    return tensors
 
 
 @contextlib.contextmanager

@@ -283,6 +283,7 @@ def _check_ranges(config: TrainConfig) -> None:
 ADAPTER_HELP = (
     "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
 )
+UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
 
 
@@ -292,6 +293,7 @@ class SampleConfig:
 
     adapter: list[str] | None = _option(None, ADAPTER_HELP)
     unet: str | None = _option(None, UNET_HELP)
+    unet_scale: float = _option(1.0, UNET_SCALE_HELP)
     prompt: list[str] | None = _option(None, "what to draw; repeatable")
     prompts: str | None = _option(None, "a file, one prompt a line, or the name of a shipped set")
     model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
@@ -339,6 +341,8 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
         raise ValueError("prompt: give --prompt or --prompts")
     if not config.adapter and config.scale != 1:
         raise ValueError("adapter: --scale is about an adapter; give --adapter")
+    if not config.unet and config.unet_scale != 1:
+        raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.adapter and not config.unet and config.compare:
         raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
     run = _read_runs(_run_files(config.adapter), config)
@@ -398,7 +402,7 @@ class MergeConfig:
 
     adapter: list[str] | None = _option(None, ADAPTER_HELP)
     unet: str | None = _option(None, UNET_HELP)
-    unet_scale: float = _option(1.0, "strength of the U-Net's change: 0 is the base model's, 1 as it was tuned")
+    unet_scale: float = _option(1.0, UNET_SCALE_HELP)
     model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
     format: str = _option(
         "pipeline",
@@ -418,6 +422,8 @@ def resolve_merge(config: MergeConfig) -> MergeConfig:
     _check_choices(config)
     if not config.adapter and not config.unet:
         raise ValueError("adapter: there is nothing to merge; give --adapter, --unet or both")
+    if config.unet_scale != 1 and not config.unet:
+        raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.output.strip("./ "):
         raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
     model = config.model or _read_runs(_run_files(config.adapter), config).get("model") or default_model(default_device())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, lora, record, sampler, scorers, world
-from texforce.config import SampleConfig, TrainConfig, default_device, parse_weighted
+from texforce import adapters, record, sampler, scorers, world
+from texforce.config import SampleConfig, TrainConfig, default_device
 from texforce.scorers import Scorer
 
 # One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
@@ -23,12 +23,10 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     Raises:
         FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter. DivergedError: no image is finite.
     """
-    specs = config.adapter or []
-    for spec in specs:  # a mistyped folder must not wait for the model
-        lora.check_adapter(parse_weighted(spec)[0])
+    adapters.check_inputs(config.adapter, config.unet)  # a mistyped folder must not wait for the model
     models = sampler.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
     sampler.tokenize(models.tokenizer, prompts)
-    terms = [(lora.read_adapter(path, models), weight * config.scale) for path, weight in map(parse_weighted, specs)]
+    terms = adapters.read_terms(config.adapter or (), models, config.scale)
     unet = adapters.read_unet(config.unet, models) if config.unet else adapters.TunedUNet({}, {})
 
     def draw(models: sampler.Models) -> Tensor:
@@ -40,12 +38,12 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         )
 
     images = {}
-    if config.compare or not (specs or config.unet):
+    if config.compare or not (config.adapter or config.unet):
         images["base"] = draw(models)
-    if specs or config.unet:
+    if config.adapter or config.unet:
         if unet.tensors:
-            adapters.move_towards(models.unet, unet.tensors)
-        images["tuned"] = draw(adapters.apply(models, adapters.fuse([*terms, (unet.adapter, 1.0)])))
+            adapters.move_towards(models.unet, unet.tensors, config.unet_scale)
+        images["tuned"] = draw(adapters.apply(models, adapters.fuse([*terms, (unet.adapter, config.unet_scale)])))
     return images
 
 

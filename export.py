@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, ldm, lora, record, sampler
+from texforce import adapters, ldm, record, sampler
 from texforce.adapters import lora_config, lora_tensors, named_as_in
 from texforce.config import MergeConfig, parse_weighted
-from texforce.lora import Adapter
+from texforce.lora import Adapter, Layer
 
 LORA_FORMATS = ("peft", "diffusers", "kohya")
 FULL_FORMATS = ("pipeline", "checkpoint")
-ARCHITECTURES = {  # kohya's base model, modelspec's architecture, pixels; by the width of the U-Net's cross-attention
-    768: ("sd_v1", "stable-diffusion-v1", 512),
-    1024: ("sd_v2", "stable-diffusion-v2-512", 512),
-    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024),
+ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the width of the text that the U-Net takes
+    768: ("sd_v1", "stable-diffusion-v1"),
+    1024: ("sd_v2", "stable-diffusion-v2"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
 
 
@@ -48,10 +48,9 @@ def merge(config: MergeConfig) -> Path:
     """
     output = Path(config.output)
     check_output(config)
-    for spec in config.adapter or ():
-        lora.check_adapter(parse_weighted(spec)[0])
+    adapters.check_inputs(config.adapter, config.unet)
     models = load_pipeline(config.model)
-    terms = [(lora.read_adapter(path, models), weight) for path, weight in map(parse_weighted, config.adapter or ())]
+    terms = adapters.read_terms(config.adapter or (), models)
     whole_unet = False
     if config.unet:
         unet = adapters.read_unet(config.unet, models)
@@ -62,13 +61,28 @@ def merge(config: MergeConfig) -> Path:
         if whole_unet:
             adapters.move_towards(models.unet, unet.tensors, config.unet_scale)
     adapter = adapters.fuse(terms)
-    adapters.check_changes(adapter)
     if not adapter and not whole_unet:
         raise ValueError("adapter: with weights of 0 nothing is merged")
+    check_sum(models, adapter)
     with written_folder(output, config.overwrite) as folder:
         WRITERS[config.format](Merged(models, adapter, config), folder)
         (folder / "README.md").write_text(model_card(config, adapter))
     return output
+
+
+def check_sum(models: Any, adapter: Adapter) -> None:
+    """See that a fusion is finite, and changes what the text encoders say.
+
+    Raises:
+        ValueError: it is not finite. ArtifactError: it changes nothing.
+    """
+    for layers in adapter.values():
+        for name, layer in layers.items():
+            if not layer.delta().isfinite().all():
+                raise ValueError(f"adapter: with these weights the change of {name} is not finite; lower them")
+    for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if part in adapter:
+            adapters.check_embedding(getattr(models, tokenizer), getattr(models, part), adapter[part])
 
 
 def check_output(config: MergeConfig) -> None:
@@ -85,7 +99,15 @@ def check_output(config: MergeConfig) -> None:
             raise ValueError(f"output: {config.output!r} and the input {str(path)!r} must not lie in each other")
     if output.exists() and not config.overwrite:
         raise ValueError(f"output: {config.output!r} exists; choose another, or give --overwrite")
-    record.check_writable(output)
+    if output.exists() and not _is_ours(output):
+        raise ValueError(f"output: {config.output!r} was not written by texforce merge; it is not overwritten")
+    record.check_writable(output.parent)
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether a folder is empty, or one that `merge` wrote."""
+    card = output / "README.md"
+    return output.is_dir() and (not any(output.iterdir()) or (card.is_file() and CARD in card.read_text(errors="replace")))
 
 
 def load_pipeline(name: str) -> Any:
@@ -107,12 +129,13 @@ def load_pipeline(name: str) -> Any:
 
 @contextlib.contextmanager
 def written_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the output, which takes its place in one step when all of it is written, or leaves no trace."""
+    """A folder beside the output, which takes its place when all of it is written, or leaves no trace."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         yield folder
-        record.open_to_umask(folder)
+        for path in (*folder.rglob("*"), folder):
+            record.open_to_umask(path)
         if output.exists() and overwrite:
             _swap(folder, output)
         else:
@@ -123,15 +146,20 @@ def written_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def _swap(folder: Path, output: Path) -> None:
     """Put a folder in the place of another, which comes back if that fails."""
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    os.rename(output, old / output.name)
+    place = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    old = place / output.name
     try:
+        os.rename(output, old)
         os.rename(folder, output)
     except BaseException:
-        os.rename(old / output.name, output)
+        if old.exists():
+            os.rename(old, output)
+        place.rmdir()
         raise
-    finally:
-        shutil.rmtree(old)
+    shutil.rmtree(place)
+
+
+CARD = "Merged by texforce"
 
 
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
@@ -143,7 +171,7 @@ def model_card(config: MergeConfig, adapter: Adapter) -> str:
         [
             "---", "library_name: diffusers", "tags: [texforce, text-to-image, lora]", "---",
             f"# {Path(config.output).name}", "",
-            f"Merged by texforce {texforce.__version__} into the format `{config.format}`, for the model `{config.model}`. "
+            f"{CARD} {texforce.__version__} into the format `{config.format}`, for the model `{config.model}`. "
             "Changes are summed, each times its weight.",
             "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "",
         ]
@@ -167,13 +195,15 @@ def write_peft(merged: Merged, folder: Path) -> None:
 
 
 def write_diffusers(merged: Merged, folder: Path) -> None:
-    """`pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`, with alphas in its metadata.
+    """`pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`, with metadata.
 
+    Alpha is the rank, and its own strength is in the matrices, since readers without the metadata, as ComfyUI, take it so.
     Text encoders' tensors have the level `text_model.` in their names, without which ComfyUI knows none of them. In the
     metadata the names do without: peft takes the ends of names too, so that they fit transformers before and after 5.6.
     """
     arguments: dict[str, Any] = {}
     for part, layers in merged.adapter.items():
+        layers = {name: Layer(layer.down, layer.scale * layer.up, layer.rank) for name, layer in layers.items()}
         named = layers if part == "unet" else {f"text_model.{name}": layer for name, layer in layers.items()}
         arguments[f"{part}_lora_layers"] = lora_tensors(named)
         arguments[f"{part}_lora_adapter_metadata"] = lora_config(layers)
@@ -198,9 +228,10 @@ def write_kohya(merged: Merged, folder: Path) -> None:
             tensors[f"{full}.lora_up.weight"] = layer.up.contiguous()
             tensors[f"{full}.alpha"] = torch.tensor(layer.alpha)
     every = [layer for layers in merged.adapter.values() for layer in layers.values()]
-    base, architecture, resolution = architecture_of(merged.models)
-    metadata = modelspec(merged, f"{architecture}/lora", resolution) | {
-        "ss_network_module": "networks.lora", "ss_base_model_version": base,
+    base = architecture_of(merged.models)[0]
+    metadata = modelspec(merged, "/lora") | {
+        "ss_network_module": "networks.lora", "ss_base_model_version": base, "ss_v2": str(base == "sd_v2"),
+        "ss_v_parameterization": str(prediction_type(merged.models) == "v"),
         "ss_network_dim": common(str(layer.rank) for layer in every),
         "ss_network_alpha": common(str(layer.alpha) for layer in every),
         "ss_sd_model_name": merged.config.model, "ss_output_name": Path(merged.config.output).name,
@@ -214,23 +245,33 @@ def common(values: Iterator[str]) -> str:
     return distinct.pop() if len(distinct) == 1 else "Dynamic"
 
 
-def architecture_of(models: Any) -> tuple[str, str, int]:
-    unknown = ("", "stable-diffusion", 8 * (models.unet.config.sample_size or 64))
-    return ARCHITECTURES.get(models.unet.config.cross_attention_dim, unknown)
+def architecture_of(models: Any) -> tuple[str, str]:
+    """kohya's and modelspec's words for the base model; empty and general ones for models that are none of the published."""
+    base, name = ARCHITECTURES.get(models.unet.config.cross_attention_dim, ("", "stable-diffusion"))
+    if base == "sd_v2":
+        name += "-768-v" if prediction_type(models) == "v" else "-512"
+    return base, name
 
 
-def modelspec(merged: Merged, architecture: str, resolution: int) -> dict[str, str]:
-    """Metadata by Stability's Model Spec 1.0.0."""
+def prediction_type(models: Any) -> str:
+    """modelspec's word."""
+    return "v" if models.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon"
+
+
+def modelspec(merged: Merged, kind: str) -> dict[str, str]:
+    """Metadata by Stability's Model Spec 1.0.0; the kind is what stands behind the architecture, as /lora."""
+    models, config = merged.models, merged.config
+    pixels = (models.unet.config.sample_size or 64) * 2 ** (len(models.vae.config.block_out_channels) - 1)
     return {
         "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture,
-        "modelspec.implementation": "diffusers" if architecture.endswith("/lora") else "sgm",
-        "modelspec.title": Path(merged.config.output).name,
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture_of(models)[1] + kind,
+        "modelspec.implementation": "diffusers" if kind else "sgm",
+        "modelspec.title": Path(config.output).name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": merged.models.scheduler.config.get("prediction_type", "epsilon"),
+        "modelspec.resolution": f"{pixels}x{pixels}",
+        "modelspec.prediction_type": prediction_type(models),
         "modelspec.description": f"merged by texforce {texforce.__version__}",
-        "texforce": json.dumps({"adapter": merged.config.adapter, "unet": merged.config.unet, "model": merged.config.model}),
+        "texforce": json.dumps({"adapter": config.adapter, "unet": config.unet, "model": config.model}),
     }  # fmt: skip
 
 
@@ -257,9 +298,8 @@ def write_pipeline(merged: Merged, folder: Path) -> None:
 def write_checkpoint(merged: Merged, folder: Path) -> None:
     """One file in the layout of Stable Diffusion's own code, everything baked in."""
     bake(merged)
-    _, architecture, resolution = architecture_of(merged.models)
-    metadata = modelspec(merged, architecture, resolution)
-    save(ldm.checkpoint_tensors(merged.models), folder / f"{Path(merged.config.output).name}.safetensors", metadata)
+    path = folder / f"{Path(merged.config.output).name}.safetensors"
+    save(ldm.checkpoint_tensors(merged.models), path, modelspec(merged, ""))
 
 
 WRITERS: dict[str, Callable[[Merged, Path], None]] = {

@@ -32,6 +32,8 @@ def unet_name(name: str, config: Any) -> str:
     for ours, theirs in _UNET_ENDS.items():
         if name == ours or name.startswith(ours + "."):
             return theirs + name[len(ours) :]
+    if not isinstance(config.layers_per_block, int):
+        raise ValueError("a U-Net whose blocks differ in length has no single-file layout")
     step = config.layers_per_block + 1  # of numbers a block
     match = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
     if match is None or (match[3] == "resnets" and match[5].partition(".")[0] not in _RESNET):

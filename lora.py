@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from texforce import ldm
-from texforce.checkpoints import ArtifactError, read_tensors
+from texforce.checkpoints import ArtifactError, read_finite
 from texforce.config import MAX_RANK
 
 PARTS = ("text_encoder", "text_encoder_2", "unet")
@@ -61,41 +61,41 @@ class _File:
     """A file of LoRA, and what its own folder or metadata say of it."""
 
     path: Path
-    part: str | None = None  # that its names without a prefix are of
+    part: str | None = None  # that its names without a prefix are of, if they do not say it themselves
     config: dict[str, Any] | None = None  # peft's
 
 
-def check_adapter(path: str | Path) -> None:
-    """See that there is something to read, before any model is loaded.
+def find_files(path: Path) -> list[_File]:
+    """What there is to read of a file or folder.
 
     Raises:
-        FileNotFoundError: there is not.
+        FileNotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
     """
-    find_files(Path(path))
-
-
-def find_files(path: Path) -> list[_File]:
     if path.is_file():
+        config = path.parent / "adapter_config.json"
+        if path.name.startswith("adapter_model.") and config.is_file():
+            return [_File(path, None, _read_peft_config(config))]
         return [_File(path)]
     if not path.is_dir():
         raise FileNotFoundError(f"adapter: there is no file or folder {str(path)!r}")
     files = []
-    for part, folder in {"text_encoder": path, "text_encoder_2": path / "text_encoder_2", "unet": path / "unet"}.items():
+    for part, folder in {None: path, "text_encoder_2": path / "text_encoder_2", "unet": path / "unet"}.items():
         if (folder / "adapter_config.json").is_file():
             weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
             found = next((file for file in weights if file.is_file()), None)
             if found is None:
                 raise FileNotFoundError(f"adapter: {str(folder)!r} holds no adapter_model.safetensors")
             files.append(_File(found, part, _read_peft_config(folder / "adapter_config.json")))
-    for ending in ("safetensors", "bin"):
-        if not files and (path / f"pytorch_lora_weights.{ending}").is_file():
-            files.append(_File(path / f"pytorch_lora_weights.{ending}"))
-    if not files:
-        raise FileNotFoundError(
-            f"adapter: {str(path)!r} holds neither adapter_config.json nor pytorch_lora_weights.safetensors; "
-            "give the output folder of a training, or a file"
-        )
-    return files
+    if files:
+        return files
+    for pattern in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "*.safetensors"):
+        found_files = list(path.glob(pattern))
+        if len(found_files) == 1:
+            return [_File(found_files[0])]
+    raise FileNotFoundError(
+        f"adapter: {str(path)!r} holds neither adapter_config.json nor pytorch_lora_weights.safetensors nor a single other "
+        "file of weights; give the output folder of a training, or a file"
+    )
 
 
 def _read_peft_config(path: Path) -> dict[str, Any]:
@@ -123,27 +123,34 @@ def _check_lora_config(config: dict[str, Any], path: Path) -> None:
         pattern = config.get(name) or {}
         # peft takes these names for regular expressions, which can hang; here they are names and nothing else.
         if not isinstance(pattern, dict) or not all(
-            re.fullmatch(r"[\w.]+", key) and _is_number(value) and 0 < value < 1e6 for key, value in pattern.items()
+            re.fullmatch(r"\^?[\w.]+", key) and _is_number(value) and 0 < value < 1e6 for key, value in pattern.items()
         ):
             raise ArtifactError(f"{path}: {name} must hold numbers by the names of layers")
-    bias = config.get("bias") or "none"
     unsupported = [name for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out") if config.get(name)]
-    if unsupported or bias != "none":
-        raise ArtifactError(f"{path}: {(unsupported or ['bias'])[0]} is not supported")
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        unsupported.append("init_lora_weights")  # the others change the base weights too
+    if unsupported:
+        raise ArtifactError(f"{path}: {unsupported[0]} is not supported")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
-def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """peft's configurations by part, which diffusers keeps in the header of a file; empty without one."""
+def _read_header(path: Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
         return {}
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata")
+        return file.metadata() or {}
+
+
+def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dict[str, Any]]:
+    """peft's configurations by part, which diffusers keeps in a file's header; by None that of a file of a single part."""
+    text = header.get("lora_adapter_metadata")
     if text is None:
         return {}
     try:
@@ -152,13 +159,24 @@ def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
         raise ArtifactError(f"{path}: its lora_adapter_metadata are not JSON: {error}") from error
     if not isinstance(flat, dict):
         raise ArtifactError(f"{path}: its lora_adapter_metadata are no object")
-    configs: dict[str, dict[str, Any]] = defaultdict(dict)
+    configs: dict[str | None, dict[str, Any]] = defaultdict(dict)
     for key, value in flat.items():
         part, _, name = key.partition(".")
-        configs[part][name] = value
+        configs[part if part in PARTS else None][name if part in PARTS else key] = value
     for config in configs.values():
         _check_lora_config(config, path)
-    return configs
+    return dict(configs)
+
+
+# By the width of the text that the U-Net takes: kohya's word for the base model.
+FAMILIES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl"}
+
+
+def _check_family(header: Mapping[str, str], models: Any, path: Path) -> None:
+    said, own = header.get("ss_base_model_version", ""), FAMILIES.get(models.unet.config.cross_attention_dim)
+    family = next((family for family in FAMILIES.values() if said.startswith(family)), None)
+    if family and own and family != own:
+        raise ArtifactError(f"{path}: made for another model: it says {said}, and this one is {own}; see --model")
 
 
 # --- names ---
@@ -236,40 +254,42 @@ def read_adapter(path: str | Path, models: Any) -> Adapter:
     names = {part: layer_names(part, module) for part, module in modules.items()}
     adapter: Adapter = {}
     for file in find_files(Path(path)):
-        for part, layers in _read_file(file, names).items():
-            _check_shapes(layers, modules[part], file.path)
+        tensors = read_finite(file.path, "an adapter")
+        header = _read_header(file.path)
+        _check_family(header, models, file.path)
+        configs = {file.part: file.config} if file.config else _read_configs(header, file.path)
+        for part, found in _by_part(tensors, names, file).items():
+            config = configs.get(part, configs.get(None))
+            layers = {name: _make_layer(name, layer, config, file.path) for name, layer in found.items()}
             _check_whole(layers, part, names[part], file)
-            adapter[part] = layers
+            adapter[part] = _fit(layers, modules[part], file.path)
     return adapter
 
 
-def _read_file(file: _File, names: Mapping[str, Mapping[str, str]]) -> Adapter:
-    tensors = read_tensors(file.path, "an adapter")
-    if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise ArtifactError(f"{file.path}: the tensor {bad} holds values that are not finite")
+def _by_part(
+    tensors: Mapping[str, Tensor], names: Mapping[str, Mapping[str, str]], file: _File
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The down, up and alpha of each layer of each part."""
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in tensors.items():
         place = _place(key, names, file.part)
         if place is None:
-            raise ArtifactError(f"{file.path}: the tensor {key} is of no layer of this model")
+            raise ArtifactError(f"{file.path}: the tensor {key} is of no layer of this model; see --model")
         part, name, kind = place
         if kind in found[part][name]:
             raise ArtifactError(f"{file.path}: two tensors are for {kind} of {name} in the {part}, as {key}")
         found[part][name][kind] = tensor
     if not found:
         raise ArtifactError(f"{file.path}: it holds no tensor")
-    configs = {file.part: file.config} if file.part and file.config else dict(_read_metadata(file.path))
-    return {
-        part: {name: _make_layer(name, layer, configs.get(part), file.path) for name, layer in layers.items()}
-        for part, layers in found.items()
-    }
+    return found
 
 
-def _make_layer(name: str, tensors: Mapping[str, Tensor], config: dict[str, Any] | None, path: Path) -> Layer:
+def _make_layer(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, path: Path) -> Layer:
     if missing := {"down", "up"} - tensors.keys():
         raise ArtifactError(f"{path}: of {name} the {missing.pop()} matrix is missing")
     down, up = tensors["down"], tensors["up"]
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or not 1 <= down.shape[0] == up.shape[1] <= MAX_RANK:
+    matching = down.ndim in (2, 4) and up.ndim in (2, 4) and 1 <= down.shape[0] == up.shape[1] <= MAX_RANK
+    if not matching or up.numel() != up.shape[0] * up.shape[1]:
         raise ArtifactError(f"{path}: of {name} the shapes {tuple(down.shape)} and {tuple(up.shape)} are of no LoRA")
     rank, alpha = down.shape[0], float(down.shape[0])  # the convention where nothing is said
     if config is not None:
@@ -288,13 +308,16 @@ def _make_layer(name: str, tensors: Mapping[str, Tensor], config: dict[str, Any]
 
 def _by_pattern(name: str, pattern: Mapping[str, float] | None, default: float) -> float:
     for key, value in (pattern or {}).items():
-        if name == key.removeprefix("text_model.") or name.endswith("." + key):
+        plain = key.removeprefix("^").removeprefix("text_model.")
+        if name == plain or (not key.startswith("^") and name.endswith("." + plain)):
             return value
     return default
 
 
-def _check_shapes(layers: Mapping[str, Layer], module: nn.Module, path: Path) -> None:
+def _fit(layers: Mapping[str, Layer], module: nn.Module, path: Path) -> dict[str, Layer]:
+    """The layers with factors of as many axes as the weights that they change have."""
     modules: dict[str, Any] = {name.removeprefix("text_model."): layer for name, layer in module.named_modules()}
+    fitted = {}
     for name, layer in layers.items():
         weight = modules[name].weight
         shape = (layer.up.shape[0], *layer.down.shape[1:])
@@ -302,10 +325,14 @@ def _check_shapes(layers: Mapping[str, Layer], module: nn.Module, path: Path) ->
             raise ArtifactError(
                 f"{path}: made for another model: {name} changes a weight of shape {shape}, here of {tuple(weight.shape)}"
             )
+        down = layer.down.reshape(layer.rank, *weight.shape[1:])
+        up = layer.up.reshape(weight.shape[0], layer.rank, *(1 for _ in weight.shape[2:]))
+        fitted[name] = Layer(down, up, layer.alpha)
+    return fitted
 
 
 def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str], file: _File) -> None:
-    """Nothing is missing: what peft's configuration names, layers of a text encoder, in an attention what others have."""
+    """Nothing is missing: what peft's configuration names, layers of a text encoder, in a block what its likes have."""
     known = set(names.values())
     if file.config is not None:
         targets = [str(target).removeprefix("text_model.") for target in file.config["target_modules"]]
@@ -313,20 +340,24 @@ def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str
         if expected != layers.keys():
             wrong = expected ^ layers.keys()
             raise ArtifactError(f"{file.path}: {len(wrong)} layers are missing or not among target_modules, as {min(wrong)}")
-    siblings: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in layers:
+    possible, present = _children(known), _children(layers)
+    for kind in {_kind(parent) for parent in present}:
+        alike = {parent for parent in possible if _kind(parent) == kind}
+        wanted = set().union(*(present.get(parent, set()) for parent in alike))
+        for parent in sorted(alike if part != "unet" else alike & present.keys()):
+            if lacking := (wanted & possible[parent]) - present.get(parent, set()):
+                raise ArtifactError(f"{file.path}: the {part} is incomplete: {parent} lacks {min(lacking)}")
+
+
+def _children(names: Iterable[str]) -> dict[str, set[str]]:
+    """The layers of each block, as q_proj of encoder.layers.0.self_attn."""
+    children: dict[str, set[str]] = defaultdict(set)
+    for name in names:
         parent, _, child = name.removesuffix(".0").rpartition(".")
-        siblings[re.sub(r"\d+", "#", parent)][parent].add(child)
-    for kind, parents in siblings.items():
-        children = set().union(*parents.values())
-        if part != "unet":
-            for name in known:
-                parent = name.rpartition(".")[0]
-                if re.sub(r"\d+", "#", parent) == kind:
-                    parents.setdefault(parent, set())
-        if lacking := {parent for parent, present in parents.items() if present != children}:
-            parent = min(lacking)
-            missing = min(children - parents[parent])
-            raise ArtifactError(
-                f"{file.path}: {len(lacking)} layers of the {part} are incomplete, as {parent} without {missing}"
-            )
+        children[parent].add(child)
+    return children
+
+
+def _kind(parent: str) -> str:
+    """A block's name without its numbers: its likes have the same."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", parent)

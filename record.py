@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -56,12 +57,12 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def open_to_umask(folder: Path) -> None:
-    """Give a folder and all in it the permissions of the umask; safetensors and tempfile make theirs the owner's alone."""
+def open_to_umask(path: Path) -> None:
+    """Give a new file or folder the permissions of the umask; safetensors and tempfile make theirs the owner's alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    mode = path.stat().st_mode
+    path.chmod(((0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask) | (mode & stat.S_ISGID))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ class Policy:
             if hasattr(part, "peft_config"):
                 part.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub about the base model
                 (folder / "README.md").unlink(missing_ok=True)  # peft's template, all "More Information Needed"
-                record.open_to_umask(folder)
+                record.open_to_umask(folder / "adapter_model.safetensors")
 
 
 # --- advantages and loss ---

@@ -344,10 +344,10 @@ def test_a_unets_damaged_adapter_is_refused_too(runs, tmp_path):
         load_adapter(load_tiny(), folder)
 
 
-def test_an_adapter_of_the_other_part_is_refused(runs, tmp_path):
-    shutil.copytree(runs / "unet" / "unet", tmp_path / "adapter")
-    with pytest.raises(ArtifactError):
-        load_adapter(load_tiny(), tmp_path / "adapter")
+def test_a_unets_adapter_may_lie_in_the_folder_itself(runs, tmp_path):
+    folder = shutil.copytree(runs / "unet" / "unet", tmp_path / "adapter")
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    assert torch.equal(sample([folder], **options)["tuned"], sample([runs / "unet"], **options)["tuned"])
 
 
 def test_an_adapter_of_a_wider_model_is_refused(adapter):

@@ -20,7 +20,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluate, export, ldm, lora, sampler
+from texforce import adapters, checkpoints, cli, evaluate, export, ldm, lora, sampler
+from texforce.checkpoints import ArtifactError
 from texforce.config import MergeConfig, SampleConfig, TrainConfig, parse_weighted, resolve_merge, resolve_sample
 from texforce.lora import Layer
 
@@ -344,11 +345,15 @@ def test_kohyas_metadata_say_what_it_is(bases, pairs, tmp_path):
 
 @pytest.mark.parametrize(("width", "base", "architecture"), [
     (768, "sd_v1", "stable-diffusion-v1"), (1024, "sd_v2", "stable-diffusion-v2-512"),
-    (2048, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    (1024, "sd_v2", "stable-diffusion-v2-768-v"), (2048, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 ])  # fmt: skip
 def test_the_published_models_have_their_names(width, base, architecture):
-    models = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width, sample_size=64)))
-    assert export.architecture_of(models)[:2] == (base, architecture)
+    kind = "v_prediction" if architecture.endswith("-v") else "epsilon"
+    models = SimpleNamespace(
+        unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width)),
+        scheduler=SimpleNamespace(config={"prediction_type": kind}),
+    )
+    assert export.architecture_of(models) == (base, architecture)
 
 
 # --- fusion ---
@@ -377,14 +382,6 @@ def test_the_parts_of_different_adapters_join(bases, tmp_path):
     unet = lora.read_adapter(write_adapter(tmp_path / "unet", pipeline, 2, ("unet",)), pipeline)
     fused = adapters.fuse([(text, 1.0), (unet, 1.0)])
     assert fused == text | unet
-
-
-def test_matrices_and_convolutions_of_one_by_one_sum():
-    generator = torch.Generator().manual_seed(0)
-    flat = Layer(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator), 4.0)
-    conv = Layer(torch.randn(3, 6, 1, 1, generator=generator), torch.randn(5, 3, 1, 1, generator=generator), 3.0)
-    fused = adapters.fuse([({"unet": {"a": flat}}, 2.0), ({"unet": {"a": conv}}, -1.0)])["unet"]["a"]
-    torch.testing.assert_close(fused.delta().flatten(1), 2 * flat.delta() - conv.delta().flatten(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("spec", "expected"), [
@@ -518,12 +515,144 @@ def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(bases, tmp_path):
 
 
 def test_metadata_of_a_diffusers_file_give_its_alphas(bases, pairs, tmp_path):
-    base = bases["sd15"]
-    folder = merge(base, tmp_path / "merged", str(pairs["sd15"][0]), format="diffusers")
-    path = folder / "pytorch_lora_weights.safetensors"
-    assert {layer.alpha for layer in lora.read_adapter(folder, base.pipeline())["unet"].values()} == {6.0}
-    save_file(load_file(path), path)  # without metadata
-    assert {layer.alpha for layer in lora.read_adapter(folder, base.pipeline())["unet"].values()} == {3.0}
+    pipeline = bases["sd15"].pipeline()
+    adapter = lora.read_adapter(pairs["sd15"][0], pipeline)
+    arguments = {f"{part}_lora_layers": adapters.lora_tensors(layers) for part, layers in adapter.items()}
+    metadata = {f"{part}_lora_adapter_metadata": adapters.lora_config(layers) for part, layers in adapter.items()}
+    pipeline.save_lora_weights(tmp_path, **arguments, **metadata)
+    for part, layers in lora.read_adapter(tmp_path, pipeline).items():
+        check_same(layers, adapter[part], True)
+    pipeline.save_lora_weights(tmp_path, **arguments)
+    for part, layers in lora.read_adapter(tmp_path, pipeline).items():
+        check_same(layers, adapter[part], False)
+
+
+def test_a_file_of_a_diffusers_unet_alone_has_metadata_without_a_prefix(bases, tmp_path):
+    """As `save_lora_adapter` writes them; where ranks differ, their patterns begin with ^."""
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.unet, 3)
+    odd = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layers[odd] = Layer(layers[odd].down[:2], layers[odd].up[:, :2].contiguous(), 6.0)  # diffusers loses other alphas here
+    save_file(in_layout("kohya", layers, True), tmp_path / "kohya.safetensors")
+    pipeline.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="default")
+    pipeline.unet.save_lora_adapter(tmp_path / "out", weight_name="unet.safetensors")
+    with safe_open(tmp_path / "out" / "unet.safetensors", framework="pt") as file:
+        assert "^" in file.metadata()["lora_adapter_metadata"]
+    found = adapters.read_unet(tmp_path / "out", bases["sd15"].pipeline()).adapter["unet"]
+    check_same(found, layers, True)
+
+
+def test_the_file_of_a_peft_folder_has_the_alpha_of_the_folder(bases, pairs):
+    pipeline = bases["tiny"].pipeline()
+    whole = lora.read_adapter(pairs["tiny"][0], pipeline)
+    check_same(
+        lora.read_adapter(pairs["tiny"][0] / "adapter_model.safetensors", pipeline)["text_encoder"],
+        whole["text_encoder"],
+        True,
+    )
+    for path in (pairs["tiny"][0] / "unet", pairs["tiny"][0] / "unet" / "adapter_model.safetensors"):
+        check_same(adapters.read_unet(path, pipeline).adapter["unet"], whole["unet"], True)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_locon_of_all_layers_makes_the_round_trip(bases, tmp_path, name):
+    """kohya's with convolutions, ff, proj_in and proj_out, in half precision, alphas included."""
+    base, generator = bases[name], torch.Generator().manual_seed(0)
+    pipeline, layers, tensors = base.pipeline(), {}, {}
+    for key, module in pipeline.unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            weight = module.weight
+            down = (0.1 * torch.randn(2, *weight.shape[1:], generator=generator)).half()
+            up = (0.1 * torch.randn(weight.shape[0], 2, *(1 for _ in weight.shape[2:]), generator=generator)).half()
+            layers[key] = Layer(down, up, 1.0)
+            full = "lora_unet_" + (ldm.unet_name(key, pipeline.unet.config) if name == "sdxl" else key).replace(".", "_")
+            tensors |= {
+                f"{full}.lora_down.weight": down,
+                f"{full}.lora_up.weight": up,
+                f"{full}.alpha": torch.tensor(1.0).half(),
+            }
+    save_file(tensors, tmp_path / "locon.safetensors")
+    found = adapters.read_unet(tmp_path / "locon.safetensors", pipeline).adapter["unet"]
+    check_same(found, layers, True)
+    expected = copy.deepcopy(pipeline.unet)
+    for key, layer in layers.items():
+        expected.get_submodule(key).weight.data += layer.delta()
+    for format in ("kohya", "pipeline"):
+        folder = merge(base, tmp_path / format, unet=str(tmp_path / "locon.safetensors"), format=format)
+        again = base.pipeline()
+        if format == "kohya":
+            adapters.bake(again.unet, adapters.read_unet(folder, again).adapter["unet"])
+        else:
+            again = read_by_others(base, format, folder)
+        for key, tensor in expected.state_dict().items():
+            torch.testing.assert_close(again.unet.state_dict()[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_part_of_the_blocks_and_of_their_attentions_is_an_adapter_too(bases, tmp_path):
+    pipeline = bases["sd15"].pipeline()
+    layers = random_layers(pipeline.unet, 3)
+    some = {name: layer for name, layer in layers.items() if name.startswith("up_blocks.1.attentions.0")}
+    kinds = {name: layer for name, layer in layers.items() if "attn1" in name or name.endswith(("to_k", "to_v"))}
+    for number, wanted in enumerate((some, kinds)):
+        save_file(in_layout("lora_A", wanted, True), tmp_path / f"{number}.safetensors")
+        check_same(adapters.read_unet(tmp_path / f"{number}.safetensors", pipeline).adapter["unet"], wanted, False)
+
+
+def test_factors_of_fewer_or_more_axes_than_the_weight_are_fitted(bases, tmp_path):
+    pipeline = bases["sd15"].pipeline()
+    proj, linear = "mid_block.attentions.0.proj_in", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    flat = Layer(torch.randn(2, 64), torch.randn(64, 2), 2.0)
+    long = Layer(torch.randn(2, 256, 1, 1), torch.randn(64, 2, 1, 1), 2.0)
+    save_file(in_layout("lora_A", {proj: flat, linear: long}, True), tmp_path / "odd.safetensors")
+    adapter = adapters.read_unet(tmp_path / "odd.safetensors", pipeline).adapter
+    assert adapter["unet"][proj].down.shape == (2, 64, 1, 1)
+    assert adapter["unet"][linear].up.shape == (64, 2)
+    adapters.apply(sampler.load_models(str(bases["sd15"].folder)), adapter)
+    folder = merge(bases["sd15"], tmp_path / "merged", unet=str(tmp_path / "odd.safetensors"), format="diffusers")
+    read_by_others(bases["sd15"], "diffusers", folder)
+
+
+def test_eight_bit_files_are_read(bases, tmp_path):
+    pipeline = bases["tiny"].pipeline()
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in pipeline.unet.state_dict().items()}
+    save_file(state, tmp_path / "fp8.safetensors")
+    tensors = adapters.read_unet(tmp_path / "fp8.safetensors", pipeline)  # it is not the very same: rounding changed it
+    assert tensors.tensors["conv_in.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin"])
+def test_a_variant_of_a_unet_is_read_if_it_is_the_only_one(bases, pairs, tmp_path, name):
+    state = adapted_by_hand(bases["tiny"], (pairs["tiny"][0], 1.0)).unet.state_dict()
+    torch.save(state, tmp_path / name) if name.endswith("bin") else save_file(state, tmp_path / name)
+    assert adapters.read_unet(tmp_path, bases["tiny"].pipeline()).tensors.keys() == state.keys()
+    save_file(state, tmp_path / f"diffusion_pytorch_model-00001-of-00002.{name.rpartition('.')[2]}")
+    with pytest.raises(ArtifactError, match="holds 2 files of a U-Net"):
+        adapters.read_unet(tmp_path, bases["tiny"].pipeline())
+
+
+def test_blocks_of_different_lengths_do_not_keep_a_text_encoders_adapter_from_being_read(bases, pairs):
+    pipeline = bases["sd15"].pipeline()
+    pipeline.unet.register_to_config(layers_per_block=(2, 2, 2, 2))
+    assert "text_encoder" in lora.read_adapter(pairs["sd15"][0], pipeline)
+
+
+def test_a_pickle_leaves_no_copy(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pipeline = bases["tiny"].pipeline()
+    torch.save(in_layout("peft", random_layers(pipeline.text_encoder, 1), False), tmp_path / "adapter.bin")
+    lora.read_adapter(tmp_path / "adapter.bin", pipeline)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_names_another_family_is_refused(bases, tmp_path):
+    pipeline = bases["sd15"].pipeline()
+    tensors = in_layout("kohya", random_layers(pipeline.text_encoder, 1), False)
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    lora.read_adapter(tmp_path / "lora.safetensors", pipeline)  # of narrow models nothing is known
+    pipeline.unet.register_to_config(cross_attention_dim=768)
+    with pytest.raises(ArtifactError, match=r"made for another model: it says sdxl_base_v1-0, and this one is sd_v1"):
+        lora.read_adapter(tmp_path / "lora.safetensors", pipeline)
 
 
 @pytest.mark.parametrize("origin", ["file", "pickle", "folder", "pipeline", "single file"])
@@ -614,29 +743,35 @@ def test_the_card_says_from_what_and_at_which_weights(bases, pairs, tmp_path):
         assert words in card
 
 
-def test_an_output_that_exists_is_left_unless_it_is_to_be_replaced(bases, pairs, tmp_path):
+def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours(bases, pairs, tmp_path):
     output, one = tmp_path / "merged", str(pairs["tiny"][0])
     output.mkdir()
     (output / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"output: .* exists; choose another, or give --overwrite"):
         merge(bases["tiny"], output, one, format="peft")
+    with pytest.raises(ValueError, match=r"output: .* was not written by texforce merge"):
+        merge(bases["tiny"], output, one, format="peft", overwrite=True)
     assert (output / "mine.txt").read_text() == "precious"
+    (output / "mine.txt").unlink()
     merge(bases["tiny"], output, one, format="peft", overwrite=True)
-    assert not (output / "mine.txt").exists()
-    assert (output / "adapter_config.json").is_file()
+    merge(bases["tiny"], output, one, format="kohya", overwrite=True)
+    assert {path.name for path in output.iterdir()} == {"README.md", "merged.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_no_input_is_written_over(bases, pairs, tmp_path):
     one = Path(shutil.copytree(pairs["tiny"][0], tmp_path / "one"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before
     for output in (one, one / "unet", one / "new", tmp_path):
         with pytest.raises(ValueError, match="must not lie in each other"):
             merge(bases["tiny"], output, str(one), overwrite=True)
-    assert sorted(one.rglob("*")) == sorted(tmp_path.rglob("*"))[1:]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("when", ["writing", "renaming"])
-def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize("failing", ["writing", 1, 2])
+def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkeypatch, failing):
+    """In writing, or in a rename: of what is there out of the way, or of what is new into its place."""
     output = tmp_path / "merged"
     merge(bases["tiny"], output, str(pairs["tiny"][0]), format="peft")
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
@@ -644,20 +779,44 @@ def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkey
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    if when == "writing":
+    if failing == "writing":
         monkeypatch.setattr(export, "save", fail)
     else:
         original, calls = os.rename, []
 
         def rename(source, target):
             calls.append(source)
-            return fail() if len(calls) == 2 else original(source, target)  # of the three, the one into place
+            return fail() if len(calls) == failing else original(source, target)
 
         monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="No space left"):
         merge(bases["tiny"], output, str(pairs["tiny"][1]), format="peft", overwrite=True)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_when_nothing_can_be_renamed_any_more_the_old_is_not_deleted(bases, pairs, tmp_path, monkeypatch):
+    output = tmp_path / "merged"
+    merge(bases["tiny"], output, str(pairs["tiny"][0]), format="peft")
+    old, original = (output / "adapter_model.safetensors").read_bytes(), os.rename
+
+    def rename(source, target):
+        if Path(target) == output:
+            raise OSError(5, "Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge(bases["tiny"], output, str(pairs["tiny"][1]), format="peft", overwrite=True)
+    assert [path.read_bytes() for path in tmp_path.rglob("adapter_model.safetensors") if path.parent.name == "merged"] == [
+        old
+    ]
+
+
+def test_a_trainings_own_folder_keeps_its_permissions(small_run, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o700)
+    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
 def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
@@ -725,6 +884,8 @@ def bad_files(folder: Path, pipeline) -> dict[str, tuple[Path, str, int]]:
     hostile_peft.mkdir()
     shutil.copy(hostile, hostile_peft / "adapter_model.bin")
     (hostile_peft / "adapter_config.json").write_text(json.dumps(good))
+    sparse = folder / "sparse.bin"
+    torch.save({"conv_in.weight": torch.eye(3).to_sparse()}, sparse)
     wide = {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in plain.items()}
     deep = plain | {key.replace("layers.0", "layers.7"): tensor for key, tensor in plain.items() if "layers.0" in key}
     key = f"text_encoder.text_model.{first}.lora_A.weight"
@@ -769,6 +930,12 @@ def bad_files(folder: Path, pipeline) -> dict[str, tuple[Path, str, int]]:
         "twice the same": (tensors("twice", plain | in_layout("flat lora_A", text, False)), "adapter", 3),
         "text encoder as unet": (tensors("text", plain), "unet", 3),
         "the very same unet": (tensors("same", state), "unet", 3),
+        "rank beyond all bounds": (peft("rank10", json.dumps(good).replace('"r": 3', '"r": 1' + 400 * "0")), "adapter", 3),
+        "alpha beyond all bounds": (peft("alpha10", json.dumps(good).replace("6", "1" + 400 * "0")), "adapter", 3),
+        "changed base weights": (peft("pissa", good | {"init_lora_weights": "pissa"}), "adapter", 3),
+        "a wide up": (tensors("up", plain | {key.replace("_A", "_B"): torch.ones(96, 3, 3, 3)}), "adapter", 3),
+        "a sparse tensor": (sparse, "unet", 3),
+        "the same unet in half precision": (tensors("half-unet", {k: t.half() for k, t in state.items()}), "unet", 3),
         "a unet lacking a tensor": (tensors("part", {k: t for k, t in state.items() if k != "conv_out.bias"}), "unet", 3),
         "a unet of other shapes": (tensors("other", state | {"conv_in.weight": torch.ones(8, 4, 3, 3)}), "unet", 3),
         "a unet with NaN": (tensors("nan-unet", state | {"conv_out.bias": math.nan * state["conv_out.bias"]}), "unet", 3),
@@ -830,7 +997,6 @@ def test_bad_files_are_refused_at_once_with_nothing_run_asked_or_written(bases, 
         assert EVENTS == [], (name, EVENTS)
         assert seconds < 2, (name, seconds)
     assert sorted(tmp_path.rglob("*")) == before
-    print(f"{len(files)} files")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -838,6 +1004,8 @@ def test_bad_files_are_refused_at_once_with_nothing_run_asked_or_written(bases, 
     (["--adapter", "ADAPTER", "--format", "onnx"], ["format", "pipeline, checkpoint, peft, diffusers, kohya"]),
     (["--adapter", "ADAPTER:nan"], ["weight", "finite"]),
     (["--adapter", "ADAPTER:0"], ["weights of 0"]),
+    (["--adapter", "ADAPTER:1e39"], ["not finite"]),
+    (["--adapter", "ADAPTER", "--unet-scale", "0.5"], ["unet_scale", "--unet"]),
     (["--adapter", "ADAPTER", "--output", "."], ["output"]),
     (["--adapter", "ADAPTER", "--output", ""], ["output"]),
     (["--adapter", "ADAPTER", "--unet", "UNET", "--format", "kohya"], ["format", "whole U-Net", "use pipeline"]),

@@ -310,9 +310,13 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
         entered.wait(20)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Timer(0, interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        scorer(random_images(1), ["slow"])
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
+    try:
+        threading.Timer(0, interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            scorer(random_images(1), ["slow"])
+    finally:
+        signal.signal(signal.SIGINT, previous)
     release.set()
     assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
 
