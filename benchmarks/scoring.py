@@ -87,7 +87,9 @@ def load(name: str, device: str, folder: Path) -> rewards.Scorer:
     """A scorer with random weights: only where they would come from is replaced."""
     from transformers import CLIPTokenizer, Owlv2ImageProcessor, Owlv2Processor
 
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle"]))
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circles"]
+    words += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(words))]  # of bert-base-uncased the size
+    (folder / "vocab.txt").write_text("\n".join(words))
     if name == "hand":
         tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer", model_max_length=16)
         Owlv2Processor(Owlv2ImageProcessor(), tokenizer).save_pretrained(folder)
