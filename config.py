@@ -345,7 +345,7 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
         raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.adapter and not config.unet and config.compare:
         raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
-    run = _read_runs(_run_files(config.adapter), config)
+    run = _read_runs(_run_files(config), config)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
     preset = PRESETS[_family(model), "default"]
@@ -364,9 +364,10 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     return config
 
 
-def _run_files(specs: list[str] | None) -> list[Path]:
-    """Where the run of each of some adapters is described, if it is."""
-    return [Path(parse_weighted(spec)[0]) / "config.json" for spec in specs or ()]
+def _run_files(config: SampleConfig | MergeConfig) -> list[Path]:
+    """Where the run of each adapter, and of the U-Net, is described, if it is."""
+    paths = [parse_weighted(spec)[0] for spec in config.adapter or ()]
+    return [Path(path) / "config.json" for path in (*paths, *([config.unet] if config.unet else []))]
 
 
 def _read_runs(paths: list[Path], config: SampleConfig | MergeConfig) -> dict[str, Any]:
@@ -426,7 +427,7 @@ def resolve_merge(config: MergeConfig) -> MergeConfig:
         raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.output.strip("./ "):
         raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
-    model = config.model or _read_runs(_run_files(config.adapter), config).get("model") or default_model(default_device())
+    model = config.model or _read_runs(_run_files(config), config).get("model") or default_model(default_device())
     return replace(config, model=model)
 
 

@@ -826,9 +826,12 @@ def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
     assert stat.S_IMODE((tmp_path / "out" / "adapter_model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
-def test_the_model_of_the_adapters_run_is_the_default(small_run, tmp_path):
+def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("texforce.config.default_model", lambda device: "another")
     texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
+    assert resolve_merge(MergeConfig(unet=str(tmp_path / "out"))).model == "tiny"
+    assert resolve_merge(MergeConfig(unet=str(sampler.TINY / "unet"))).model == "another"  # whose config.json is diffusers'
 
 
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(small_run, tmp_path):
