@@ -86,7 +86,7 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
         what = source.name if isinstance(source, HubFile) else "the model"
         raise FileNotFoundError(
             f"reward: {what} of {source.repository} could not be had from the hub; give it with "
-            f"--reward-checkpoint {name}=PATH ({describe(error)})"
+            f"--reward-checkpoint {name}=PATH ({describe(error)[:120]})"
         ) from error
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import texforce
@@ -317,7 +317,7 @@ def sample(given: dict[str, Any]) -> None:
         for name, drawn in images.items():
             labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
             paths = record.write_images(folder, drawn, labels)
-            output.print(Text(f"{name}: {paths[0]} to {paths[-1].name}"))
+            output.print(Text(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else "")))
         record.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
         output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
 
@@ -344,14 +344,17 @@ def list_rewards() -> None:
     from texforce.checkpoints import HUB, is_fetched
     from texforce.rewards import CATALOGUE, missing_packages
 
-    table = Table("reward", "measures", "range; higher is better", "gradients", "needs", "licence", "here", show_lines=True)
+    table = Table(Column("reward", no_wrap=True), show_lines=True)
+    for title in ("measures", "range; higher is better", "gradients", "needs", "licence", "here"):
+        table.add_column(title, overflow="fold")
     for name, entry in CATALOGUE.items():
         needs = "\n".join(HUB[item].repository for item in entry.weights) or "-"
         if entry.packages:
             needs = f"pip install 'texforce[{name}]'"
         here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
         cells = (name, entry.measures, entry.scale, "yes" if entry.gradients else "no", needs, entry.licence)
-        table.add_row(*(Text(cell) for cell in cells), "yes" if here else "no")
+        tiny = "for tiny" if "hps" in name else "no"
+        table.add_row(*(Text(cell) for cell in cells), "yes" if here else tiny)
     output.print(table)
     output.print(
         "Others: path/to/file.py:function, http://HOST:PORT/score, and mixtures of any as hps=1,jpeg=0.1. What is not "

@@ -17,6 +17,7 @@ PROMPTS = Path(__file__).parent / "prompts"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
 MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
+SETTINGS = "texforce.json"  # what `texforce merge` says of how its output is to be sampled
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
@@ -345,7 +346,7 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
         raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.adapter and not config.unet and config.compare:
         raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
-    run = _read_runs(_run_files(config), config)
+    run = sampling_settings(config)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
     preset = PRESETS[_family(model), "default"]
@@ -365,9 +366,15 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
 
 
 def _run_files(config: SampleConfig | MergeConfig) -> list[Path]:
-    """Where the run of each adapter, and of the U-Net, is described, if it is."""
+    """Where a training, or a merge, says how the adapters, the U-Net and the model that are given are to be sampled."""
     paths = [parse_weighted(spec)[0] for spec in config.adapter or ()]
-    return [Path(path) / "config.json" for path in (*paths, *([config.unet] if config.unet else []))]
+    paths += [path for path in (config.unet, config.model) if path]
+    return [Path(path) / name for path in paths for name in ("config.json", SETTINGS)]
+
+
+def sampling_settings(config: SampleConfig | MergeConfig) -> dict[str, Any]:
+    """How adapters, a U-Net and a model were trained to be sampled, as far as they say it."""
+    return _read_runs(_run_files(config), config)
 
 
 def _read_runs(paths: list[Path], config: SampleConfig | MergeConfig) -> dict[str, Any]:
@@ -427,7 +434,7 @@ def resolve_merge(config: MergeConfig) -> MergeConfig:
         raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.output.strip("./ "):
         raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
-    model = config.model or _read_runs(_run_files(config), config).get("model") or default_model(default_device())
+    model = config.model or sampling_settings(config).get("model") or default_model(default_device())
     return replace(config, model=model)
 
 

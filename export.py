@@ -19,7 +19,7 @@ from torch import Tensor
 import texforce
 from texforce import adapters, ldm, record, sampler
 from texforce.adapters import lora_config, lora_tensors, named_as_in
-from texforce.config import MergeConfig, parse_weighted
+from texforce.config import SETTINGS, MergeConfig, parse_weighted, sampling_settings
 from texforce.lora import Adapter, Layer
 
 LORA_FORMATS = ("peft", "diffusers", "kohya")
@@ -67,6 +67,9 @@ def merge(config: MergeConfig) -> Path:
     with written_folder(output, config.overwrite) as folder:
         WRITERS[config.format](Merged(models, adapter, config), folder)
         (folder / "README.md").write_text(model_card(config, adapter))
+        baked = ("model", "null_prompt") if config.format in FULL_FORMATS else ()
+        settings = sampling_settings(config) | {"model": config.model}
+        record.write_json(folder / SETTINGS, {name: settings[name] for name in settings if name not in baked})
     return output
 
 

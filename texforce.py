@@ -12,6 +12,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,8 @@ else:
         spec.loader.exec_module(module)
         return module
 
+    # `python -m texforce.rewards` finds the lazy module there; it is not the one that is run, and nothing of it is shared.
+    warnings.filterwarnings("ignore", "'texforce.rewards' found in sys.modules", RuntimeWarning)
     torch = _lazy_import("torch")
     evaluate, record, rewards, sampler, scorers = (
         _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler", "scorers")

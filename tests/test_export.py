@@ -755,7 +755,7 @@ def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours
     (output / "mine.txt").unlink()
     merge(bases["tiny"], output, one, format="peft", overwrite=True)
     merge(bases["tiny"], output, one, format="kohya", overwrite=True)
-    assert {path.name for path in output.iterdir()} == {"README.md", "merged.safetensors"}
+    assert {path.name for path in output.iterdir()} == {"README.md", "merged.safetensors", "texforce.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -847,6 +847,28 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
         denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
         drawn.append(evaluate.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+
+
+def test_what_is_merged_is_sampled_as_what_it_was_made_of(small_run, tmp_path):
+    options = small_run | {"null_prompt": "base", "guidance_scale": 2.0, "learning_rate": 0.03}
+    texforce.train(TrainConfig(**options | {"output_dir": str(tmp_path / "out")}))
+    expected = evaluate.sample(
+        resolve_sample(SampleConfig(adapter=[str(tmp_path / "out")], prompt=PROMPTS)), PROMPTS, [5, 6]
+    )
+    for format in export.LORA_FORMATS:
+        config = MergeConfig(adapter=[str(tmp_path / "out")], output=str(tmp_path / format), format=format)
+        config = resolve_sample(SampleConfig(adapter=[str(export.merge(resolve_merge(config)))], prompt=PROMPTS))
+        assert (config.model, config.null_prompt, config.guidance_scale, config.num_inference_steps) == (
+            "tiny",
+            "base",
+            2.0,
+            4,
+        )
+        torch.testing.assert_close(evaluate.sample(config, PROMPTS, [5, 6])["tuned"], expected["tuned"], rtol=0, atol=1e-4)
+    config = MergeConfig(adapter=[str(tmp_path / "out")], output=str(tmp_path / "pipeline"))
+    config = resolve_sample(SampleConfig(model=str(export.merge(resolve_merge(config))), prompt=PROMPTS))
+    assert (config.model, config.null_prompt) == (str(tmp_path / "pipeline"), "adapted")
+    assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
 
 
 # --- what is refused ---
