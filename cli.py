@@ -248,6 +248,7 @@ class EpochView:
         return "  ".join(parts + self.time_left())
 
     def table(self) -> Table:
+        """The last epochs, a row each."""
         shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
         title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
         caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())

@@ -354,6 +354,7 @@ def _load_function(spec: str) -> Scorer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the reward that the command line names, until interrupted; bad input ends with 2, a refused file with 3."""
     parser = argparse.ArgumentParser(
         description="Serve a scorer over HTTP, for texforce train --reward http://HOST:PORT/score"
     )

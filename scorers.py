@@ -119,6 +119,7 @@ class NetworkScorer(FrozenNetwork):
         return self.with_gradients(images, prompts)
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (N,) of images (N, 3, H, W) for N prompts, whose gradients reach the images."""
         raise NotImplementedError
 
 
