@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from texforce import ldm, sampler
 from texforce.checkpoints import ArtifactError, read_finite
-from texforce.config import parse_weighted
+from texforce.config_inference import parse_weighted
 from texforce.lora import Adapter, Layer, find_files, read_adapter
 from texforce.sampler import Models
 

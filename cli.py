@@ -22,14 +22,11 @@ import texforce
 from texforce import record
 from texforce.config import (
     PRESETS,
-    MergeConfig,
-    SampleConfig,
     TrainConfig,
     read_json,
-    read_prompts,
-    resolve_merge,
-    resolve_sample,
 )
+from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
+from texforce.prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
 OUT_OF_MEMORY = "out of memory; lower --micro-batch-size, --sample-batch-size or --resolution ({})"

@@ -1,4 +1,4 @@
-"""Configuration: what a run is decided by, with its defaults, presets and checks; and the prompt sets.
+"""Configuration of a training: what it is decided by, with its defaults, presets and checks.
 
 This file imports nothing heavy, so that the command line can show its help at once.
 """
@@ -13,16 +13,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-PROMPTS = Path(__file__).parent / "prompts"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
 MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
-SETTINGS = "texforce.json"  # what `texforce merge` says of how its output is to be sampled
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
-KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})  # the command line shows it
 
 
@@ -33,68 +30,68 @@ class TrainConfig:
     What is None is filled in by `resolve`, from the preset for the model; the types are those after it.
     """
 
-    reward: str = _option(
+    reward: str = option(
         "hps",
         "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of them as "
         "hps=1,jpeg=0.1",
     )
-    normalise_rewards: bool = _option(False, "divide each part of a mixture by the running deviation of its scores")
-    eval_reward: list[str] | None = _option(
+    normalise_rewards: bool = option(False, "divide each part of a mixture by the running deviation of its scores")
+    eval_reward: list[str] | None = option(
         None, "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable"
     )
-    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
-    prompts: str = _option(
+    model: str = option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
+    prompts: str = option(
         "world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals"
     )
-    heldout_prompts: str | None = _option(
+    heldout_prompts: str | None = option(
         None, "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)"
     )
-    output_dir: str = _option("out", "where the adapter, the figures and the metrics go; must be new or empty")
-    preset: str = _option("default", "default, or paper: the published recipe")
-    target: str = _option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
-    reward_checkpoint: list[str] | None = _option(
+    output_dir: str = option("out", "where the adapter, the figures and the metrics go; must be new or empty")
+    preset: str = option("default", "default, or paper: the published recipe")
+    target: str = option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
+    reward_checkpoint: list[str] | None = option(
         None,
         "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published weights "
         "(default: embedded hps for tiny, else hub)",
     )
-    reward_timeout: float = _option(600.0, "seconds after which a function or a server that gives no scores is given up")
-    seed: int = _option(0, "seed of everything random")
-    num_epochs: int = _option(None, "rounds of sampling and updating")
-    num_prompts_per_epoch: int = _option(None, "prompts drawn an epoch")
-    num_samples_per_prompt: int = _option(None, "images a prompt: the group whose rewards are compared")
-    num_updates_per_epoch: int = _option(None, "optimizer steps an epoch, each on its share of the images")
-    num_inference_steps: int = _option(None, "DDIM steps")
-    eta: float = _option(1.0, "randomness of the DDIM steps, above 0 to 1")
-    guidance_scale: float = _option(None, "classifier-free guidance; 1 or less switches it off")
-    timestep_window: float = _option(
+    reward_timeout: float = option(600.0, "seconds after which a function or a server that gives no scores is given up")
+    seed: int = option(0, "seed of everything random")
+    num_epochs: int = option(None, "rounds of sampling and updating")
+    num_prompts_per_epoch: int = option(None, "prompts drawn an epoch")
+    num_samples_per_prompt: int = option(None, "images a prompt: the group whose rewards are compared")
+    num_updates_per_epoch: int = option(None, "optimizer steps an epoch, each on its share of the images")
+    num_inference_steps: int = option(None, "DDIM steps")
+    eta: float = option(1.0, "randomness of the DDIM steps, above 0 to 1")
+    guidance_scale: float = option(None, "classifier-free guidance; 1 or less switches it off")
+    timestep_window: float = option(
         None, "share of the denoising steps, from the first and noisiest on, that may be trained on"
     )
-    timestep_fraction: float = _option(None, "share of those steps that is trained on, drawn anew for each image")
-    resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
-    learning_rate: float = _option(None, "of AdamW")
-    lr_scheduler: str = _option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
-    lr_warmup_steps: int = _option(
+    timestep_fraction: float = option(None, "share of those steps that is trained on, drawn anew for each image")
+    resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
+    learning_rate: float = option(None, "of AdamW")
+    lr_scheduler: str = option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
+    lr_warmup_steps: int = option(
         None,
         "optimizer steps over which the learning rate rises from 0: Adam's first steps are long and mostly noise; "
         "by default never over a tenth of the run",
     )
-    weight_decay: float = _option(1e-4, "of AdamW")
-    max_grad_norm: float = _option(None, "gradients are clipped to this norm")
-    clip_range: float = _option(None, "PPO's clip range of the ratio")
-    advantages: str = _option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
-    advantage_clip: float = _option(5.0, "advantages are clipped to this, in standard deviations")
-    kl_weight: float = _option(0.0, "weight of the KL divergence from the base policy")
-    null_prompt: str = _option(None, "whether guidance's null prompt goes through the adapted text encoder or the base one")
-    rank: int = _option(16, "of LoRA")
-    lora_alpha: int = _option(None, "of LoRA (default: the rank)")
-    ema_decay: float = _option(None, "average the adapter over updates with this decay; 0 is off")
-    micro_batch_size: int = _option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
-    sample_batch_size: int = _option(None, "images sampled at a time")
-    mixed_precision: str = _option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
-    gradient_checkpointing: bool = _option(False, "recompute the U-Net's activations to save memory")
-    compile: bool | None = _option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
-    eval_every: int = _option(None, "epochs between measurements on the held-out prompts")
-    report_to: str = _option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
+    weight_decay: float = option(1e-4, "of AdamW")
+    max_grad_norm: float = option(None, "gradients are clipped to this norm")
+    clip_range: float = option(None, "PPO's clip range of the ratio")
+    advantages: str = option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
+    advantage_clip: float = option(5.0, "advantages are clipped to this, in standard deviations")
+    kl_weight: float = option(0.0, "weight of the KL divergence from the base policy")
+    null_prompt: str = option(None, "whether guidance's null prompt goes through the adapted text encoder or the base one")
+    rank: int = option(16, "of LoRA")
+    lora_alpha: int = option(None, "of LoRA (default: the rank)")
+    ema_decay: float = option(None, "average the adapter over updates with this decay; 0 is off")
+    micro_batch_size: int = option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
+    sample_batch_size: int = option(None, "images sampled at a time")
+    mixed_precision: str = option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
+    gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
+    compile: bool | None = option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
+    eval_every: int = option(None, "epochs between measurements on the held-out prompts")
+    report_to: str = option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
 
 
 # What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
@@ -179,17 +176,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
         ValueError: an option has a value that cannot be used; names the option, the rule and the value.
     """
     device = default_device()
-    _check_types(config)
-    _check_choices(config)
+    check_types(config)
+    check_choices(config)
     model = config.model or default_model(device)
-    preset = PRESETS[_family(model), config.preset]
+    preset = PRESETS[family(model), config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
     if config.target != "text-encoder":
         preset["null_prompt"] = "adapted"
     given = config
     config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     _check_ranges(config)
-    _check_precision(config, device)
+    check_precision(config, device)
     num_updates = config.num_epochs * config.num_updates_per_epoch
     if given.lr_warmup_steps is None:
         shortened = min(config.lr_warmup_steps, num_updates // 10)
@@ -219,12 +216,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _family(model: str) -> str:
+def family(model: str) -> str:
     """Whose defaults a model takes."""
     return "tiny" if model == "tiny" else "stable-diffusion"
 
 
-def _check_types(config: TrainConfig | SampleConfig | MergeConfig) -> None:
+def check_types(config: Any) -> None:
     """Values may come from a JSON file: hold them to the fields' types, and numbers to being finite."""
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
@@ -242,17 +239,17 @@ def _check_types(config: TrainConfig | SampleConfig | MergeConfig) -> None:
             raise ValueError(f"{item.name}: must be a finite number, not {value}")
 
 
-def _check_precision(config: TrainConfig | SampleConfig, device: str) -> None:
+def check_precision(config: Any, device: str) -> None:
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
-def _check_seed(config: TrainConfig | SampleConfig) -> None:
+def check_seed(config: Any) -> None:
     if not 0 <= config.seed < MAX_SEED:
         raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
-def _check_choices(config: TrainConfig | SampleConfig | MergeConfig) -> None:
+def check_choices(config: Any) -> None:
     for name, choices in CHOICES.items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:
@@ -272,170 +269,13 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
         elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
-    _check_seed(config)
+    check_seed(config)
     if not 0 < config.reward_timeout <= MAX_TIMEOUT:
         raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
     if config.rank > MAX_RANK:
         raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
-
-
-ADAPTER_HELP = (
-    "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
-)
-UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
-UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Everything that decides what `texforce sample` draws."""
-
-    adapter: list[str] | None = _option(None, ADAPTER_HELP)
-    unet: str | None = _option(None, UNET_HELP)
-    unet_scale: float = _option(1.0, UNET_SCALE_HELP)
-    prompt: list[str] | None = _option(None, "what to draw; repeatable")
-    prompts: str | None = _option(None, "a file, one prompt a line, or the name of a shipped set")
-    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
-    output_dir: str = _option("samples", "where the images go; their numbers go on from those already there")
-    num_images: int = _option(4, "images for each prompt")
-    seed: int = _option(0, "of the first image; the next has the next seed")
-    scale: float = _option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
-    compare: bool = _option(False, "also draw the base model's images from the same noise")
-    num_inference_steps: int = _option(None, "DDIM steps (default: the adapter's)")
-    eta: float = _option(None, "randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
-    guidance_scale: float = _option(None, "classifier-free guidance (default: the adapter's)")
-    resolution: int | None = _option(None, "pixels of a side (default: what the U-Net was made for)")
-    batch_size: int = _option(16, "images drawn at a time")
-    mixed_precision: str = _option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
-    compile: bool | None = _option(None, "compile the denoising step (default: on CUDA)")
-    null_prompt: str = _option(None, "adapted or base (default: the adapter's)")
-
-
-def parse_weighted(spec: str) -> tuple[str, float]:
-    """Path and weight of PATH:0.7; without a weight it is 1.
-
-    Raises:
-        ValueError: the weight is not finite.
-    """
-    path, colon, text = spec.rpartition(":")
-    if not colon or Path(spec).exists():
-        return spec, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        return spec, 1.0  # a colon in a path
-    if not math.isfinite(weight):
-        raise ValueError(f"adapter: the weight in {spec!r} must be a finite number")
-    return path, weight
-
-
-def resolve_sample(config: SampleConfig) -> SampleConfig:
-    """Fill in what is None from the adapter's run, or else from the model's defaults, and check every value.
-
-    Raises:
-        ValueError, FileNotFoundError: an option has a value that cannot be used.
-    """
-    _check_types(config)
-    if not config.prompt and not config.prompts:
-        raise ValueError("prompt: give --prompt or --prompts")
-    if not config.adapter and config.scale != 1:
-        raise ValueError("adapter: --scale is about an adapter; give --adapter")
-    if not config.unet and config.unet_scale != 1:
-        raise ValueError("unet_scale: it is about a U-Net; give --unet")
-    if not config.adapter and not config.unet and config.compare:
-        raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
-    run = sampling_settings(config)
-    device = default_device()
-    model = config.model or run.get("model") or default_model(device)
-    preset = PRESETS[_family(model), "default"]
-    defaults: dict[str, Any] = {name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale")}
-    defaults |= {"model": model, "resolution": run.get("resolution"), "eta": run.get("eta", 1.0)}
-    defaults |= {"null_prompt": run.get("null_prompt", "adapted"), "mixed_precision": "no" if device == "cpu" else "fp16"}
-    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: must be at least 1, not {getattr(config, name)}")
-    if config.guidance_scale < 0:
-        raise ValueError(f"guidance_scale: must not be negative, not {config.guidance_scale}")
-    _check_seed(config)
-    _check_choices(config)
-    _check_precision(config, device)
-    return config
-
-
-def _run_files(config: SampleConfig | MergeConfig) -> list[Path]:
-    """Where a training, or a merge, says how the adapters, the U-Net and the model that are given are to be sampled."""
-    paths = [parse_weighted(spec)[0] for spec in config.adapter or ()]
-    paths += [path for path in (config.unet, config.model) if path]
-    return [Path(path) / name for path in paths for name in ("config.json", SETTINGS)]
-
-
-def sampling_settings(config: SampleConfig | MergeConfig) -> dict[str, Any]:
-    """How adapters, a U-Net and a model were trained to be sampled, as far as they say it."""
-    return _read_runs(_run_files(config), config)
-
-
-def _read_runs(paths: list[Path], config: SampleConfig | MergeConfig) -> dict[str, Any]:
-    """What is taken over from the config.json of adapters' runs, where there is one.
-
-    Raises:
-        ValueError: a file is nonsense, or runs disagree in what the command line does not decide.
-    """
-    runs: dict[str, Any] = {}
-    for path in paths:
-        if not path.is_file():
-            continue
-        content = read_json(path)
-        names = ["model", "num_inference_steps", "guidance_scale", "eta"]
-        if content.get("target") != "unet":  # the null prompt goes through the text encoder
-            names.append("null_prompt")
-        run = {name: content[name] for name in names if content.get(name) is not None}
-        if "resolution" in content:
-            run["resolution"] = content["resolution"]  # null says something: what the U-Net was made for
-        try:
-            _check_types(TrainConfig(**run))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for name, value in run.items():
-            if runs.setdefault(name, value) != value and getattr(config, name, value) is None:
-                raise ValueError(f"{name}: the adapters were trained with {runs[name]!r} and {value!r}; say which to use")
-    return runs
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Everything that decides what `texforce merge` writes."""
-
-    adapter: list[str] | None = _option(None, ADAPTER_HELP)
-    unet: str | None = _option(None, UNET_HELP)
-    unet_scale: float = _option(1.0, UNET_SCALE_HELP)
-    model: str = _option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
-    format: str = _option(
-        "pipeline",
-        "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
-    )
-    output: str = _option("merged", "the folder to write")
-    overwrite: bool = _option(False, "replace the output if it exists")
-
-
-def resolve_merge(config: MergeConfig) -> MergeConfig:
-    """Fill in the model, and check every value.
-
-    Raises:
-        ValueError: an option has a value that cannot be used.
-    """
-    _check_types(config)
-    _check_choices(config)
-    if not config.adapter and not config.unet:
-        raise ValueError("adapter: there is nothing to merge; give --adapter, --unet or both")
-    if config.unet_scale != 1 and not config.unet:
-        raise ValueError("unet_scale: it is about a U-Net; give --unet")
-    if not config.output.strip("./ "):
-        raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
-    model = config.model or sampling_settings(config).get("model") or default_model(default_device())
-    return replace(config, model=model)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -453,54 +293,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return content
-
-
-# --- prompts ---
-
-
-def read_prompts(source: str) -> list[str]:
-    """The prompts of a file, or of a set shipped in prompts/; `world` is the four sets of the tiny world.
-
-    Raises:
-        FileNotFoundError: there is neither such a file nor such a set.
-        ValueError: it holds no prompt, or is not UTF-8 text.
-    """
-    known = sorted(path.stem for path in PROMPTS.glob("*.txt"))
-    if source.startswith("world"):
-        parts = [source.replace("world", kind) for kind in KINDS]
-        if set(parts) <= set(known):
-            return [prompt for part in parts for prompt in read_prompts(part)]
-    path = PROMPTS / f"{source}.txt" if source in known else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"prompts: there is no file {source!r} and no set of that name; sets are world, {', '.join(known)}"
-        )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {source!r} is not UTF-8 text (byte {error.start})") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise ValueError(f"prompts: {source!r} holds no prompt; write one a line")
-    return prompts
-
-
-def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts; no sentence is in both, but for a file with a single prompt, which is both.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is not there or unusable, or every prompt is held out.
-    """
-    prompts = read_prompts(config.prompts)
-    if config.heldout_prompts:
-        heldout = read_prompts(config.heldout_prompts)
-    elif config.prompts in ("world", *KINDS):
-        heldout = read_prompts(f"{config.prompts}-heldout")
-    elif len(prompts) == 1:
-        return prompts, prompts
-    else:
-        heldout = prompts[:: min(10, len(prompts))][:64]
-    train = [prompt for prompt in prompts if prompt not in set(heldout)]
-    if not train:
-        raise ValueError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
-    return train, heldout

@@ -19,7 +19,7 @@ from torch import Tensor
 import texforce
 from texforce import adapters, ldm, record, sampler
 from texforce.adapters import lora_config, lora_tensors, named_as_in
-from texforce.config import SETTINGS, MergeConfig, parse_weighted, sampling_settings
+from texforce.config_inference import SETTINGS, MergeConfig, parse_weighted, sampling_settings
 from texforce.lora import Adapter, Layer
 
 LORA_FORMATS = ("peft", "diffusers", "kohya")

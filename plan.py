@@ -11,7 +11,8 @@ from torch import Tensor
 
 import texforce
 from texforce import record, sampler
-from texforce.config import TrainConfig, split_prompts
+from texforce.config import TrainConfig
+from texforce.prompt_sets import split_prompts
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:

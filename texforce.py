@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import evaluate, record, rewards, sampler, scorers
+    from texforce import heldout, record, rewards, sampler, scorers
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -42,11 +42,12 @@ else:
     # `python -m texforce.rewards` finds the lazy module there; it is not the one that is run, and nothing of it is shared.
     warnings.filterwarnings("ignore", "'texforce.rewards' found in sys.modules", RuntimeWarning)
     torch = _lazy_import("torch")
-    evaluate, record, rewards, sampler, scorers = (
-        _lazy_import(f"texforce.{name}") for name in ("evaluate", "record", "rewards", "sampler", "scorers")
+    heldout, record, rewards, sampler, scorers = (
+        _lazy_import(f"texforce.{name}") for name in ("heldout", "record", "rewards", "sampler", "scorers")
     )
 
-from texforce.config import TrainConfig, default_device, resolve, split_prompts
+from texforce.config import TrainConfig, default_device, resolve
+from texforce.prompt_sets import split_prompts
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -476,9 +477,9 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
     choice = torch.Generator().manual_seed(config.seed)
 
     start = time.perf_counter()
-    heldout = evaluate.Heldout(setup, heldout_prompts, config, output_dir)
+    measured = heldout.Heldout(setup, heldout_prompts, config, output_dir)
     epochs = [
-        {"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": heldout.base, "seconds": time.perf_counter() - start}
+        {"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": measured.base, "seconds": time.perf_counter() - start}
     ]
     report(epochs[0])
     order = _endless(train_prompts, choice)
@@ -489,7 +490,7 @@ def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[s
             measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
             if epoch % config.eval_every == 0 or epoch == config.num_epochs:
                 with learner.averaged(policy.parameters):
-                    measures["heldout"] = heldout.measure(epoch)
+                    measures["heldout"] = measured.measure(epoch)
                     policy.save(output_dir)
             epochs.append(measures)
             log(measures)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, config, evaluate, rewards, sampler
+from texforce import adapters, heldout, prompt_sets, rewards, sampler
 
 BOTH = ("text-encoder", "unet")
 COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
@@ -40,11 +40,11 @@ def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, f
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     policy = texforce.Policy(models, options.null_prompt)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
-    prompts = config.read_prompts("world-heldout")
+    prompts = prompt_sets.read_prompts("world-heldout")
     scorers = {"hps": rewards.load_reward("hps")}
-    tuned = evaluate.measure(evaluate.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+    tuned = heldout.measure(heldout.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
     with policy.base():
-        base = evaluate.measure(evaluate.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+        base = heldout.measure(heldout.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
     return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
 
 

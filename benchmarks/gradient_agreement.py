@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import config
+from texforce import prompt_sets
 
 
 class Probe:
@@ -66,8 +66,8 @@ def main() -> None:
 
     steps = texforce.window(probe.denoiser.schedule, probe.config).tolist()
     table = Table("prompts", "cosine of the halves", title=f"each kind, 2 x {options.num_images} images, steps {steps}")
-    for kind in config.KINDS:
-        prompts = config.read_prompts(kind)[: options.num_images // 8]
+    for kind in prompt_sets.KINDS:
+        prompts = prompt_sets.read_prompts(kind)[: options.num_images // 8]
         one, other = (probe.gradient(probe.collect(prompts, 8), steps) for _ in range(2))
         table.add_row(kind, f"{cosine(one, other):.2f}")
     Console().print(table)

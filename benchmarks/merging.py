@@ -12,13 +12,13 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import adapters, config, evaluate, export, rewards, sampler
+from texforce import adapters, config, config_inference, export, heldout, prompt_sets, rewards, sampler
 
 
 def heldout_images(models: sampler.Models, options: config.TrainConfig, prompts: list[str]) -> Tensor:
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
-    return evaluate.heldout_images(texforce.Policy(models), denoiser, prompts, options)
+    return heldout.heldout_images(texforce.Policy(models), denoiser, prompts, options)
 
 
 def main() -> None:
@@ -26,15 +26,15 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", help="output folders of trainings, or PATH:WEIGHT")
     folders = parser.parse_args().folders
     options = texforce.resolve(texforce.TrainConfig(model="tiny"))
-    prompts = config.read_prompts("world-heldout")
+    prompts = prompt_sets.read_prompts("world-heldout")
     drawn = {"base": heldout_images(sampler.load_models("tiny"), options, prompts)}
     drawn["side by side"] = heldout_images(adapters.load_adapters(sampler.load_models("tiny"), folders), options, prompts)
     with tempfile.TemporaryDirectory() as place:
-        merging = config.MergeConfig(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
-        merged = export.merge(config.resolve_merge(merging))
+        merging = config_inference.MergeConfig(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
+        merged = export.merge(config_inference.resolve_merge(merging))
         drawn["merged"] = heldout_images(sampler.load_models(str(merged)), options, prompts)
     hps = {"hps": rewards.load_reward("hps")}
-    results = {name: evaluate.measure(images, prompts, hps) for name, images in drawn.items()}
+    results = {name: heldout.measure(images, prompts, hps) for name, images in drawn.items()}
     table = Table("measure", *results)
     for name in results["base"]:
         table.add_row(name, *(f"{result[name]:.4f}" for result in results.values()))

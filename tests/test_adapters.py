@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluate, sampler
+from texforce import adapters, evaluate, heldout, sampler
 from texforce.checkpoints import ArtifactError
-from texforce.config import SampleConfig, TrainConfig, resolve_sample
+from texforce.config import TrainConfig
+from texforce.config_inference import SampleConfig, resolve_sample
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -45,8 +46,8 @@ def runs(tmp_path_factory) -> Path:
             return drawn[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            original = evaluate.heldout_images
-            patch.setattr(evaluate, "heldout_images", keep)
+            original = heldout.heldout_images
+            patch.setattr(heldout, "heldout_images", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
             texforce.train(TrainConfig(**OPTIONS | files | target_option | options))
         torch.save(drawn, folder / f"{target}.images")
@@ -156,9 +157,9 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
-    assert torch.equal(evaluate.heldout_images(policy, denoiser, PROMPTS, config), tuned)
+    assert torch.equal(heldout.heldout_images(policy, denoiser, PROMPTS, config), tuned)
     with policy.base():
-        assert torch.equal(evaluate.heldout_images(policy, denoiser, PROMPTS, config), base)
+        assert torch.equal(heldout.heldout_images(policy, denoiser, PROMPTS, config), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

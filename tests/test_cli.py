@@ -27,7 +27,8 @@ from typer.testing import CliRunner, Result
 
 import texforce
 from texforce import DivergedError, cli, remote, rewards, sampler
-from texforce.config import PRESETS, SampleConfig, TrainConfig, resolve, resolve_sample
+from texforce.config import PRESETS, TrainConfig, resolve
+from texforce.config_inference import SampleConfig, resolve_sample
 from texforce.scorers import RewardError
 
 ROOT = Path(texforce.__file__).parent

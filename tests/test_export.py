@@ -20,9 +20,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, checkpoints, cli, evaluate, export, ldm, lora, sampler
+from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, sampler
 from texforce.checkpoints import ArtifactError
-from texforce.config import MergeConfig, SampleConfig, TrainConfig, parse_weighted, resolve_merge, resolve_sample
+from texforce.config import TrainConfig
+from texforce.config_inference import MergeConfig, SampleConfig, parse_weighted, resolve_merge, resolve_sample
 from texforce.lora import Layer
 
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -845,7 +846,7 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
     for models in (sampler.load_models(str(folder)), adapters.load_adapters(sampler.load_models("tiny"), specs)):
         schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
-        drawn.append(evaluate.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
+        drawn.append(heldout.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
 
 

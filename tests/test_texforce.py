@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, evaluate, plan, rewards, sampler, world
+from texforce import DivergedError, heldout, plan, rewards, sampler, world
 from texforce.config import TrainConfig, resolve
 from texforce.scorers import RewardError
 
@@ -897,7 +897,7 @@ def test_the_update_of_an_epoch_with_a_dropped_sample_equals_that_without_it():
 def test_a_broken_image_counts_in_no_measure():
     images = world.render([world.parse("a red circle")] * 3, random.Random(0))
     images[1] = NAN
-    measures = evaluate.measure(images, ["a red circle", "a red circle", "a blue square"], {})
+    measures = heldout.measure(images, ["a red circle", "a red circle", "a blue square"], {})
     assert measures["alignment_exact"] == 0.5
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], ["a red circle", "a blue square"]).mean())
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from texforce import config, world
+from texforce import prompt_sets, world
 from texforce.world import Detection, Scene
 
 ROOT = Path(world.__file__).parent
@@ -154,15 +154,15 @@ def test_shipped_prompt_sets_are_disjoint_sentences_of_their_kind():
     everything = []
     for kind in world.KINDS:
         for name, heldout in ((kind, False), (f"{kind}-heldout", True)):
-            prompts = (config.PROMPTS / f"{name}.txt").read_text().splitlines()
-            assert prompts == config.read_prompts(name)
+            prompts = (prompt_sets.PROMPTS / f"{name}.txt").read_text().splitlines()
+            assert prompts == prompt_sets.read_prompts(name)
             assert {world.parse(prompt).kind for prompt in prompts} == {kind}
             assert all(world.is_heldout(prompt) == heldout for prompt in prompts)
             everything += prompts
     assert len(everything) == len(set(everything))
     assert sum(map(world.is_heldout, everything)) == 256
-    assert len(config.read_prompts("world-heldout")) == 256
-    assert set(config.read_prompts("world")) | set(config.read_prompts("world-heldout")) == set(everything)
+    assert len(prompt_sets.read_prompts("world-heldout")) == 256
+    assert set(prompt_sets.read_prompts("world")) | set(prompt_sets.read_prompts("world-heldout")) == set(everything)
 
 
 # --- drawings ---
