@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from texforce import ldm, sampler
 from texforce.checkpoints import ArtifactError, read_finite
-from texforce.config_inference import parse_weighted
+from texforce.config_inference import System, parse_weighted
 from texforce.lora import Adapter, Layer, find_files, read_adapter
 from texforce.sampler import Models
 
@@ -50,16 +50,37 @@ def _join(terms: Sequence[tuple[Layer, float]]) -> Layer:
 # --- application ---
 
 
-def check_inputs(specs: Sequence[str] | None, unet: str | None) -> None:
+def check_inputs(system: System) -> None:
     """See that there is something to read, before any model is loaded.
 
     Raises:
         FileNotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
     """
-    for spec in specs or ():
-        find_files(Path(parse_weighted(spec)[0]))
-    if unet and not Path(unet).exists():
-        raise FileNotFoundError(f"unet: there is no file or folder {unet!r}")
+    for path, _ in system.adapters:
+        find_files(Path(path))
+    for path, _ in system.unets:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"unet: there is no file or folder {path!r}")
+
+
+def put_on(models: Models, system: System) -> Models:
+    """Models with a system's adapters and U-Net on copies of the parts that they change; those given stay as they are.
+
+    Raises:
+        FileNotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`.
+    """
+    terms = read_terms(system.adapters, models)
+    changed: dict[str, Any] = {}
+    for path, weight in system.unets:
+        unet = read_unet(path, models)
+        terms.append((unet.adapter, weight))
+        if unet.tensors:
+            changed["unet"] = copy.deepcopy(models.unet)
+            move_towards(changed["unet"], unet.tensors, weight)
+    adapter = fuse(terms)
+    for part in adapter.keys() - changed.keys():
+        changed[part] = copy.deepcopy(getattr(models, part))
+    return apply(replace(models, **changed), adapter)
 
 
 def load_adapters(models: Models, specs: Sequence[str], scale: float = 1.0) -> Models:
@@ -68,20 +89,20 @@ def load_adapters(models: Models, specs: Sequence[str], scale: float = 1.0) -> M
     Raises:
         FileNotFoundError, ValueError, ArtifactError: as `read_terms` and `apply`.
     """
-    return apply(models, fuse(read_terms(specs, models, scale)))
+    return apply(models, fuse(read_terms([(path, weight * scale) for path, weight in map(parse_weighted, specs)], models)))
 
 
-def read_terms(specs: Sequence[str], models: Any, scale: float = 1.0) -> list[tuple[Adapter, float]]:
-    """Adapters, each given as PATH or PATH:WEIGHT, with their weights times a scale.
+def read_terms(weighted: Sequence[tuple[str, float]], models: Any) -> list[tuple[Adapter, float]]:
+    """Adapters, each given as path and weight.
 
     Raises:
-        FileNotFoundError, ValueError, ArtifactError: as `parse_weighted` and `read_adapter`; or one changes nothing.
+        FileNotFoundError, ArtifactError: as `read_adapter`; or one changes nothing.
     """
     terms = []
-    for path, weight in map(parse_weighted, specs):
+    for path, weight in weighted:
         adapter = read_adapter(path, models)
         check_changes(adapter, path)
-        terms.append((adapter, weight * scale))
+        terms.append((adapter, weight))
     return terms
 
 
@@ -177,7 +198,7 @@ def read_unet(path: str | Path, models: Any) -> TunedUNet:
     """
     path = Path(path)
     for folder in (path, path / "unet"):
-        if file := _unet_file(folder):
+        if file := unet_file(folder):
             return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), models.unet, file))
     for found in find_files(path):
         if found.config is None:
@@ -193,7 +214,7 @@ def read_unet(path: str | Path, models: Any) -> TunedUNet:
     return TunedUNet(adapter, {})
 
 
-def _unet_file(folder: Path) -> Path | None:
+def unet_file(folder: Path) -> Path | None:
     """The weights in a U-Net's folder, of whatever variant (fp16, non_ema) if it is the only one."""
     for ending in ("safetensors", "bin"):
         files = sorted(folder.glob(f"diffusion_pytorch_model*.{ending}"))

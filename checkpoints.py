@@ -102,6 +102,15 @@ def _fetch(source: HubFile | HubFolder) -> Path:
     return folder
 
 
+def describe_source(name: str, checkpoints: Mapping[str, str | Path]) -> dict[str, Any]:
+    """Where `find_weights` finds the weights of a name of HUB, for the record."""
+    if name not in checkpoints:
+        return {"repository": HUB[name].repository, "revision": HUB[name].revision}
+    path = Path(checkpoints[name])
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {"file": path.name, "sha256": {file.name: sha256(file) for file in files}}
+
+
 def is_fetched(name: str) -> bool:
     """Whether what the hub has for a name of HUB is in its local cache; asks nobody."""
     from huggingface_hub import try_to_load_from_cache
@@ -141,7 +150,7 @@ def read_tensors(path: Path, kind: str = SCORER, keep: bool = True) -> dict[str,
         if not keep or path.stat().st_size < MIN_CACHED_BYTES:
             return _unpickle(path)
         copy, note = (cache_folder() / f"{digest}.{ending}" for ending in ("safetensors", "sha256"))
-        if copy.is_file() and note.is_file() and note.read_bytes() == _sha256(copy).encode():
+        if copy.is_file() and note.is_file() and note.read_bytes() == sha256(copy).encode():
             return load_file(copy)
         tensors = _unpickle(path)
         try:
@@ -201,13 +210,13 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def _checked_sha256(path: Path) -> str:
-    digest, blob = _sha256(path), path.resolve().name
+    digest, blob = sha256(path), path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", blob) and blob != digest:  # the hub's cache names a large file by its SHA-256
         raise ValueError(f"its SHA-256 is {digest}; delete it, so that it is fetched anew")
     return digest
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -219,7 +228,7 @@ def _keep(tensors: Mapping[str, Tensor], copy: Path, note: Path) -> None:
     temporary = copy.with_suffix(f".{os.getpid()}.tmp")
     try:
         save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary)
-        digest = _sha256(temporary)
+        digest = sha256(temporary)
         temporary.replace(copy)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -25,7 +26,15 @@ from texforce.config import (
     TrainConfig,
     read_json,
 )
-from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
+from texforce.config_inference import (
+    BASE,
+    EvalConfig,
+    MergeConfig,
+    SampleConfig,
+    resolve_eval,
+    resolve_merge,
+    resolve_sample,
+)
 from texforce.prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
@@ -105,7 +114,8 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     hints = typing.get_type_hints(config_class)
     own = list(inspect.signature(command).parameters.values())[1:]
     parameters = []
-    for item in dataclasses.fields(config_class):
+    # What a record inherits is shared with other commands, and comes last.
+    for item in sorted(dataclasses.fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
         kind = hints[item.name]
         text = item.metadata["help"] + _default_text(item, config_class)
         option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
@@ -334,6 +344,71 @@ def merge(given: dict[str, Any]) -> None:
         output.print(Text(printable(f"{config.format}: {folder}")), soft_wrap=True)
 
 
+# --- eval ---
+
+
+def evaluate(given: dict[str, Any]) -> None:
+    """Measure adapters and U-Nets against the base model on a benchmark, and write a report."""
+    with exit_codes():
+        config = resolve_eval(EvalConfig(**given))
+        progress.print(Text(printable(f"model: {config.model}; benchmark: {config.benchmark}")))
+        from texforce import evaluate
+
+        with StageView() as view:
+            results = evaluate.evaluate(config, view)
+        output.print(evaluation_table(results))
+        for name, sweep in results["strengths"].items():
+            output.print(Text(printable(f"{name}: strength {sweep['best']:g} is the best by {sweep['chosen_by']}")))
+        output.print(Text(printable(f"report: {Path(config.output_dir) / 'report.html'}")), soft_wrap=True)
+
+
+class StageView:
+    """Progress on stderr: on a terminal a bar for each stage; elsewhere a line at the end of each."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=progress, disable=not progress.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageView:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(printable(stage), total=total)
+        self.bars.update(self.tasks[stage], completed=done)
+        if done == total and self.bars.disable:
+            progress.print(Text(printable(f"{stage}: done")), soft_wrap=True)
+
+
+def evaluation_table(results: dict[str, Any]) -> Table:
+    """Means, changes and win rates of an evaluation, with their intervals."""
+    from texforce import report
+
+    about = results["benchmark"]
+    title = f"{about['name']}: {results['num_prompts_told']} prompts, {results['num_images']} images each"
+    table = Table(
+        "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
+    )
+    for measure, base in results["systems"][BASE]["measures"].items():
+        table.add_row(Text(printable(measure), style="bold"))
+        table.add_row(f" {BASE}", Text(report.interval(base)))
+        for name in list(results["systems"])[1:]:
+            system = results["systems"][name]
+            told = system["measures"][measure]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(told["paired"])]
+            change = Text(report.interval(told["paired"], "+"), style=style)
+            cells = (f" {report.label(name, system)}", report.interval(told), change, report.interval(told["win_rate"], "%"))
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    if speeds := [speed for speed in results["timings"]["images_per_s"].values() if speed]:
+        table.caption = Text(f"images/s: {min(speeds):.3g} to {max(speeds):.3g}")
+    return table
+
+
 # --- rewards ---
 
 
@@ -365,6 +440,7 @@ def list_rewards() -> None:
 app.command("train")(with_options(TrainConfig, train))
 app.command("sample")(with_options(SampleConfig, sample))
 app.command("merge")(with_options(MergeConfig, merge))
+app.command("eval")(with_options(EvalConfig, evaluate))
 app.command("rewards")(list_rewards)
 
 

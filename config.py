@@ -249,6 +249,11 @@ def check_seed(config: Any) -> None:
         raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
+def check_timeout(config: Any) -> None:
+    if not 0 < config.reward_timeout <= MAX_TIMEOUT:
+        raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
+
+
 def check_choices(config: Any) -> None:
     for name, choices in CHOICES.items():
         value = getattr(config, name, None)
@@ -270,8 +275,7 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     check_seed(config)
-    if not 0 < config.reward_timeout <= MAX_TIMEOUT:
-        raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
+    check_timeout(config)
     if config.rank > MAX_RANK:
         raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
     if not 0 <= (config.ema_decay or 0) < 1:
@@ -293,3 +297,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return content
+
+
+def read_text(path: Path, option_name: str) -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        ValueError: it is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option_name}: {str(path)!r} is not UTF-8 text (byte {error.start})") from error

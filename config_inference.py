@@ -6,6 +6,8 @@ This file imports nothing heavy, so that the command line can show its help at o
 from __future__ import annotations
 
 import math
+import re
+import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from texforce.config import (
     check_choices,
     check_precision,
     check_seed,
+    check_timeout,
     check_types,
     default_device,
     default_model,
@@ -30,23 +33,23 @@ ADAPTER_HELP = (
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
+MODEL_HELP = "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)"
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """Everything that decides what `texforce sample` draws."""
+class System:
+    """Adapters and a U-Net on a base model, each as path and weight."""
 
-    adapter: list[str] | None = option(None, ADAPTER_HELP)
-    unet: str | None = option(None, UNET_HELP)
-    unet_scale: float = option(1.0, UNET_SCALE_HELP)
-    prompt: list[str] | None = option(None, "what to draw; repeatable")
-    prompts: str | None = option(None, "a file, one prompt a line, or the name of a shipped set")
-    model: str = option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
-    output_dir: str = option("samples", "where the images go; their numbers go on from those already there")
-    num_images: int = option(4, "images for each prompt")
-    seed: int = option(0, "of the first image; the next has the next seed")
-    scale: float = option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
-    compare: bool = option(False, "also draw the base model's images from the same noise")
+    name: str
+    adapters: tuple[tuple[str, float], ...] = ()
+    unets: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How images are drawn, by `sample` and by `eval`."""
+
+    model: str = option(None, MODEL_HELP)
     num_inference_steps: int = option(None, "DDIM steps (default: the adapter's)")
     eta: float = option(None, "randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
     guidance_scale: float = option(None, "classifier-free guidance (default: the adapter's)")
@@ -55,6 +58,33 @@ class SampleConfig:
     mixed_precision: str = option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
     compile: bool | None = option(None, "compile the denoising step (default: on CUDA)")
     null_prompt: str = option(None, "adapted or base (default: the adapter's)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawConfig):
+    """Everything that decides what `texforce sample` draws."""
+
+    adapter: list[str] | None = option(None, ADAPTER_HELP)
+    unet: str | None = option(None, UNET_HELP)
+    unet_scale: float = option(1.0, UNET_SCALE_HELP)
+    prompt: list[str] | None = option(None, "what to draw; repeatable")
+    prompts: str | None = option(None, "a file, one prompt a line, or the name of a shipped set")
+    output_dir: str = option("samples", "where the images go; their numbers go on from those already there")
+    num_images: int = option(4, "images for each prompt")
+    seed: int = option(0, "of the first image; the next has the next seed")
+    scale: float = option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
+    compare: bool = option(False, "also draw the base model's images from the same noise")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is drawn besides the base model: one, or none."""
+        return _one_system(self.adapter, self.unet, self.scale, self.unet_scale)
+
+
+def _one_system(adapter: list[str] | None, unet: str | None, scale: float, unet_scale: float) -> list[System]:
+    adapters = tuple((path, weight * scale) for path, weight in map(parse_weighted, adapter or ()))
+    unets = ((unet, unet_scale),) if unet else ()
+    return [System("tuned", adapters, unets)] if adapters or unets else []
 
 
 def parse_weighted(spec: str) -> tuple[str, float]:
@@ -90,6 +120,11 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
         raise ValueError("unet_scale: it is about a U-Net; give --unet")
     if not config.adapter and not config.unet and config.compare:
         raise ValueError("adapter: --compare needs something to compare; give --adapter or --unet")
+    return _resolve_drawing(config)
+
+
+def _resolve_drawing(config: Drawing) -> Drawing:
+    """Fill in how images are drawn, and check it."""
     run = sampling_settings(config)
     device = default_device()
     model = config.model or run.get("model") or default_model(device)
@@ -109,26 +144,16 @@ def resolve_sample(config: SampleConfig) -> SampleConfig:
     return config
 
 
-def _run_files(config: SampleConfig | MergeConfig) -> list[Path]:
-    """Where a training, or a merge, says how the adapters, the U-Net and the model that are given are to be sampled."""
-    paths = [parse_weighted(spec)[0] for spec in config.adapter or ()]
-    paths += [path for path in (config.unet, config.model) if path]
-    return [Path(path) / name for path in paths for name in ("config.json", SETTINGS)]
-
-
-def sampling_settings(config: SampleConfig | MergeConfig) -> dict[str, Any]:
-    """How adapters, a U-Net and a model were trained to be sampled, as far as they say it."""
-    return _read_runs(_run_files(config), config)
-
-
-def _read_runs(paths: list[Path], config: SampleConfig | MergeConfig) -> dict[str, Any]:
-    """What is taken over from the config.json of adapters' runs, where there is one.
+def sampling_settings(config: SampleConfig | MergeConfig | EvalConfig) -> dict[str, Any]:
+    """How adapters, a U-Net and a model were trained, or merged, to be sampled, as far as their folders say it.
 
     Raises:
         ValueError: a file is nonsense, or runs disagree in what the command line does not decide.
     """
+    paths = [path for system in config.systems for path, _ in (*system.adapters, *system.unets)]
+    paths += [config.model] if config.model else []
     runs: dict[str, Any] = {}
-    for path in paths:
+    for path in (Path(path) / name for path in paths for name in ("config.json", SETTINGS)):
         if not path.is_file():
             continue
         content = read_json(path)
@@ -155,13 +180,18 @@ class MergeConfig:
     adapter: list[str] | None = option(None, ADAPTER_HELP)
     unet: str | None = option(None, UNET_HELP)
     unet_scale: float = option(1.0, UNET_SCALE_HELP)
-    model: str = option(None, "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)")
+    model: str = option(None, MODEL_HELP)
     format: str = option(
         "pipeline",
         "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
     )
     output: str = option("merged", "the folder to write")
     overwrite: bool = option(False, "replace the output if it exists")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is merged: one, or none."""
+        return _one_system(self.adapter, self.unet, 1.0, self.unet_scale)
 
 
 def resolve_merge(config: MergeConfig) -> MergeConfig:
@@ -180,3 +210,119 @@ def resolve_merge(config: MergeConfig) -> MergeConfig:
         raise ValueError(f"output: must name a folder to be made, not {config.output!r}")
     model = config.model or sampling_settings(config).get("model") or default_model(default_device())
     return replace(config, model=model)
+
+
+# --- evaluation ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(DrawConfig):
+    """Everything that decides what `texforce eval` measures."""
+
+    benchmark: str = option(
+        None,
+        "drawbench, parti, hps, imagereward, world, another shipped prompt set, or a file with `prompt` and perhaps "
+        "`category` in each row: .txt, .jsonl, .json, .csv, .tsv, .parquet (default: world for tiny, else drawbench)",
+    )
+    adapter: list[str] | None = option(
+        None, "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together"
+    )
+    unet: list[str] | None = option(None, "[NAME=]PATH[:SCALE], likewise; " + UNET_HELP)
+    reward: list[str] | None = option(
+        None,
+        "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best strength "
+        "(default: hps; for world alignment too)",
+    )
+    reward_checkpoint: list[str] | None = option(None, "NAME=PATH, weights of a scorer; repeatable; as in train")
+    reward_timeout: float = option(600.0, "seconds after which a function or a server that gives no scores is given up")
+    strength: str | None = option(
+        None, "strengths to try of every system, as 0,0.5,1: the best of one half of the prompts is told on the other half"
+    )
+    num_images: int = option(4, "images for each prompt")
+    limit: int | None = option(None, "so many of the prompts, from all over the benchmark")
+    seed: int = option(0, "of the noise; every system gets the same, prompt by prompt")
+    output_dir: str = option("eval", "where images, results and the report go; an interrupted evaluation there goes on")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is compared with the base model, by the names given.
+
+        Raises:
+            ValueError: a name is missing or unusable, or comes twice without having been given.
+        """
+        parts: dict[str, System] = {}
+        given: dict[str, bool] = {}
+        for kind, specs in (("adapters", self.adapter), ("unets", self.unet)):
+            for spec in specs or ():
+                name, path, scale = parse_named(spec)
+                own = name or Path(path).absolute().name.removesuffix(".safetensors")
+                if not NAME.fullmatch(own) or own.lower() == BASE:
+                    raise ValueError(f"adapter: give a name, of letters, digits, - and _, as NAME={path}; not {own!r}")
+                if own in parts and not (name and given[own]):
+                    raise ValueError(f"adapter: {own!r} comes twice; give names, as NAME={path}")
+                given[own] = bool(name)
+                system = parts.get(own, System(own))
+                terms: dict[str, Any] = {kind: (*getattr(system, kind), (path, scale))}
+                parts[own] = replace(system, **terms)
+        return list(parts.values())
+
+    @property
+    def strengths(self) -> list[float]:
+        """Strengths to try; none where they are as given.
+
+        Raises:
+            ValueError: not numbers, or one twice.
+        """
+        if self.strength is None:
+            return []
+        try:
+            strengths = [float(text) for text in self.strength.split(",")]
+        except ValueError:
+            strengths = [math.nan]
+        if not all(map(math.isfinite, strengths)) or len({f"{strength:g}" for strength in strengths}) < len(strengths):
+            raise ValueError(f"strength: must be different numbers, as 0,0.5,1; not {self.strength!r}")
+        return strengths
+
+    @property
+    def measures(self) -> list[str]:
+        """The rewards that are measured, each as `rewards.load_reward` takes it."""
+        specs = [part for spec in self.reward or () for part in ([spec] if "=" in spec else spec.split(","))]
+        return [spec.strip() for spec in specs]
+
+
+BASE = "base"  # the name of the base model among the systems
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Drawing = typing.TypeVar("Drawing", SampleConfig, EvalConfig)
+
+
+def parse_named(spec: str) -> tuple[str, str, float]:
+    """Name, path and weight of [NAME=]PATH[:WEIGHT]; the name is empty where it is not given."""
+    name, equals, rest = spec.partition("=")
+    path, weight = parse_weighted(spec)
+    if equals and NAME.fullmatch(name) and not Path(path).exists():
+        return name, *parse_weighted(rest)
+    return "", path, weight
+
+
+def resolve_eval(config: EvalConfig) -> EvalConfig:
+    """Fill in what is None from the adapters' runs, or else from the model's defaults, and check every value.
+
+    Raises:
+        ValueError, FileNotFoundError: an option has a value that cannot be used.
+    """
+    check_types(config)
+    for system in config.systems:
+        if len(system.unets) > 1:
+            raise ValueError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
+    if config.strengths and not config.systems:
+        raise ValueError("strength: it is about adapters and U-Nets; give --adapter or --unet")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit: must be at least 1, not {config.limit}")
+    config = _resolve_drawing(config)
+    check_timeout(config)
+    benchmark = config.benchmark or ("world" if config.model == "tiny" else "drawbench")
+    usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
+    config = replace(config, benchmark=benchmark, reward=config.reward or usual)
+    if "" in config.measures or len(set(config.measures)) < len(config.measures):
+        raise ValueError(f"reward: must be different names, as hps,clip; not {','.join(config.measures)!r}")
+    return config

@@ -48,9 +48,10 @@ def merge(config: MergeConfig) -> Path:
     """
     output = Path(config.output)
     check_output(config)
-    adapters.check_inputs(config.adapter, config.unet)
+    system = config.systems[0]
+    adapters.check_inputs(system)
     models = load_pipeline(config.model)
-    terms = adapters.read_terms(config.adapter or (), models)
+    terms = adapters.read_terms(system.adapters, models)
     whole_unet = False
     if config.unet:
         unet = adapters.read_unet(config.unet, models)
@@ -95,8 +96,8 @@ def check_output(config: MergeConfig) -> None:
         ValueError: it exists, or is an input. OSError: it cannot be written.
     """
     output = Path(config.output).resolve()
-    inputs = [parse_weighted(spec)[0] for spec in config.adapter or ()]
-    inputs += [path for path in (config.unet, config.model) if path]
+    system = config.systems[0]
+    inputs = [path for path, _ in (*system.adapters, *system.unets)] + [config.model]
     for path in (Path(name).resolve() for name in inputs if Path(name).exists()):
         if output == path or output in path.parents or path in output.parents:
             raise ValueError(f"output: {config.output!r} and the input {str(path)!r} must not lie in each other")

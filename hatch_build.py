@@ -5,7 +5,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-DATA = ("prompts", "tiny")
+DATA = ("prompts", "tiny", "report.html")
 
 
 class FlatLayout(BuildHookInterface):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, read_text
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
@@ -27,10 +35,7 @@ def read_prompts(source: str) -> list[str]:
         raise FileNotFoundError(
             f"prompts: there is no file {source!r} and no set of that name; sets are world, {', '.join(known)}"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {source!r} is not UTF-8 text (byte {error.start})") from error
+    lines = read_text(path, "prompts").splitlines()
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise ValueError(f"prompts: {source!r} holds no prompt; write one a line")
@@ -56,3 +61,210 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
     if not train:
         raise ValueError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
     return train, heldout
+
+
+# --- benchmarks ---
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Prompts to evaluate on."""
+
+    name: str
+    prompts: list[str]
+    categories: list[str]  # one a prompt; empty where the set has none
+    source: dict[str, str]  # where it is from: repository and revision on the hub, or nothing more
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts and their categories."""
+        return hashlib.sha256(json.dumps([self.prompts, self.categories]).encode()).hexdigest()
+
+    def limited(self, limit: int | None) -> Benchmark:
+        """So many of the prompts, from all over the set, so that every category stays in it."""
+        total = len(self.prompts)
+        rows = [i * total // limit for i in range(limit)] if limit and limit < total else range(total)
+        return replace(self, prompts=[self.prompts[i] for i in rows], categories=[self.categories[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Published:
+    """A prompt set on the hub: files of it, or else its split `train`.
+
+    Where no revision is pinned the newest is taken, and the results say which it was.
+    """
+
+    repository: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+
+
+BENCHMARKS = {
+    "drawbench": Published("sayakpaul/drawbench", "ad794cba698c253ffdb6d18eff3fc87b004c1135"),
+    "parti": Published("nateraw/parti-prompts", "944b156abfdad7627c3221b5ec4f6a6fb060a197"),
+    "hps": Published(
+        "zhwang/HPDv2", files=tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo"))
+    ),
+    "imagereward": Published("THUDM/ImageRewardDB", files=("metadata-test.parquet",)),
+}
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PROMPT_COLUMNS = ("prompt", "prompts")
+CATEGORY_COLUMNS = ("category", "classification")
+
+
+def read_benchmark(name: str) -> Benchmark:
+    """A name of BENCHMARKS, `world` or another shipped set, a file of FORMATS, or a folder of such files.
+
+    A prompt is in what is called `prompt` (or `Prompts`), its category in `category` (or `classification`), in any case;
+    a list of texts has the file's name as its category. What comes twice is taken once.
+
+    Raises:
+        FileNotFoundError: there is no such benchmark, or the hub cannot be reached.
+        ValueError: a file is malformed, or a prompt holds control characters; names file and line.
+    """
+    if name in BENCHMARKS:
+        rows, source = _fetch(name)
+        return _benchmark(name, rows, source)
+    path = Path(name)
+    if name == "world":
+        return _world()
+    if path.suffix.lower() in FORMATS or path.is_dir():
+        return _benchmark(path.stem, _read_files(path), {})
+    if path.is_file():
+        raise ValueError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")
+    shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
+    if name not in shipped:
+        known = ", ".join([*BENCHMARKS, "world", *sorted(shipped)])
+        raise FileNotFoundError(f"benchmark: there is no file {name!r} and no benchmark of that name; known are {known}")
+    return _benchmark(name, ((f"line {i}", {"prompt": prompt}) for i, prompt in enumerate(read_prompts(name), 1)), {})
+
+
+def _world() -> Benchmark:
+    """The held-out prompts of the tiny world, by kind and by whether they hold a rare word."""
+    from texforce import world
+
+    rows = [(kind, prompt) for kind in KINDS for prompt in read_prompts(f"{kind}-heldout")]
+    categories = [f"{kind}, {'rare' if world.has_rare_word(prompt) else 'common'} words" for kind, prompt in rows]
+    return Benchmark("world", [prompt for _, prompt in rows], categories, {})
+
+
+Rows = Iterable[tuple[str, Mapping[str, Any]]]  # where a row stands, for messages, and its columns
+
+
+def _benchmark(name: str, rows: Rows, source: dict[str, str]) -> Benchmark:
+    pairs = dict.fromkeys(_prompt_and_category(where, row) for where, row in rows)
+    if not pairs:
+        raise ValueError(f"benchmark: {name!r} holds no prompt")
+    prompts, categories = (list(column) for column in zip(*pairs, strict=True))
+    return Benchmark(name, prompts, categories, source)
+
+
+def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    columns = {str(column).lower(): value for column, value in row.items()}
+    prompt = next((columns[column] for column in PROMPT_COLUMNS if column in columns), None)
+    if not isinstance(prompt, str):
+        seen = "no column `prompt`" if prompt is None else f"{type(prompt).__name__} for a prompt"
+        raise ValueError(f"benchmark: {where}: it has {seen}")
+    category = next((columns[column] for column in CATEGORY_COLUMNS if columns.get(column) is not None), "")
+    prompt, category = (_one_line(text, where) for text in (prompt, str(category)))
+    if not prompt:
+        raise ValueError(f"benchmark: {where}: the prompt is empty")
+    return prompt, category
+
+
+def _one_line(text: str, where: str) -> str:
+    """Text with its white space as single spaces, as CLIP's tokenizers see it."""
+    text = re.sub(r"[ \t\r\n]+", " ", text).strip()
+    for letter in text:
+        if unicodedata.category(letter) in ("Cc", "Cs"):  # control characters, halves of characters
+            raise ValueError(f"benchmark: {where}: it holds the control character U+{ord(letter):04X}")
+    return text
+
+
+def _fetch(name: str) -> tuple[Rows, dict[str, str]]:
+    from texforce.checkpoints import describe
+
+    published = BENCHMARKS[name]
+    try:
+        if published.files:
+            from huggingface_hub import hf_hub_download
+
+            files = [
+                Path(hf_hub_download(published.repository, file, revision=published.revision, repo_type="dataset"))
+                for file in published.files
+            ]
+            levels = len(Path(published.files[0]).parents)
+            rows: Rows = [row for file in files for row in _read_file(file)]
+            revision = published.revision or files[0].parents[levels - 1].name  # snapshots/REVISION/FILE
+        else:
+            from datasets import load_dataset
+
+            dataset = load_dataset(published.repository, split="train", revision=published.revision)
+            rows = [(f"{name}, row {i}", row) for i, row in enumerate(dataset, 1)]
+            revision = str(published.revision)
+    except Exception as error:  # of the hub's two clients, whose errors have no class in common
+        if isinstance(error, ValueError) and str(error).startswith("benchmark: "):
+            raise
+        raise FileNotFoundError(
+            f"benchmark: {published.repository} could not be had from the hub; fetch its prompts elsewhere and give their "
+            f"file with --benchmark FILE ({', '.join(FORMATS)}; {describe(error)[:100]})"
+        ) from error
+    return rows, {"repository": published.repository, "revision": revision}
+
+
+def _read_files(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.exists():
+        raise FileNotFoundError(f"benchmark: there is no file {str(path)!r}")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
+    for file in files:
+        yield from _read_file(file)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a file, each with where it stands."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        yield from ((f"{path.name}, row {i}", row) for i, row in enumerate(_read_parquet(path), 1))
+        return
+    text = read_text(path, "benchmark")
+    if kind in (".csv", ".tsv"):
+        reader = csv.DictReader(text.splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
+        yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
+    elif kind == ".json":
+        rows = _parse_json(text, path.name)
+        if not isinstance(rows, list):
+            raise ValueError(f"benchmark: {path.name}: must hold a JSON list")
+        yield from ((f"{path.name}, entry {i}", _as_row(row, path, f"entry {i}")) for i, row in enumerate(rows, 1))
+    else:
+        for i, line in enumerate(text.split("\n"), 1):
+            where = f"{path.name}, line {i}"
+            if line.strip():
+                yield where, _as_row(line if kind == ".txt" else _parse_json(line, where), path, f"line {i}")
+
+
+def _as_row(row: Any, path: Path, where: str) -> Mapping[str, Any]:
+    if isinstance(row, str):  # a text alone; a list of them is of one category, as in HPDv2
+        return {"prompt": row} | ({"category": path.stem} if path.suffix.lower() == ".json" else {})
+    if not isinstance(row, dict):
+        raise ValueError(f"benchmark: {path.name}, {where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
+    return row
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"benchmark: {where}: not JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
+        return parquet.read_table(path, columns=wanted).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"benchmark: {path.name}: not a parquet file: {error}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import texforce
+from texforce.checkpoints import ArtifactError
 from texforce.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -65,10 +66,24 @@ def open_to_umask(path: Path) -> None:
     path.chmod(((0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask) | (mode & stat.S_ISGID))
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path whose file takes the place of another one at the end; after an error there is neither."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
@@ -118,7 +133,6 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
 
 def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:
     """What one needs to repeat a run."""
-    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
     return {
         "seed": config.seed,
         "model": config.model,
@@ -127,13 +141,19 @@ def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[
         "preset": config.preset,
         "device": device,
         "num_parameters": num_parameters,
-        "versions": {"texforce": texforce.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Of this project and of what decides its numbers."""
+    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
+    own = {"texforce": texforce.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
+
+
+def commit() -> str | None:
     """The commit of this checkout; None where the package is installed from a wheel."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -217,16 +237,42 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
-    from PIL import Image, PngImagePlugin
-
     folder.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
-    paths = []
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        metadata = PngImagePlugin.PngInfo()
-        for name, value in label.items():
-            metadata.add_itxt(name, str(value))
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        paths.append(folder / f"{first + i:05d}.png")
-        Image.fromarray(pixels).save(paths[-1], pnginfo=metadata)
+    paths = [folder / f"{first + i:05d}.png" for i in range(len(images))]
+    for path, image, label in zip(paths, images, labels, strict=True):
+        write_image(path, image, label)
     return paths
+
+
+def write_image(path: Path, image: Tensor, label: Mapping[str, Any]) -> None:
+    """Write an image (3, H, W) in [0, 1] as PNG, with a label in its metadata."""
+    from PIL import Image, PngImagePlugin
+
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in label.items():
+        metadata.add_itxt(name, str(value))
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with replaced(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "png", pnginfo=metadata)
+
+
+def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """An image (3, H, W) in [0, 1], and its label.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+            label = dict(getattr(image, "text", {}))  # only PNG has it
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ArtifactError(f"{path}: not an image that can be read; remove it, and it is drawn again") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, label

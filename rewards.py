@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from texforce import remote, scorers, world
-from texforce.checkpoints import ArtifactError, describe, find_weights
+from texforce.checkpoints import ArtifactError, describe, describe_source, find_weights, sha256
 from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
 
 URL = ("http://", "https://")
@@ -81,6 +81,9 @@ CATALOGUE = {
     "hand": Entry(scorers.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
     "alignment": Entry(
         lambda device: world.alignment, "the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse
+    ),
+    "alignment_exact": Entry(
+        lambda device: world.alignment_exact, "the same, all or nothing", "0 or 1", check_prompt=world.parse
     ),
     "jpeg": Entry(lambda device: scorers.jpeg, "small files", "kB as JPEG, negated"),
     "incompress": Entry(lambda device: scorers.incompress, "large files", "kB as JPEG"),
@@ -159,7 +162,7 @@ def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, s
         ValueError: a name that reads no checkpoint, or a path alone where there are several scorers.
     """
     names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
-    known = [weights for name in names if name in CATALOGUE for weights in CATALOGUE[name].weights]
+    known = [weights for spec in specs for weights in weights_of(spec)]
     paths: dict[str, str] = {}
     for item in items:
         name, _, path = item.partition("=")
@@ -170,6 +173,11 @@ def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, s
             raise ValueError(f"reward_checkpoint: give NAME=PATH; {wanted}, not {item!r}")
         paths[name] = path
     return paths
+
+
+def weights_of(spec: str) -> list[str]:
+    """The names, of checkpoints.HUB, of the weights that the parts of a reward take."""
+    return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
 
 
 def load_reward(
@@ -193,12 +201,15 @@ def load_reward(
     """
     check_reward(spec)
     weights = parse_mixture(spec)
-    paths: dict[str, str | Path] = {}
-    if embedded if embedded is not None else device == "cpu":
-        paths = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}
-    paths = {name: path for name, path in (paths | dict(checkpoints or {})).items() if path != "hub"}
+    paths = _given_paths(checkpoints or {}, embedded if embedded is not None else device == "cpu")
     parts = {name: _load_one(name, paths, device, timeout) for name in weights}
     return Mixture(parts, weights, normalise and len(parts) > 1)  # advantages are in units of one reward as it is
+
+
+def _given_paths(checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, str | Path]:
+    """The weights that do not come from the hub."""
+    paths: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS} if embedded else {}
+    return {name: path for name, path in (paths | dict(checkpoints)).items() if path != "hub"}
 
 
 def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: float) -> Scorer:
@@ -225,6 +236,16 @@ def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
             CATALOGUE[name].check_prompt(prompt)
 
 
+def describe_weights(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, Any]:
+    """What `load_reward` takes for the parts of a reward: repository and revision, or a file's name and SHA-256."""
+    paths = _given_paths(checkpoints, embedded)
+    told: dict[str, Any] = {weights: describe_source(weights, paths) for weights in weights_of(spec)}
+    for name in parse_mixture(spec):
+        if ":" in name and not name.startswith(URL):
+            told[name] = {"sha256": sha256(Path(name.rpartition(":")[0]))}
+    return told
+
+
 # --- mixtures ---
 
 
@@ -248,6 +269,14 @@ class Mixture:
             RewardError: a part failed, or broke the protocol. ValueError: one does not take such a prompt or image.
         """
         return {name: score(part, images, prompts) for name, part in self.parts.items()}
+
+    def image_features(self, images: Tensor) -> Tensor | None:
+        """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has such; None if none has."""
+        for part in self.parts.values():
+            if hasattr(part, "image_features"):
+                with torch.inference_mode():
+                    return part.image_features(images).float().cpu()
+        return None
 
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The sum (N,) of the parts' scores (N,)."""

@@ -78,6 +78,16 @@ def find_model(name: str) -> str:
     return source
 
 
+def revision(name: str) -> str | None:
+    """The commit that the hub's cache has of a model; None for what is not of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == "tiny" or Path(name).is_dir():
+        return None
+    cached = try_to_load_from_cache(name, "model_index.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
+
+
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
     """Within it, what goes wrong with a model's files is told with its name."""
@@ -134,16 +144,16 @@ def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) ->
     return model
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (N, L) int64, padded to the text encoder's length L.
+def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+    """Token ids (N, L) int64, padded, or with `truncation` cut, to the text encoder's length L.
 
     Raises:
-        ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion).
+        ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
     """
     length = tokenizer.model_max_length
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
         raise ValueError("prompt: it holds a lone surrogate, which is not text")
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=truncation).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
             raise ValueError(
@@ -437,23 +447,23 @@ def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
 def sample_images(
     models: Models,
     denoiser: Denoiser,
-    prompts: Sequence[str],
+    prompt_ids: Tensor,
     seeds: Sequence[int],
     batch_size: int = 16,
     resolution: int | None = None,
     null_embeds: Tensor | None = None,
 ) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
+    """Images (N, 3, H, W) in [0, 1] of prompt ids (N, L) and N seeds; each depends on its own prompt and seed alone.
 
     The null prompt goes through the models' text encoder unless its embedding (1, L, D) is given.
     """
     shape = latent_shape(models, resolution)
     images = []
-    for start in range(0, len(prompts), batch_size):
-        prompt_ids = tokenize(models.tokenizer, prompts[start : start + batch_size]).to(models.device)
-        embeds, rows = encode_distinct(models, prompt_ids, null_embeds)
+    for start in range(0, len(seeds), batch_size):
+        chunk = prompt_ids[start : start + batch_size].to(models.device)
+        embeds, rows = encode_distinct(models, chunk, null_embeds)
         generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
         conditioning = Conditioning(embeds[rows], embeds[:1])
-        trajectory = rollout(denoiser, prompt_ids, conditioning, shape, generators)
+        trajectory = rollout(denoiser, chunk, conditioning, shape, generators)
         images.append(decode(models.vae, trajectory.latents[:, -1]).cpu())
     return torch.cat(images)

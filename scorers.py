@@ -139,7 +139,8 @@ class HPS(NetworkScorer):
         fill(model, tensors, checkpoint)
         self.model: Any = self.freeze(model)
 
-    def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of length 1 of images (N, 3, H, W)."""
         if self.max_size and max(images.shape[-2:]) > self.max_size:
             raise ValueError(
                 f"reward: the embedded hps scorer knows the tiny world's images of 32x32 pixels only, not "
@@ -148,7 +149,10 @@ class HPS(NetworkScorer):
         size = self.model.visual.image_size
         size = size[0] if isinstance(size, tuple) else size
         pixels = normalise(pad_to_square(images.to(self.device).float(), size)).to(self.dtype)
-        image_features = F.normalize(self.model.encode_image(pixels).float(), dim=1)
+        return F.normalize(self.model.encode_image(pixels).float(), dim=1)
+
+    def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        image_features = self.image_features(images)
         unique, rows = distinct(prompts)
         text_features = F.normalize(self.model.encode_text(self.tokenizer(unique).to(self.device)).float(), dim=1)
         return (image_features * text_features[rows]).sum(dim=1)
@@ -192,7 +196,7 @@ class CLIP(NetworkScorer):
         return crop_to_square(images, self.model.config.vision_config.image_size)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Normalised features (N, D)."""
+        """Features (N, D) of length 1 of images (N, 3, H, W)."""
         pixels = normalise(self.crop(images.to(self.device).float())).to(self.dtype)
         return F.normalize(self.model.get_image_features(pixels).pooler_output.float(), dim=1)
 
@@ -261,7 +265,11 @@ class Aesthetic(NetworkScorer):
         self.head = self.freeze(head).float()
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.head(self.clip.image_features(images)).squeeze(1)
+        return self.head(self.image_features(images)).squeeze(1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """CLIP's (N, D), of length 1."""
+        return self.clip.image_features(images)
 
 
 class ImageReward(NetworkScorer):

@@ -337,6 +337,11 @@ def alignment(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor([judge(found, scene) for found, scene in zip(detect(images), scenes, strict=True)])
 
 
+def alignment_exact(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same, 1 where the image is fully right and 0 elsewhere: (N,) float32."""
+    return (alignment(images, prompts) == 1).float()
+
+
 def is_world(prompts: Sequence[str]) -> bool:
     """Whether every prompt is a sentence of the tiny world."""
     try:

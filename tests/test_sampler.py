@@ -658,15 +658,16 @@ def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pi
     parts = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "unet", "vae", "scheduler")}
     models = sampler.Models("small", **parts)
     denoiser = Denoiser(models.unet, ddim_schedule(make_scheduler(), 3, 1.0), 3.0)
-    whole = sampler.sample_images(models, denoiser, PROMPTS, [5, 6, 7], batch_size=3)
+    ids = sampler.tokenize(models.tokenizer, PROMPTS)
+    whole = sampler.sample_images(models, denoiser, ids, [5, 6, 7], batch_size=3)
     assert whole.shape == (3, 3, 16, 16)
-    parted = sampler.sample_images(models, denoiser, PROMPTS[::-1], [7, 6, 5], batch_size=2)
+    parted = sampler.sample_images(models, denoiser, ids.flip(0), [7, 6, 5], batch_size=2)
     torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
     expected = pipeline(
         PROMPTS, num_inference_steps=3, eta=1.0, guidance_scale=3.0, generator=seeded(5, 6, 7), output_type="pt"
     ).images
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
-    assert sampler.sample_images(models, denoiser, PROMPTS[:1], [5], 1, resolution=24).shape == (1, 3, 24, 24)
+    assert sampler.sample_images(models, denoiser, ids[:1], [5], 1, resolution=24).shape == (1, 3, 24, 24)
 
 
 def test_disabled_adapters_give_the_base_model_and_come_back(pipeline):

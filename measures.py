@@ -1,0 +1,129 @@
+"""Statistics of an evaluation: means over prompts with bootstrap intervals, differences, win rates, diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 500  # what fits into memory for some thousand prompts
+
+
+def bootstrap(values: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile intervals (Efron 1979) of the means of values (P, M): lower and upper ends, (M,) each.
+
+    Prompts are what is drawn anew, the same ones for every column, so that a column of differences is a paired comparison.
+    NaN is a value that is not there. An interval is NaN where fewer than two values are.
+    """
+    generator = np.random.default_rng(seed)
+    there = np.isfinite(values)
+    filled, num_prompts = np.where(there, values, 0.0), len(values)
+    means = []
+    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, num_resamples - start)
+        rows = generator.integers(0, num_prompts, (size, num_prompts))
+        rows += num_prompts * np.arange(size)[:, None]
+        counts = np.bincount(rows.ravel(), minlength=size * num_prompts).reshape(size, num_prompts).astype(float)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where a resample has no value of a column
+            means.append((counts @ filled) / (counts @ there))
+    tail = (1 - CONFIDENCE) / 2
+    ends = np.full((2, values.shape[1]), np.nan)
+    known = there.sum(axis=0) > 1
+    if known.any():
+        ends[:, known] = np.nanquantile(np.concatenate(means)[:, known], [tail, 1 - tail], axis=0)
+    return ends[0], ends[1]
+
+
+def wins(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """How often scores (P, K) are above the base's from the same noise, a tie being half: (P, K), NaN where one lacks."""
+    won = (scores > base) + 0.5 * (scores == base)
+    return np.where(np.isfinite(scores) & np.isfinite(base), won, np.nan)
+
+
+def mean_over_images(scores: np.ndarray) -> np.ndarray:
+    """Means (P,) of scores (P, K) over those that are there; NaN where none is."""
+    there = np.isfinite(scores)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, scores, 0.0).sum(axis=1) / there.sum(axis=1)
+
+
+def diversity(features: Tensor) -> Tensor:
+    """Mean cosine distance (P,) of the pairs among each prompt's K > 1 image features (P, K, D) of length 1."""
+    num_images = features.shape[1]
+    cosines = features @ features.transpose(1, 2)
+    off_diagonal = cosines.sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return 1 - off_diagonal / (num_images * (num_images - 1))
+
+
+def summarise(
+    scores: Mapping[str, Mapping[str, np.ndarray]], base: str, categories: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """What is told of each system's scores (P, K) by measure: `mean`, `low`, `high` over prompts, each prompt counting once.
+
+    All but the base have `paired` (the mean difference to the base) and `win_rate` (over images) as well, each with its own
+    interval, and each measure has the same of every category in `categories`.
+    """
+    columns: dict[tuple[str, ...], np.ndarray] = {}
+    for system, measures in scores.items():
+        for measure, values in measures.items():
+            means = mean_over_images(values)
+            columns[system, measure] = means
+            if system != base:
+                columns[system, measure, "paired"] = mean_over_images(values - scores[base][measure])
+                columns[system, measure, "win_rate"] = mean_over_images(wins(values, scores[base][measure]))
+    table = np.stack(list(columns.values()), axis=1)
+    groups = {name: np.array([category == name for category in categories]) for name in dict.fromkeys(categories)}
+    whole = _describe(columns, table, seed)
+    if len(groups) > 1:
+        parts = {name: _describe(columns, table[rows], seed) for name, rows in groups.items()}
+        for system, measures in whole.items():
+            for measure, told in measures.items():
+                told["categories"] = {name: part[system][measure] for name, part in parts.items()}
+    for system, measures in whole.items():
+        for measure, told in measures.items():
+            told["num_images_dropped"] = int((~np.isfinite(scores[system][measure])).sum())
+    return whole
+
+
+def _describe(columns: Mapping[tuple[str, ...], Any], table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
+    """Mean and interval of each column of a table (P, M), by system and measure."""
+    lows, highs = bootstrap(table, seed)
+    told: dict[str, dict[str, Any]] = {}
+    for k, (system, measure, *kind) in enumerate(columns):
+        there = table[np.isfinite(table[:, k]), k]
+        mean = there.mean() if len(there) else np.nan
+        numbers = {
+            name: float(number) if np.isfinite(number) else None  # JSON knows no NaN
+            for name, number in (("mean", mean), ("low", lows[k]), ("high", highs[k]))
+        }
+        if kind:
+            told[system][measure][kind[0]] = numbers
+        else:
+            told.setdefault(system, {})[measure] = {**numbers, "num_prompts": len(there)}
+    return told
+
+
+def split_halves(categories: Sequence[str]) -> np.ndarray:
+    """Which prompts (P,) are the validation half: every other one of each category, so that both halves are alike."""
+    seen: dict[str, int] = {}
+    halves = []
+    for category in categories:
+        halves.append(seen.get(category, 0) % 2 == 0)
+        seen[category] = seen.get(category, 0) + 1
+    return np.array(halves)
+
+
+def to_numpy(scores: Sequence[float | None]) -> np.ndarray:
+    """Scores (N,) as they lie in JSON; None is NaN."""
+    return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+
+
+def to_json(scores: Tensor | np.ndarray) -> list[float | None]:
+    """Scores (N,) for JSON, which knows no NaN."""
+    values = torch.as_tensor(scores).double()
+    return [value if np.isfinite(value) else None for value in values.tolist()]
