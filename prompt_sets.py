@@ -128,7 +128,7 @@ def read_benchmark(name: str) -> Benchmark:
     path = Path(name)
     if name == "world":
         return _world()
-    if path.suffix.lower() in FORMATS or path.is_dir():
+    if path.suffix.lower() in FORMATS or (name and path.is_dir()):
         return _benchmark(path.stem, _read_files(path), {})
     if path.is_file():
         raise ValueError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")

@@ -1,0 +1,417 @@
+"""`texforce eval`: the same noise for all, results that repeat and resume, what is told of strengths, and bad input."""
+
+import csv
+import json
+import math
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import texforce
+from texforce import cli, evaluate, measures, record, sampler
+from texforce.config import TrainConfig
+from texforce.config_inference import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
+
+PROMPTS = [
+    ("a red circle", "one"),
+    ("two navy boxes", "many"),
+    ("a crimson disc", "one"),
+    ("three white crosses", "many"),
+    ("an ivory plus", "one"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(shared_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "out"
+    texforce.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("benchmark") / "five.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "category": category}) + "\n" for prompt, category in PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(adapter, benchmark) -> dict:
+    return {
+        "benchmark": str(benchmark), "adapter": [f"tuned={adapter}"], "reward": ["hps,alignment"], "model": "tiny",
+        "num_inference_steps": 3, "num_images": 2, "batch_size": 4,
+    }  # fmt: skip
+
+
+def run(options: dict, folder: Path, progress=lambda *stage: None) -> dict:
+    return evaluate.evaluate(resolve_eval(EvalConfig(**options, output_dir=str(folder))), progress)
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "eval"
+    run(options, folder)
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results.pop("timings")
+    return results
+
+
+def command_line(*arguments: object):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def flags(options: dict) -> list[str]:
+    pairs = [(name, value) for name, given in options.items() for value in (given if isinstance(given, list) else [given])]
+    return [text for name, value in pairs for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def check_failure(result, code: int, *words: str) -> None:
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert "Traceback" not in result.output
+    message = result.stderr[result.stderr.rindex("error: ") :].replace("\n", " ")
+    for word in words:
+        assert word in message
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+# --- what is drawn ---
+
+
+def test_images_are_what_sample_draws_of_the_same_prompt_and_seed(finished, options, adapter):
+    told = results_of(finished)["prompts"][2]
+    sampling = SampleConfig(adapter=[str(adapter)], prompt=["x"], num_inference_steps=3, compare=True)
+    drawn = evaluate.sample(resolve_sample(sampling), 2 * [told["prompt"]], told["seeds"])
+    for name, images in drawn.items():
+        for k in range(2):
+            expected = (images[k] * 255).round().permute(1, 2, 0).numpy()
+            assert np.abs(pixels(finished / "images" / name / f"00002_{k}.png") - expected).max() <= 1
+
+
+def test_at_scale_0_every_image_is_the_bases(options, adapter, tmp_path):
+    """Also what is drawn with LoRA in the model, all of whose factors are 0 but one that changes nothing that is seen."""
+    results = run(options | {"adapter": [f"off={adapter}:0", f"half={adapter}:0.5"], "reward": ["jpeg"]}, tmp_path / "eval")
+    images = sorted(path.name for path in (tmp_path / "eval" / "images" / "base").iterdir())
+    assert len(images) == 10
+    differ = 0
+    for name in images:
+        base, off, half = (pixels(tmp_path / "eval" / "images" / system / name) for system in ("base", "off", "half"))
+        assert (base == off).all()
+        differ += (base != half).any()
+    assert differ > 5
+    assert results["systems"]["off"]["measures"]["jpeg"]["paired"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_prompts_noise_depends_on_nothing_else(finished, options, tmp_path):
+    run(options | {"limit": 2, "reward": ["jpeg"]}, tmp_path / "eval")
+    whole, part = results_of(finished), results_of(tmp_path / "eval")
+    assert [p["prompt"] for p in part["prompts"]] == [PROMPTS[0][0], PROMPTS[2][0]]
+    assert part["prompts"][1]["seeds"] == whole["prompts"][2]["seeds"]
+    assert len({seed for p in whole["prompts"] for seed in p["seeds"]}) == 10
+    difference = pixels(finished / "images/base/00002_1.png") - pixels(tmp_path / "eval/images/base/00001_1.png").astype(int)
+    assert np.abs(difference).max() <= 1  # batches of other sizes round otherwise
+
+
+def test_what_has_one_name_is_drawn_together(options, adapter, tmp_path):
+    options = options | {
+        "adapter": [f"sum={adapter}:0.25", f"sum={adapter}:0.25", f"half={adapter}:0.5"],
+        "reward": ["jpeg"],
+    }
+    run(options, tmp_path / "eval")
+    for i in range(5):
+        one, other = (pixels(tmp_path / "eval/images" / name / f"{i:05d}_0.png").astype(int) for name in ("sum", "half"))
+        assert np.abs(one - other).max() <= 1
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_cut_as_elsewhere(options, tmp_path):
+    (tmp_path / "long.txt").write_text("a red circle " * 40)
+    options = options | {"benchmark": str(tmp_path / "long.txt"), "reward": ["jpeg"], "adapter": None}
+    assert run(options, tmp_path / "eval")["systems"]["base"]["measures"]["jpeg"]["mean"] < 0
+
+
+# --- results ---
+
+
+def test_results_hold_what_the_interface_says(finished):
+    results = results_of(finished)
+    assert list(results["systems"]) == ["base", "tuned"]
+    for name, system in results["systems"].items():
+        assert list(system["measures"]) == ["hps", "alignment", "diversity"]
+        for measure, told in system["measures"].items():
+            parts = [told] if name == "base" else [told, told["paired"], told["win_rate"]]
+            for part in (*parts, *told["categories"].values()):
+                assert part["low"] <= part["mean"] <= part["high"]
+            assert set(told["categories"]) == {"one", "many"}
+            assert ("paired" in told) == ("win_rate" in told) == (name != "base")
+            assert np.shape(system["scores"][measure]) == ((5, 1) if measure == "diversity" else (5, 2))
+    assert results["benchmark"]["name"] == "five"
+    assert {"torch", "diffusers", "texforce"} <= set(results["versions"])
+    assert len(results["systems"]["tuned"]["adapters"][0]["sha256"][0]) == 64
+    assert results["rewards"]["hps"]["hps"]["file"] == "hps.pt"
+
+
+def test_results_can_be_computed_anew_from_the_scores_they_hold(finished):
+    results = results_of(finished)
+    scores = {
+        name: {measure: np.array(table, dtype=float) for measure, table in system["scores"].items()}
+        for name, system in results["systems"].items()
+    }
+    told = measures.summarise(scores, "base", [p["category"] for p in results["prompts"]], results["seed"])
+    assert told == {name: system["measures"] for name, system in results["systems"].items()}
+
+
+def test_scores_are_those_of_the_written_images(finished):
+    results, prompt = results_of(finished), PROMPTS[3][0]
+    images = torch.stack([record.read_image(finished / f"images/tuned/00003_{k}.png")[0] for k in range(2)])
+    expected = evaluate.rewards.load_reward("alignment")(images, 2 * [prompt])
+    assert results["systems"]["tuned"]["scores"]["alignment"][3] == pytest.approx(expected.tolist())
+    with (finished / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    row = next(row for row in rows if row["image"] == "images/tuned/00003_1.png")
+    assert (row["system"], row["prompt"], row["category"]) == ("tuned", prompt, "many")
+    assert float(row["alignment"]) == pytest.approx(expected[1].item())
+    assert int(row["seed"]) == results["prompts"][3]["seeds"][1]
+
+
+def test_the_same_seed_gives_the_same_results_and_another_one_others(finished, options, tmp_path):
+    run(options, tmp_path / "again")
+    assert results_of(tmp_path / "again") == results_of(finished)
+    run(options | {"seed": 1}, tmp_path / "other")
+    assert results_of(tmp_path / "other")["systems"] != results_of(finished)["systems"]
+
+
+def test_diversity_falls_to_0_when_all_images_are_the_same(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.Evaluation, "seed", lambda self, i, k: 5)
+    results = run(options | {"reward": ["jpeg,hps"], "adapter": None}, tmp_path / "eval")
+    assert results["systems"]["base"]["measures"]["diversity"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert list(results["systems"]["base"]["measures"]) == ["jpeg", "hps", "diversity"]
+
+
+def test_an_image_that_is_not_finite_has_no_score_and_is_counted(options, tmp_path, monkeypatch):
+    original = sampler.sample_images
+
+    def broken(*arguments):
+        images = original(*arguments)
+        images[1, 0, 0, 0] = math.nan
+        return images
+
+    monkeypatch.setattr(sampler, "sample_images", broken)
+    results = run(options | {"reward": ["jpeg"], "adapter": None}, tmp_path / "eval")
+    base = results["systems"]["base"]
+    assert [row[1] for row in base["scores"]["jpeg"]].count(None) == 3  # one a chunk
+    assert base["measures"]["jpeg"]["num_images_dropped"] == 3
+
+
+def test_a_strength_is_chosen_on_one_half_and_told_on_the_other(options, adapter, tmp_path):
+    results = run(options | {"strength": "0,0.5,1", "reward": ["alignment,jpeg"]}, tmp_path / "eval")
+    sweep = results["strengths"]["tuned"]
+    assert [point["strength"] for point in sweep["curve"]] == [0, 0.5, 1]
+    means = [point["measures"]["alignment"]["mean"] for point in sweep["curve"]]
+    assert means[[0, 0.5, 1].index(sweep["best"])] == max(means)
+    assert sweep["curve"][0]["measures"]["alignment"]["paired"]["mean"] == 0
+    tuned = results["systems"]["tuned"]
+    assert tuned["strength"] == sweep["best"]
+    halves = np.array([prompt["validation"] for prompt in results["prompts"]])
+    assert results["num_prompts_told"] == (~halves).sum() == 2
+    scores = np.array(tuned["scores"]["alignment"])
+    assert tuned["measures"]["alignment"]["mean"] == pytest.approx(scores[~halves].mean())
+    drawn = np.array([float(row["alignment"]) for row in csv.DictReader((tmp_path / "eval/results.csv").open())
+                      if row["system"] == f"tuned@{sweep['best']:g}"]).reshape(5, 2)  # fmt: skip
+    assert max(means) == pytest.approx(drawn[halves].mean())
+
+
+# --- going on ---
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(finished, options, tmp_path, monkeypatch):
+    original, drawn = sampler.sample_images, []
+
+    def interrupted(*arguments):
+        if len(drawn) == 4:  # the base's three chunks and the tuned one's first
+            raise KeyboardInterrupt
+        drawn.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(sampler, "sample_images", interrupted)
+    result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
+    assert result.exit_code == 130
+    (tmp_path / "eval/images/base/00004_1.png.tmp").write_bytes(b"cut off")
+    monkeypatch.setattr(sampler, "sample_images", lambda *arguments: drawn.append(arguments) or original(*arguments))
+    run(options, tmp_path / "eval")
+    assert len(drawn) == 6
+    assert results_of(tmp_path / "eval") == results_of(finished)
+    assert not list((tmp_path / "eval").rglob("*.tmp"))
+
+
+def test_only_what_is_missing_is_made_again(finished, options, tmp_path, monkeypatch):
+    folder = tmp_path / "eval"
+    shutil.copytree(finished, folder)
+    (folder / "images/tuned/00001_0.png").unlink()
+    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])  # killed while it wrote
+    times = {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}
+    original, drawn = sampler.sample_images, []
+    monkeypatch.setattr(sampler, "sample_images", lambda *arguments: drawn.append(arguments) or original(*arguments))
+    run(options, folder)
+    assert len(drawn) == 1
+    assert times.items() <= {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}.items()
+    assert results_of(folder) == results_of(finished)
+    assert sorted((folder / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_finished_evaluation_takes_further_measures_and_systems(finished, options, adapter, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "eval")
+    more = options | {"reward": ["hps,alignment,jpeg"], "adapter": [*options["adapter"], f"half={adapter}:0.5"]}
+    results = run(more, tmp_path / "eval")
+    assert list(results["systems"]) == ["base", "tuned", "half"]
+    assert results["systems"]["tuned"]["measures"]["hps"] == results_of(finished)["systems"]["tuned"]["measures"]["hps"]
+
+
+def test_scores_of_other_weights_are_not_taken_for_these(options, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    options = options | {"adapter": None, "reward": [f"{tmp_path / 'mine.py'}:score"]}
+    first = run(options, tmp_path / "eval")["systems"]["base"]["measures"]
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return 2 * images.mean(dim=(1, 2, 3))\n")
+    second = run(options, tmp_path / "eval")["systems"]["base"]["measures"]
+    name = options["reward"][0]
+    assert second[name]["mean"] == pytest.approx(2 * first[name]["mean"])
+
+
+# --- the command line ---
+
+
+def test_the_command_shows_a_table_and_names_the_report(finished, options):
+    result = command_line(*flags(options), "--output-dir", finished)
+    assert result.exit_code == 0, result.output
+    told = results_of(finished)["systems"]["tuned"]["measures"]["hps"]
+    for number in (told["mean"], told["low"], told["high"], told["paired"]["low"]):
+        assert f"{number:.4f}" in result.stdout
+    assert f"{told['win_rate']['mean']:.0%}" in result.stdout
+    assert "five: 5 prompts, 2 images each" in result.stdout
+    assert str(finished / "report.html") in result.stdout.replace("\n", "")
+    assert "drawing tuned: done" in result.stderr
+
+
+def test_another_evaluations_folder_is_left_alone(finished, options, adapter, tmp_path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for changed, word in (
+        ({"seed": 3}, "seed"), ({"num_images": 3}, "num_images"), ({"limit": 2}, "benchmark"),
+        ({"guidance_scale": 2.0}, "guidance_scale"), ({"adapter": [f"tuned={adapter}:0.5"]}, "tuned"),
+    ):  # fmt: skip
+        check_failure(command_line(*flags(options | changed), "--output-dir", finished), 2, "output_dir", word)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    (tmp_path / "mine.txt").write_text("mine")
+    check_failure(command_line(*flags(options), "--output-dir", tmp_path), 2, "not empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+BAD = {
+    "unknown benchmark": (["--benchmark", "drawbenhc"], 2, ["drawbenhc", "known are drawbench"]),
+    "hub out of reach": (["--benchmark", "drawbench"], 2, ["sayakpaul/drawbench", "--benchmark FILE"]),
+    "malformed line": (["--benchmark", "BAD.jsonl"], 2, ["bad.jsonl, line 2", "not JSON"]),
+    "control characters": (["--benchmark", "ESC.txt"], 2, ["esc.txt, line 1", "U+001B"]),
+    "unknown reward": (["--reward", "hps,beauty"], 2, ["beauty", "known are"]),
+    "a reward twice": (["--reward", "hps,hps"], 2, ["hps,hps"]),
+    "prompts it cannot judge": (["--benchmark", "OTHER.txt", "--reward", "alignment"], 2, ["a castle"]),
+    "no such adapter": (["--adapter", "x=absent"], 2, ["absent"]),
+    "no such unet": (["--unet", "x=absent"], 2, ["absent"]),
+    "not an adapter": (["--adapter", "x=OTHER.txt"], 3, ["other.txt"]),
+    "base is taken": (["--adapter", "base=OTHER.txt"], 2, ["'base'", "NAME="]),
+    "nameless": (["--adapter", "OTHER DIR"], 2, ["NAME="]),
+    "one name twice": (["--adapter", "OTHER.txt", "--adapter", "OTHER.txt"], 2, ["comes twice"]),
+    "two unets": (["--unet", "a=OTHER.txt", "--unet", "a=OTHER.txt"], 2, ["takes one"]),
+    "strength of nothing": (["--strength", "0,1"], 2, ["--adapter"]),
+    "no numbers": (["--adapter", "x=ADAPTER", "--strength", "0,strong"], 2, ["0,strong"]),
+    "one strength twice": (["--adapter", "x=ADAPTER", "--strength", "1,1.0"], 2, ["different"]),
+    "half of one prompt": (["--adapter", "x=ADAPTER", "--strength", "0,1", "--limit", "1"], 2, ["half"]),
+    "no images": (["--num-images", "0"], 2, ["num_images"]),
+    "no prompts": (["--limit", "0"], 2, ["limit"]),
+    "no time": (["--reward-timeout", "0"], 2, ["reward_timeout"]),
+    "a file for a folder": (["--output-dir", "OTHER.txt/eval"], 5, ["storage"]),
+    "a broken reward": (["--reward", "RAISES.py:score"], 6, ["raised", "no score today"]),
+    "no finite score": (["--reward", "NAN.py:score"], 6, ["no finite score"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_its_code_and_leaves_nothing_half_done(case, adapter, benchmark, tmp_path, monkeypatch):
+    arguments, code, words = BAD[case]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": \n')
+    (tmp_path / "esc.txt").write_text("a \x1b[2J circle\n")
+    (tmp_path / "other.txt").write_text("a castle\n")
+    (tmp_path / "other dir").mkdir()
+    (tmp_path / "raises.py").write_text("def score(images, prompts):\n    raise OSError('no score today')\n")
+    (tmp_path / "nan.py").write_text("def score(images, prompts):\n    return images[:, 0, 0, 0] * float('nan')\n")
+    monkeypatch.chdir(tmp_path)
+    given = {"--benchmark": str(benchmark), "--output-dir": "eval", "--reward": "jpeg"}
+    given = {name: value for name, value in given.items() if name not in arguments}
+    arguments = [text.replace("ADAPTER", str(adapter)) if "ADAPTER" in text else text.lower() for text in arguments]
+    small = ["--num-inference-steps", "1"] + ([] if "--num-images" in arguments else ["--num-images", "1"])
+    check_failure(command_line(*arguments, *small, *(text for pair in given.items() for text in pair)), code, *words)
+    if code != 6 and case not in ("not an adapter",):
+        assert not (tmp_path / "eval").exists()
+
+
+def test_a_full_disk_ends_with_5_and_the_evaluation_goes_on_later(finished, options, tmp_path):
+    """The limit of a file's size stands for the disk: here it cuts off the file of scores, then the report."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (3000, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            check_failure(command_line(*flags(options), "--output-dir", tmp_path / "eval"), 5, "storage", "large")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list((tmp_path / "eval").rglob("*.tmp"))
+    run(options, tmp_path / "eval")
+    assert results_of(tmp_path / "eval") == results_of(finished)
+
+
+def test_a_damaged_image_is_named(finished, options, tmp_path):
+    shutil.copytree(finished, tmp_path / "eval")
+    path = tmp_path / "eval" / "images" / "tuned" / "00002_1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    result = command_line(*flags(options | {"reward": ["hps,alignment,jpeg"]}), "--output-dir", tmp_path / "eval")
+    check_failure(result, 3, "00002_1.png", "remove it")
+
+
+# --- options ---
+
+
+def test_systems_are_parsed_as_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    config = EvalConfig(adapter=["runs/out/", "x=runs/out:0.5", "x=other", "te=a=b"], unet=["ddpo.safetensors", "x=u:-2"])
+    assert config.systems == [
+        System("out", (("runs/out/", 1.0),)),
+        System("x", (("runs/out", 0.5), ("other", 1.0)), (("u", -2.0),)),
+        System("te", (("a=b", 1.0),)),
+        System("ddpo", (), (("ddpo.safetensors", 1.0),)),
+    ]
+    with pytest.raises(ValueError, match="give a name"):
+        EvalConfig(adapter=["a=b"]).systems  # noqa: B018  there is such a folder
+
+
+def test_measures_are_names_or_mixtures():
+    config = EvalConfig(reward=["hps,clip", "hps=1,jpeg=0.1", "mine.py:f"])
+    assert config.measures == ["hps", "clip", "hps=1,jpeg=0.1", "mine.py:f"]
+
+
+def test_defaults_follow_the_model_and_the_benchmark():
+    config = resolve_eval(EvalConfig(model="tiny"))
+    assert (config.benchmark, config.measures) == ("world", ["hps", "alignment", "alignment_exact"])
+    config = resolve_eval(EvalConfig(model="some/model"))
+    assert (config.benchmark, config.measures, config.num_inference_steps) == ("drawbench", ["hps"], 50)

@@ -1,0 +1,247 @@
+"""The report in a real browser: Debian's chromium, headless, driven by playwright."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from texforce import measures, record, report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "<img src=x onerror=\"document.title='run'\"> & \"quoted\" 'text' </script><script>document.title='run'</script>"
+CATEGORIES = ["colour", "count", '<b>"bold"</b>']
+NUM_PROMPTS = 1000
+
+needs_browser = pytest.mark.skipif(
+    not CHROMIUM, reason="no chromium: apt-get install chromium (Debian), or any Chromium or Chrome on the PATH"
+)
+
+
+def write_evaluation(
+    folder: Path, num_prompts: int, size: int = 8, num_images: int = 1, systems=("base", "te", "both")
+) -> dict:
+    """What an evaluation leaves behind before its report: images, and the results, of random scores."""
+    random = np.random.default_rng(0)
+    prompts = [HOSTILE, *(f"prompt number {i}" for i in range(1, num_prompts))]
+    categories = [CATEGORIES[i % 3] for i in range(num_prompts)]
+    scores = {
+        name: {measure: random.normal(k, 1, (num_prompts, num_images)) for measure in ("hps", "clip")}
+        for k, name in enumerate(systems)
+    }
+    scores["base"]["hps"][5:6] = np.nan
+    told = measures.summarise(scores, "base", categories, 0)
+    for k, name in enumerate(systems):
+        (folder / "images" / name).mkdir(parents=True)
+        record.write_image(folder / "first.png", torch.full((3, size, size), k / 3), {})
+        for i in range(num_prompts):
+            for j in range(num_images):
+                shutil.copy(folder / "first.png", folder / "images" / name / f"{i:05d}_{j}.png")
+    curve = [{"strength": s, "measures": told["te"]} for s in (0, 0.5, 1)] if "te" in systems else []
+    return {
+        "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
+        "model": "tiny", "num_images": num_images, "num_inference_steps": 8, "guidance_scale": 3.0, "eta": 1.0, "seed": 0,
+        "confidence": 0.95, "num_prompts_told": num_prompts, "versions": {"texforce": "0"}, "commit": None,
+        "strengths": {"te": {"chosen_by": "hps", "best": 0.5, "curve": curve}} if curve else {},
+        "systems": {
+            name: {"strength": 0.5 if name == "te" else 1, "images": f"images/{name}", "measures": told[name]}
+            | {"scores": {measure: [measures.to_json(row) for row in table] for measure, table in scores[name].items()}}
+            for name in systems
+        },
+        "prompts": [
+            {"prompt": prompt, "category": category, "seeds": [7] * num_images, "validation": False}
+            for prompt, category in zip(prompts, categories, strict=True)
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    results = write_evaluation(folder, NUM_PROMPTS)
+    report.write(folder, results)
+    return folder, results
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """A function that opens a folder's report; afterwards nothing else was asked for, and nothing complained."""
+    seen, wrong, pages = [], [], []
+
+    def open_page(folder: Path, **options):
+        page = browser.new_page(**options)
+        pages.append(page)
+        page.on("request", lambda request: seen.append(request.url))
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto((folder / "report.html").as_uri())
+        page.wait_for_selector(".card")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not wrong
+    assert all(url.startswith("data:") or url.endswith("/report.html") for url in seen), seen
+
+
+def cards(page) -> list[int]:
+    """The prompts shown, by index."""
+    return page.eval_on_selector_all(".card", "cards => cards.map(card => Number(card.dataset.index))")
+
+
+def order_by(results: dict, sign: float, system: str = "te", measure: str = "hps") -> list[int]:
+    own, base = (np.array(results["systems"][name]["scores"][measure], dtype=float)[:, 0] for name in (system, "base"))
+    change = np.nan_to_num(sign * (own - base), nan=-np.inf)
+    return sorted(range(len(change)), key=lambda i: (-change[i], i))
+
+
+@needs_browser
+def test_a_thousand_prompts_are_on_the_screen_within_two_seconds(visit, evaluation):
+    page = visit(evaluation[0])
+    paints = page.evaluate("performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime])")
+    assert dict(paints)["first-contentful-paint"] < 2000
+    assert page.text_content("#count") == "1000 of 1000 prompts"
+    assert len(cards(page)) < 200  # the others are made when one gets there
+    page.locator("footer").scroll_into_view_if_needed()
+    page.locator(".card").nth(95).wait_for()
+
+
+@needs_browser
+def test_prompts_are_sorted_by_gain_and_loss_of_what_is_chosen(visit, evaluation):
+    page, results = visit(evaluation[0]), evaluation[1]
+    assert cards(page) == order_by(results, 1)[: len(cards(page))]
+    page.select_option("#order", "loss")
+    assert cards(page) == order_by(results, -1)[: len(cards(page))]
+    page.select_option("#system", label="both")
+    page.select_option("#measure", label="clip")
+    assert cards(page) == order_by(results, -1, "both", "clip")[: len(cards(page))]
+    page.select_option("#order", "given")
+    assert cards(page)[:5] == [0, 1, 2, 3, 4]
+    page.select_option("#order", "gain")
+    page.select_option("#system", label="te at 0.5")
+    page.select_option("#measure", label="hps")
+    page.fill("#text", "number 5")
+    assert cards(page)[-1] == 5 or 5 not in cards(page)  # the base has no score there: last
+
+
+@needs_browser
+def test_prompts_are_filtered_by_category_and_text(visit, evaluation):
+    page = visit(evaluation[0])
+    page.select_option("#category", label=CATEGORIES[2])
+    assert page.text_content("#count") == "333 of 1000 prompts"
+    assert {i % 3 for i in cards(page)} == {2}
+    page.fill("#text", "NUMBER 99")
+    assert sorted(cards(page)) == [992, 995, 998]
+    page.select_option("#category", "")
+    page.fill("#text", 'onerror="')
+    assert cards(page) == [0]
+    page.fill("#text", "no such thing")
+    assert cards(page) == []
+    assert page.text_content("#count") == "0 of 1000 prompts"
+
+
+@needs_browser
+def test_a_prompt_is_text_and_never_markup(visit, evaluation):
+    page = visit(evaluation[0])
+    page.fill("#text", "quoted")
+    assert page.text_content(".card h3") == HOSTILE
+    page.click(".card")
+    assert page.text_content("#large-prompt") == HOSTILE
+    assert page.locator("dialog[open] img").first.get_attribute("alt") == f"base, image 1: {HOSTILE}"
+    assert page.locator('img[src="x"]').count() == 0
+    assert page.locator("b, i").count() == 0  # of the category and the benchmark
+    assert page.title() == 'texforce eval: set <i>"x"</i>'
+
+
+@needs_browser
+def test_the_keyboard_is_enough(visit, evaluation):
+    page = visit(evaluation[0])
+    focused = "Number(document.activeElement.dataset.place ?? -1)"
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.type("number 1/j")
+    assert page.input_value("#text") == "number 1/j"
+    page.fill("#text", "")
+    page.keyboard.press("Escape")
+    for key, place in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
+        page.keyboard.press(key)
+        assert page.evaluate(focused) == place
+    page.keyboard.press("Enter")
+    shown = cards(page)
+    assert page.text_content("#large-prompt") == page.locator(".card h3").nth(1).text_content()
+    assert page.locator("dialog section").count() == 3
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#large-prompt") == page.locator(".card h3").nth(2).text_content()
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+    assert page.evaluate(focused) == 2
+    assert cards(page) == shown
+
+
+@needs_browser
+def test_plots_follow_their_measure(visit, evaluation):
+    page = visit(evaluation[0])
+    figures = page.locator("figure")
+    assert figures.count() == 2  # strength and category
+    for k in range(2):
+        assert figures.nth(k).locator("[data-plot]:visible").get_attribute("data-plot") == "hps"
+        figures.nth(k).locator("select").select_option("clip")
+        assert figures.nth(k).locator("[data-plot]:visible").get_attribute("data-plot") == "clip"
+    assert figures.nth(1).locator("svg:visible circle").count() == 2 * (1 + len(CATEGORIES))
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_the_colour_scheme(visit, evaluation, scheme):
+    page = visit(evaluation[0], viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator(".card").first.tap()
+    assert page.evaluate("document.querySelector('dialog').scrollWidth") <= 360
+    background, text = (
+        sum(map(int, page.evaluate(f"getComputedStyle(document.body).{name}").strip("rgb()").split(",")))
+        for name in ("backgroundColor", "color")
+    )
+    assert (background < text) == (scheme == "dark")
+
+
+@needs_browser
+def test_the_base_alone_and_prompts_without_categories_are_shown_too(visit, tmp_path):
+    results = write_evaluation(tmp_path, 3, size=300, num_images=2, systems=("base",))
+    for prompt in results["prompts"]:
+        prompt["category"] = ""
+    report.write(tmp_path, results)
+    page = visit(tmp_path)
+    assert len(cards(page)) == 3
+    assert page.locator("figure").count() == 0 or page.locator("figure svg").count() > 0
+    assert page.locator(".card img").count() == 6
+    assert page.locator(".card img").first.get_attribute("src").startswith("data:image/webp")
+    assert page.evaluate("document.querySelector('.card img').naturalWidth") == 256
+
+
+def test_the_page_names_no_other_host(evaluation):
+    text = (evaluation[0] / "report.html").read_text()
+    assert "://" not in text.replace("onerror", "")
+    assert text.count("</script>") == 2
+    assert "{{" not in text
+
+
+def test_with_many_images_only_the_first_of_each_prompt_is_in_the_page(tmp_path, monkeypatch):
+    results = write_evaluation(tmp_path, 4, num_images=3)
+    for limit, expected in ((report.MAX_IMAGES, 36), (24, 24), (1, 12)):
+        monkeypatch.setattr(report, "MAX_IMAGES", limit)
+        report.write(tmp_path, results)
+        assert (tmp_path / "report.html").read_text().count("data:image/png") == expected
