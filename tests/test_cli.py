@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 import texforce
 from texforce import DivergedError, cli, remote, rewards, sampler
 from texforce.config import PRESETS, TrainConfig, resolve
-from texforce.config_inference import SampleConfig, resolve_sample
+from texforce.config_inference import EvalConfig, MergeConfig, SampleConfig, resolve_sample
 from texforce.scorers import RewardError
 
 ROOT = Path(texforce.__file__).parent
@@ -125,14 +125,15 @@ def test_help_loads_neither_torch_nor_what_builds_on_it():
 def test_help_shows_the_commands_that_there_are():
     result = run("--help")
     commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
-    assert commands == ["train", "sample", "merge", "rewards"]
-    for absent in ("merge", "eval"):
-        assert run(absent).exit_code == 2
+    assert commands == ["train", "sample", "merge", "eval", "rewards"]
+    assert run("merge").exit_code == run("evaluate").exit_code == 2
     assert "2 bad input" in result.stdout
     assert "143" in result.stdout
 
 
-@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("sample", SampleConfig)])
+@pytest.mark.parametrize(
+    ("command", "config"), [("train", TrainConfig), ("sample", SampleConfig), ("merge", MergeConfig), ("eval", EvalConfig)]
+)
 def test_help_holds_every_option_with_its_text_and_default(command, config):
     shown = squash(run(command, "--help").stdout)
     for item in fields(config):
@@ -158,15 +159,18 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(readme_block("def brightness"))
     commands = re.findall(
-        r"^(?:pip .* && )?texforce ((?:train|sample|merge) .+?)(?:  +#.*)?$",
+        r"^(?:pip .* && )?texforce ((?:train|sample|merge|eval) .+?)(?:  +#.*)?$",
         (ROOT / "README.md").read_text(),
         flags=re.MULTILINE,
     )
     assert len(commands) >= 10
     for number, command in enumerate(commands):
-        arguments = [re.sub(r"^out(?=$|:)", str(adapter), text) for text in shlex.split(command)]
+        arguments = [re.sub(r"(^|=)out(?=$|:)", rf"\g<1>{adapter}", text) for text in shlex.split(command)]
         if arguments[0] == "train":
             arguments += ["--model", "tiny", "--dry-run"]
+        if arguments[0] == "eval":
+            arguments = ["--limit=2" if text == "drawbench" else text for text in arguments if text != "--benchmark"]
+            arguments += ["--num-inference-steps", "1", "--limit", "2"]
         result = run(*arguments, "--output" if arguments[0] == "merge" else "--output-dir", tmp_path / str(number))
         assert result.exit_code == 0, (command, result.output)
 
