@@ -63,6 +63,23 @@ def check_inputs(system: System) -> None:
             raise FileNotFoundError(f"unet: there is no file or folder {path!r}")
 
 
+def adapter_files(path: Path) -> list[Path]:
+    """The files that decide what an adapter is.
+
+    Raises:
+        FileNotFoundError, ArtifactError: as `lora.find_files`.
+    """
+    found = [file.path for file in find_files(path)]
+    configs = [file.with_name("adapter_config.json") for file in found]
+    return [*found, *(config for config in configs if config.is_file())]
+
+
+def unet_files(path: Path) -> list[Path]:
+    """The files that decide what a tuned U-Net is; raises what `adapter_files` does."""
+    whole = [file for file in (unet_file(path), unet_file(path / "unet")) if file]
+    return whole[:1] or adapter_files(path)
+
+
 def put_on(models: Models, system: System) -> Models:
     """Models with a system's adapters and U-Net on copies of the parts that they change; those given stay as they are.
 

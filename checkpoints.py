@@ -102,13 +102,17 @@ def _fetch(source: HubFile | HubFolder) -> Path:
     return folder
 
 
-def describe_source(name: str, checkpoints: Mapping[str, str | Path]) -> dict[str, Any]:
-    """Where `find_weights` finds the weights of a name of HUB, for the record."""
-    if name not in checkpoints:
-        return {"repository": HUB[name].repository, "revision": HUB[name].revision}
-    path = Path(checkpoints[name])
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return {"file": path.name, "sha256": {file.name: sha256(file) for file in files}}
+def describe_source(name: str) -> dict[str, Any]:
+    """What the hub has for a name of HUB, for the record."""
+    return {"repository": HUB[name].repository, "revision": HUB[name].revision}
+
+
+def describe_files(path: Path) -> dict[str, Any]:
+    """A file's or folder's name, and the SHA-256 of what is in it, for the record."""
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256(path)}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): sha256(file) for file in files}}
 
 
 def is_fetched(name: str) -> bool:
@@ -217,6 +221,7 @@ def _checked_sha256(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

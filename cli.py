@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import signal
+import shlex
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import texforce
-from texforce import record
+from texforce import interrupts, record
 from texforce.config import (
     PRESETS,
     TrainConfig,
@@ -38,7 +38,7 @@ from texforce.config_inference import (
 from texforce.prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
-OUT_OF_MEMORY = "out of memory; lower --micro-batch-size, --sample-batch-size or --resolution ({})"
+OUT_OF_MEMORY = "out of memory; lower --{} or --resolution ({})"
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
@@ -48,31 +48,23 @@ app = typer.Typer(
 output, progress = Console(), Console(stderr=True)
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM."""
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 @contextmanager
-def exit_codes() -> Iterator[None]:
+def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
     """Turn expected errors into a message without traceback and the documented exit code."""
     import torch
 
     from texforce.checkpoints import ArtifactError
     from texforce.scorers import RewardError
 
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield
+        with interrupts.handled():
+            yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _fail(OUT_OF_MEMORY.format(str(error).partition("\n")[0]), 5)
+        _fail(OUT_OF_MEMORY.format(batch_option, str(error).partition("\n")[0]), 5)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # how torch says it on the CPU
             raise
-        _fail(OUT_OF_MEMORY.format(str(error).partition("\n")[0]), 5)
+        _fail(OUT_OF_MEMORY.format(batch_option, str(error).partition("\n")[0]), 5)
     except ValueError as error:
         _fail(error, 2)
     except ArtifactError as error:
@@ -85,12 +77,10 @@ def exit_codes() -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: the system's own have a number
             _fail(error, 2)
         _fail(f"storage: {error.strerror or error}: {error.filename or ''}", 5)
-    except Terminated:
+    except interrupts.Terminated:
         _fail("terminated", 143)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
@@ -157,10 +147,21 @@ def train(
         Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="go on with the run in this folder, whose options need not be given again; begin it if there is none"
+        ),
+    ] = None,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="with --resume, though options or prompts have changed")
+    ] = False,
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
-    with exit_codes():
+    with exit_codes("micro-batch-size, --sample-batch-size"):
         options = merge_options(read_config(config), given)
+        if resume:
+            options = resumed_options(resume, options)
         settings = texforce.resolve(TrainConfig(**options))
         progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         if dry_run:
@@ -168,10 +169,41 @@ def train(
 
             output.print(_table("plan", plan.plan(settings)))
             return
-        with EpochView(settings) as view:
-            result = texforce.train(settings, view)
+        with told_how_to_go_on(settings), EpochView(settings) as view:
+            result = texforce.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
         output.print(_results(result))
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
+
+
+def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run in a folder, with those given over them.
+
+    Raises:
+        FileNotFoundError: there is no run, and no option to begin one with. ValueError: another output folder is given.
+    """
+    if Path(given.get("output_dir") or folder) != folder:
+        raise ValueError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
+    saved = folder / "config.json"
+    if not saved.is_file() and not given:
+        raise FileNotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
+    return merge_options(read_config(saved) if saved.is_file() else {}, given) | {"output_dir": str(folder)}
+
+
+@contextmanager
+def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
+    """Say, when a training is stopped, how it can go on."""
+    try:
+        yield
+    except texforce.DivergedError:
+        raise  # it would do so again
+    except BaseException:
+        if any(Path(config.output_dir, texforce.CHECKPOINTS).glob("epoch_*")):
+            _warn(f"saved; go on with: texforce train --resume {shlex.quote(config.output_dir)}")
+        raise
+
+
+def _warn(message: str) -> None:
+    progress.print(Text(printable(message)), soft_wrap=True)
 
 
 def _why(options: dict[str, Any]) -> str:
@@ -396,13 +428,18 @@ def evaluation_table(results: dict[str, Any]) -> Table:
     )
     for measure, base in results["systems"][BASE]["measures"].items():
         table.add_row(Text(printable(measure), style="bold"))
-        table.add_row(f" {BASE}", Text(report.interval(base)))
+        table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
         for name in list(results["systems"])[1:]:
             system = results["systems"][name]
             told = system["measures"][measure]
             style = {"gain": "green", "loss": "red", "": ""}[report.direction(told["paired"])]
             change = Text(report.interval(told["paired"], "+"), style=style)
-            cells = (f" {report.label(name, system)}", report.interval(told), change, report.interval(told["win_rate"], "%"))
+            cells = (
+                f" {report.label(name, system)}",
+                report.interval(told) + report.dropped(told),
+                change,
+                report.interval(told["win_rate"], "%"),
+            )
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     if speeds := [speed for speed in results["timings"]["images_per_s"].values() if speed]:
         table.caption = Text(f"images/s: {min(speeds):.3g} to {max(speeds):.3g}")

@@ -91,6 +91,15 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
     compile: bool | None = option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
     eval_every: int = option(None, "epochs between measurements on the held-out prompts")
+    checkpoint_every: int = option(None, "epochs between checkpoints, from which `--resume` goes on exactly")
+    checkpoints_to_keep: int = option(2, "so many of the newest checkpoints stay")
+    max_kl: float | None = option(
+        None, "stop when the KL divergence from the base policy is above this (measuring it costs)"
+    )
+    max_reward_drop: float = option(
+        2.0,
+        "stop when the held-out reward is so many deviations of the first epoch's rewards below the base model's; 0 is off",
+    )
     report_to: str = option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
 
 
@@ -102,6 +111,7 @@ _TINY = {
     "micro_batch_size": 128,
     "sample_batch_size": 128,
     "eval_every": 20,
+    "checkpoint_every": 10,
 }
 _SD = {
     "num_epochs": 320,
@@ -109,6 +119,7 @@ _SD = {
     "micro_batch_size": 4,
     "sample_batch_size": 8,
     "eval_every": 10,
+    "checkpoint_every": 5,
 }
 _PUBLISHED = {
     "num_inference_steps": 50,
@@ -261,10 +272,13 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
 
 
+COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for item in fields(config):
         value = getattr(config, item.name)
-        if item.name.startswith("num_") or item.name in ("rank", "micro_batch_size", "sample_batch_size", "eval_every"):
+        if item.name.startswith("num_") or item.name in COUNTS:
             if value < 1:
                 raise ValueError(f"{item.name}: must be at least 1, not {value}")
         elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
@@ -272,12 +286,17 @@ def _check_ranges(config: TrainConfig) -> None:
         elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
             rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
             raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
-        elif item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale") and not value >= 0:
+        elif (
+            item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale", "max_reward_drop")
+            and not value >= 0
+        ):
             raise ValueError(f"{item.name}: must not be negative, not {value}")
     check_seed(config)
     check_timeout(config)
     if config.rank > MAX_RANK:
         raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
+    if config.max_kl is not None and not config.max_kl > 0:
+        raise ValueError(f"max_kl: must be above 0, not {config.max_kl}")
     if not 0 <= (config.ema_decay or 0) < 1:
         raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 

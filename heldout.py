@@ -83,7 +83,7 @@ class Heldout:
     def __init__(self, setup: texforce.Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
         self.folder = output_dir / "grids"
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         with setup.policy.base():
             self.base_images = heldout_images(setup.policy, setup.denoiser, prompts, config)
         self.base = self._scores(self.base_images)

@@ -109,13 +109,10 @@ def _describe(columns: Mapping[tuple[str, ...], Any], table: np.ndarray, seed: i
 
 
 def split_halves(categories: Sequence[str]) -> np.ndarray:
-    """Which prompts (P,) are the validation half: every other one of each category, so that both halves are alike."""
-    seen: dict[str, int] = {}
-    halves = []
-    for category in categories:
-        halves.append(seen.get(category, 0) % 2 == 0)
-        seen[category] = seen.get(category, 0) + 1
-    return np.array(halves)
+    """Which prompts (P,) are the validation half: every other one, category by category, so that both halves are alike."""
+    halves = np.zeros(len(categories), bool)
+    halves[np.argsort(np.array(categories), kind="stable")[::2]] = True
+    return halves
 
 
 def to_numpy(scores: Sequence[float | None]) -> np.ndarray:

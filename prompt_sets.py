@@ -81,7 +81,7 @@ class Benchmark:
         return hashlib.sha256(json.dumps([self.prompts, self.categories]).encode()).hexdigest()
 
     def limited(self, limit: int | None) -> Benchmark:
-        """So many of the prompts, from all over the set, so that every category stays in it."""
+        """So many of the prompts, evenly spaced over the set."""
         total = len(self.prompts)
         rows = [i * total // limit for i in range(limit)] if limit and limit < total else range(total)
         return replace(self, prompts=[self.prompts[i] for i in rows], categories=[self.categories[i] for i in rows])
@@ -116,7 +116,7 @@ def read_benchmark(name: str) -> Benchmark:
     """A name of BENCHMARKS, `world` or another shipped set, a file of FORMATS, or a folder of such files.
 
     A prompt is in what is called `prompt` (or `Prompts`), its category in `category` (or `classification`), in any case;
-    a list of texts has the file's name as its category. What comes twice is taken once.
+    a list of texts has the file's name as its category. A prompt that comes twice is taken once.
 
     Raises:
         FileNotFoundError: there is no such benchmark, or the hub cannot be reached.
@@ -152,11 +152,13 @@ Rows = Iterable[tuple[str, Mapping[str, Any]]]  # where a row stands, for messag
 
 
 def _benchmark(name: str, rows: Rows, source: dict[str, str]) -> Benchmark:
-    pairs = dict.fromkeys(_prompt_and_category(where, row) for where, row in rows)
-    if not pairs:
+    categories: dict[str, str] = {}
+    for where, row in rows:
+        prompt, category = _prompt_and_category(where, row)
+        categories.setdefault(prompt, category)
+    if not categories:
         raise ValueError(f"benchmark: {name!r} holds no prompt")
-    prompts, categories = (list(column) for column in zip(*pairs, strict=True))
-    return Benchmark(name, prompts, categories, source)
+    return Benchmark(name, list(categories), list(categories.values()), source)
 
 
 def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -231,7 +233,10 @@ def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     text = read_text(path, "benchmark")
     if kind in (".csv", ".tsv"):
         reader = csv.DictReader(text.splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
-        yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
+        try:
+            yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise ValueError(f"benchmark: {path.name}, line {reader.line_num}: {error}") from error
     elif kind == ".json":
         rows = _parse_json(text, path.name)
         if not isinstance(rows, list):
@@ -260,11 +265,13 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         names = parquet.read_schema(path).names
         wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
         return parquet.read_table(path, columns=wanted).to_pylist()
-    except ArrowInvalid as error:
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
+            raise
         raise ValueError(f"benchmark: {path.name}: not a parquet file: {error}") from error

@@ -35,27 +35,74 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
-def check_folder(name: str) -> Path:
-    """See that a training can make its output folder, without making it.
+LOCK, HOLDER = ".lock", ".holder"  # of a run's folder, and who has it
+
+
+def check_folder(name: str, go_on: bool = False) -> Path:
+    """See that a training can make its output folder, or go on in it, without making it.
 
     Raises:
-        ValueError: it is not empty. OSError: it cannot be made or written to.
+        ValueError: it is not empty and holds no run to go on with. OSError: it cannot be made or written to.
     """
     folder = Path(name)
     check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"output_dir: {name!r} is not empty; choose another folder, or remove it")
+    ours = go_on and (folder / "config.json").is_file()
+    foreign = [path for path in folder.glob("*") if path.name not in (LOCK, HOLDER) and path.suffix != ".tmp"]
+    if foreign and not ours:
+        raise ValueError(
+            f"output_dir: {name!r} is not empty; choose another folder, or go on with the run in it by --resume {name}"
+        )
     return folder
 
 
-def new_folder(name: str) -> Path:
-    """Make the output folder, and see that it can be written to before any model is loaded."""
-    folder = check_folder(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.write_text("")
-    probe.unlink()
-    return folder
+@contextlib.contextmanager
+def claimed(config: TrainConfig, go_on: bool = False) -> Iterator[Path]:
+    """The output folder, made and held by this process alone, and known to have room before any model is loaded.
+
+    Raises:
+        ValueError: another process holds it, or what `check_folder` raises. OSError: it cannot be written to.
+    """
+    folder = Path(config.output_dir)
+    with held(folder, lambda: check_folder(config.output_dir, go_on)):
+        probe = folder / ".room.tmp"
+        try:
+            probe.write_bytes(bytes(checkpoint_size(config)))
+        finally:
+            probe.unlink(missing_ok=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def held(folder: Path, check: Callable[[], object]) -> Iterator[None]:
+    """Within it, no other process holds the folder, which is made if a check of it passes.
+
+    Raises:
+        ValueError: one does. Whatever the check raises.
+    """
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():  # nothing is to be written into a folder that is not ours
+        check()
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = (folder / HOLDER).read_text() if (folder / HOLDER).is_file() else "another process"
+        raise ValueError(f"output_dir: {str(folder)!r} is in use by {holder}") from None
+    try:
+        write_text(folder / HOLDER, f"process {os.getpid()} on {platform.node()}")
+        check()
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def checkpoint_size(config: TrainConfig) -> int:
+    """About the bytes of a checkpoint, without knowing the model: some ten megabytes for each 16 of rank, one for tiny."""
+    return config.rank * 2**16 * (1 if config.model == "tiny" else 16)
 
 
 def open_to_umask(path: Path) -> None:
@@ -78,6 +125,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -94,9 +142,16 @@ def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping
 
 
 @contextlib.contextmanager
-def metrics(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that takes an epoch's record to metrics.jsonl and to the tracker that --report-to names."""
-    with (output_dir / "metrics.jsonl").open("w") as file, tracker(config, output_dir) as track:
+def metrics(
+    config: TrainConfig, output_dir: Path, epochs: Sequence[Mapping[str, Any]]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes an epoch's record to metrics.jsonl and to the tracker that --report-to names.
+
+    The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
+    """
+    path = output_dir / "metrics.jsonl"
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in epochs))
+    with path.open("a") as file, tracker(config, output_dir) as track:
 
         def log(record: dict[str, Any]) -> None:
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -265,14 +320,25 @@ def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:
     """
     import numpy as np
     import torch
+
+    image = open_image(path)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return pixels, dict(getattr(image, "text", {}))  # only PNG has it
+
+
+def open_image(path: Path) -> Any:
+    """An image as PIL has it, read whole.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-            label = dict(getattr(image, "text", {}))  # only PNG has it
+            image.load()
+            return image
     except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
             raise
         raise ArtifactError(f"{path}: not an image that can be read; remove it, and it is drawn again") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, label

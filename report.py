@@ -34,6 +34,7 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
         f"Means over prompts with {results['confidence']:.0%} bootstrap intervals. The change is the paired difference "
         "to the base model; a win is an image that scores higher than the base model's from the same noise, a tie half."
     )
+    note += " Of few prompts, as in small categories, such intervals are too narrow."
     if results["strengths"]:
         note += " The strength was chosen on one half of the prompts; everything here is of the other half."
     data = _data(folder, results)
@@ -71,7 +72,7 @@ def _data(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "systems": [label(name, system) for name, system in systems.items()],
         "measures": list(systems[BASE]["scores"]),
-        "pixelated": _size(files[0][0]) <= MAX_PIXELS // 2,
+        "pixelated": record.open_image(files[0][0]).width <= MAX_PIXELS // 2,
         "rows": shown,
     }
 
@@ -81,25 +82,20 @@ def label(name: str, system: Mapping[str, Any]) -> str:
     return name if system["strength"] == 1 else f"{name} at {system['strength']:g}"
 
 
-def _size(path: Path) -> int:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.width
-
-
 def _thumbnail(path: Path) -> str:
-    """An image as the address of its own content, scaled down if it is large."""
-    from PIL import Image
+    """An image as the address of its own content, scaled down if it is large.
 
-    with Image.open(path) as image:
-        if max(image.size) <= MAX_PIXELS:
-            kind, content = "png", path.read_bytes()
-        else:
-            image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "webp", quality=80)
-            kind, content = "webp", buffer.getvalue()
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    image = record.open_image(path)
+    if max(image.size) <= MAX_PIXELS:
+        kind, content = "png", path.read_bytes()
+    else:
+        image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "webp", quality=80)
+        kind, content = "webp", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -112,7 +108,7 @@ def summary(systems: Mapping[str, Any]) -> str:
     for measure in systems[BASE]["measures"]:
         for name, system in systems.items():
             told = system["measures"][measure]
-            cells = [html.escape(measure), html.escape(label(name, system)), interval(told)]
+            cells = [html.escape(measure), html.escape(label(name, system)), interval(told) + dropped(told)]
             if name == BASE:
                 cells += ["", ""]
             else:
@@ -131,6 +127,11 @@ def interval(told: Mapping[str, Any], kind: str = "") -> str:
     form = ".0%" if kind == "%" else ".4f"
     text = f"{told['mean']:{'+' if kind == '+' else ''}{form}}"
     return text if told["low"] is None else f"{text} [{told['low']:{form}}, {told['high']:{form}}]"
+
+
+def dropped(told: Mapping[str, Any]) -> str:
+    """A remark on what had no score, if there is such."""
+    return f" ({told['num_images_dropped']} without a score)" if told["num_images_dropped"] else ""
 
 
 def direction(paired: Mapping[str, Any]) -> str:
@@ -198,18 +199,20 @@ class Axis:
 def category_plot(systems: Mapping[str, Any], tuned: Sequence[str], measure: str) -> str:
     """Paired differences with their intervals, a row for all prompts and for each category, as SVG."""
     told = {name: systems[name]["measures"][measure] for name in tuned}
-    names = ["all", *next(iter(told.values()))["categories"]]
+    names = ["all", *systems[BASE]["measures"][measure]["categories"]]
     rows = [
         {name: (t if k == 0 else t["categories"][row])["paired"] for name, t in told.items()} for k, row in enumerate(names)
     ]
-    left, width, step = 190, 560, 14 * len(tuned) + 12
+    shown = next(iter(told.values()))
+    counts = [part["num_prompts"] for part in (shown, *shown["categories"].values())]
+    left, width, step = 220, 590, 14 * len(tuned) + 12
     axis = Axis(
         [paired[end] for row in rows for paired in row.values() for end in ("mean", "low", "high")], left, width - 12
     )
     height = step * len(names) + 30
     drawn = [_line(axis(0), 0, axis(0), height - 24, "zero")]
     for n, (name, row) in enumerate(zip(names, rows, strict=True)):
-        drawn.append(_text(left - 10, step * (n + 0.5) + 4, _short(name or "none"), "end"))
+        drawn.append(_text(left - 10, step * (n + 0.5) + 4, f"{_short(name or 'none')} ({counts[n]})", "end"))
         for k, paired in enumerate(row.values()):
             y = step * n + 12 + 14 * k
             if paired["low"] is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from texforce import remote, scorers, world
-from texforce.checkpoints import ArtifactError, describe, describe_source, find_weights, sha256
+from texforce.checkpoints import ArtifactError, describe, describe_files, describe_source, find_weights
 from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
 
 URL = ("http://", "https://")
@@ -43,32 +43,34 @@ class Entry:
     licence: str = "-"  # of the weights, or of what must be installed besides
     packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
     gradients: bool = False  # whether its `with_gradients` carries them to the images
+    features: bool = False  # whether it has `image_features`
     check_prompt: Callable[[str], object] = lambda prompt: None  # raises ValueError for a prompt it cannot judge
 
 
 CATALOGUE = {
     "hps": Entry(
         scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
-        gradients=True,
+        gradients=True, features=True,
     ),
     "hps-v2": Entry(
         scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
-        gradients=True,
+        gradients=True, features=True,
     ),
     "imagereward": Entry(
         scorers.ImageReward, "human preference", "mean 0, deviation 1 on its data",
         ("imagereward", "imagereward-tokenizer"), "Apache-2.0", gradients=True,
     ),
     "pickscore": Entry(
-        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT", gradients=True
+        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT", gradients=True,
+        features=True,
     ),
     "aesthetic": Entry(
         scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
-        "Apache-2.0, MIT", gradients=True,
+        "Apache-2.0, MIT", gradients=True, features=True,
     ),
     "clip": Entry(
         scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
-        gradients=True,
+        gradients=True, features=True,
     ),
     "ocr": Entry(
         lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
@@ -236,13 +238,25 @@ def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
             CATALOGUE[name].check_prompt(prompt)
 
 
-def describe_weights(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, Any]:
-    """What `load_reward` takes for the parts of a reward: repository and revision, or a file's name and SHA-256."""
-    paths = _given_paths(checkpoints, embedded)
-    told: dict[str, Any] = {weights: describe_source(weights, paths) for weights in weights_of(spec)}
+def has_features(spec: str) -> bool:
+    """Whether a part of a reward has features of the image alone, so that a mixture of it does."""
+    return any(name in CATALOGUE and CATALOGUE[name].features for name in parse_mixture(spec))
+
+
+def locate(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, Any]:
+    """What `load_reward` takes for the parts of a reward: repository and revision, or files and their SHA-256.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or a file has no such function.
+    """
+    paths, told = _given_paths(checkpoints, embedded), dict[str, Any]()
+    for weights in weights_of(spec):
+        found = find_weights(weights, paths)
+        told[weights] = describe_files(found) if weights in paths else describe_source(weights)
     for name in parse_mixture(spec):
         if ":" in name and not name.startswith(URL):
-            told[name] = {"sha256": sha256(Path(name.rpartition(":")[0]))}
+            _load_function(name)
+            told[name] = describe_files(Path(name.rpartition(":")[0]))
     return told
 
 
@@ -270,13 +284,11 @@ class Mixture:
         """
         return {name: score(part, images, prompts) for name, part in self.parts.items()}
 
-    def image_features(self, images: Tensor) -> Tensor | None:
-        """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has such; None if none has."""
-        for part in self.parts.values():
-            if hasattr(part, "image_features"):
-                with torch.inference_mode():
-                    return part.image_features(images).float().cpu()
-        return None
+    @torch.inference_mode()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has such."""
+        part: Any = next(part for name, part in self.parts.items() if has_features(name))
+        return part.image_features(images).float().cpu()
 
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The sum (N,) of the parts' scores (N,)."""

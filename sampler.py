@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from texforce.checkpoints import describe_files
+
 TINY = Path(__file__).parent / "tiny"
 MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable density
 
@@ -78,12 +80,14 @@ def find_model(name: str) -> str:
     return source
 
 
-def revision(name: str) -> str | None:
-    """The commit that the hub's cache has of a model; None for what is not of the hub."""
+def revision(name: str) -> Any:
+    """Which model it is: the commit that the hub's cache has of it, the SHA-256 of a folder's files; None for tiny."""
     from huggingface_hub import try_to_load_from_cache
 
-    if name == "tiny" or Path(name).is_dir():
+    if name == "tiny":
         return None
+    if Path(name).is_dir():
+        return describe_files(Path(name))["sha256"]
     cached = try_to_load_from_cache(name, "model_index.json")
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
 

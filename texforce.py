@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import math
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict, deque
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import heldout, record, rewards, sampler, scorers
+    from texforce import heldout, interrupts, record, resume, rewards, sampler, scorers
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -42,11 +42,10 @@ else:
     # `python -m texforce.rewards` finds the lazy module there; it is not the one that is run, and nothing of it is shared.
     warnings.filterwarnings("ignore", "'texforce.rewards' found in sys.modules", RuntimeWarning)
     torch = _lazy_import("torch")
-    heldout, record, rewards, sampler, scorers = (
-        _lazy_import(f"texforce.{name}") for name in ("heldout", "record", "rewards", "sampler", "scorers")
-    )
+    names = ("heldout", "interrupts", "record", "resume", "rewards", "sampler", "scorers")
+    heldout, interrupts, record, resume, rewards, sampler, scorers = (_lazy_import(f"texforce.{name}") for name in names)
 
-from texforce.config import TrainConfig, default_device, resolve
+from texforce.config import TrainConfig, default_device, read_json, resolve
 from texforce.prompt_sets import split_prompts
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -55,6 +54,7 @@ DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Of the ratio before the first update. Sampling and training in batches of one size leave 0 to 1e-6; kernels round
 # differently for batches of other sizes, which came to 2e-6 (tests), and must not stop a run.
 FLOAT32_TOLERANCE = 5e-6
+CHECKPOINTS = "checkpoints"  # their folder in that of a run
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
 
@@ -116,9 +116,12 @@ class Policy:
         """Write peft adapters: the text encoder's into the folder itself, the U-Net's into its subfolder `unet`."""
         for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
             if hasattr(part, "peft_config"):
-                part.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the hub about the base model
-                (folder / "README.md").unlink(missing_ok=True)  # peft's template, all "More Information Needed"
-                record.open_to_umask(folder / "adapter_model.safetensors")
+                with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter-", suffix=".tmp") as written:
+                    part.save_pretrained(written, save_embedding_layers=False)  # "auto" asks the hub about the base model
+                    folder.mkdir(exist_ok=True)
+                    for name in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
+                        record.open_to_umask(Path(written, name))
+                        Path(written, name).replace(folder / name)
 
 
 # --- advantages and loss ---
@@ -201,6 +204,7 @@ def collect(
     trajectories, scores = [], []
     shape = sampler.latent_shape(policy.models, config.resolution)
     for chunk in _chunks(repeated, config.sample_batch_size):
+        interrupts.check()
         prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)
@@ -361,12 +365,13 @@ def accumulate_gradients(
     embeds, rows = policy.encode_distinct(prompt_ids)
     leaf = embeds.detach().requires_grad_(embeds.requires_grad)
     base_embeds = None
-    if config.kl_weight > 0:
+    if config.kl_weight > 0 or config.max_kl is not None:
         with policy.base(), torch.no_grad():
             base_embeds, _ = policy.encode_distinct(prompt_ids)
     for chunk, chunk_rows in zip(
         pairs.to(device).split(config.micro_batch_size), rows.split(config.micro_batch_size), strict=True
     ):
+        interrupts.check()
         loss = _pair_losses(policy, denoiser, batch, chunk, chunk_rows, leaf, base_embeds, config, statistics)
         if not loss.isfinite():
             raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
@@ -450,53 +455,178 @@ def update(
 # --- the run ---
 
 
+class PromptOrder:
+    """The prompts over and over, shuffled anew each time."""
+
+    def __init__(self, prompts: list[str], generator: torch.Generator) -> None:
+        self.prompts, self.generator = prompts, generator
+        self.waiting: list[int] = []  # indices of the prompts that are still to come before the next shuffle
+
+    def take(self, number: int) -> list[str]:
+        """The next prompts."""
+        taken = []
+        for _ in range(number):
+            if not self.waiting:
+                self.waiting = torch.randperm(len(self.prompts), generator=self.generator).tolist()
+            taken.append(self.prompts[self.waiting.pop(0)])
+        return taken
+
+
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, report: Report = lambda measures: None) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    report: Report = lambda measures: None,
+    warn: Callable[[str], None] = lambda message: None,
+    go_on: bool = False,
+    changed: bool = False,
+) -> dict[str, Any]:
     """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
 
-    `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training.
+    `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With `go_on`
+    a run that lies in the output folder is continued from its newest checkpoint, exactly as if it had never stopped, and
+    a finished one gives its result; with `changed` though options or prompts differ from it.
 
     Raises:
         ValueError, FileNotFoundError: bad input. OSError: storage. ArtifactError: a refused checkpoint.
         RewardError: the scorer failed. DivergedError: training went wrong; the adapter of the last measurement is kept.
-        Anything else that comes in the middle of the training is passed on after the adapter was saved as it is then.
+        Anything else that comes in the middle of the training is passed on after the last epoch's end was saved.
     """
     config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
-    output_dir = record.new_folder(config.output_dir)
-    setup = prepare(config)
-    policy, reward = setup.policy, setup.reward
-    check_prompts(policy, config, train_prompts + heldout_prompts)
-    provenance = record.describe_run(config, str(policy.models.device), sum(p.numel() for p in policy.parameters))
-    record.write_json(output_dir / "config.json", asdict(config))
-    learner = Learner(policy.parameters, config)
-    statistics = PromptStatistics()
-    noise = torch.Generator(policy.models.device).manual_seed(config.seed)
-    choice = torch.Generator().manual_seed(config.seed)
+    prompts = [*train_prompts, *heldout_prompts]
+    with record.claimed(config, go_on) as output_dir:
+        kept = _newest(output_dir, warn) if go_on else None
+        if kept and not changed:
+            resume.check_same(kept, config, prompts)
+        if kept and kept.epoch >= config.num_epochs and (output_dir / "result.json").is_file():
+            warn(f"the run in {config.output_dir} is finished; nothing is left to do")
+            return read_json(output_dir / "result.json")
+        setup = prepare(config)
+        check_prompts(setup.policy, config, prompts)
+        record.write_json(output_dir / "config.json", asdict(config))
+        run = _begin(setup, config, train_prompts)
+        if kept:
+            run.restore(kept)
+        start = time.perf_counter()
+        measured = heldout.Heldout(setup, heldout_prompts, config, output_dir)
+        if not run.epochs:
+            spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
+            run.epochs.append({"epoch": 0, "heldout": measured.base} | spent)
+        with record.metrics(config, output_dir, run.epochs) as log:
+            _train_epochs(run, setup, config, prompts, measured, output_dir, log, report)
+        return _finish(run, setup, config, output_dir)
 
-    start = time.perf_counter()
-    measured = heldout.Heldout(setup, heldout_prompts, config, output_dir)
-    epochs = [
-        {"epoch": 0, "num_images": 0, "num_unet_calls": 0, "heldout": measured.base, "seconds": time.perf_counter() - start}
-    ]
-    report(epochs[0])
-    order = _endless(train_prompts, choice)
-    with record.metrics(config, output_dir) as log, _saved_if_stopped(policy, learner, output_dir):
-        for epoch in range(1, config.num_epochs + 1):
-            prompts = list(itertools.islice(order, config.num_prompts_per_epoch))
-            measures = _train_epoch(setup, prompts, config, learner, statistics, noise, choice)
-            measures = _totals(epochs[-1], {"epoch": epoch} | measures, time.perf_counter() - start)
+
+def _newest(output_dir: Path, warn: Callable[[str], None]) -> resume.Snapshot | None:
+    """The newest valid checkpoint of a run; each that is broken is told."""
+    resume.remove_orphans(output_dir)
+    checkpoint = resume.newest(
+        output_dir / CHECKPOINTS, lambda path: warn(f"{path} is damaged or incomplete, and is passed over")
+    )
+    return resume.read(checkpoint) if checkpoint else None
+
+
+def _begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> resume.Run:
+    """A run before its first epoch."""
+    noise = torch.Generator(setup.policy.models.device).manual_seed(config.seed)
+    choice = torch.Generator().manual_seed(config.seed)
+    return resume.Run(
+        policy=setup.policy,
+        learner=Learner(setup.policy.parameters, config),
+        reward=setup.reward,
+        statistics=PromptStatistics(),
+        order=PromptOrder(prompts, choice),
+        generators={"noise": noise, "choice": choice},
+        epochs=[],
+    )
+
+
+def _train_epochs(
+    run: resume.Run,
+    setup: Setup,
+    config: TrainConfig,
+    prompts: Sequence[str],
+    measured: heldout.Heldout,
+    output_dir: Path,
+    log: Report,
+    report: Report,
+) -> None:
+    """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
+    start = time.perf_counter() - run.epochs[-1]["seconds"]
+    report(run.epochs[-1])
+    snapshot = run.snapshot()
+
+    def save() -> None:
+        with interrupts.deferred():
+            resume.write(output_dir / CHECKPOINTS, snapshot, config, prompts, config.checkpoints_to_keep)
+
+    def save_adapter() -> None:
+        with interrupts.deferred(), run.learner.averaged(run.policy.parameters):
+            run.policy.save(output_dir)
+
+    try:
+        for epoch in range(run.epochs[-1]["epoch"] + 1, config.num_epochs + 1):
+            measures = {"epoch": epoch} | _train_epoch(run, setup, config)
             if epoch % config.eval_every == 0 or epoch == config.num_epochs:
-                with learner.averaged(policy.parameters):
+                with run.learner.averaged(run.policy.parameters):
                     measures["heldout"] = measured.measure(epoch)
-                    policy.save(output_dir)
-            epochs.append(measures)
-            log(measures)
+            measures = _totals(run.epochs[-1], measures, time.perf_counter() - start)
+            check_guards([*run.epochs, measures], config, setup.reward)
+            with interrupts.deferred():  # an epoch is over when all of this is done
+                if "heldout" in measures:
+                    save_adapter()
+                run.epochs.append(measures)
+                log(measures)
+                snapshot = run.snapshot()
+                if epoch % config.checkpoint_every == 0 or epoch == config.num_epochs:
+                    save()
             report(measures)
-    epochs = [_in_final_units(measures, config.reward, reward) for measures in epochs]
-    result = provenance | _summary(epochs) | {"seconds": time.perf_counter() - start}
+    except DivergedError as error:
+        raise DivergedError(f"{error}; {_last_good(run.epochs, config)}") from error
+    except BaseException:
+        run.restore(snapshot)  # what stopped in the middle of an epoch begins it anew
+        save()
+        save_adapter()
+        raise
+
+
+def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: rewards.Mixture) -> None:
+    """See that the last epoch is one to go on from.
+
+    Raises:
+        DivergedError: the policy is too far from the base one, or the held-out reward has collapsed.
+    """
+    last = epochs[-1]
+    if config.max_kl is not None and last["kl"] > config.max_kl:
+        raise DivergedError(
+            f"the KL divergence from the base policy is {last['kl']:.2e}, above --max-kl {config.max_kl:g}; lower "
+            "--learning-rate or raise --kl-weight"
+        )
+    if config.max_reward_drop and "heldout" in last:
+        measured = (_in_final_units(record, config.reward, reward) for record in (epochs[0], last))
+        base, tuned = (record["heldout"][config.reward] for record in measured)
+        spread = epochs[1]["reward_std"]  # of images of the base model, but for the epoch's own updates
+        if spread > 0 and base - tuned > config.max_reward_drop * spread:
+            raise DivergedError(
+                f"the held-out {config.reward} has collapsed from {base:.4f} to {tuned:.4f} (--max-reward-drop); lower "
+                "--learning-rate"
+            )
+
+
+def _last_good(epochs: Sequence[dict[str, Any]], config: TrainConfig) -> str:
+    """Which adapter lies in the output folder."""
+    measured = [record["epoch"] for record in epochs[1:] if "heldout" in record]
+    return f"the adapter of epoch {measured[-1]} is kept in {config.output_dir}" if measured else "no adapter was saved yet"
+
+
+def _finish(run: resume.Run, setup: Setup, config: TrainConfig, output_dir: Path) -> dict[str, Any]:
+    """Write the figures and the result of a run that is over."""
+    models, num_parameters = setup.policy.models, sum(parameter.numel() for parameter in setup.policy.parameters)
+    epochs = [_in_final_units(measures, config.reward, setup.reward) for measures in run.epochs]
+    provenance = record.describe_run(config, str(models.device), num_parameters)
+    result = provenance | _summary(epochs) | {"seconds": run.epochs[-1]["seconds"]}
     record.write_result(output_dir, config, epochs, result)
     return result
 
@@ -555,33 +685,13 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     return Policy(models, config.null_prompt), denoiser
 
 
-@contextlib.contextmanager
-def _saved_if_stopped(policy: Policy, learner: Learner, output_dir: Path) -> Iterator[None]:
-    """Within it, what stops a training is passed on after the adapter was saved as it is, unless it went wrong itself."""
-    try:
-        yield
-    except DivergedError:
-        raise
-    except BaseException:
-        with learner.averaged(policy.parameters):
-            policy.save(output_dir)
-        raise
-
-
-def _train_epoch(
-    setup: Setup,
-    prompts: list[str],
-    config: TrainConfig,
-    learner: Learner,
-    statistics: PromptStatistics,
-    noise: torch.Generator,
-    choice: torch.Generator,
-) -> dict[str, Any]:
+def _train_epoch(run: resume.Run, setup: Setup, config: TrainConfig) -> dict[str, Any]:
     """Sample, score and update once; the measures of the epoch."""
     begin, denoiser = time.perf_counter(), setup.denoiser
-    batch = collect(setup.policy, denoiser, setup.reward, prompts, config, noise, statistics)
+    prompts = run.order.take(config.num_prompts_per_epoch)
+    batch = collect(setup.policy, denoiser, setup.reward, prompts, config, run.generators["noise"], run.statistics)
     sampled = time.perf_counter()
-    update_statistics = update(setup.policy, denoiser, batch, learner, config, choice)
+    update_statistics = update(setup.policy, denoiser, batch, run.learner, config, run.generators["choice"])
     dropped = torch.nonzero(batch.rewards.isnan()).flatten().tolist()
     num_images = len(batch.rewards)
     num_pairs = max(1, update_statistics.num_pairs)
@@ -599,7 +709,7 @@ def _train_epoch(
     }
     if math.isfinite(update_statistics.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = update_statistics.grad_norm
-    if config.kl_weight > 0:
+    if config.kl_weight > 0 or config.max_kl is not None:
         measures["kl"] = update_statistics.kl / num_pairs
     if len(batch.parts) > 1:
         measures["parts"] = {name: finite_mean(scores) for name, scores in batch.parts.items()}
@@ -619,13 +729,6 @@ def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> d
     """An epoch's measures with its counts running on from the last one's."""
     counts = {name: last[name] + measures[name] for name in ("num_images", "num_unet_calls")}
     return measures | counts | {"seconds": seconds}
-
-
-def _endless(prompts: list[str], generator: torch.Generator) -> Iterator[str]:
-    """The prompts over and over, shuffled anew each time."""
-    while True:
-        for index in torch.randperm(len(prompts), generator=generator).tolist():
-            yield prompts[index]
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

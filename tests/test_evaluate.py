@@ -102,16 +102,18 @@ def test_images_are_what_sample_draws_of_the_same_prompt_and_seed(finished, opti
 
 
 def test_at_scale_0_every_image_is_the_bases(options, adapter, tmp_path):
-    """Also what is drawn with LoRA in the model, all of whose factors are 0 but one that changes nothing that is seen."""
-    results = run(options | {"adapter": [f"off={adapter}:0", f"half={adapter}:0.5"], "reward": ["jpeg"]}, tmp_path / "eval")
+    """And with LoRA in the model that changes next to nothing, so that it is drawn with it, all but a few pixels are."""
+    systems = [f"off={adapter}:0", f"faint={adapter}:1e-4", f"half={adapter}:0.5"]
+    results = run(options | {"adapter": systems, "reward": ["jpeg"]}, tmp_path / "eval")
     images = sorted(path.name for path in (tmp_path / "eval" / "images" / "base").iterdir())
     assert len(images) == 10
-    differ = 0
-    for name in images:
-        base, off, half = (pixels(tmp_path / "eval" / "images" / system / name) for system in ("base", "off", "half"))
-        assert (base == off).all()
-        differ += (base != half).any()
-    assert differ > 5
+    drawn = {
+        system: np.stack([pixels(tmp_path / "eval" / "images" / system / name).astype(int) for name in images])
+        for system in ("base", "off", "faint", "half")
+    }
+    assert (drawn["base"] == drawn["off"]).all()
+    assert np.abs(drawn["base"] - drawn["faint"]).mean() < 0.02
+    assert np.abs(drawn["base"] - drawn["half"]).mean() > 1
     assert results["systems"]["off"]["measures"]["jpeg"]["paired"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
@@ -160,7 +162,7 @@ def test_results_hold_what_the_interface_says(finished):
     assert results["benchmark"]["name"] == "five"
     assert {"torch", "diffusers", "texforce"} <= set(results["versions"])
     assert len(results["systems"]["tuned"]["adapters"][0]["sha256"][0]) == 64
-    assert results["rewards"]["hps"]["hps"]["file"] == "hps.pt"
+    assert results["rewards"]["hps"]["hps"]["name"] == "hps.pt"
 
 
 def test_results_can_be_computed_anew_from_the_scores_they_hold(finished):
@@ -281,6 +283,61 @@ def test_a_finished_evaluation_takes_further_measures_and_systems(finished, opti
     assert results["systems"]["tuned"]["measures"]["hps"] == results_of(finished)["systems"]["tuned"]["measures"]["hps"]
 
 
+def test_systems_and_rewards_may_come_in_any_order_into_a_finished_folder(finished, options, adapter, tmp_path):
+    shutil.copytree(finished, tmp_path / "eval")
+    both = [*options["adapter"], f"half={adapter}:0.5"]
+    for changed in ({"reward": ["hps-v2,hps"], "adapter": both}, {"reward": ["hps,alignment"], "adapter": both}):
+        results = run(options | changed, tmp_path / "eval")
+        assert list(results["systems"]["half"]["measures"])[-1] == "diversity"
+    assert results["systems"]["tuned"]["measures"] == results_of(finished)["systems"]["tuned"]["measures"]
+
+
+def test_the_revision_of_a_hub_model_is_known_before_the_first_image(options, tmp_path, monkeypatch):
+    """What only the loading would fetch must not look like a change when the evaluation goes on."""
+    fetched = []
+    monkeypatch.setattr(sampler, "find_model", lambda name: fetched.append(name) or str(sampler.TINY))
+    monkeypatch.setattr(sampler, "revision", lambda name: "0123abc" if fetched else None)
+    options = options | {"adapter": None, "reward": ["jpeg"], "model": "nobody/small"}
+    run(options, tmp_path / "eval")
+    run(options, tmp_path / "eval")
+    assert results_of(tmp_path / "eval")["model_revision"] == "0123abc"
+
+
+def test_a_folder_that_moved_is_the_same_and_a_changed_one_is_not(finished, options, adapter, tmp_path):
+    shutil.copytree(finished, tmp_path / "eval")
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    run(options | {"adapter": [f"tuned={moved}"]}, tmp_path / "eval")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    with pytest.raises(ValueError, match=r"tuned in .* is another one"):
+        run(options | {"adapter": [f"tuned={moved}"]}, tmp_path / "eval")
+
+
+def test_the_speed_survives_a_line_that_was_cut_off(finished, options, tmp_path):
+    shutil.copytree(finished, tmp_path / "eval")
+    path = tmp_path / "eval" / "speed.jsonl"
+    path.write_text(path.read_text()[:-20])
+    (tmp_path / "eval/images/tuned/00000_0.png").unlink()
+    results = run(options, tmp_path / "eval")
+    assert all(results["timings"]["images_per_s"].values())
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_of_a_sweep_too_everything_can_be_computed_anew(options, tmp_path):
+    results = run(options | {"strength": "0,1", "reward": ["alignment"], "num_images": 1}, tmp_path / "eval")
+    halves = np.array([prompt["validation"] for prompt in results["prompts"]])
+    for point in results["strengths"]["tuned"]["curve"]:
+        scores = np.array(point["scores"]["alignment"], dtype=float)
+        assert point["measures"]["alignment"]["mean"] == pytest.approx(scores[halves].mean())
+
+
+def test_two_evaluations_in_one_folder_exclude_each_other(options, tmp_path):
+    with record.held(tmp_path / "eval", lambda: None):
+        result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
+    check_failure(result, 2, "in use by process")
+    assert run(options | {"adapter": None, "reward": ["jpeg"]}, tmp_path / "eval")["systems"]
+
+
 def test_scores_of_other_weights_are_not_taken_for_these(options, tmp_path):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     options = options | {"adapter": None, "reward": [f"{tmp_path / 'mine.py'}:score"]}
@@ -342,6 +399,9 @@ BAD = {
     "no prompts": (["--limit", "0"], 2, ["limit"]),
     "no time": (["--reward-timeout", "0"], 2, ["reward_timeout"]),
     "a file for a folder": (["--output-dir", "OTHER.txt/eval"], 5, ["storage"]),
+    "no such function": (["--reward", "NAN.py:nothing"], 2, ["nothing"]),
+    "no such weights": (["--reward", "hps", "--reward-checkpoint", "hps=absent.pt"], 2, ["absent.pt"]),
+    "weights out of reach": (["--reward", "clip"], 2, ["--reward-checkpoint clip=PATH"]),
     "a broken reward": (["--reward", "RAISES.py:score"], 6, ["raised", "no score today"]),
     "no finite score": (["--reward", "NAN.py:score"], 6, ["no finite score"]),
 }
@@ -384,8 +444,9 @@ def test_a_damaged_image_is_named(finished, options, tmp_path):
     shutil.copytree(finished, tmp_path / "eval")
     path = tmp_path / "eval" / "images" / "tuned" / "00002_1.png"
     path.write_bytes(path.read_bytes()[:60])
-    result = command_line(*flags(options | {"reward": ["hps,alignment,jpeg"]}), "--output-dir", tmp_path / "eval")
-    check_failure(result, 3, "00002_1.png", "remove it")
+    for wanted in ("hps,alignment,jpeg", "hps,alignment"):  # to be scored, and to be shown
+        result = command_line(*flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
+        check_failure(result, 3, "00002_1.png", "remove it")
 
 
 # --- options ---

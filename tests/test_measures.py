@@ -115,6 +115,9 @@ def test_diversity_is_the_mean_distance_of_all_pairs():
 def test_halves_share_every_category_between_them():
     categories = ["a", "b", "a", "a", "b", "c", "a", "b"]
     halves = measures.split_halves(categories)
-    for name in "ab":
+    assert sum(halves) == 4
+    for name in "abc":
         own = [half for half, category in zip(halves, categories, strict=True) if category == name]
         assert abs(sum(own) - (len(own) - sum(own))) <= 1
+    assert sorted(measures.split_halves(["a", "b"])) == [False, True]  # neither half is ever empty
+    assert sum(measures.split_halves(list("abcdefg"))) == 4
