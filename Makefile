@@ -1,9 +1,9 @@
 PYTHON ?= python
 TYPES = build/types
 
-.PHONY: check format lint types test
+.PHONY: check format lint types test slow
 
-check: lint types test
+check: lint types test slow
 
 format:
 	$(PYTHON) -m ruff format .
@@ -24,3 +24,6 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+slow:
+	$(PYTHON) -m pytest -m slow

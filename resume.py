@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from texforce import record
 from texforce.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def write(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequen
     temporary.mkdir()
     try:
         save_file(snapshot.tensors, temporary / TENSORS)
+        record.open_to_umask(temporary / TENSORS)
         content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
         (temporary / STATE).write_text(json.dumps(content, allow_nan=False))
         (temporary / MANIFEST).write_text(manifest(temporary))

@@ -828,7 +828,7 @@ def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
 
 
 def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("texforce.config.default_model", lambda device: "another")
+    monkeypatch.setattr("texforce.config_inference.default_model", lambda device: "another")
     texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
     assert resolve_merge(MergeConfig(unet=str(tmp_path / "out"))).model == "tiny"

@@ -19,6 +19,7 @@ SOURCES = {
         if path.is_file() and "__pycache__" not in path.parts
     },
 }
+SOURCES["texforce/report.html"] = ROOT / "report.html"
 SOURCES["texforce/__init__.py"] = SOURCES.pop("texforce/texforce.py")
 
 

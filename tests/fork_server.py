@@ -1,0 +1,98 @@
+"""Runs texforce commands, each in a process forked from one that has imported everything: a start takes no time.
+
+A line of JSON on standard input, `{"arguments": [...], "log": PATH, "prepare": NAME, "value": ...}`, starts a command, and
+the answer is its process id; the next line, whatever it is, asks for its exit status. `prepare` names a function below
+that is called in the new process first.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+
+import diffusers.optimization
+import diffusers.training_utils
+import diffusers.utils.torch_utils  # noqa: F401
+import torch
+import transformers  # noqa: F401
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
+from peft import LoraConfig, get_peft_model  # noqa: F401
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+from texforce import cli, heldout, record, resume, rewards, sampler  # noqa: F401
+
+IO_EVENTS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.listdir",
+    "os.scandir",
+    "shutil.rmtree",
+}
+
+
+def limit_file_size(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def kill_at_io_step(wanted: dict) -> None:
+    """End this process by SIGKILL at step `number` of what a save of epoch `epoch` does to files, or count the steps."""
+    state = {"saving": False, "seen": 0}
+
+    def step(event: str, arguments: object) -> None:
+        if state["saving"] and event in IO_EVENTS | {"fsync"}:
+            if state["seen"] == wanted["number"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            state["seen"] += 1
+
+    def counted(function: Callable) -> Callable:
+        def run(*arguments, **options):
+            epoch = getattr(arguments[1], "epoch", None) if len(arguments) > 1 else None
+            state["saving"] = epoch == wanted["epoch"]
+            try:
+                return function(*arguments, **options)
+            finally:
+                if state["saving"] and wanted["number"] is None:
+                    with open(wanted["count"], "w") as file:
+                        file.write(str(state["seen"]))
+                state["saving"] = False
+
+        return run
+
+    sys.addaudithook(step)
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (step("fsync", ()), fsync(descriptor))[1]
+    resume.write = counted(resume.write)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    while line := sys.stdin.readline():
+        job = json.loads(line)
+        child = os.fork()
+        if not child:
+            code = 1
+            with open(job["log"], "a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                try:
+                    if job.get("prepare"):
+                        globals()[job["prepare"]](job["value"])
+                    cli.app(job["arguments"])
+                except SystemExit as error:
+                    code = error.code or 0
+                finally:
+                    os._exit(code)
+        print(child, flush=True)
+        sys.stdin.readline()
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
