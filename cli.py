@@ -198,7 +198,7 @@ def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
         raise  # it would do so again
     except BaseException:
         if any(Path(config.output_dir, texforce.CHECKPOINTS).glob("epoch_*")):
-            _warn(f"saved; go on with: texforce train --resume {shlex.quote(config.output_dir)}")
+            _warn(f"it can go on: texforce train --resume {shlex.quote(config.output_dir)}")
         raise
 
 

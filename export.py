@@ -137,7 +137,8 @@ def written_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        yield folder
+        with record.storage_errors(output):
+            yield folder
         for path in (*folder.rglob("*"), folder):
             record.open_to_umask(path)
         if output.exists() and overwrite:

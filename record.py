@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,6 +123,24 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Within it, what safetensors says of the disk is an OSError, as from everyone else.
+
+    Raises:
+        OSError: what is written there could not be.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -140,7 +140,8 @@ def write(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequen
     temporary = folder / f"{place.name}.tmp"
     temporary.mkdir()
     try:
-        save_file(snapshot.tensors, temporary / TENSORS)
+        with record.storage_errors(temporary / TENSORS):
+            save_file(snapshot.tensors, temporary / TENSORS)
         record.open_to_umask(temporary / TENSORS)
         content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
         (temporary / STATE).write_text(json.dumps(content, allow_nan=False))

@@ -117,7 +117,10 @@ class Policy:
         for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
             if hasattr(part, "peft_config"):
                 with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter-", suffix=".tmp") as written:
-                    part.save_pretrained(written, save_embedding_layers=False)  # "auto" asks the hub about the base model
+                    with record.storage_errors(folder):
+                        part.save_pretrained(
+                            written, save_embedding_layers=False
+                        )  # "auto" asks the hub about the base model
                     folder.mkdir(exist_ok=True)
                     for name in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
                         record.open_to_umask(Path(written, name))

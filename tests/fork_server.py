@@ -10,11 +10,13 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 import diffusers.optimization
 import diffusers.training_utils
 import diffusers.utils.torch_utils  # noqa: F401
+import safetensors.torch  # noqa: F401
 import torch
 import transformers  # noqa: F401
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
@@ -37,11 +39,13 @@ IO_EVENTS = {
 
 
 def limit_file_size(size: int) -> None:
+    """That the room is looked for before the training is switched off, so that it ends in the middle of it."""
+    record.checkpoint_size = lambda config: 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def kill_at_io_step(wanted: dict) -> None:
-    """End this process by SIGKILL at step `number` of what a save of epoch `epoch` does to files, or count the steps."""
+    """End this process by SIGKILL before step `number` of what the save of epoch `epoch` does to files."""
     state = {"saving": False, "seen": 0}
 
     def step(event: str, arguments: object) -> None:
@@ -50,24 +54,19 @@ def kill_at_io_step(wanted: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             state["seen"] += 1
 
-    def counted(function: Callable) -> Callable:
-        def run(*arguments, **options):
-            epoch = getattr(arguments[1], "epoch", None) if len(arguments) > 1 else None
-            state["saving"] = epoch == wanted["epoch"]
-            try:
-                return function(*arguments, **options)
-            finally:
-                if state["saving"] and wanted["number"] is None:
-                    with open(wanted["count"], "w") as file:
-                        file.write(str(state["seen"]))
-                state["saving"] = False
+    def watched(function: Callable) -> Callable:
+        def run(folder, snapshot, *arguments):
+            state["saving"] = snapshot.epoch == wanted["epoch"]
+            result = function(folder, snapshot, *arguments)
+            state["saving"] = False
+            return result
 
         return run
 
     sys.addaudithook(step)
     fsync = os.fsync
     os.fsync = lambda descriptor: (step("fsync", ()), fsync(descriptor))[1]
-    resume.write = counted(resume.write)
+    resume.write = watched(resume.write)
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
         child = os.fork()
         if not child:
             code = 1
-            with open(job["log"], "a") as log:
+            with open(job["log"], "w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 try:
@@ -86,6 +85,8 @@ def main() -> None:
                     cli.app(job["arguments"])
                 except SystemExit as error:
                     code = error.code or 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
         print(child, flush=True)

@@ -4,6 +4,7 @@
 (10,000).
 """
 
+import itertools
 import json
 import os
 import random
@@ -120,25 +121,22 @@ def test_a_run_killed_at_random_moments_ends_in_the_very_same_adapter(server, op
 
 
 def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server, options, undisturbed, tmp_path):
-    begun = tmp_path / "begun"
-    at = {"epoch": 3, "number": None, "count": str(tmp_path / "count")}
-    assert server.run(["train", *options, "--resume", str(begun)], "kill_at_io_step", at) == 0, server.said()
-    num_steps = int((tmp_path / "count").read_text())
-    assert num_steps > 20
-    killed = 0
-    for number in range(num_steps):
+    newest = []
+    for number in itertools.count():
         folder = tmp_path / str(number)
         command = ["train", *options, "--resume", str(folder)]
-        status = server.run(command, "kill_at_io_step", at | {"number": number})
+        status = server.run(command, "kill_at_io_step", {"epoch": 3, "number": number})
+        if status == 0:  # there are no more steps
+            break
         assert status == -signal.SIGKILL, (number, server.said())
-        newest = resume.newest(folder / "checkpoints")
-        assert newest is not None
-        assert newest.name in ("epoch_000002", "epoch_000003")
-        killed += newest.name == "epoch_000002"
+        newest.append(resume.newest(folder / "checkpoints").name)
         assert server.run(command) == 0, server.said()
         check_same(folder, undisturbed[0])
         shutil.rmtree(folder)
-    assert 0 < killed < num_steps  # up to the renaming the old one counts, from then on the new one
+    assert len(newest) > 20
+    # Up to the renaming the old one counts, from then on the new one.
+    assert newest == sorted(newest)
+    assert set(newest) == {"epoch_000002", "epoch_000003"}
 
 
 def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, undisturbed, tmp_path):
@@ -147,7 +145,6 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
     while terms < 50:
         folder = tmp_path / str(runs)
         while terms < 50:
-            before = len(server.said())
             status, seconds = server.run_until(
                 ["train", *options, "--resume", str(folder)], moments.uniform(0, undisturbed[1]), signal.SIGTERM
             )
@@ -155,13 +152,13 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
                 break
             if status == -signal.SIGTERM:  # before the command had looked at signals
                 continue
-            assert status == 143, server.said()[before:]
+            assert status == 143, server.said()
             assert seconds < 5
             terms += 1
-            said = server.said()[before:]
+            said = server.said()
             if (folder / "checkpoints").is_dir():
                 assert resume.newest(folder / "checkpoints")
-                assert "saved; go on with: texforce train --resume" in said.replace("\n", " ")
+                assert "it can go on: texforce train --resume" in said.replace("\n", " ")
             assert "Traceback" not in said
         assert server.run(["train", *options, "--resume", str(folder)]) == 0
         check_same(folder, undisturbed[0])
@@ -176,19 +173,18 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint_as_it_was(server, opti
     largest = max(path.stat().st_size for path in undisturbed[0].rglob("*.safetensors"))
     command = ["train", *options, "--resume", str(tmp_path / "out")]
     begun = tmp_path / "begun"
-    at = {"epoch": 3, "number": 0, "count": ""}
+    at = {"epoch": 3, "number": 0}
     assert server.run([*command[:-1], str(begun)], "kill_at_io_step", at) == -signal.SIGKILL
     before = contents(begun / "checkpoints" / "epoch_000002")
     sizes = random.Random(2)
     for _ in range(50):
         shutil.copytree(begun, tmp_path / "out")
-        assert server.run(command, "limit_file_size", sizes.randrange(100, largest)) == 5, server.said()
+        assert server.run(command, "limit_file_size", sizes.randrange(4096, largest)) == 5, server.said()
         assert contents(tmp_path / "out" / "checkpoints" / "epoch_000002") == before
+        if sizes.random() < 0.2:
+            assert server.run(command) == 0, server.said()
+            check_same(tmp_path / "out", undisturbed[0])
         shutil.rmtree(tmp_path / "out")
-    shutil.copytree(begun, tmp_path / "out")
-    server.run(command, "limit_file_size", largest - 1)
-    assert server.run(command) == 0, server.said()
-    check_same(tmp_path / "out", undisturbed[0])
 
 
 @pytest.fixture
@@ -205,18 +201,18 @@ def small_disk(tmp_path):
 def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(server, options, undisturbed, small_disk):
     folder = small_disk / "out"
     command = ["train", *options, "--resume", str(folder)]
-    at = {"epoch": 3, "number": 0, "count": ""}
+    at = {"epoch": 3, "number": 0}
     assert server.run(command, "kill_at_io_step", at) == -signal.SIGKILL, server.said()
-    before = contents(folder / "checkpoints" / "epoch_000002")
-    for left in (0, 10_000, 300_000, 600_000):  # for the probe, a text, the adapter, a checkpoint
+    for left in (0, 10_000, 300_000, 1_500_000):  # for nothing, a text, the first checkpoint perhaps, everything
+        place = resume.newest(folder / "checkpoints")
+        before = contents(place)
         free = shutil.disk_usage(small_disk).free
         (small_disk / "filler").write_bytes(bytes(max(0, free - left)))
         status = server.run(command)
         (small_disk / "filler").unlink()
-        assert status in (0, 5), server.said()
-        assert status == 5 or left == 600_000
-        if status == 5:
-            assert contents(folder / "checkpoints" / "epoch_000002") == before
+        assert status == (0 if left == 1_500_000 else 5), server.said()
+        newest = resume.newest(folder / "checkpoints")
+        assert newest.name > place.name or contents(place) == before
     assert server.run(command) == 0, server.said()
     check_same(folder, undisturbed[0])
 
