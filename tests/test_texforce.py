@@ -1017,6 +1017,7 @@ def stable_diffusion(version: str, monkeypatch) -> sampler.Models:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "num_unet_parameters", "num_text_parameters"), [
     ("1.5", 859_520_964, 123_060_480),
     ("2.1", 865_910_724, 340_387_840),
