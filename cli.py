@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shlex
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -160,6 +159,8 @@ def train(
     """Train LoRA on the text encoder by PPO against a reward."""
     with exit_codes("micro-batch-size, --sample-batch-size"):
         options = merge_options(read_config(config), given)
+        if force_resume and not resume:
+            raise ValueError("force_resume: it is about a run to go on with; give --resume")
         if resume:
             options = resumed_options(resume, options)
         settings = texforce.resolve(TrainConfig(**options))
@@ -169,7 +170,7 @@ def train(
 
             output.print(_table("plan", plan.plan(settings)))
             return
-        with told_how_to_go_on(settings), EpochView(settings) as view:
+        with EpochView(settings) as view:
             result = texforce.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
         output.print(_results(result))
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
@@ -184,22 +185,11 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     if Path(given.get("output_dir") or folder) != folder:
         raise ValueError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
     saved = folder / "config.json"
+    if folder.is_file():
+        raise ValueError(f"resume: {str(folder)!r} is a file; give the output folder of a training")
     if not saved.is_file() and not given:
         raise FileNotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
     return merge_options(read_config(saved) if saved.is_file() else {}, given) | {"output_dir": str(folder)}
-
-
-@contextmanager
-def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
-    """Say, when a training is stopped, how it can go on."""
-    try:
-        yield
-    except texforce.DivergedError:
-        raise  # it would do so again
-    except BaseException:
-        if any(Path(config.output_dir, texforce.CHECKPOINTS).glob("epoch_*")):
-            _warn(f"it can go on: texforce train --resume {shlex.quote(config.output_dir)}")
-        raise
 
 
 def _warn(message: str) -> None:
@@ -303,7 +293,8 @@ class EpochView:
 
     def time_left(self) -> list[str]:
         epoch, seconds = self.rows[-1]["epoch"], self.rows[-1]["seconds"] - self.rows[0]["seconds"]
-        return [f"{seconds / epoch * (self.num_epochs - epoch):.0f} s left"] if epoch else []
+        done = epoch - self.rows[0]["epoch"]  # in this process
+        return [f"{seconds / done * (self.num_epochs - epoch):.0f} s left"] if done else []
 
 
 EPOCH_COLUMNS = (
@@ -386,11 +377,18 @@ def evaluate(given: dict[str, Any]) -> None:
         progress.print(Text(printable(f"model: {config.model}; benchmark: {config.benchmark}")))
         from texforce import evaluate
 
-        with StageView() as view:
-            results = evaluate.evaluate(config, view)
+        try:
+            with StageView() as view:
+                results = evaluate.evaluate(config, view)
+        except KeyboardInterrupt:
+            _warn("what is finished is kept; the same command goes on from there")
+            raise
         output.print(evaluation_table(results))
         for name, sweep in results["strengths"].items():
-            output.print(Text(printable(f"{name}: strength {sweep['best']:g} is the best by {sweep['chosen_by']}")))
+            text = (
+                f"{name}: strength {sweep['best']:g} was the best by {sweep['chosen_by']} on the other half of the prompts"
+            )
+            output.print(Text(printable(text)), soft_wrap=True)
         output.print(Text(printable(f"report: {Path(config.output_dir) / 'report.html'}")), soft_wrap=True)
 
 
@@ -422,7 +420,8 @@ def evaluation_table(results: dict[str, Any]) -> Table:
     from texforce import report
 
     about = results["benchmark"]
-    title = f"{about['name']}: {results['num_prompts_told']} prompts, {results['num_images']} images each"
+    told_of = f" of {about['num_prompts']}" if results["strengths"] else ""
+    title = f"{about['name']}: {results['num_prompts_told']}{told_of} prompts, {results['num_images']} images each"
     table = Table(
         "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
     )

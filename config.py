@@ -94,7 +94,7 @@ class TrainConfig:
     checkpoint_every: int = option(None, "epochs between checkpoints, from which `--resume` goes on exactly")
     checkpoints_to_keep: int = option(2, "so many of the newest checkpoints stay")
     max_kl: float | None = option(
-        None, "stop when the KL divergence from the base policy is above this (measuring it costs)"
+        None, "stop when the KL divergence from the base policy, before an epoch's last update, is above this"
     )
     max_reward_drop: float = option(
         2.0,

@@ -113,7 +113,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     kept = read_json(path) if path.is_file() else settings
     for name, value in settings.items():
         if name != "systems" and kept.get(name) != value:
-            old, new = (json.dumps(item)[:60] for item in (kept.get(name), value))
+            old, new = _where_they_differ(kept.get(name), value)
             raise ValueError(
                 f"output_dir: {str(evaluation.folder)!r} holds another evaluation, of {name} {old} and not {new}; choose "
                 "another folder"
@@ -128,6 +128,14 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     for orphan in evaluation.folder.rglob("*.tmp"):  # of a writing that was cut off
         orphan.unlink()
     return settings
+
+
+def _where_they_differ(old: Any, new: Any) -> tuple[str, str]:
+    """Two values, or of two objects the parts that differ, to be shown."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in new if old.get(name) != new[name]]
+        old, new = ({name: item.get(name) for name in names} for item in (old, new))
+    return json.dumps(old)[:120], json.dumps(new)[:120]
 
 
 def describe(evaluation: Evaluation) -> dict[str, Any]:

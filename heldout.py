@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import record, sampler, scorers, world
+from texforce import interrupts, record, sampler, scorers, world
 from texforce.config import TrainConfig
 from texforce.scorers import Scorer
 
@@ -28,6 +28,7 @@ def heldout_images(
     images = []
     shape = sampler.latent_shape(policy.models, config.resolution)
     for start in range(0, len(prompts), config.sample_batch_size):
+        interrupts.check()
         chunk = prompts[start : start + config.sample_batch_size]
         prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
         generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)

@@ -24,7 +24,8 @@ def handled() -> Iterator[None]:
     """Within it, SIGINT raises KeyboardInterrupt and SIGTERM Terminated, where the program is; a second signal exits."""
     global _received
     _received = None
-    previous = {number: signal.signal(number, _handle) for number in EXIT_CODES}
+    heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
+    previous = {number: signal.signal(number, _handle) for number in heeded}
     try:
         yield
     finally:

@@ -36,7 +36,9 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
+RESULT = "result.json"
 LOCK, HOLDER = ".lock", ".holder"  # of a run's folder, and who has it
+ADAPTER = ".adapter-"  # begins the name of the folder in which an adapter is written first
 
 
 def check_folder(name: str, go_on: bool = False) -> Path:
@@ -56,21 +58,17 @@ def check_folder(name: str, go_on: bool = False) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def claimed(config: TrainConfig, go_on: bool = False) -> Iterator[Path]:
-    """The output folder, made and held by this process alone, and known to have room before any model is loaded.
+def check_room(folder: Path, config: TrainConfig) -> None:
+    """See that there is room for a checkpoint, before any model is loaded.
 
     Raises:
-        ValueError: another process holds it, or what `check_folder` raises. OSError: it cannot be written to.
+        OSError: there is not.
     """
-    folder = Path(config.output_dir)
-    with held(folder, lambda: check_folder(config.output_dir, go_on)):
-        probe = folder / ".room.tmp"
-        try:
-            probe.write_bytes(bytes(checkpoint_size(config)))
-        finally:
-            probe.unlink(missing_ok=True)
-        yield folder
+    probe = folder / ".room.tmp"
+    try:
+        probe.write_bytes(bytes(checkpoint_size(config)))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -102,8 +100,8 @@ def held(folder: Path, check: Callable[[], object]) -> Iterator[None]:
 
 
 def checkpoint_size(config: TrainConfig) -> int:
-    """About the bytes of a checkpoint, without knowing the model: some ten megabytes for each 16 of rank, one for tiny."""
-    return config.rank * 2**16 * (1 if config.model == "tiny" else 16)
+    """About the bytes of a checkpoint, without knowing the model: for rank 16 one megabyte for tiny, else 16 or 64."""
+    return config.rank * 2**16 * (1 if config.model == "tiny" else 16 if config.target == "text-encoder" else 64)
 
 
 def open_to_umask(path: Path) -> None:
@@ -144,9 +142,19 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all, whatever happens to the machine."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+
+
+def sync(path: Path) -> None:
+    """See that a file, or a folder's list of files, is on the disk and not only on its way."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -154,10 +162,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
-    """The reward curve, the result and the model card of a finished run."""
+    """The reward curve, the model card and the result of a finished run; the last one says that it is."""
     write_curve(output_dir / "curve.png", epochs, config.reward)
-    write_json(output_dir / "result.json", result)
-    (output_dir / "README.md").write_text(model_card(config, result))
+    write_text(output_dir / "README.md", model_card(config, result))
+    write_json(output_dir / RESULT, result)
 
 
 @contextlib.contextmanager

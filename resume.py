@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,12 @@ if TYPE_CHECKING:
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 # What a run may go on with though it has changed: none of it decides the adapter.
-FREE_OPTIONS = ("output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout")
+FREE_OPTIONS = (
+    "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
+    "micro_batch_size", "gradient_checkpointing",  # but for the rounding of sums
+)  # fmt: skip
+# What one cannot change in the middle: earlier epochs were measured by it.
+LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")
 
 
 # --- what changes in a run ---
@@ -70,12 +74,12 @@ class Run:
             "epochs": list(self.epochs),
             "order": list(self.order.waiting),
             "statistics": {prompt: list(seen) for prompt, seen in self.statistics.history.items()},
-            "spreads": {name: vars(spread) | {} for name, spread in self.reward.spreads.items()},
-            "lr_scheduler": learner.lr_scheduler.state_dict(),
-            "learning_rates": [group["lr"] for group in learner.optimizer.param_groups],
+            "spreads": {name: dict(vars(spread)) for name, spread in self.reward.spreads.items()},
+            "num_steps": learner.lr_scheduler.last_epoch,
             "scaler": learner.scaler.state_dict(),
             "num_skipped": learner.num_skipped,
             "ema_step": learner.ema.optimization_step if learner.ema is not None else None,
+            "device": self.policy.models.device.type,
         }
         return Snapshot({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, state)
 
@@ -84,9 +88,11 @@ class Run:
         """Put everything as it was.
 
         Raises:
-            ValueError: the snapshot is of other parameters.
+            ValueError: the snapshot is of other parameters, or of another kind of device, whose random numbers differ.
         """
         learner, tensors, state = self.learner, snapshot.tensors, snapshot.state
+        if state["device"] != self.policy.models.device.type:
+            raise ValueError(f"resume: the run was on {state['device']}, and goes on there only")
         parameters = self.policy.parameters
         shapes = [tensors[name].shape for name in (f"policy.{i}" for i in range(len(parameters))) if name in tensors]
         if shapes != [parameter.shape for parameter in parameters] or f"policy.{len(parameters)}" in tensors:
@@ -107,10 +113,9 @@ class Run:
             learner.ema.optimization_step = state["ema_step"]
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
-        learner.lr_scheduler.load_state_dict(dict(state["lr_scheduler"]))
-        for group, rate in zip(learner.optimizer.param_groups, state["learning_rates"], strict=True):
-            group["lr"] = rate
-        learner.scaler.load_state_dict(state["scaler"])
+        learner.set_num_steps(state["num_steps"])
+        if state["scaler"]:
+            learner.scaler.load_state_dict(state["scaler"])
         learner.num_skipped = state["num_skipped"]
         self.order.waiting = list(state["order"])
         self.statistics.history.clear()
@@ -133,9 +138,12 @@ def write(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequen
     from safetensors.torch import save_file
 
     place = folder / f"epoch_{snapshot.epoch:06d}"
-    if place.is_dir() and is_valid(place):
+    content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
+    if place.is_dir() and is_valid(place) and read(place).state["config"] == content["config"]:
         return place
-    folder.mkdir(exist_ok=True)
+    if not folder.exists():
+        folder.mkdir()
+        record.sync(folder.parent)
     remove_orphans(folder)
     temporary = folder / f"{place.name}.tmp"
     temporary.mkdir()
@@ -143,20 +151,20 @@ def write(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequen
         with record.storage_errors(temporary / TENSORS):
             save_file(snapshot.tensors, temporary / TENSORS)
         record.open_to_umask(temporary / TENSORS)
-        content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
         (temporary / STATE).write_text(json.dumps(content, allow_nan=False))
         (temporary / MANIFEST).write_text(manifest(temporary))
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if place.exists():  # broken
+            record.sync(path)
+        if place.exists():  # broken, or of a run that has since been changed by force
             _remove(place)
         temporary.rename(place)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(folder)
-    for old in checkpoints(folder)[num_kept:]:
-        _remove(old)
+    record.sync(folder)
+    later = [other for other in checkpoints(folder) if other.name > place.name]  # broken: the run goes on from before them
+    for other in (*later, *checkpoints(folder)[len(later) + num_kept :]):
+        _remove(other)
     return place
 
 
@@ -171,15 +179,6 @@ def digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """See that a file, or a folder's list of files, is on the disk and not only on its way."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint so that, cut off half-way, none is left that looks like one."""
     doomed = checkpoint.with_suffix(".old.tmp")
@@ -188,9 +187,12 @@ def _remove(checkpoint: Path) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Remove what savings that were cut off have left."""
+    """Remove what savings that were cut off have left in a run's folder, or in that of its checkpoints; raises OSError."""
     for orphan in folder.glob("*.tmp"):
-        shutil.rmtree(orphan)
+        if orphan.is_file():
+            orphan.unlink()
+        elif orphan.name.startswith((record.ADAPTER, "epoch_")):
+            shutil.rmtree(orphan)
 
 
 # --- reading ---
@@ -202,16 +204,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is the one that was written, and none is missing."""
+    """Whether every file of a checkpoint is the one that was written, and none is missing; raises OSError."""
     try:
         names = {path.name for path in checkpoint.iterdir()}
         return names == {TENSORS, STATE, MANIFEST} and (checkpoint / MANIFEST).read_bytes() == manifest(checkpoint).encode()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def newest(folder: Path, passed_over: Callable[[Path], None] = lambda checkpoint: None) -> Path | None:
-    """The newest valid checkpoint, if there is one; each broken one before it is told."""
+    """The newest valid checkpoint, if there is one; each broken one before it is told. Raises OSError."""
     for checkpoint in checkpoints(folder):
         if is_valid(checkpoint):
             return checkpoint
@@ -226,16 +228,21 @@ def read(checkpoint: Path) -> Snapshot:
     return Snapshot(load_file(checkpoint / TENSORS), json.loads((checkpoint / STATE).read_text()))
 
 
-def check_same(snapshot: Snapshot, config: TrainConfig, prompts: Sequence[str]) -> None:
-    """See that a run goes on as it began.
+def check_same(
+    saved: Mapping[str, Any], config: TrainConfig, snapshot: Snapshot | None, prompts: Sequence[str], forced: bool
+) -> None:
+    """See that a run goes on as it began, by the options that were saved with it and the prompts in its checkpoint.
 
     Raises:
-        ValueError: an option or the prompts have changed; tells which, and how.
+        ValueError: an option or the prompts have changed, and it is not forced or cannot be; tells which, and how.
     """
-    changes = differences(snapshot.state["config"], asdict(config))
-    if snapshot.state["prompts"] != digest(prompts):
+    changes = differences(saved, asdict(config))
+    lasting = [change for change in changes if change.partition(":")[0] in LASTING_OPTIONS]
+    if forced and lasting and snapshot:
+        raise ValueError(f"resume: what measures a run cannot change in it: {'; '.join(lasting)}; begin another")
+    if snapshot and snapshot.state["prompts"] != digest(prompts):
         changes.append("the prompts")
-    if changes:
+    if changes and not forced:
         raise ValueError(f"resume: changed since the checkpoint: {'; '.join(changes)}; --force-resume goes on with the new")
 
 

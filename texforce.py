@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -87,15 +88,13 @@ class Policy:
 
     def __init__(self, models: sampler.Models, null_prompt: str = "adapted") -> None:
         self.models = models
+        parts = (models.text_encoder, models.unet)
+        # Listed once: peft freezes and thaws them as adapters are switched off and on.
+        self.parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         self.null_embeds = None  # of the base text encoder, if the null prompt is to stay there
         if null_prompt == "base":
             with self.base(), torch.no_grad():
                 self.null_embeds = sampler.encode(models, sampler.tokenize(models.tokenizer, [""]).to(models.device))
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        parts = (self.models.text_encoder, self.models.unet)
-        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
@@ -116,7 +115,7 @@ class Policy:
         """Write peft adapters: the text encoder's into the folder itself, the U-Net's into its subfolder `unet`."""
         for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
             if hasattr(part, "peft_config"):
-                with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter-", suffix=".tmp") as written:
+                with tempfile.TemporaryDirectory(dir=output_dir, prefix=record.ADAPTER, suffix=".tmp") as written:
                     with record.storage_errors(folder):
                         part.save_pretrained(
                             written, save_embedding_layers=False
@@ -124,6 +123,7 @@ class Policy:
                     folder.mkdir(exist_ok=True)
                     for name in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
                         record.open_to_umask(Path(written, name))
+                        record.sync(Path(written, name))
                         Path(written, name).replace(folder / name)
 
 
@@ -308,6 +308,14 @@ class Learner:
             if self.ema is not None:
                 self.ema.step(parameters)
         return norm.item()
+
+    def set_num_steps(self, number: int) -> None:
+        """Go on with the learning rate as it is after so many optimizer steps."""
+        self.lr_scheduler.last_epoch = number
+        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        self.lr_scheduler._last_lr = [base * factor(number) for base, factor in rates]
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
     @contextlib.contextmanager
     def averaged(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -498,36 +506,45 @@ def train(
     """
     config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
-    prompts = [*train_prompts, *heldout_prompts]
-    with record.claimed(config, go_on) as output_dir:
-        kept = _newest(output_dir, warn) if go_on else None
-        if kept and not changed:
-            resume.check_same(kept, config, prompts)
-        if kept and kept.epoch >= config.num_epochs and (output_dir / "result.json").is_file():
-            warn(f"the run in {config.output_dir} is finished; nothing is left to do")
-            return read_json(output_dir / "result.json")
+    prompts, output_dir = [*train_prompts, *heldout_prompts], Path(config.output_dir)
+    with record.held(output_dir, lambda: record.check_folder(config.output_dir, go_on)):
+        kept = None
+        if go_on and (output_dir / "config.json").is_file():
+            saved = read_json(output_dir / "config.json")
+            kept = _newest(output_dir, warn)
+            resume.check_same(saved, config, kept, prompts, changed)
+            if (output_dir / record.RESULT).is_file() and not resume.differences(saved, asdict(config)):
+                warn(f"the run in {config.output_dir} is finished; nothing is left to do")
+                return read_json(output_dir / record.RESULT)
+        record.check_room(output_dir, config)
         setup = prepare(config)
         check_prompts(setup.policy, config, prompts)
-        record.write_json(output_dir / "config.json", asdict(config))
         run = _begin(setup, config, train_prompts)
         if kept:
             run.restore(kept)
+        record.write_json(output_dir / "config.json", asdict(config))
+        for name in (record.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
+            (output_dir / name).unlink(missing_ok=True)
         start = time.perf_counter()
         measured = heldout.Heldout(setup, heldout_prompts, config, output_dir)
         if not run.epochs:
             spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
             run.epochs.append({"epoch": 0, "heldout": measured.base} | spent)
+        if changed:  # perhaps of other held-out prompts than those that it began with
+            run.epochs[0] = run.epochs[0] | {"heldout": measured.base}
         with record.metrics(config, output_dir, run.epochs) as log:
-            _train_epochs(run, setup, config, prompts, measured, output_dir, log, report)
+            _train_epochs(run, setup, config, prompts, measured, log, report, warn)
         return _finish(run, setup, config, output_dir)
 
 
 def _newest(output_dir: Path, warn: Callable[[str], None]) -> resume.Snapshot | None:
-    """The newest valid checkpoint of a run; each that is broken is told."""
+    """The newest valid checkpoint of a run; each that is broken is told, and if there is none."""
     resume.remove_orphans(output_dir)
     checkpoint = resume.newest(
         output_dir / CHECKPOINTS, lambda path: warn(f"{path} is damaged or incomplete, and is passed over")
     )
+    if checkpoint is None and not (output_dir / record.RESULT).is_file():
+        warn(f"the run in {output_dir} has no checkpoint to go on from, and starts over")
     return resume.read(checkpoint) if checkpoint else None
 
 
@@ -552,11 +569,12 @@ def _train_epochs(
     config: TrainConfig,
     prompts: Sequence[str],
     measured: heldout.Heldout,
-    output_dir: Path,
     log: Report,
     report: Report,
+    warn: Callable[[str], None],
 ) -> None:
     """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
+    output_dir = Path(config.output_dir)
     start = time.perf_counter() - run.epochs[-1]["seconds"]
     report(run.epochs[-1])
     snapshot = run.snapshot()
@@ -586,12 +604,15 @@ def _train_epochs(
                 if epoch % config.checkpoint_every == 0 or epoch == config.num_epochs:
                     save()
             report(measures)
+        interrupts.check()
     except DivergedError as error:
         raise DivergedError(f"{error}; {_last_good(run.epochs, config)}") from error
     except BaseException:
-        run.restore(snapshot)  # what stopped in the middle of an epoch begins it anew
-        save()
-        save_adapter()
+        save()  # first, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew
+        warn(f"saved after epoch {snapshot.epoch}; go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+        if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
+            run.restore(snapshot)
+            save_adapter()
         raise
 
 
@@ -602,6 +623,8 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
         DivergedError: the policy is too far from the base one, or the held-out reward has collapsed.
     """
     last = epochs[-1]
+    if broken := [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise DivergedError(f"{', '.join(broken)} of epoch {last['epoch']} is not finite; lower --learning-rate")
     if config.max_kl is not None and last["kl"] > config.max_kl:
         raise DivergedError(
             f"the KL divergence from the base policy is {last['kl']:.2e}, above --max-kl {config.max_kl:g}; lower "
@@ -620,8 +643,15 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
 
 def _last_good(epochs: Sequence[dict[str, Any]], config: TrainConfig) -> str:
     """Which adapter lies in the output folder."""
-    measured = [record["epoch"] for record in epochs[1:] if "heldout" in record]
-    return f"the adapter of epoch {measured[-1]} is kept in {config.output_dir}" if measured else "no adapter was saved yet"
+    measured = _measured_epochs(epochs)
+    return (
+        f"the adapter of epoch {measured[-1]} is kept in {config.output_dir}" if measured else "no adapter was measured yet"
+    )
+
+
+def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
+    """Those after which the adapter was measured, and saved."""
+    return [record["epoch"] for record in epochs[1:] if "heldout" in record]
 
 
 def _finish(run: resume.Run, setup: Setup, config: TrainConfig, output_dir: Path) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
             said = server.said()
             if (folder / "checkpoints").is_dir():
                 assert resume.newest(folder / "checkpoints")
-                assert "it can go on: texforce train --resume" in said.replace("\n", " ")
+                assert "go on by: texforce train --resume" in said.replace("\n", " ")
             assert "Traceback" not in said
         assert server.run(["train", *options, "--resume", str(folder)]) == 0
         check_same(folder, undisturbed[0])
