@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -170,7 +171,7 @@ def train(
 
             output.print(_table("plan", plan.plan(settings)))
             return
-        with EpochView(settings) as view:
+        with told_how_to_go_on(settings), EpochView(settings) as view:
             result = texforce.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
         output.print(_results(result))
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
@@ -190,6 +191,22 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     if not saved.is_file() and not given:
         raise FileNotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
     return merge_options(read_config(saved) if saved.is_file() else {}, given) | {"output_dir": str(folder)}
+
+
+@contextmanager
+def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
+    """Say, when a training is stopped by what is not its own fault, how it can go on."""
+    import torch
+
+    from texforce import resume
+    from texforce.scorers import RewardError
+
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError):
+        if resume.newest(Path(config.output_dir, texforce.CHECKPOINTS)):
+            _warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+        raise
 
 
 def _warn(message: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -609,7 +608,7 @@ def _train_epochs(
         raise DivergedError(f"{error}; {_last_good(run.epochs, config)}") from error
     except BaseException:
         save()  # first, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew
-        warn(f"saved after epoch {snapshot.epoch}; go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+        warn(f"saved as it was after epoch {snapshot.epoch}")
         if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
             run.restore(snapshot)
             save_adapter()
