@@ -202,7 +202,8 @@ def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
     from texforce.scorers import RewardError
 
     try:
-        yield
+        with interrupts.recognised():
+            yield
     except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError):
         if resume.newest(Path(config.output_dir, texforce.CHECKPOINTS)):
             _warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")

@@ -27,11 +27,22 @@ def handled() -> Iterator[None]:
     heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
     previous = {number: signal.signal(number, _handle) for number in heeded}
     try:
-        yield
+        with recognised():
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _received = None
+
+
+@contextlib.contextmanager
+def recognised() -> Iterator[None]:
+    """Within it, an error that a signal was turned into is the signal again: an import that it breaks off calls it its own."""
+    try:
+        yield
+    except (ImportError, RuntimeError, SystemError):
+        check()
+        raise
 
 
 def _handle(number: int, frame: object) -> None:

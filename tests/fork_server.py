@@ -16,6 +16,7 @@ from collections.abc import Callable
 import diffusers.optimization
 import diffusers.training_utils
 import diffusers.utils.torch_utils  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch
 import transformers  # noqa: F401

@@ -592,6 +592,25 @@ def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run,
     check_saved(tmp_path / "out")
 
 
+def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_path, monkeypatch):
+    def write_curve(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("texforce.record.write_curve", write_curve)
+    result = train(small_run, output_dir=tmp_path / "out")
+    check_failure(result, 143, "terminated")
+    assert "go on by: texforce train --resume" in result.stderr.replace("\n", " ")
+
+    def fail(*_):
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr("texforce.record.write_curve", fail)
+    assert isinstance(train(small_run, resume=tmp_path / "out").exception, ImportError)
+
+
 # --- rewards ---
 
 
