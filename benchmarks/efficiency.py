@@ -35,7 +35,9 @@ def run(folder: Path, **options: Any) -> list[dict[str, Any]]:
     """The epochs of one training, with the seconds that were spent on training alone."""
     if not (folder / "result.json").is_file():
         config = texforce.TrainConfig(model="tiny", output_dir=str(folder), **options)
-        texforce.train(config, lambda measures: print(folder.name, measures["epoch"], measures.get("heldout", "")), go_on=True)
+        texforce.train(
+            config, lambda measures: print(folder.name, measures["epoch"], measures.get("heldout", "")), go_on=True
+        )
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = images = 0.0
     for epoch in epochs:
