@@ -37,7 +37,8 @@ from texforce.config_inference import (
 )
 from texforce.prompt_sets import read_prompts
 
-EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage; 6 reward failed; 130/143 interrupted"
+EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
+EXIT_CODES += "6 reward failed; 130/143 interrupted"
 OUT_OF_MEMORY = "out of memory; lower --{} or --resolution ({})"
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
@@ -51,18 +52,17 @@ output, progress = Console(), Console(stderr=True)
 @contextmanager
 def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
     """Turn expected errors into a message without traceback and the documented exit code."""
-    import torch
+    import torch  # noqa: F401 - before what imports it: torch looks at all modules while it loads, and wakes the lazy ones
 
     from texforce.checkpoints import ArtifactError
+    from texforce.processes import ProcessLost
     from texforce.scorers import RewardError
 
     try:
         with interrupts.handled():
             yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _fail(OUT_OF_MEMORY.format(batch_option, str(error).partition("\n")[0]), 5)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it on the CPU
+    except (RuntimeError, MemoryError) as error:
+        if not texforce.is_out_of_memory(error):
             raise
         _fail(OUT_OF_MEMORY.format(batch_option, str(error).partition("\n")[0]), 5)
     except ValueError as error:
@@ -71,6 +71,8 @@ def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
         _fail(error, 3)
     except texforce.DivergedError as error:
         _fail(error, 4)
+    except ProcessLost as error:
+        _fail(error, 5)
     except RewardError as error:
         _fail(error, 6)
     except OSError as error:
@@ -158,14 +160,17 @@ def train(
     ] = False,
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
-    with exit_codes("micro-batch-size, --sample-batch-size"):
+    with exit_codes("micro-batch-size (or give --micro-batch auto), --sample-batch-size"):
+        from texforce import processes
+
         options = merge_options(read_config(config), given)
         if force_resume and not resume:
             raise ValueError("force_resume: it is about a run to go on with; give --resume")
         if resume:
             options = resumed_options(resume, options)
         settings = texforce.resolve(TrainConfig(**options))
-        progress.print(Text(f"model: {settings.model} ({_why(options)})"))
+        if processes.is_first():
+            progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         if dry_run:
             from texforce import plan
 
@@ -173,6 +178,8 @@ def train(
             return
         with told_how_to_go_on(settings), EpochView(settings) as view:
             result = texforce.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
+        if not processes.is_first():
+            return
         output.print(_results(result))
         output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
 
@@ -198,14 +205,14 @@ def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
     """Say, when a training is stopped by what is not its own fault, how it can go on."""
     import torch
 
-    from texforce import resume
+    from texforce import processes, resume
     from texforce.scorers import RewardError
 
     try:
         with interrupts.recognised():
             yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError):
-        if resume.newest(Path(config.output_dir, texforce.CHECKPOINTS)):
+    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError, processes.ProcessLost):
+        if processes.is_first() and resume.newest(Path(config.output_dir, texforce.CHECKPOINTS)):
             _warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
         raise
 

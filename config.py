@@ -86,6 +86,11 @@ class TrainConfig:
     lora_alpha: int = option(None, "of LoRA (default: the rank)")
     ema_decay: float = option(None, "average the adapter over updates with this decay; 0 is off")
     micro_batch_size: int = option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
+    micro_batch: str = option(
+        "fixed",
+        "auto begins with as many pairs as an update has and halves them whenever a GPU's memory runs out; fixed takes "
+        "--micro-batch-size",
+    )
     sample_batch_size: int = option(None, "images sampled at a time")
     mixed_precision: str = option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
     gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
@@ -163,6 +168,7 @@ CHOICES = {
     "target": ("text-encoder", "unet", "both"),
     "advantages": ("leave-one-out", "per-prompt"),
     "null_prompt": ("adapted", "base"),
+    "micro_batch": ("fixed", "auto"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "format": ("pipeline", "checkpoint", "peft", "diffusers", "kohya"),
     "report_to": ("none", "tensorboard", "wandb", "trackio"),

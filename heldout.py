@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import interrupts, record, sampler, scorers, world
+from texforce import interrupts, processes, record, sampler, scorers, world
 from texforce.config import TrainConfig
 from texforce.scorers import Scorer
 
@@ -20,23 +20,27 @@ HELDOUT_SEED = 20_231_115
 def heldout_images(
     policy: texforce.Policy, denoiser: sampler.Denoiser, prompts: Sequence[str], config: TrainConfig
 ) -> Tensor:
-    """One image (N, 3, H, W) in [0, 1] for each prompt, from the same noise for every policy.
+    """One image (N, 3, H, W) in [0, 1] for each prompt, from the same noise for every policy; each process draws a share.
 
     Raises:
         DivergedError: no image is finite.
     """
-    images = []
+    images = {}
     shape = sampler.latent_shape(policy.models, config.resolution)
     for start in range(0, len(prompts), config.sample_batch_size):
         interrupts.check()
+        if not processes.share(start // config.sample_batch_size):
+            continue
         chunk = prompts[start : start + config.sample_batch_size]
         prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
         generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)
         trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator)
-        images.append(sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu())
-    return texforce.check_finite(torch.cat(images))
+        images[start] = sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu()
+    for others in processes.gather(images):
+        images |= others
+    return texforce.check_finite(torch.cat([images[start] for start in sorted(images)]))
 
 
 def score_all(scorer: Scorer, images: Tensor, prompts: Sequence[str], batch_size: int, device: torch.device) -> Tensor:
@@ -84,7 +88,8 @@ class Heldout:
     def __init__(self, setup: texforce.Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
         self.folder = output_dir / "grids"
-        self.folder.mkdir(exist_ok=True)
+        if processes.is_first():
+            self.folder.mkdir(exist_ok=True)
         with setup.policy.base():
             self.base_images = heldout_images(setup.policy, setup.denoiser, prompts, config)
         self.base = self._scores(self.base_images)
@@ -104,5 +109,6 @@ class Heldout:
         images = heldout_images(self.setup.policy, self.setup.denoiser, self.prompts, self.config)
         shown = torch.linspace(0, len(self.prompts) - 1, min(16, len(self.prompts))).long().tolist()
         columns = {"base": self.base_images[shown], "tuned": images[shown]}
-        record.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in shown], columns)
+        if processes.is_first():
+            record.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in shown], columns)
         return self._scores(images)

@@ -37,7 +37,7 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recognised() -> Iterator[None]:
-    """Within it, an error that a signal was turned into is the signal again: an import that it breaks off calls it its own."""
+    """Within it, an error that a signal was turned into is the signal again: imports that it breaks off do that."""
     try:
         yield
     except (ImportError, RuntimeError, SystemError):

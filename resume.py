@@ -28,7 +28,7 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 # What a run may go on with though it has changed: none of it decides the adapter.
 FREE_OPTIONS = (
     "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
-    "micro_batch_size", "gradient_checkpointing",  # but for the rounding of sums
+    "micro_batch", "micro_batch_size", "gradient_checkpointing",  # but for the rounding of sums
 )  # fmt: skip
 # What one cannot change in the middle: earlier epochs were measured by it.
 LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")

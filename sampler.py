@@ -403,28 +403,42 @@ def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, in
     return models.unet.config.in_channels, int(size), int(size)
 
 
+Generators = torch.Generator | list[torch.Generator]  # one for all samples, or one a sample
+
+
+def draw_noise(
+    num_steps: int, num_samples: int, shape: tuple[int, int, int], generator: Generators, device: torch.device
+) -> Iterator[Tensor]:
+    """The initial latents (N, C, H, W) and then the noise of every step, as diffusers' pipeline draws them."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    for _ in range(1 + num_steps):
+        yield randn_tensor((num_samples, *shape), generator=generator, device=device)
+
+
+def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> None:
+    """Leave a generator as a rollout of N prompts, which another process makes, leaves it."""
+    for _ in draw_noise(len(denoiser.schedule.timesteps), num_samples, shape, generator, generator.device):
+        pass
+
+
 @torch.no_grad()
 def rollout(
     denoiser: Denoiser,
     prompt_ids: Tensor,
     conditioning: Conditioning,
     shape: tuple[int, int, int],
-    generator: torch.Generator | list[torch.Generator],
+    generator: Generators,
     keep_null_outputs: bool = False,
 ) -> Trajectory:
-    """Denoise N prompts from noise, all at once; with one generator, or with one a sample.
-
-    Each generator gives the initial latents first and then the noise of every step, as diffusers' pipeline draws them.
-    """
-    from diffusers.utils.torch_utils import randn_tensor
-
+    """Denoise N prompts from noise, all at once; with one generator, or with one a sample."""
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     timesteps = denoiser.schedule.timesteps
-    latents = [randn_tensor((num_samples, *shape), generator=generator, device=device)]
+    noises = draw_noise(len(timesteps), num_samples, shape, generator, device)
+    latents = [next(noises)]
     log_probs: list[Tensor] = []
     null_outputs: list[Any] = []
-    for k in range(len(timesteps)):
-        noise = randn_tensor((num_samples, *shape), generator=generator, device=device)
+    for k, noise in enumerate(noises):
         steps = torch.full((num_samples,), k, device=device)
         next_latents, log_prob, null_output = denoiser.fused_step(latents[-1], steps, conditioning, noise)
         latents.append(next_latents)

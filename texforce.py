@@ -11,13 +11,15 @@ import importlib.util
 import math
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 __version__ = "0.1.0"
 __path__ = [str(Path(__file__).parent)]
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import heldout, interrupts, record, resume, rewards, sampler, scorers
+    from texforce import heldout, interrupts, processes, record, resume, rewards, sampler, scorers
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -42,8 +44,10 @@ else:
     # `python -m texforce.rewards` finds the lazy module there; it is not the one that is run, and nothing of it is shared.
     warnings.filterwarnings("ignore", "'texforce.rewards' found in sys.modules", RuntimeWarning)
     torch = _lazy_import("torch")
-    names = ("heldout", "interrupts", "record", "resume", "rewards", "sampler", "scorers")
-    heldout, interrupts, record, resume, rewards, sampler, scorers = (_lazy_import(f"texforce.{name}") for name in names)
+    names = ("heldout", "interrupts", "processes", "record", "resume", "rewards", "sampler", "scorers")
+    heldout, interrupts, processes, record, resume, rewards, sampler, scorers = (
+        _lazy_import(f"texforce.{name}") for name in names
+    )
 
 from texforce.config import TrainConfig, default_device, read_json, resolve
 from texforce.prompt_sets import split_prompts
@@ -54,6 +58,7 @@ DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Of the ratio before the first update. Sampling and training in batches of one size leave 0 to 1e-6; kernels round
 # differently for batches of other sizes, which came to 2e-6 (tests), and must not stop a run.
 FLOAT32_TOLERANCE = 5e-6
+T = TypeVar("T")
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
@@ -180,12 +185,24 @@ def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_
 
 @dataclass(frozen=True)
 class Batch:
-    """One epoch's images, as the update needs them: N trajectories, their advantages, and what was measured."""
+    """One epoch's N images, as the update needs them: trajectories, advantages, and what was measured."""
 
     trajectory: sampler.Trajectory
     advantages: Tensor  # (N,) float32, 0 where nothing is to be learned
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
     parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
+    here: Tensor  # (n,) int64, which of the N images the trajectory holds: all of them, unless there are other processes
+
+    @property
+    def local_advantages(self) -> Tensor:
+        """Of the trajectory's images (n,)."""
+        return self.advantages[self.here.to(self.advantages.device)]
+
+    def local_pairs(self, pairs: Tensor) -> Tensor:
+        """Those of (image, step) pairs (M, 2) whose image is here, by its row in the trajectory."""
+        rows = torch.full((len(self.advantages),), -1).scatter(0, self.here, torch.arange(len(self.here)))
+        mine = torch.stack([rows[pairs[:, 0]], pairs[:, 1]], dim=1)
+        return mine[mine[:, 0] >= 0].to(self.advantages.device)
 
 
 def collect(
@@ -203,26 +220,78 @@ def collect(
         DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
-    trajectories, scores = [], []
-    shape = sampler.latent_shape(policy.models, config.resolution)
-    for chunk in _chunks(repeated, config.sample_batch_size):
-        interrupts.check()
-        prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
-        with torch.no_grad():
-            conditioning = policy.conditioning(prompt_ids)
-        keep = config.null_prompt == "base"
-        trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
-        images = check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1]))
-        trajectories.append(trajectory)
-        scores.append(reward.score(images, chunk))
-    parts = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+    trajectory, here, parts = _sample_and_score(policy, denoiser, reward, repeated, config, generator)
     reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
     values = reward.combine(parts)
     values = values.where(values.isfinite(), torch.nan)
     if values.isnan().all():
         raise scorers.RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
     advantages = normalised_advantages(values, repeated, config, statistics)
-    return Batch(sampler.concatenate(trajectories), advantages.to(policy.models.device), values, parts)
+    return Batch(trajectory, advantages.to(policy.models.device), values, parts, here)
+
+
+def _sample_and_score(
+    policy: Policy,
+    denoiser: sampler.Denoiser,
+    reward: rewards.Mixture,
+    prompts: Sequence[str],
+    config: TrainConfig,
+    generator: torch.Generator,
+) -> tuple[sampler.Trajectory, Tensor, dict[str, Tensor]]:
+    """This process's n trajectories of those of N prompts, which they are (n,), and the scores (N,) of each part.
+
+    While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
+    """
+    shape = sampler.latent_shape(policy.models, config.resolution)
+    indices = torch.arange(len(prompts)).split(config.sample_batch_size)
+    trajectories: dict[int, sampler.Trajectory] = {}
+    scores: dict[int, dict[str, Tensor]] = {}
+    waiting: dict[int, Future[dict[str, Tensor]]] = {}
+    try:
+        for number, chunk in enumerate(_chunks(prompts, config.sample_batch_size)):
+            interrupts.check()
+            if not processes.share(number):
+                sampler.skip_rollout(denoiser, len(chunk), shape, generator)
+                continue
+            prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
+            with torch.no_grad():
+                conditioning = policy.conditioning(prompt_ids)
+            keep = config.null_prompt == "base"
+            trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
+            trajectories[number] = trajectory
+            scores |= {number: future.result() for number, future in waiting.items()}
+            waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
+        scores |= {number: future.result() for number, future in waiting.items()}
+    finally:
+        wait(waiting.values(), timeout=2)  # a thread that is at work when the process ends can bring it down
+    for others in processes.gather(scores):
+        scores |= others
+    here = torch.cat([indices[number] for number in trajectories])
+    parts = {name: torch.cat([scores[number][name] for number in range(len(indices))]) for name in scores[0]}
+    return sampler.concatenate(list(trajectories.values())), here, parts
+
+
+def _decode_and_score(
+    policy: Policy, reward: rewards.Mixture, trajectory: sampler.Trajectory, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    if policy.models.device.type == "cuda":
+        torch.cuda.set_device(policy.models.device)  # a thread inherits neither this nor the grad mode
+    with torch.no_grad():
+        return reward.score(check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1])), prompts)
+
+
+def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in a thread of its own, for which no process waits at its end."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def check_finite(images: Tensor) -> Tensor:
@@ -262,7 +331,7 @@ class UpdateStatistics:
     first_ratio_deviation: float = 0.0  # largest, before the epoch's first optimizer step
     grad_norm: float = 0.0  # of the last step
 
-    def add(self, other: UpdateStatistics, first: bool) -> None:
+    def add(self, other: UpdateStatistics, first: bool = False) -> None:
         for name in ("num_pairs", "num_unet_calls", "num_clipped", "kl"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ratio_deviation = max(self.ratio_deviation, other.ratio_deviation)
@@ -285,6 +354,8 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.num_skipped = 0  # steps in a row
+        everything = config.micro_batch == "auto" and parameters[0].is_cuda  # the CPU's lack of memory ends the process
+        self.micro_batch_size = sys.maxsize if everything else config.micro_batch_size  # halved when memory runs out
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:
@@ -352,43 +423,52 @@ def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator
 
 
 def accumulate_gradients(
-    policy: Policy,
-    denoiser: sampler.Denoiser,
-    batch: Batch,
-    pairs: Tensor,
-    config: TrainConfig,
-    scaler: torch.amp.GradScaler,
+    policy: Policy, denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, config: TrainConfig, learner: Learner
 ) -> UpdateStatistics:
     """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
 
     The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
     gathered on its embeddings, and one backward pass takes it through the text encoder. So the U-Net's activations
     grow with the micro-batch alone, and neither with the images nor with the steps; the text encoder's grow with the
-    distinct prompts.
+    distinct prompts. Of several processes each adds the part of its own images.
 
     Raises:
         DivergedError: the loss is not finite.
     """
-    statistics = UpdateStatistics(num_pairs=len(pairs))
-    trajectory, device = batch.trajectory, policy.models.device
-    prompt_ids = trajectory.prompt_ids[pairs[:, 0].to(device)]
+    statistics, mine = UpdateStatistics(), batch.local_pairs(pairs)
+    if len(mine) == 0:
+        return statistics
+    prompt_ids = batch.trajectory.prompt_ids[mine[:, 0]]
     embeds, rows = policy.encode_distinct(prompt_ids)
     leaf = embeds.detach().requires_grad_(embeds.requires_grad)
     base_embeds = None
     if config.kl_weight > 0 or config.max_kl is not None:
         with policy.base(), torch.no_grad():
             base_embeds, _ = policy.encode_distinct(prompt_ids)
-    for chunk, chunk_rows in zip(
-        pairs.to(device).split(config.micro_batch_size), rows.split(config.micro_batch_size), strict=True
-    ):
+    inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
+    while statistics.num_pairs < len(mine):
         interrupts.check()
-        loss = _pair_losses(policy, denoiser, batch, chunk, chunk_rows, leaf, base_embeds, config, statistics)
-        if not loss.isfinite():
-            raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
-        scaler.scale(loss * (len(chunk) / len(pairs))).backward()
+        chunk = slice(statistics.num_pairs, statistics.num_pairs + learner.micro_batch_size)
+        try:
+            loss, measured = _pair_losses(policy, denoiser, batch, mine[chunk], rows[chunk], leaf, base_embeds, config)
+            weighted = learner.scaler.scale(loss * (len(mine[chunk]) / len(pairs)))
+            gradients = torch.autograd.grad(weighted, inputs)  # all of them or, when memory runs out, none
+        except (RuntimeError, MemoryError) as error:
+            if config.micro_batch != "auto" or len(mine[chunk]) == 1 or not is_out_of_memory(error):
+                raise
+            learner.micro_batch_size = len(mine[chunk]) // 2
+            continue
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+        statistics.add(measured)
     if leaf.grad is not None:
         embeds.backward(leaf.grad)
     return statistics
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on the CPU torch has no class for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _pair_losses(
@@ -400,9 +480,8 @@ def _pair_losses(
     embeds: Tensor,
     base_embeds: Tensor | None,
     config: TrainConfig,
-    statistics: UpdateStatistics,
-) -> Tensor:
-    """The mean loss of one micro-batch of pairs (M, 2), whose prompts are the given rows (M,) of embeds (1+U, L, D)."""
+) -> tuple[Tensor, UpdateStatistics]:
+    """The mean loss of one micro-batch of local pairs (M, 2), whose prompts are the rows (M,) of embeds (1+U, L, D)."""
     trajectory, (samples, steps) = batch.trajectory, pairs.unbind(1)
     latents, next_latents = trajectory.latents[samples, steps], trajectory.latents[samples, steps + 1]
     null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
@@ -410,8 +489,9 @@ def _pair_losses(
     std = denoiser.std(steps)
     mean, _ = denoiser.mean(latents, steps, sampler.Conditioning(embeds[rows], embeds[:1]), null_outputs)
     log_probs = sampler.gaussian_log_prob(next_latents, mean, std)
-    loss = ppo_loss(log_probs, old_log_probs, batch.advantages[samples], config.clip_range)
+    loss = ppo_loss(log_probs, old_log_probs, batch.local_advantages[samples], config.clip_range)
     calls = len(pairs) * (2 if denoiser.guided and null_outputs is None else 1)
+    measured = UpdateStatistics(len(pairs), calls if base_embeds is None else 2 * calls)
     if base_embeds is not None:
         with policy.base(), torch.no_grad():
             base = sampler.Conditioning(base_embeds[rows], base_embeds[:1])
@@ -419,13 +499,13 @@ def _pair_losses(
         # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
         kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
         loss = loss + config.kl_weight * kl.mean()
-        statistics.kl += kl.sum().item()
-        calls *= 2
+        measured.kl = kl.sum().item()
+    if not loss.isfinite():
+        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     deviation = ((log_probs.detach() - old_log_probs).exp() - 1).abs()
-    statistics.num_unet_calls += calls
-    statistics.ratio_deviation = max(statistics.ratio_deviation, deviation.max().item())
-    statistics.num_clipped += int((deviation > config.clip_range).sum())
-    return loss
+    measured.ratio_deviation = deviation.max().item()
+    measured.num_clipped = int((deviation > config.clip_range).sum())
+    return loss, measured
 
 
 def update(
@@ -447,11 +527,14 @@ def update(
     exact = config.mixed_precision == "no"
     tolerance = max(FLOAT32_TOLERANCE, config.clip_range / 1000) if exact else config.clip_range / 10
     for share in shares:
-        mine = pairs[torch.isin(pairs[:, 0], share)]
-        if len(mine) == 0:
+        wanted = pairs[torch.isin(pairs[:, 0], share)]
+        if len(wanted) == 0:
             continue
         first = total.num_pairs == 0
-        statistics = accumulate_gradients(policy, denoiser, batch, mine, config, learner.scaler)
+        statistics = UpdateStatistics()
+        for part in processes.gather(accumulate_gradients(policy, denoiser, batch, wanted, config, learner)):
+            statistics.add(part)
+        processes.sum_gradients(policy.parameters)
         if first and statistics.ratio_deviation > tolerance:
             raise DivergedError(
                 f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
@@ -506,24 +589,23 @@ def train(
     config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
     prompts, output_dir = [*train_prompts, *heldout_prompts], Path(config.output_dir)
-    with record.held(output_dir, lambda: record.check_folder(config.output_dir, go_on)):
-        kept = None
-        if go_on and (output_dir / "config.json").is_file():
-            saved = read_json(output_dir / "config.json")
-            kept = _newest(output_dir, warn)
-            resume.check_same(saved, config, kept, prompts, changed)
-            if (output_dir / record.RESULT).is_file() and not resume.differences(saved, asdict(config)):
-                warn(f"the run in {config.output_dir} is finished; nothing is left to do")
-                return read_json(output_dir / record.RESULT)
-        record.check_room(output_dir, config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.joined())
+        check_shares(config)
+        finished, kept = processes.from_first(lambda: _open(stack, config, prompts, warn, go_on, changed))
+        if finished:
+            return finished
+        if not processes.is_first():
+            report, warn = (lambda measures: None), (lambda message: None)
         setup = prepare(config)
         check_prompts(setup.policy, config, prompts)
         run = _begin(setup, config, train_prompts)
         if kept:
             run.restore(kept)
-        record.write_json(output_dir / "config.json", asdict(config))
-        for name in (record.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
-            (output_dir / name).unlink(missing_ok=True)
+        if processes.is_first():
+            record.write_json(output_dir / "config.json", asdict(config))
+            for name in (record.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
+                (output_dir / name).unlink(missing_ok=True)
         start = time.perf_counter()
         measured = heldout.Heldout(setup, heldout_prompts, config, output_dir)
         if not run.epochs:
@@ -531,9 +613,47 @@ def train(
             run.epochs.append({"epoch": 0, "heldout": measured.base} | spent)
         if changed:  # perhaps of other held-out prompts than those that it began with
             run.epochs[0] = run.epochs[0] | {"heldout": measured.base}
-        with record.metrics(config, output_dir, run.epochs) as log:
-            _train_epochs(run, setup, config, prompts, measured, log, report, warn)
+        log = stack.enter_context(record.metrics(config, output_dir, run.epochs)) if processes.is_first() else report
+        _train_epochs(run, setup, config, prompts, measured, log, report, warn)
         return _finish(run, setup, config, output_dir)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """See that every process has a batch of an epoch's images to sample.
+
+    Raises:
+        ValueError: there are fewer batches than processes.
+    """
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    num_batches = math.ceil(num_images / config.sample_batch_size)
+    if num_batches < processes.count():
+        raise ValueError(
+            f"sample_batch_size: {num_images} images an epoch in batches of {config.sample_batch_size} are too few batches "
+            f"({num_batches}) for {processes.count()} processes; lower it"
+        )
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    config: TrainConfig,
+    prompts: Sequence[str],
+    warn: Callable[[str], None],
+    go_on: bool,
+    changed: bool,
+) -> tuple[dict[str, Any] | None, resume.Snapshot | None]:
+    """Hold the output folder for as long as a stack is open; the result of a finished run, or where to go on from."""
+    output_dir = Path(config.output_dir)
+    stack.enter_context(record.held(output_dir, lambda: record.check_folder(config.output_dir, go_on)))
+    kept = None
+    if go_on and (output_dir / "config.json").is_file():
+        saved = read_json(output_dir / "config.json")
+        kept = _newest(output_dir, warn)
+        resume.check_same(saved, config, kept, prompts, changed)
+        if (output_dir / record.RESULT).is_file() and not resume.differences(saved, asdict(config)):
+            warn(f"the run in {config.output_dir} is finished; nothing is left to do")
+            return read_json(output_dir / record.RESULT), None
+    record.check_room(output_dir, config)
+    return None, kept
 
 
 def _newest(output_dir: Path, warn: Callable[[str], None]) -> resume.Snapshot | None:
@@ -579,10 +699,14 @@ def _train_epochs(
     snapshot = run.snapshot()
 
     def save() -> None:
+        if not processes.is_first():
+            return
         with interrupts.deferred():
             resume.write(output_dir / CHECKPOINTS, snapshot, config, prompts, config.checkpoints_to_keep)
 
     def save_adapter() -> None:
+        if not processes.is_first():
+            return
         with interrupts.deferred(), run.learner.averaged(run.policy.parameters):
             run.policy.save(output_dir)
 
@@ -659,7 +783,8 @@ def _finish(run: resume.Run, setup: Setup, config: TrainConfig, output_dir: Path
     epochs = [_in_final_units(measures, config.reward, setup.reward) for measures in run.epochs]
     provenance = record.describe_run(config, str(models.device), num_parameters)
     result = provenance | _summary(epochs) | {"seconds": run.epochs[-1]["seconds"]}
-    record.write_result(output_dir, config, epochs, result)
+    if processes.is_first():
+        record.write_result(output_dir, config, epochs, result)
     return result
 
 

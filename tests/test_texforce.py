@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,8 +55,8 @@ class Rig:
         for parameter in self.policy.parameters:
             parameter.grad = None
         config = replace(self.config, **options)
-        scaler = torch.amp.GradScaler("cuda", enabled=False)
-        return texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, config, scaler)
+        learner = texforce.Learner(self.policy.parameters, config)
+        return texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, config, learner)
 
     def gradient(self, batch: texforce.Batch, pairs: Tensor, **options) -> Tensor:
         self.accumulate(batch, pairs, **options)
@@ -283,6 +284,82 @@ def test_the_text_encoder_runs_once_an_update_whatever_the_number_of_pairs():
     )
     rig.accumulate(batch, rig.pairs(batch))
     assert rows == [1 + len(PROMPTS)]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("target", ["text-encoder", "unet", "both"])
+def test_a_micro_batch_is_halved_when_memory_runs_out_and_the_gradient_is_the_same(target, error, monkeypatch):
+    """Memory runs out in the backward pass, where a part of the gradients is already there."""
+    rig = make_rig(target=target, micro_batch="auto", micro_batch_size=64)
+    batch = rig.collect()
+    pairs = rig.pairs(batch)
+    assert len(pairs) > 4
+    whole = rig.gradient(batch, pairs).double()
+    sizes, grad = [], torch.autograd.grad
+
+    def short_of_memory(loss, inputs):
+        with torch.no_grad():
+            sizes.append(calls[-1])
+            if sizes[-1] > 3:
+                raise error
+        return grad(loss, inputs)
+
+    calls = []
+    original = texforce._pair_losses
+    monkeypatch.setattr(texforce, "_pair_losses", lambda *args: (calls.append(len(args[3])), original(*args))[1])
+    monkeypatch.setattr(torch.autograd, "grad", short_of_memory)
+    statistics = rig.accumulate(batch, pairs)
+    assert relative_difference(gradient_of(rig.policy.parameters), whole) <= 1e-5
+    assert statistics.num_pairs == len(pairs)
+    assert sizes[0] == len(pairs)
+    assert sum(size for size in sizes if size <= 3) == len(pairs)
+    assert len([size for size in sizes if size > 3]) < 4  # it is not tried again with what did not fit
+    with pytest.raises(type(error)):
+        rig.accumulate(batch, pairs, micro_batch="fixed")
+
+
+def test_a_single_pair_that_does_not_fit_ends_the_run(monkeypatch):
+    rig = make_rig(micro_batch="auto")
+    batch = rig.collect()
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(texforce, "_pair_losses", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        rig.accumulate(batch, rig.pairs(batch))
+
+
+def test_one_batch_is_judged_while_the_next_is_sampled(monkeypatch):
+    """The first batch's judge waits for the second one's sampling to begin."""
+    begun = [threading.Event(), threading.Event()]
+    judged = []
+
+    def scorer(images: Tensor, prompts: list[str]) -> Tensor:
+        judged.append(begun[1].wait(30) or judged)
+        return brightness(images, prompts)
+
+    rig = replace(make_rig(num_samples_per_prompt=4, sample_batch_size=4), scorer=scorer)
+    original, waiting = sampler.rollout, list(begun)
+    monkeypatch.setattr(sampler, "rollout", lambda *args: (waiting.pop(0).set(), original(*args))[1])
+    batch = rig.collect(PROMPTS[:2])
+    monkeypatch.undo()
+    assert judged == [True, True]
+    assert torch.equal(batch.rewards, make_rig(num_samples_per_prompt=4, sample_batch_size=4).collect(PROMPTS[:2]).rewards)
+
+
+def test_a_scorer_that_fails_in_the_background_ends_the_collection():
+    def scorer(images: Tensor, prompts: list[str]) -> Tensor:
+        raise RewardError("reward: gone")
+
+    with pytest.raises(RewardError, match="gone"):
+        replace(make_rig(num_samples_per_prompt=4, sample_batch_size=4), scorer=scorer).collect()
 
 
 @contextmanager

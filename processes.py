@@ -1,0 +1,127 @@
+"""Several processes of one run, as torchrun and accelerate start them: each works on its share, and the first one writes.
+
+They see each other by torch.distributed; without a launcher there is one process, and every function here does nothing.
+Every process holds the whole state of the run and draws the same random numbers, so that a run is the same for any number
+of them but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from texforce import interrupts
+
+T = TypeVar("T")
+
+
+class ProcessLost(Exception):
+    """Another process of the run has ended, or cannot be reached any more."""
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within it, the processes that a launcher has started are connected, each with a GPU of its own if there are any.
+
+    Raises:
+        ProcessLost: they did not come together.
+    """
+    if count() == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with _reaching():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """Within it, what torch.distributed says of the others is told in one way; a signal of the launcher goes before it."""
+    try:
+        yield
+    except RuntimeError as error:
+        interrupts.check()
+        raise ProcessLost(
+            f"process {rank()} of {count()} has lost another one of the run; what ended that one is told before or after "
+            f"this ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def share(number: int) -> bool:
+    """Whether a piece of work, by its number, is this process's."""
+    return number % count() == rank()
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in their order, in every process; tensors must be on the CPU."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    with _reaching():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What a function gives in the first process, in every process; it is called in the first one only.
+
+    Raises:
+        What the function raises, in the first process. ProcessLost: that, in the others.
+    """
+    if count() == 1:
+        return make()
+    answer: list[Any] = [None, None]
+    failure = None
+    if is_first():
+        try:
+            answer[0] = make()
+        except BaseException as error:
+            failure, answer[1] = error, str(error) or type(error).__name__
+    with _reaching():
+        dist.broadcast_object_list(answer)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise ProcessLost(f"process {rank()} of {count()} ends with the first one ({answer[1][:200]})")
+    return answer[0]
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Put the sum of every process's gradients in the place of each's own; a gradient that is missing counts as 0.
+
+    They are summed explicitly, and not by a wrapper whose forward pass a policy gradient would not go through.
+    """
+    if count() == 1:
+        return
+    gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    with _reaching():
+        dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
