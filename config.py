@@ -66,6 +66,10 @@ class TrainConfig:
     timestep_window: float = option(
         None, "share of the denoising steps, from the first and noisiest on, that may be trained on"
     )
+    deterministic_elsewhere: bool = option(False, "make the steps outside that window, in training, without randomness")
+    num_shared_steps: int = option(
+        0, "first steps that the images of a prompt share, and that are therefore not trained; they branch after that"
+    )
     timestep_fraction: float = option(None, "share of those steps that is trained on, drawn anew for each image")
     resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = option(None, "of AdamW")
@@ -228,6 +232,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
             "use advantages leave-one-out"
         )
+    if config.num_shared_steps and config.sample_batch_size % config.num_samples_per_prompt:
+        raise ValueError(
+            f"num_shared_steps: they need whole groups in a batch; make sample_batch_size, {config.sample_batch_size}, "
+            f"a multiple of num_samples_per_prompt, {config.num_samples_per_prompt}"
+        )
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
         raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
     return config
@@ -285,8 +294,9 @@ def _check_ranges(config: TrainConfig) -> None:
     for item in fields(config):
         value = getattr(config, item.name)
         if item.name.startswith("num_") or item.name in COUNTS:
-            if value < 1:
-                raise ValueError(f"{item.name}: must be at least 1, not {value}")
+            least = 0 if item.name == "num_shared_steps" else 1
+            if value < least:
+                raise ValueError(f"{item.name}: must be at least {least}, not {value}")
         elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
             raise ValueError(f"{item.name}: must be above 0, not {value}")
         elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:

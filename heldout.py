@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -87,11 +88,16 @@ class Heldout:
 
     def __init__(self, setup: texforce.Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
+        self.denoiser = setup.denoiser
+        if config.deterministic_elsewhere:  # those of the one who uses the adapter are not
+            scheduler, device = setup.policy.models.scheduler, setup.policy.models.device
+            schedule = sampler.ddim_schedule(scheduler, config.num_inference_steps, config.eta).to(device)
+            self.denoiser = replace(setup.denoiser, schedule=schedule)
         self.folder = output_dir / "grids"
         if processes.is_first():
             self.folder.mkdir(exist_ok=True)
         with setup.policy.base():
-            self.base_images = heldout_images(setup.policy, setup.denoiser, prompts, config)
+            self.base_images = heldout_images(setup.policy, self.denoiser, prompts, config)
         self.base = self._scores(self.base_images)
 
     def _scores(self, images: Tensor) -> dict[str, float]:
@@ -106,7 +112,7 @@ class Heldout:
 
     def measure(self, epoch: int) -> dict[str, float]:
         """Scores of the policy as it is now; writes the grid of base and tuned images."""
-        images = heldout_images(self.setup.policy, self.setup.denoiser, self.prompts, self.config)
+        images = heldout_images(self.setup.policy, self.denoiser, self.prompts, self.config)
         shown = torch.linspace(0, len(self.prompts) - 1, min(16, len(self.prompts))).long().tolist()
         columns = {"base": self.base_images[shown], "tuned": images[shown]}
         if processes.is_first():

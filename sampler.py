@@ -228,8 +228,10 @@ class Schedule:
         )
 
 
-def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Schedule:
+def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stochastic: int | None = None) -> Schedule:
     """The transitions that diffusers' DDIMScheduler.step makes, for epsilon, v and sample prediction.
+
+    After the first num_stochastic steps, if that is given, they are those of an eta of 0 (as in MixGRPO, arXiv:2507.21802).
 
     Raises:
         ValueError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
@@ -257,6 +259,8 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Sched
     next_alpha = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double().cpu())
     variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
     std = eta * variance.clamp(min=0).sqrt()
+    if num_stochastic is not None:
+        std[num_stochastic:] = 0
     a, b = alpha.sqrt(), (1 - alpha).sqrt()
     # Each prediction type gives the clean sample and the noise as x * latents + y * model_output: (x, y) of both.
     one, zero = torch.ones_like(a), torch.zeros_like(a)
@@ -406,19 +410,48 @@ def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, in
 Generators = torch.Generator | list[torch.Generator]  # one for all samples, or one a sample
 
 
+@dataclass(frozen=True)
+class SharedSteps:
+    """The noise and the first num_steps steps are the same for each num_samples samples, which follow each other.
+
+    They are of one prompt. Their trajectories branch after that (BranchGRPO, arXiv:2509.06040). By default every sample is on its own.
+    """
+
+    num_steps: int = 0
+    num_samples: int = 1
+
+
+NOTHING_SHARED = SharedSteps()
+
+
 def draw_noise(
-    num_steps: int, num_samples: int, shape: tuple[int, int, int], generator: Generators, device: torch.device
+    num_steps: int,
+    num_samples: int,
+    shape: tuple[int, int, int],
+    generator: Generators,
+    device: torch.device,
+    shared: SharedSteps = NOTHING_SHARED,
 ) -> Iterator[Tensor]:
-    """The initial latents (N, C, H, W) and then the noise of every step, as diffusers' pipeline draws them."""
+    """The initial latents (N, C, H, W) and then the noise of every step, as diffusers' pipeline draws them.
+
+    While steps are shared, there is one of a group.
+    """
     from diffusers.utils.torch_utils import randn_tensor
 
-    for _ in range(1 + num_steps):
-        yield randn_tensor((num_samples, *shape), generator=generator, device=device)
+    for k in range(-1, num_steps):
+        number = num_samples // shared.num_samples if max(k, 0) < shared.num_steps else num_samples
+        yield randn_tensor((number, *shape), generator=generator, device=device)
 
 
-def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> None:
+def skip_rollout(
+    denoiser: Denoiser,
+    num_samples: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator,
+    shared: SharedSteps = NOTHING_SHARED,
+) -> None:
     """Leave a generator as a rollout of N prompts, which another process makes, leaves it."""
-    for _ in draw_noise(len(denoiser.schedule.timesteps), num_samples, shape, generator, generator.device):
+    for _ in draw_noise(len(denoiser.schedule.timesteps), num_samples, shape, generator, generator.device, shared):
         pass
 
 
@@ -430,26 +463,36 @@ def rollout(
     shape: tuple[int, int, int],
     generator: Generators,
     keep_null_outputs: bool = False,
+    shared: SharedSteps = NOTHING_SHARED,
 ) -> Trajectory:
     """Denoise N prompts from noise, all at once; with one generator, or with one a sample."""
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     timesteps = denoiser.schedule.timesteps
-    noises = draw_noise(len(timesteps), num_samples, shape, generator, device)
-    latents = [next(noises)]
-    log_probs: list[Tensor] = []
-    null_outputs: list[Any] = []
+    noises = draw_noise(len(timesteps), num_samples, shape, generator, device, shared)
+    group = Conditioning(conditioning.prompt_embeds[:: shared.num_samples], conditioning.null_embeds)
+
+    def each(tensor: Tensor) -> Tensor:
+        """A row of each sample, of one of each sample or group."""
+        return tensor if len(tensor) == num_samples else tensor.repeat_interleave(shared.num_samples, dim=0)
+
+    current = next(noises)
+    latents, log_probs, null_outputs = [each(current)], [], []
     for k, noise in enumerate(noises):
-        steps = torch.full((num_samples,), k, device=device)
-        next_latents, log_prob, null_output = denoiser.fused_step(latents[-1], steps, conditioning, noise)
-        latents.append(next_latents)
-        log_probs.append(log_prob)
-        null_outputs.append(null_output)
+        told = group
+        if len(noise) == num_samples:
+            current, told = each(current), conditioning
+        steps = torch.full((len(noise),), k, device=device)
+        current, log_prob, null_output = denoiser.fused_step(current, steps, told, noise)
+        latents.append(each(current))
+        log_probs.append(each(log_prob))
+        if keep_null_outputs and null_output is not None:
+            null_outputs.append(each(null_output))
     return Trajectory(
         prompt_ids=prompt_ids,
         timesteps=timesteps.expand(num_samples, -1),
         latents=torch.stack(latents, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
-        null_outputs=torch.stack(null_outputs, dim=1) if keep_null_outputs and null_outputs[0] is not None else None,
+        null_outputs=torch.stack(null_outputs, dim=1) if null_outputs else None,
     )
 
 

@@ -243,6 +243,7 @@ def _sample_and_score(
     While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
     """
     shape = sampler.latent_shape(policy.models, config.resolution)
+    shared = sampler.SharedSteps(config.num_shared_steps, config.num_samples_per_prompt if config.num_shared_steps else 1)
     indices = torch.arange(len(prompts)).split(config.sample_batch_size)
     trajectories: dict[int, sampler.Trajectory] = {}
     scores: dict[int, dict[str, Tensor]] = {}
@@ -251,13 +252,13 @@ def _sample_and_score(
         for number, chunk in enumerate(_chunks(prompts, config.sample_batch_size)):
             interrupts.check()
             if not processes.share(number):
-                sampler.skip_rollout(denoiser, len(chunk), shape, generator)
+                sampler.skip_rollout(denoiser, len(chunk), shape, generator, shared)
                 continue
             prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
             with torch.no_grad():
                 conditioning = policy.conditioning(prompt_ids)
             keep = config.null_prompt == "base"
-            trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
+            trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep, shared)
             trajectories[number] = trajectory
             scores |= {number: future.result() for number, future in waiting.items()}
             waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
@@ -402,13 +403,19 @@ class Learner:
 
 
 def window(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
-    """Indices of the steps that may be trained on: those of the first timestep_window that have a density.
+    """Indices of the steps that may be trained on: of the first timestep_window, those with a density and not shared.
 
     The last steps of a short schedule have a small deviation, so that their log-probability has a steep gradient, though
-    they decide little of what an image shows: in a plain sum they drown the others in noise.
+    they decide little of what an image shows: in a plain sum they drown the others in noise. On steps that a group shares,
+    the advantages within it cancel out.
     """
     steps = schedule.trainable_steps
-    return steps[steps < math.ceil(config.timestep_window * len(schedule.timesteps))]
+    return steps[(steps >= config.num_shared_steps) & (steps < window_end(config))]
+
+
+def window_end(config: TrainConfig) -> int:
+    """The number of steps up to the end of the window."""
+    return math.ceil(config.timestep_window * config.num_inference_steps)
 
 
 def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
@@ -828,11 +835,16 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -
 
 def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
-    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
+    schedule = sampler.ddim_schedule(
+        models.scheduler,
+        config.num_inference_steps,
+        config.eta,
+        window_end(config) if config.deterministic_elsewhere else None,
+    ).to(models.device)
     if len(window(schedule, config)) == 0:
         raise ValueError(
-            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps is "
-            "random enough to have a density to train on; raise one of them"
+            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps, without "
+            f"the {config.num_shared_steps} shared ones, is random enough to have a density to train on; raise one of them"
         )
     models = add_lora(models, config)
     if config.gradient_checkpointing:
@@ -852,12 +864,13 @@ def _train_epoch(run: resume.Run, setup: Setup, config: TrainConfig) -> dict[str
     dropped = torch.nonzero(batch.rewards.isnan()).flatten().tolist()
     num_images = len(batch.rewards)
     num_pairs = max(1, update_statistics.num_pairs)
-    steps = len(denoiser.schedule.timesteps)
+    steps, shared = len(denoiser.schedule.timesteps), config.num_shared_steps
+    num_drawn = num_images * (steps - shared) + num_images // config.num_samples_per_prompt * shared
     measures: dict[str, Any] = {
         "reward_mean": finite_mean(batch.rewards),
         "reward_std": batch.rewards[batch.rewards.isfinite()].std(correction=0).item(),
         "num_images": num_images,
-        "num_unet_calls": num_images * steps * (2 if denoiser.guided else 1) + update_statistics.num_unet_calls,
+        "num_unet_calls": num_drawn * (2 if denoiser.guided else 1) + update_statistics.num_unet_calls,
         "max_ratio_deviation": update_statistics.first_ratio_deviation,
         "ratio_deviation": update_statistics.ratio_deviation,
         "clip_fraction": update_statistics.num_clipped / num_pairs,

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -389,6 +389,42 @@ def test_rollout_returns_what_its_shapes_promise():
     assert micro_rollout(denoiser, seeded(0)[0]).null_outputs is None
     unguided = replace(denoiser, guidance_scale=1.0)
     assert micro_rollout(unguided, seeded(0)[0], keep_null_outputs=True).null_outputs is None
+
+
+def test_samples_that_share_steps_are_one_until_they_branch():
+    denoiser, cond = micro_denoiser(num_steps=4), conditioning(2)
+    shared = sampler.SharedSteps(num_steps=2, num_samples=3)
+    ids, rows = torch.arange(10).reshape(2, 5), torch.tensor([0, 0, 0, 1, 1, 1])
+    calls = []
+    hook = denoiser.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    generator = seeded(0)[0]
+    trajectory = sampler.rollout(denoiser, ids[rows], rows_of(cond, rows), (4, 8, 8), generator, True, shared)
+    hook.remove()
+    assert calls == [4, 4, 12, 12]
+    groups = trajectory.latents.unflatten(0, (2, 3))
+    for k in range(5):
+        same = torch.equal(groups[:, 0, k], groups[:, 1, k]) and torch.equal(groups[:, 0, k], groups[:, 2, k])
+        assert same == (k <= 2)
+    # What is stored is what the policy makes of it, step by step.
+    for k in range(4):
+        steps = torch.full((6,), k)
+        mean, null_outputs = denoiser.mean(trajectory.latents[:, k], steps, rows_of(cond, rows))
+        log_probs = sampler.gaussian_log_prob(trajectory.latents[:, k + 1], mean, denoiser.std(steps))
+        torch.testing.assert_close(log_probs, trajectory.log_probs[:, k], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(null_outputs, trajectory.null_outputs[:, k], rtol=1e-5, atol=1e-5)
+    skipped = seeded(0)[0]
+    sampler.skip_rollout(denoiser, 6, (4, 8, 8), skipped, shared)
+    assert torch.equal(skipped.get_state(), generator.get_state())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_steps_after_the_stochastic_ones_are_those_of_eta_0(prediction_type):
+    scheduler = make_scheduler(prediction_type=prediction_type)
+    mixed, random, none = (ddim_schedule(scheduler, 6, *eta) for eta in ((1.0, 2), (1.0,), (0.0,)))
+    for item in fields(sampler.Schedule):
+        for part, source in ((slice(0, 2), random), (slice(2, 6), none)):
+            assert torch.equal(getattr(mixed, item.name)[part], getattr(source, item.name)[part])
+    assert mixed.trainable_steps.tolist() == [0, 1]
 
 
 def test_same_seed_gives_the_same_bits_and_another_does_not():

@@ -458,6 +458,53 @@ def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
     assert set(torch.cat(seen)[:, 1].tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(("options", "trained"), [
+    ({"num_shared_steps": 2}, [2, 3, 4]),
+    ({"deterministic_elsewhere": True, "timestep_window": 0.6}, [0, 1, 2]),
+    ({"deterministic_elsewhere": True, "timestep_window": 0.6, "num_shared_steps": 1}, [1, 2]),
+])  # fmt: skip
+def test_shared_steps_and_those_without_randomness_are_not_trained_on(options, trained):
+    rig = make_rig(**options)
+    calls = []
+    hook = rig.policy.models.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    batch = rig.collect()
+    hook.remove()
+    # Three prompts of two images, with guidance: a row for each image or, on shared steps, for each prompt.
+    shared = options.get("num_shared_steps", 0)
+    assert sum(calls) == 2 * (6 * (5 - shared) + 3 * shared)
+    steps = texforce.window(rig.denoiser.schedule, rig.config)
+    assert steps.tolist() == trained
+    rig.perturb(1e-2)
+    pairs = rig.pairs(batch, sorted(set(trained) & set(WIDE_STEPS)))
+    gradient = rig.gradient(batch, pairs)
+    assert relative_difference(gradient, textbook_gradient(rig, batch, pairs)) <= 1e-5
+
+
+def test_on_shared_steps_the_advantages_of_a_group_cancel_out():
+    """So leaving these steps out loses nothing."""
+    rig = make_rig(num_shared_steps=2, clip_range=0.5)
+    batch = rig.collect()
+    assert rig.gradient(batch, rig.pairs(batch, [0, 1])).norm() < 1e-5 * rig.gradient(batch, rig.pairs(batch, [2])).norm()
+
+
+def test_shared_steps_need_whole_groups_in_a_batch():
+    with pytest.raises(ValueError, match="num_shared_steps: they need whole groups"):
+        resolve(TrainConfig(model="tiny", num_shared_steps=1, sample_batch_size=12))
+    with pytest.raises(ValueError, match="num_shared_steps: must be at least 0, not -1"):
+        resolve(TrainConfig(model="tiny", num_shared_steps=-1))
+    with pytest.raises(ValueError, match="without the 4 shared ones"):
+        make_rig(num_shared_steps=4, timestep_window=0.6)
+
+
+def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_path):
+    """As by the one who uses the adapter, so that figures compare."""
+    heldout = {}
+    for name, options in {"plain": {}, "other": {"deterministic_elsewhere": True, "timestep_window": 0.5}}.items():
+        config = TrainConfig(**small_run | options | {"output_dir": str(tmp_path / name)})
+        heldout[name] = texforce.train(config)["heldout"]["jpeg"]["base"]
+    assert heldout["plain"] == heldout["other"]
+
+
 def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
     rig = make_rig(num_updates_per_epoch=3)
     batch = rig.collect()
