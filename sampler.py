@@ -339,11 +339,14 @@ class Denoiser:
         log_probs = gaussian_log_prob(next_latents, mean, std.clamp(min=MIN_STD))
         return next_latents, log_probs, null_outputs
 
+    @property
+    def compiled(self) -> bool:
+        return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
+
     @functools.cached_property
     def fused_step(self) -> Callable[[Tensor, Tensor, Conditioning, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
         """`step` as one compiled graph, if `compile` says so, else `step` itself, which is equal; made once."""
-        enabled = next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
-        if not enabled:
+        if not self.compiled:
             return self.step
 
         # Plain tensors as arguments: what a graph is specialised on is then their shapes and nothing else.
@@ -412,9 +415,9 @@ Generators = torch.Generator | list[torch.Generator]  # one for all samples, or 
 
 @dataclass(frozen=True)
 class SharedSteps:
-    """The noise and the first num_steps steps are the same for each num_samples samples, which follow each other.
+    """The noise and the first num_steps steps are the same for each num_samples samples of a prompt, in a row.
 
-    They are of one prompt. Their trajectories branch after that (BranchGRPO, arXiv:2509.06040). By default every sample is on its own.
+    Their trajectories branch after that (BranchGRPO, arXiv:2509.06040). By default every sample is on its own.
     """
 
     num_steps: int = 0
@@ -455,6 +458,34 @@ def skip_rollout(
         pass
 
 
+@contextlib.contextmanager
+def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
+    """Within it, the cross-attentions' keys and values are computed at the first step and kept: the text stays the same.
+
+    A compiled step has them inside, where they are 0.2 % of Stable Diffusion 1.5's work at 512 pixels.
+    """
+    attentions = [module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2")]
+    layers = [] if denoiser.compiled else [layer for module in attentions for layer in (module.to_k, module.to_v)]
+
+    def kept(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        results: dict[int, Tensor] = {}  # by the number of rows, which is another one while steps are shared
+
+        def forward(embeds: Tensor) -> Tensor:
+            if len(embeds) not in results:
+                results[len(embeds)] = project(embeds)
+            return results[len(embeds)]
+
+        return forward
+
+    for layer in layers:
+        layer.forward = kept(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @torch.no_grad()
 def rollout(
     denoiser: Denoiser,
@@ -477,16 +508,17 @@ def rollout(
 
     current = next(noises)
     latents, log_probs, null_outputs = [each(current)], [], []
-    for k, noise in enumerate(noises):
-        told = group
-        if len(noise) == num_samples:
-            current, told = each(current), conditioning
-        steps = torch.full((len(noise),), k, device=device)
-        current, log_prob, null_output = denoiser.fused_step(current, steps, told, noise)
-        latents.append(each(current))
-        log_probs.append(each(log_prob))
-        if keep_null_outputs and null_output is not None:
-            null_outputs.append(each(null_output))
+    with text_projected_once(denoiser):
+        for k, noise in enumerate(noises):
+            told = group
+            if len(noise) == num_samples:
+                current, told = each(current), conditioning
+            steps = torch.full((len(noise),), k, device=device)
+            current, log_prob, null_output = denoiser.fused_step(current, steps, told, noise)
+            latents.append(each(current))
+            log_probs.append(each(log_prob))
+            if keep_null_outputs and null_output is not None:
+                null_outputs.append(each(null_output))
     return Trajectory(
         prompt_ids=prompt_ids,
         timesteps=timesteps.expand(num_samples, -1),

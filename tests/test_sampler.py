@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -389,6 +390,30 @@ def test_rollout_returns_what_its_shapes_promise():
     assert micro_rollout(denoiser, seeded(0)[0]).null_outputs is None
     unguided = replace(denoiser, guidance_scale=1.0)
     assert micro_rollout(unguided, seeded(0)[0], keep_null_outputs=True).null_outputs is None
+
+
+def test_the_text_is_projected_once_a_rollout_and_nothing_else_changes(monkeypatch):
+    denoiser = micro_denoiser(num_steps=4)
+    attention = next(module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2"))
+    calls, forward = [], nn.Linear.forward
+
+    def counted(self: nn.Linear, inputs: Tensor) -> Tensor:
+        if self in (attention.to_k, attention.to_v):
+            calls.append(len(inputs))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    kept = micro_rollout(denoiser, seeded(0)[0])
+    assert calls == [6, 6]
+    calls.clear()
+    sampler.rollout(denoiser, torch.zeros(4, 5), conditioning(4), (4, 8, 8), seeded(0)[0], False, sampler.SharedSteps(2, 2))
+    assert calls == [4, 4, 8, 8]
+    calls.clear()
+    monkeypatch.setattr(sampler, "text_projected_once", nullcontext)
+    plain = micro_rollout(denoiser, seeded(0)[0])
+    assert calls == [6, 6] * 4
+    assert torch.equal(kept.latents, plain.latents)
+    assert torch.equal(kept.log_probs, plain.log_probs)
 
 
 def test_samples_that_share_steps_are_one_until_they_branch():
