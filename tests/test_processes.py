@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers.optimization
 import diffusers.training_utils
-import diffusers.utils.torch_utils
+import diffusers.utils.torch_utils  # noqa: F401
 import matplotlib.figure  # noqa: F401 - with the others: what is imported before the fork need not be after it
 import pytest
 import torch
