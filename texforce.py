@@ -843,8 +843,8 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     ).to(models.device)
     if len(window(schedule, config)) == 0:
         raise ValueError(
-            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps, but for "
-            f"{config.num_shared_steps} shared ones, is random enough to have a density to train on; raise one of them"
+            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps, but "
+            f"for {config.num_shared_steps} shared ones, is random enough to have a density to train on; raise one of them"
         )
     models = add_lora(models, config)
     if config.gradient_checkpointing:

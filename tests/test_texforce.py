@@ -492,7 +492,7 @@ def test_shared_steps_need_whole_groups_in_a_batch():
         resolve(TrainConfig(model="tiny", num_shared_steps=1, sample_batch_size=12))
     with pytest.raises(ValueError, match="num_shared_steps: must be at least 0, not -1"):
         resolve(TrainConfig(model="tiny", num_shared_steps=-1))
-    with pytest.raises(ValueError, match="but for 4 shared ones"):
+    with pytest.raises(ValueError, match="4 shared ones"):
         make_rig(num_shared_steps=4, timestep_window=0.6)
 
 
