@@ -5,9 +5,7 @@ trained on 16,000 images; then the default, until its held-out alignment is what
 again. Prints both tables and draws held-out alignment against seconds of training (measuring left out) and against images.
 """
 
-import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
