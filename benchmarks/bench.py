@@ -35,6 +35,7 @@ from texforce import record, sampler  # noqa: E402
 # log-probabilities and the gradient (relative) at most. In half precision every layer rounds.
 TOLERANCES = {"no": (1e-4, 1e-3, 1e-4), "fp16": (0.02, 0.05, 0.1), "bf16": (0.05, 0.3, 0.3)}
 CUDA_TOLERANCES = TOLERANCES | {"no": (1e-3, 1e-2, 1e-2)}  # convolutions there are in TF32
+SWEEP = (4, 8, 16, 32, 64, 128, 256)  # sample batches
 NO_LEARNING = 1e-30  # a learning rate that leaves the policy as it is, so that every turn does the same work
 
 
@@ -255,7 +256,7 @@ def fresh_start(device: str) -> float:
 def sweep(bench: Bench, repeats: int) -> dict[str, float | None]:
     """Images/s of rollouts by sample batch; None where memory ends."""
     rates: dict[str, float | None] = {}
-    for size in (4, 8, 16, 32, 64, 128, 256):
+    for size in SWEEP:
         torch._dynamo.reset()  # else the second size is compiled for every size
         denoiser, prompts = replace(bench.denoiser), [bench.prompts[i % bench.num_images] for i in range(size)]
         bench.config = replace(bench.config, sample_batch_size=size)
