@@ -38,11 +38,18 @@ def test_the_bench_measures_ours_against_a_textbook_loop_that_does_the_same(benc
 
 @pytest.mark.parametrize("null_prompt", ["base", "adapted"])
 def test_the_bench_refuses_to_compare_with_a_loop_that_does_something_else(bench, monkeypatch, null_prompt):
-    made = bench.Bench(bench.parse([*SMALL, "--null-prompt", null_prompt]))
-    assert bench.verify(made, "no")["textbook_gradient_deviation"] < 1e-4
+    options = bench.parse([*SMALL, "--null-prompt", null_prompt])
+    made = bench.Bench(options)
+    assert bench.verify(options, made)["textbook_gradient_deviation"] < 1e-4
     made.textbook.config = bench.replace(made.textbook.config, guidance_scale=3.01)
     with pytest.raises(RuntimeError, match="not the same"):
-        bench.verify(made, "no")
+        bench.verify(options, made)
+
+
+def test_what_half_precision_would_hide_is_checked_in_float32(bench):
+    options = bench.parse([*SMALL, "--mixed-precision", "bf16"])
+    found = bench.verify(options, bench.Bench(options))
+    assert found["textbook_gradient_deviation"] < 1e-4 < found["timed_textbook_gradient_deviation"]
 
 
 def test_the_meter_counts_what_is_alive_at_most_and_was_not_there_before(bench):
