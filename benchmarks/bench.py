@@ -1,209 +1,390 @@
-"""Speed, memory and exactness of sampling and updating: `python benchmarks/bench.py --model tiny|sd15 --device cpu|cuda`.
+"""Speed, memory and exactness against the textbook loop: `python benchmarks/bench.py --model tiny|sd15|sdxl --json FILE`.
 
-`sd15` is Stable Diffusion 1.5's architecture with random weights, so nothing is downloaded. Prints a table; --json FILE
-writes it. What is measured: rollouts (images/s, U-Net calls/s), the update ((image, step) pairs/s), what autograd keeps at
-most, for more and more images and steps, the ratio's deviation before the first update, and how far the compiled step is
-from the plain one.
+`sd15` and `sdxl` are the published architectures with random weights, so nothing is downloaded. The textbook loop is that of
+the released code (textbook.py). Before anything is timed, both must give the same images, log-probabilities and gradient for
+the same noise. Ours and the textbook loop take turns; a ratio is the median over the turns, above 1 where ours is faster.
 """
 
 import argparse
+import gc
 import json
 import math
-import platform
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+START = time.perf_counter()
 
-import texforce
-from texforce import sampler
+import architectures  # noqa: E402
+import meters  # noqa: E402
+import textbook  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-SD15_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
-SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
-SD15_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SD15_SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+import texforce  # noqa: E402
+from texforce import record, sampler  # noqa: E402
+
+# What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
+DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
+TOLERANCES = {"cpu": (1e-4, 1e-3, 1e-4), "cuda": (1e-3, 1e-3, 1e-3)}
+HALF_TOLERANCE = 0.05  # of the images on average in half precision; gradients of random weights are lost in its rounding
+CHECK_RESOLUTION = 256
+SWEEP = (4, 8, 16, 32, 64, 128, 256)  # sample batches
+NO_LEARNING = 1e-30  # a learning rate that leaves the policy as it is, so that every turn does the same work
 
 
-def sd15(device: str, dtype: torch.dtype) -> sampler.Models:
-    """Stable Diffusion 1.5 with random weights; prompts are read by the tiny model's tokenizer."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+class KeptImages:
+    """A reward that costs nothing and keeps what it is shown."""
 
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", model_max_length=77)
-    text_config = CLIPTextConfig(**SD15_TEXT, eos_token_id=tokenizer.eos_token_id)
-    parts = {
-        "text_encoder": CLIPTextModel(text_config),
-        "unet": UNet2DConditionModel(**SD15_UNET),
-        "vae": AutoencoderKL(**SD15_VAE),
-    }
-    for part in parts.values():
-        part.requires_grad_(False).eval().to(device, dtype)
-    if device == "cuda":
-        parts["unet"].to(memory_format=torch.channels_last)
-    return sampler.Models("sd15", tokenizer, scheduler=DDIMScheduler(**SD15_SCHEDULER), **parts)
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
 
+    def score(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        self.images.append(images)
+        return {"none": torch.arange(len(images), dtype=torch.float32)}
 
-def timed(work: Callable[[], Any], device: str, repeats: int) -> float:
-    """Seconds of one call, the best of some after a warm-up."""
-    work()
-    best = math.inf
-    for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+    def observe(self, parts: dict[str, Tensor]) -> None: ...
+
+    def combine(self, parts: dict[str, Tensor]) -> Tensor:
+        return parts["none"]
 
 
 class Bench:
-    """A policy, its denoiser, and batches to measure with."""
+    """A policy that samples and learns as a training's does, and the textbook loop over the same networks."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = options.device
-        precision = options.mixed_precision or ("fp16" if self.device == "cuda" else "no")
-        dtype = getattr(torch, texforce.DTYPES[precision])
-        models = sd15(self.device, dtype) if options.model == "sd15" else sampler.load_models("tiny", self.device, dtype)
-        self.config = texforce.resolve(
-            texforce.TrainConfig(
-                model="tiny" if options.model == "tiny" else texforce.config.STABLE_DIFFUSION,
-                num_inference_steps=options.num_inference_steps,
-                resolution=options.resolution,
-                micro_batch_size=options.micro_batch_size,
-                mixed_precision=precision,
-                gradient_checkpointing=options.gradient_checkpointing,
-                timestep_fraction=1.0,
-                compile=False,
-            )
-        )
-        self.policy, self.denoiser = texforce.make_policy(models, self.config)
+        self.device, self.num_images = options.device, options.num_images
+        self.config = configure(options)
+        self.group = math.gcd(self.num_images, self.config.num_samples_per_prompt)
+        self.prompts = [f"a red circle and {i // self.group} blue squares" for i in range(self.num_images)]
+        self.policy, self.denoiser = make_policy(options.model, self.device, self.config)
         self.learner = texforce.Learner(self.policy.parameters, self.config)
+        policy, learner, config = self.policy, self.learner, self.config
+        if options.textbook_precision not in (None, config.mixed_precision):
+            config = replace(config, mixed_precision=options.textbook_precision, gradient_checkpointing=False)
+            policy, _ = make_policy(options.model, self.device, config)
+            learner = texforce.Learner(policy.parameters, config)
+        self.textbook, self.textbook_learner = textbook.Textbook(policy, config), learner
 
-    def with_steps(self, num_steps: int) -> sampler.Denoiser:
-        schedule = sampler.ddim_schedule(self.policy.models.scheduler, num_steps, 1.0).to(self.policy.models.device)
-        return replace(self.denoiser, schedule=schedule)
+    def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[texforce.Batch, Tensor]:
+        """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
+        reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
+        memory = texforce.PromptStatistics()
+        batch = texforce.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
+        advantages = 1.0 - 2.0 * (torch.arange(len(prompts), device=self.device) % 2)
+        return replace(batch, advantages=advantages), torch.cat(reward.images)
 
-    def rollout(self, num_images: int, denoiser: sampler.Denoiser) -> sampler.Trajectory:
-        models = self.policy.models
-        prompts = [f"a red circle and {i % 4} blue squares" for i in range(num_images)]  # groups of a few prompts
-        prompt_ids = sampler.tokenize(models.tokenizer, prompts).to(models.device)
-        with torch.no_grad():
-            conditioning = self.policy.conditioning(prompt_ids)
-        generator = torch.Generator(models.device).manual_seed(0)
-        shape = sampler.latent_shape(models, self.config.resolution)
-        keep = self.config.null_prompt == "base"
-        return sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep)
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
 
-    def gradients(self, trajectory: sampler.Trajectory, micro_batch_size: int | None = None) -> texforce.UpdateStatistics:
-        num_images, num_steps = trajectory.timesteps.shape
-        advantages = torch.linspace(-1, 1, num_images, device=trajectory.latents.device)
-        batch = texforce.Batch(trajectory, advantages, advantages)
-        pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_steps))
-        denoiser = self.with_steps(num_steps)
-        config = replace(self.config, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
-        statistics = texforce.accumulate_gradients(self.policy, denoiser, batch, pairs, config, self.learner.scaler)
-        self.learner.optimizer.zero_grad()
-        return statistics
+    def our_rollout(self) -> texforce.Batch:
+        return self.rollout(self.prompts, self.generator(), self.denoiser)[0]
 
-    def peak_bytes(self, num_images: int, num_steps: int, micro_batch_size: int) -> int:
-        """What the update holds at most, beyond what is there before it: memory on CUDA, tensors kept by autograd else."""
-        trajectory = self.rollout(num_images, self.with_steps(num_steps))
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.gradients(trajectory, micro_batch_size)
-            return torch.cuda.max_memory_allocated() - before
-        live: dict[int, int] = {}
-        peak = 0
-
-        class Kept:
-            def __init__(self, tensor: torch.Tensor) -> None:
-                nonlocal peak
-                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-                live[id(self)] = self.size
-                peak = max(peak, sum(live.values()))
-
-            def __del__(self) -> None:
-                live.pop(id(self), None)
-
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            self.gradients(trajectory, micro_batch_size)
-        return peak
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=("tiny", "sd15"), default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=texforce.default_device())
-    parser.add_argument("--num-images", type=int, default=64)
-    parser.add_argument("--num-inference-steps", type=int, default=10)
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--micro-batch-size", type=int)
-    parser.add_argument("--mixed-precision", choices=tuple(texforce.DTYPES))
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also measure the compiled step")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    bench = Bench(options)
-    num_images, num_steps = options.num_images, options.num_inference_steps
-    calls = num_images * num_steps * (2 if bench.denoiser.guided else 1)
-
-    seconds = timed(lambda: bench.rollout(num_images, bench.denoiser), options.device, options.repeats)
-    trajectory = bench.rollout(num_images, bench.denoiser)
-    deviation = bench.gradients(trajectory).ratio_deviation
-    update_seconds = timed(lambda: bench.gradients(trajectory), options.device, options.repeats)
-    sizes = [(4, 2), (8, 2), (8, 4), (16, 4)] if options.model == "tiny" else [(1, 2), (2, 2), (2, 4)]
-    smallest = math.prod(sizes[0])  # as the micro-batch, so that each size fills it
-    results: dict[str, Any] = {
-        "rollout_images_per_s": num_images / seconds,
-        "rollout_unet_calls_per_s": calls / seconds,
-        "update_pairs_per_s": num_images * num_steps / update_seconds,
-        "ratio_deviation_before_first_update": deviation,
-        "peak_bytes_of_update": {f"{n} images x {t} steps": bench.peak_bytes(n, t, smallest) for n, t in sizes},
-    }
-    if options.compile if options.compile is not None else options.device == "cuda":
-        compiled = replace(bench.denoiser, compile=True)
-        fused = bench.rollout(num_images, compiled)
-        results["compiled_images_per_s"] = num_images / timed(
-            lambda: bench.rollout(num_images, compiled), options.device, options.repeats
+    def our_update(self, batch: texforce.Batch) -> texforce.UpdateStatistics:
+        done = texforce.update(
+            self.policy, self.denoiser, batch, self.learner, self.config, torch.Generator().manual_seed(0)
         )
-        results["compiled_deviation"] = (fused.latents - trajectory.latents).abs().max().item()
-    processor = platform.processor() or platform.machine()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{processor} x{torch.get_num_threads()}"
-    results |= {"machine": where, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+        if done.num_pairs != batch.trajectory.timesteps.numel():
+            raise RuntimeError(f"the update took {done.num_pairs} pairs, not all {batch.trajectory.timesteps.numel()}")
+        return done
+
+    def our_gradients(self, batch: texforce.Batch, pairs: Tensor, scaler: Any, micro_batch_size: int | None = None) -> None:
+        learner: Any = SimpleNamespace(scaler=scaler, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
+        texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, self.config, learner)
+
+    def textbook_update(self, batch: texforce.Batch, num_images: int | None = None) -> None:
+        learner, prompts = self.textbook_learner, self.prompts[:num_images]
+        self.textbook.accumulate_gradients(batch, prompts, learner.scaler)
+        learner.step(self.textbook.policy.parameters, self.config.max_grad_norm)
+
+    def first_step(self) -> None:
+        """One step of sampling, compiled if it is to be, of one sample batch."""
+        prompts = self.prompts[: self.config.sample_batch_size]
+        prompt_ids = sampler.tokenize(self.policy.models.tokenizer, prompts).to(self.device)
+        shape = (len(prompts), *sampler.latent_shape(self.policy.models, self.config.resolution))
+        steps = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            conditioning, noise = self.policy.conditioning(prompt_ids), torch.randn(shape, device=self.device)
+            self.denoiser.fused_step(noise, steps, conditioning, noise)
+
+
+def configure(options: argparse.Namespace) -> texforce.TrainConfig:
+    """The preset's training with what the options change, on all steps, in one optimizer step that changes nothing."""
+    changes = ("num_inference_steps", "resolution", "micro_batch_size", "sample_batch_size", "null_prompt", "compile")
+    config = texforce.TrainConfig(
+        model="tiny" if options.model == "tiny" else texforce.config.STABLE_DIFFUSION,
+        mixed_precision=options.mixed_precision,
+        gradient_checkpointing=options.gradient_checkpointing,
+        timestep_window=1.0,
+        timestep_fraction=1.0,
+        num_updates_per_epoch=1,
+        lr_warmup_steps=0,
+        lr_scheduler="constant",
+        learning_rate=NO_LEARNING,
+        **{name: getattr(options, name) for name in changes},
+    )
+    return replace(texforce.resolve(config), clip_range=textbook.CLIP_RANGE)
+
+
+def make_policy(model: str, device: str, config: texforce.TrainConfig) -> tuple[texforce.Policy, sampler.Denoiser]:
+    """A policy with LoRA that is not zero any more, so that all of it has a gradient."""
+    policy, denoiser = texforce.make_policy(architectures.build(model, device, config.mixed_precision), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy, denoiser
+
+
+# --- what is measured ---
+
+
+def verify(options: argparse.Namespace, bench: Bench) -> dict[str, float]:
+    """That both loops do the same work: the same images, log-probabilities and gradient from the same noise.
+
+    Where rounding would hide it, a float32 copy without a compiled step shows it; what is timed is then held to its images.
+
+    Raises:
+        RuntimeError: they differ by more than rounding does.
+    """
+    if options.device == "cpu" and options.mixed_precision == options.textbook_precision == "no":
+        return check(deviations(bench), TOLERANCES["cpu"])
+    exact = {"mixed_precision": "no", "textbook_precision": "no", "compile": False}
+    exact |= {"num_images": min(options.num_images, 2 * textbook.BATCH)}
+    if options.model != "tiny":
+        exact |= {"resolution": min(options.resolution or CHECK_RESOLUTION, CHECK_RESOLUTION)}
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    results = check(deviations(Bench(argparse.Namespace(**vars(options) | exact))), TOLERANCES[options.device])
+    torch.backends.cudnn.allow_tf32 = tf32
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    timed = check(deviations(bench), (HALF_TOLERANCE, math.inf, math.inf))
+    return results | {f"timed_{name}": value for name, value in timed.items()}
+
+
+def deviations(bench: Bench) -> dict[str, float]:
+    """How far the textbook loop and ours are apart, on the first images."""
+    num_images = min(bench.num_images, bench.config.sample_batch_size, 2 * textbook.BATCH)
+    prompts = bench.prompts[:num_images]
+    ours, theirs = ([torch.Generator(bench.device).manual_seed(i) for i in range(num_images)] for _ in range(2))
+    batch, images = bench.rollout(prompts, ours, bench.denoiser)
+    their_images, their_log_probs = bench.textbook.rollout(prompts, theirs)
+    gradient = scaled_gradient(bench.policy, lambda scaler: bench.our_gradients(batch, all_pairs(batch), scaler))
+    their_gradient = scaled_gradient(
+        bench.textbook.policy, lambda scaler: bench.textbook.accumulate_gradients(batch, prompts, scaler)
+    )
+    values = (
+        (images - their_images).abs().mean(),
+        (batch.trajectory.log_probs - their_log_probs).abs().max(),
+        (gradient - their_gradient).norm() / their_gradient.norm(),
+    )
+    return {name: value.item() for name, value in zip(DEVIATIONS, values, strict=True)}
+
+
+def check(found: dict[str, float], limits: tuple[float, ...]) -> dict[str, float]:
+    """What was found, if it is within the limits."""
+    if not all(math.isfinite(value) and value <= limit for value, limit in zip(found.values(), limits, strict=True)):
+        raise RuntimeError(f"the textbook loop and ours are not the same: {found}; at most {limits} is allowed")
+    return found
+
+
+def all_pairs(batch: texforce.Batch) -> Tensor:
+    num_images, num_steps = batch.trajectory.timesteps.shape
+    return torch.cartesian_prod(torch.arange(num_images), torch.arange(num_steps))
+
+
+def scaled_gradient(policy: texforce.Policy, work: Callable[[torch.amp.GradScaler], None]) -> Tensor:
+    """The gradient on LoRA that the work leaves; in float16 at the largest of some loss scales that it does not overflow."""
+    half = policy.models.unet.dtype == torch.float16
+    for scale in (2.0**16, 2.0**12, 2.0**8):
+        work(torch.amp.GradScaler("cuda", init_scale=scale, enabled=half))
+        gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters if parameter.grad is not None])
+        for parameter in policy.parameters:
+            parameter.grad = None
+        if not half or gradient.isfinite().all():
+            break
+    return gradient / scale if half else gradient
+
+
+def take_turns(bench: Bench, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each loop's rollout and update, in turns; with several repeats after one that does not count."""
+    batch = bench.our_rollout()
+    works = {
+        "rollout": bench.our_rollout,
+        "textbook_rollout": lambda: bench.textbook.rollout(bench.prompts, bench.generator()),
+        "update": lambda: bench.our_update(batch),
+        "textbook_update": lambda: bench.textbook_update(batch),
+    }
+    turns = [
+        {name: meters.seconds(work, bench.device) for name, work in works.items()} for _ in range(repeats + (repeats > 1))
+    ]
+    return {name: [turn[name] for turn in turns[-repeats:]] for name in works}
+
+
+def memory(bench: Bench) -> dict[str, float]:
+    """Peaks of the update as it is timed, with the textbook loop's micro-batch, and of the textbook loop.
+
+    Every image with one of its steps is enough: no loop holds more than one micro-batch, and ours every distinct prompt.
+    """
+    batch, models = bench.our_rollout(), bench.textbook.policy
+    pairs = torch.stack(
+        [torch.arange(bench.num_images), torch.arange(bench.num_images) % bench.config.num_inference_steps], 1
+    )
+    scalers = [torch.amp.GradScaler("cuda", enabled=bench.config.mixed_precision == "fp16") for _ in range(2)]
+    prompts = bench.prompts[: textbook.BATCH]
+    works = {
+        "peak_memory_bytes": lambda: bench.our_gradients(batch, pairs, scalers[0]),
+        "equal_micro_batch_peak_memory_bytes": lambda: bench.our_gradients(batch, pairs, scalers[0], textbook.BATCH),
+        "textbook_peak_memory_bytes": lambda: bench.textbook.accumulate_gradients(batch, prompts, scalers[1]),
+    }
+    peaks = {}
+    for name, work in works.items():
+        for policy in (bench.policy, models):
+            for parameter in policy.parameters:
+                parameter.grad = None
+        peaks[name] = meters.peak_bytes(work, bench.device)
+    return peaks | {"peak_memory_ratio": peaks["peak_memory_bytes"] / peaks["textbook_peak_memory_bytes"]}
+
+
+def count_flops(bench: Bench) -> tuple[float, float]:
+    """Of one rollout and one update; counted on some images, as written-out attention is large."""
+    prompts = bench.prompts[: min(bench.num_images, 2 * textbook.BATCH)]
+    eager = replace(bench.denoiser, compile=False)
+    some = bench.rollout(prompts, bench.generator(), eager)[0]
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    share = bench.num_images / len(prompts)
+    rollout = meters.flops(lambda: bench.rollout(prompts, bench.generator(), eager))
+    update = meters.flops(lambda: bench.our_gradients(some, all_pairs(some), scaler, textbook.BATCH))
+    for parameter in bench.policy.parameters:
+        parameter.grad = None
+    return share * rollout, share * update
+
+
+def fresh_start(device: str) -> float:
+    """Seconds of a new process that imports everything and loads the tiny model."""
+    code = f"from texforce import sampler; import diffusers, transformers, peft; sampler.load_models('tiny', {device!r})"
+    command = [sys.executable, "-c", f"import texforce; {code}"]
+    return meters.seconds(lambda: subprocess.run(command, check=True, cwd=Path(texforce.__file__).parent), "cpu")  # noqa: S603
+
+
+def sweep(bench: Bench, repeats: int) -> dict[str, float | None]:
+    """Images/s of rollouts by sample batch; None where memory ends."""
+    rates: dict[str, float | None] = {}
+    for size in SWEEP:
+        torch._dynamo.reset()  # else the second size is compiled for every size
+        denoiser, prompts = replace(bench.denoiser), [bench.prompts[i % bench.num_images] for i in range(size)]
+        bench.config = replace(bench.config, sample_batch_size=size)
+        try:
+            work = lambda: bench.rollout(prompts, bench.generator(), denoiser)  # noqa: B023, E731
+            work()
+            rates[str(size)] = size / min(meters.seconds(work, bench.device) for _ in range(repeats))
+        except torch.OutOfMemoryError:
+            rates[str(size)] = None
+            break
+    return rates
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as it goes into the JSON file."""
+    bench = Bench(options)
+    bench.first_step()
+    meters.synchronize(options.device)
+    startup = fresh_start(options.device) if options.model == "tiny" else time.perf_counter() - START
+    if options.sweep:
+        return {"startup_seconds": startup, "sweep_images_per_s": sweep(bench, options.repeats)}
+    results: dict[str, Any] = {"startup_seconds": startup} | verify(options, bench)
+    turns = take_turns(bench, options.repeats)
+    middle = {name: statistics.median(values) for name, values in turns.items()}
+    num_images, num_steps = bench.num_images, bench.config.num_inference_steps
+    rate = meters.matrix_rate(options.device, options.mixed_precision)
+    rollout_flops, update_flops = count_flops(bench)
+    results |= {
+        "rollout_ratio": median_ratio(turns["textbook_rollout"], turns["rollout"]),
+        "update_ratio": median_ratio(turns["textbook_update"], turns["update"]),
+        "images_per_s": num_images / middle["rollout"],
+        "textbook_images_per_s": num_images / middle["textbook_rollout"],
+        "unet_calls_per_s": 2 * num_images * num_steps / middle["rollout"],
+        "textbook_unet_calls_per_s": 2 * num_images * num_steps / middle["textbook_rollout"],
+        "update_images_per_s": num_images / middle["update"],
+        "textbook_update_images_per_s": num_images / middle["textbook_update"],
+        "pairs_per_s": num_images * num_steps / middle["update"],
+        "textbook_pairs_per_s": num_images * num_steps / middle["textbook_update"],
+        "matrix_rate": rate,
+        "matrix_rate_share": rollout_flops / middle["rollout"] / rate,
+        "update_matrix_rate_share": update_flops / middle["update"] / rate,
+        "rollout_flops": rollout_flops,
+        "update_flops": update_flops,
+        "ratio_deviation": bench.our_update(bench.our_rollout()).first_ratio_deviation,
+        "clip_range": texforce.resolve(replace(bench.config, clip_range=None)).clip_range,
+    }
+    return results | memory(bench) | {"seconds": turns, "config": {k: v for k, v in vars(bench.config).items()}}
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(slow, fast, strict=True))
+
+
+def provenance(options: argparse.Namespace) -> dict[str, Any]:
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else meters.processor()
+    return {
+        "command": " ".join(sys.argv),
+        "commit": record.commit(),
+        "torch": torch.__version__,
+        "machine": machine,
+        "num_threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=texforce.default_device())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--num-images", type=int, help="default: 128 for tiny, 4 on a CPU, else 16")
+    parser.add_argument("--num-inference-steps", type=int, help="default: 8 for tiny, 2 on a CPU, else 10")
+    parser.add_argument("--sample-batch-size", type=int)
+    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument("--mixed-precision", choices=tuple(texforce.DTYPES), help="default: fp16 on CUDA, else no")
+    parser.add_argument("--textbook-precision", choices=tuple(texforce.DTYPES), help="default: the same")
+    parser.add_argument("--compile", action=switch, help="our denoising step (default: on CUDA)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in our update")
+    parser.add_argument("--null-prompt", choices=("adapted", "base"), help="default: the preset's")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sweep", action="store_true", help="only images/s of rollouts by sample batch")
+    options = parser.parse_args(arguments)
+    small, cpu = options.model == "tiny", options.device == "cpu"
+    options.num_images = options.num_images or (128 if small else 4 if cpu else 16)
+    options.num_inference_steps = options.num_inference_steps or (8 if small else 2 if cpu else 10)
+    options.resolution = options.resolution or (None if small or not cpu else 256)
+    options.mixed_precision = options.mixed_precision or ("no" if cpu else "fp16")
+    options.textbook_precision = options.textbook_precision or options.mixed_precision
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    results = measure(options) | provenance(options)
     table = Table("measure", "value", title=f"{options.model} on {options.device}")
     for name, value in results.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        if not isinstance(value, dict):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for size, rate in results.get("sweep_images_per_s", {}).items():
+        table.add_row(f"images/s, sample batch {size}", "out of memory" if rate is None else f"{rate:.4g}")
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,96 @@
+"""What bench.py measures with: seconds, memory, and what the machine can do at most."""
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _python_dispatch, _pytree
+
+import texforce
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    gc.collect()
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Meter(_python_dispatch.TorchDispatchMode):
+    """Within it, the bytes at most of the tensors made within it and alive: on a CPU what a GPU's allocator counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}  # storage: bytes, 0 if it was there before
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see((args, kwargs), new=False)
+        result = func(*args, **(kwargs or {}))
+        self._see(result, new=True)
+        return result
+
+    def _see(self, tree: Any, new: bool) -> None:
+        for tensor in _pytree.tree_leaves(tree):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.live:
+                self.live[storage._cdata] = size = storage.nbytes() if new else 0
+                weakref.finalize(storage, self._free, storage._cdata).atexit = False
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def peak_bytes(work: Callable[[], Any], device: str) -> int:
+    """What a piece of work holds at most, beyond what was there before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with Meter() as meter:
+        work()
+    return meter.peak
+
+
+def matrix_rate(device: str, precision: str) -> float:
+    """FLOP/s of products of large square matrices, the best of several sizes and tries."""
+    dtype, best = getattr(torch, texforce.DTYPES[precision]), 0.0
+    for size in (4096, 8192, 16384) if device == "cuda" else (512, 1024, 2048):
+        one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for _ in range(8):
+            best = max(best, 2 * size**3 / seconds(lambda: one @ other, device))  # noqa: B023
+    return best
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products and convolutions; attention is written out, so that all of it counts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"

@@ -1,0 +1,72 @@
+"""benchmarks/bench.py: that it runs, compares equal work, and writes all that it is to measure."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--model", "tiny", "--device", "cpu", "--num-images", "4", "--num-inference-steps", "2", "--repeats", "1"]
+RATIOS = {"rollout_ratio", "update_ratio", "peak_memory_ratio", "matrix_rate_share", "update_matrix_rate_share"}
+RATES = {"images_per_s", "unet_calls_per_s", "pairs_per_s", "textbook_images_per_s", "textbook_pairs_per_s", "matrix_rate"}
+SIZES = {"peak_memory_bytes", "equal_micro_batch_peak_memory_bytes", "textbook_peak_memory_bytes", "startup_seconds"}
+EXACT = {"ratio_deviation", "textbook_gradient_deviation", "textbook_log_prob_deviation", "textbook_image_deviation"}
+PROVENANCE = {"command", "commit", "torch", "machine", "num_threads", "date", "options", "config", "clip_range"}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench
+
+    yield bench
+    for name in ("bench", "textbook", "meters", "architectures"):
+        sys.modules.pop(name, None)
+
+
+def test_the_bench_measures_ours_against_a_textbook_loop_that_does_the_same(bench, tmp_path, capsys):
+    bench.main([*SMALL, "--no-compile", "--json", str(tmp_path / "bench.json")])
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert set(results) >= RATIOS | RATES | SIZES | EXACT | PROVENANCE
+    assert all(results[name] > 0 for name in RATIOS | RATES | SIZES)
+    assert results["textbook_gradient_deviation"] < 1e-4
+    assert results["ratio_deviation"] < results["clip_range"] / 1000
+    assert "rollout_ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("null_prompt", ["base", "adapted"])
+def test_the_bench_refuses_to_compare_with_a_loop_that_does_something_else(bench, monkeypatch, null_prompt):
+    options = bench.parse([*SMALL, "--null-prompt", null_prompt])
+    made = bench.Bench(options)
+    assert bench.verify(options, made)["textbook_gradient_deviation"] < 1e-4
+    made.textbook.config = bench.replace(made.textbook.config, guidance_scale=3.01)
+    with pytest.raises(RuntimeError, match="not the same"):
+        bench.verify(options, made)
+
+
+def test_what_half_precision_would_hide_is_checked_in_float32(bench):
+    options = bench.parse([*SMALL, "--mixed-precision", "bf16"])
+    found = bench.verify(options, bench.Bench(options))
+    assert found["textbook_gradient_deviation"] < 1e-4 < found["timed_textbook_gradient_deviation"]
+
+
+def test_the_meter_counts_what_is_alive_at_most_and_was_not_there_before(bench):
+    before = torch.ones(1000)
+
+    def work():
+        doubled = before.view(10, 100) * 2  # 4 kB
+        tripled = doubled.t() * 3  # 4 kB more
+        del doubled
+        return tripled + 1  # in the room of the first
+
+    assert bench.meters.peak_bytes(work, "cpu") == 8000
+
+
+def test_the_sweep_gives_images_per_second_of_each_sample_batch(bench, monkeypatch):
+    made = bench.Bench(bench.parse(SMALL))
+    monkeypatch.setattr(bench, "SWEEP", (1, 4))
+    rates = bench.sweep(made, repeats=1)
+    assert list(rates) == ["1", "4"]
+    assert all(rate > 0 for rate in rates.values())
