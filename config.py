@@ -135,7 +135,7 @@ _PUBLISHED = {
     "null_prompt": "adapted",
 }
 _PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
-# Of models that were distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all are trained.
+# Of models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
 _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {

@@ -617,7 +617,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, dama
 
 
 @pytest.mark.parametrize("change", [
-    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # SDXL's
+    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # XL
     {"in_channels": 9},  # inpainting
     {"cross_attention_dim": 24},  # of another text encoder
 ])  # fmt: skip
