@@ -135,9 +135,19 @@ def apply(models: Models, adapter: Adapter) -> Models:
     Raises:
         ArtifactError: the embedding of a prompt does not change.
     """
-    if "text_encoder" in adapter:
-        check_embedding(models.tokenizer, models.text_encoder, adapter["text_encoder"])
+    check_embeddings(models, adapter)
     return replace(models, **{part: _add_lora(getattr(models, part), layers) for part, layers in adapter.items()})
+
+
+def check_embeddings(models: Any, adapter: Adapter) -> None:
+    """See that an adapter changes what each text encoder that it is for says.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if part in adapter:
+            check_embedding(getattr(models, tokenizer), getattr(models, part), adapter[part])
 
 
 @torch.no_grad()

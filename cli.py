@@ -133,10 +133,13 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
 def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
     if item.default is not None:
         return f" (default: {item.default})"
-    tiny, stable_diffusion = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+    families = ("tiny", "stable-diffusion", "turbo")
+    tiny, stable_diffusion, turbo = (PRESETS[family, "default"].get(item.name) for family in families)
     if config_class is not TrainConfig or tiny is None:
         return ""
-    return f" (default: {tiny}" + (f"; Stable Diffusion {stable_diffusion})" if stable_diffusion != tiny else ")")
+    large = f"; Stable Diffusion {stable_diffusion}" if stable_diffusion != tiny else ""
+    few = f"; Turbo {turbo}" if turbo != stable_diffusion else ""
+    return f" (default: {tiny}{large}{few})"
 
 
 def _negation(kind: Any, name: str) -> str:

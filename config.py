@@ -144,6 +144,8 @@ _PUBLISHED = {
     "null_prompt": "adapted",
 }
 _PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
+# Of models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
+_TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "default"): _TINY
@@ -166,6 +168,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"num_prompts_per_epoch": 8},
     ("stable-diffusion", "paper"): _SD | _PAPER | {"num_prompts_per_epoch": 64},
 }
+PRESETS |= {("turbo", preset): PRESETS["stable-diffusion", preset] | _TURBO for preset in ("default", "paper")}
 CHOICES = {
     "preset": ("default", "paper"),
     "lr_scheduler": ("constant", "linear", "cosine"),
@@ -243,8 +246,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def family(model: str) -> str:
-    """Whose defaults a model takes."""
-    return "tiny" if model == "tiny" else "stable-diffusion"
+    """Whose defaults a model takes: known by its name, since they are needed before anything is loaded."""
+    if model == "tiny":
+        return "tiny"
+    return "turbo" if "turbo" in Path(model).name.lower() else "stable-diffusion"
 
 
 def check_types(config: Any) -> None:

@@ -42,7 +42,7 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     for system in config.systems:
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
     models = load_models(config)
-    prompt_ids = sampler.tokenize(models.tokenizer, prompts)
+    prompt_ids = sampler.tokenize_for(models, prompts)
     systems = {system.name: adapters.put_on(models, system) for system in config.systems}
     if config.compare or not systems:
         systems = {BASE: models} | systems
@@ -62,7 +62,8 @@ def painter(models: sampler.Models, config: DrawConfig) -> Callable[[Tensor, Seq
     """
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
+    pooled = sampler.pooled_text(models)
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled)
     return lambda prompt_ids, seeds: sampler.sample_images(
         models, denoiser, prompt_ids, seeds, config.batch_size, config.resolution, policy.null_embeds
     )
@@ -132,7 +133,7 @@ def draw(run: Evaluation, progress: Progress) -> dict[str, float | None]:
             for n, chunk in enumerate(missing):
                 progress(f"drawing {system.name}", len(run.chunks) - len(missing) + n, len(run.chunks))
                 start = time.perf_counter()
-                _draw_chunk(run, system, chunk, models.tokenizer, paint)
+                _draw_chunk(run, system, chunk, models, paint)
                 line = {"system": system.name, "images": len(chunk) * run.config.num_images}
                 spent.append(line | {"seconds": time.perf_counter() - start})
                 evaluation.append_line(path, spent[-1])
@@ -144,10 +145,10 @@ def draw(run: Evaluation, progress: Progress) -> dict[str, float | None]:
     return speeds
 
 
-def _draw_chunk(run: Evaluation, system: System, chunk: range, tokenizer: Any, paint: Callable[..., Tensor]) -> None:
+def _draw_chunk(run: Evaluation, system: System, chunk: range, models: sampler.Models, paint: Callable[..., Tensor]) -> None:
     """Draw the images of some prompts, always the same ones at once, since their number decides how sums are rounded."""
     prompts, seeds = run.repeated_prompts(chunk), [run.seed(i, k) for i, k in run.images(chunk)]
-    drawn = paint(sampler.tokenize(tokenizer, prompts, truncation=True), seeds)
+    drawn = paint(sampler.tokenize_for(models, prompts, truncation=True), seeds)
     for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, run.images(chunk), strict=True):
         path = run.folder / run.image(system, i, k)
         if not path.is_file():

@@ -84,9 +84,7 @@ def check_sum(models: Any, adapter: Adapter) -> None:
         for name, layer in layers.items():
             if not layer.delta().isfinite().all():
                 raise ValueError(f"adapter: with these weights the change of {name} is not finite; lower them")
-    for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        if part in adapter:
-            adapters.check_embedding(getattr(models, tokenizer), getattr(models, part), adapter[part])
+    adapters.check_embeddings(models, adapter)
 
 
 def check_output(config: MergeConfig) -> None:
@@ -124,7 +122,7 @@ def load_pipeline(name: str) -> Any:
 
     source = sampler.find_model(name)
     with sampler.named(name):
-        second = "text_encoder_2" in DiffusionPipeline.load_config(source)
+        second, _ = sampler.pipeline_kind(source)
         return DiffusionPipeline.from_pretrained(source, **sampler.load_parts(source, second=second))
 
 

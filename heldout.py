@@ -33,7 +33,7 @@ def heldout_images(
         if not processes.share(start // config.sample_batch_size):
             continue
         chunk = prompts[start : start + config.sample_batch_size]
-        prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
+        prompt_ids = sampler.tokenize_for(policy.models, chunk).to(policy.models.device)
         generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)

@@ -32,7 +32,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)
     weights = sum(
         tensor.numel() * tensor.element_size()
-        for part in (models.text_encoder, models.unet, models.vae)
+        for part in (*models.policy_parts.values(), models.vae)
         for tensor in part.parameters()
     )
     latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
@@ -69,14 +69,15 @@ def activation_bytes(
     """
     models = policy.models
     latents = torch.zeros(1, *sampler.latent_shape(models, config.resolution), device=models.device)
-    prompt_ids = sampler.tokenize(models.tokenizer, [""]).to(models.device)
+    prompt_ids = sampler.tokenize_for(models, [""]).to(models.device)
     embeds = sampler.encode(models, prompt_ids).detach().requires_grad_()
     conditioning = sampler.Conditioning(embeds, embeds)
     null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=models.device)
     unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(models, lambda: sampler.encode(models, prompt_ids))
-    return config.micro_batch_size * unet, (num_prompts + (config.null_prompt == "adapted")) * text_encoder
+    num_null = int(config.null_prompt == "adapted" and not models.zero_null)
+    return config.micro_batch_size * unet, (num_prompts + num_null) * text_encoder
 
 
 def saved_bytes(models: sampler.Models, forward: Callable[[], Any]) -> int:
@@ -89,7 +90,7 @@ def saved_bytes(models: sampler.Models, forward: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
-    for part in (models.text_encoder, models.unet):
+    for part in models.policy_parts.values():
         for tensor in part.parameters():
             kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -71,15 +71,16 @@ class DivergedError(Exception):
 
 
 def add_lora(models: sampler.Models, config: TrainConfig) -> sampler.Models:
-    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoder, the U-Net or both."""
+    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoder (SDXL's two), the U-Net or both."""
     from peft import LoraConfig, get_peft_model
 
-    wanted = {"text-encoder": ("text_encoder",), "unet": ("unet",), "both": ("text_encoder", "unet")}[config.target]
+    text = tuple(models.text_encoders)
+    wanted = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
     adapted = {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for part in wanted:
-            layers = TEXT_ENCODER_LAYERS if part == "text_encoder" else UNET_LAYERS
+            layers = UNET_LAYERS if part == "unet" else TEXT_ENCODER_LAYERS
             lora = LoraConfig(
                 r=config.rank, lora_alpha=config.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
             )
@@ -88,17 +89,17 @@ def add_lora(models: sampler.Models, config: TrainConfig) -> sampler.Models:
 
 
 class Policy:
-    """A pipeline whose text encoder, U-Net or both carry LoRA; only LoRA is trained, in float32."""
+    """A pipeline whose text encoders, U-Net or both carry LoRA; only LoRA is trained, in float32."""
 
     def __init__(self, models: sampler.Models, null_prompt: str = "adapted") -> None:
         self.models = models
-        parts = (models.text_encoder, models.unet)
+        parts = models.policy_parts.values()
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
         self.parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         self.null_embeds = None  # of the base text encoder, if the null prompt is to stay there
         if null_prompt == "base":
             with self.base(), torch.no_grad():
-                self.null_embeds = sampler.encode(models, sampler.tokenize(models.tokenizer, [""]).to(models.device))
+                self.null_embeds = sampler.encode_null(models)
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
@@ -116,8 +117,9 @@ class Policy:
             yield
 
     def save(self, output_dir: Path) -> None:
-        """Write peft adapters: the text encoder's into the folder itself, the U-Net's into its subfolder `unet`."""
-        for part, folder in ((self.models.text_encoder, output_dir), (self.models.unet, output_dir / "unet")):
+        """Write peft adapters: the text encoder's into the folder itself, others into subfolders of the part's name."""
+        for name, part in self.models.policy_parts.items():
+            folder = output_dir if name == "text_encoder" else output_dir / name
             if hasattr(part, "peft_config"):
                 with tempfile.TemporaryDirectory(dir=output_dir, prefix=record.ADAPTER, suffix=".tmp") as written:
                     with record.storage_errors(folder):
@@ -125,10 +127,10 @@ class Policy:
                             written, save_embedding_layers=False
                         )  # "auto" asks the hub about the base model
                     folder.mkdir(exist_ok=True)
-                    for name in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
-                        record.open_to_umask(Path(written, name))
-                        record.sync(Path(written, name))
-                        Path(written, name).replace(folder / name)
+                    for file in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
+                        record.open_to_umask(Path(written, file))
+                        record.sync(Path(written, file))
+                        Path(written, file).replace(folder / file)
 
 
 # --- advantages and loss ---
@@ -254,7 +256,7 @@ def _sample_and_score(
             if not processes.share(number):
                 sampler.skip_rollout(denoiser, len(chunk), shape, generator, shared)
                 continue
-            prompt_ids = sampler.tokenize(policy.models.tokenizer, chunk).to(policy.models.device)
+            prompt_ids = sampler.tokenize_for(policy.models, chunk).to(policy.models.device)
             with torch.no_grad():
                 conditioning = policy.conditioning(prompt_ids)
             keep = config.null_prompt == "base"
@@ -829,7 +831,7 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -
     Raises:
         ValueError: a prompt is too long, or a scorer cannot judge it.
     """
-    sampler.tokenize(policy.models.tokenizer, prompts)
+    sampler.tokenize_for(policy.models, prompts)
     rewards.check_prompts([config.reward, *(config.eval_reward or ())], prompts)
 
 
@@ -850,7 +852,8 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile)
+    pooled = sampler.pooled_text(models)
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled)
     return Policy(models, config.null_prompt), denoiser
 
 

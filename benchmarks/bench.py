@@ -109,7 +109,7 @@ class Bench:
     def first_step(self) -> None:
         """One step of sampling, compiled if it is to be, of one sample batch."""
         prompts = self.prompts[: self.config.sample_batch_size]
-        prompt_ids = sampler.tokenize(self.policy.models.tokenizer, prompts).to(self.device)
+        prompt_ids = sampler.tokenize_for(self.policy.models, prompts).to(self.device)
         shape = (len(prompts), *sampler.latent_shape(self.policy.models, self.config.resolution))
         steps = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         with torch.no_grad():

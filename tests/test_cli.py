@@ -143,9 +143,11 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
         if item.default is not None:
             assert squash(f"{item.metadata['help']} (default: {item.default})") in shown
         elif config is TrainConfig:
-            tiny, large = (PRESETS[family, "default"].get(item.name) for family in ("tiny", "stable-diffusion"))
+            families = ("tiny", "stable-diffusion", "turbo")
+            tiny, large, turbo = (PRESETS[family, "default"].get(item.name) for family in families)
             if tiny is not None:
-                default = f"{tiny}; Stable Diffusion {large}" if large != tiny else tiny
+                default = f"{tiny}; Stable Diffusion {large}" if large != tiny else f"{tiny}"
+                default += f"; Turbo {turbo}" if turbo != large else ""
                 assert squash(f"{item.metadata['help']} (default: {default})") in shown
 
 

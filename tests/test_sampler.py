@@ -120,6 +120,11 @@ def pipeline():
     return pipeline
 
 
+def models_of(pipeline) -> sampler.Models:
+    parts = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    return sampler.Models("small", **{name: getattr(pipeline, name) for name in parts})
+
+
 @pytest.fixture(scope="module")
 def saved(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
@@ -673,7 +678,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, dama
 
 
 @pytest.mark.parametrize("change", [
-    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # SDXL
+    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # XL
     {"in_channels": 9},  # inpainting
     {"cross_attention_dim": 24},  # of another text encoder
 ])  # fmt: skip
@@ -694,7 +699,7 @@ def test_a_scheduler_that_clips_is_refused(copied):
 
 def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
     prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    models = SimpleNamespace(tokenizer=pipeline.tokenizer, text_encoder=pipeline.text_encoder)
+    models = models_of(pipeline)
     sizes = []
     hook = models.text_encoder.register_forward_pre_hook(
         lambda module, arguments, options: sizes.append(len(options["input_ids"])), with_kwargs=True
@@ -716,8 +721,7 @@ def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
 
 
 def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline):
-    parts = {name: getattr(pipeline, name) for name in ("tokenizer", "text_encoder", "unet", "vae", "scheduler")}
-    models = sampler.Models("small", **parts)
+    models = models_of(pipeline)
     denoiser = Denoiser(models.unet, ddim_schedule(make_scheduler(), 3, 1.0), 3.0)
     ids = sampler.tokenize(models.tokenizer, PROMPTS)
     whole = sampler.sample_images(models, denoiser, ids, [5, 6, 7], batch_size=3)
@@ -740,7 +744,7 @@ def test_disabled_adapters_give_the_base_model_and_come_back(pipeline):
     tuned = get_peft_model(copy.deepcopy(base), lora)
     with torch.no_grad():
         expected, adapted = base(ids).last_hidden_state, tuned(input_ids=ids).last_hidden_state
-        with sampler.adapters_disabled(SimpleNamespace(text_encoder=tuned, unet=pipeline.unet)):
+        with sampler.adapters_disabled(replace(models_of(pipeline), text_encoder=tuned)):
             disabled = tuned(input_ids=ids).last_hidden_state
         again = tuned(input_ids=ids).last_hidden_state
     assert not torch.allclose(adapted, expected)
