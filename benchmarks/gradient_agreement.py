@@ -25,7 +25,7 @@ class Probe:
         setup = texforce.prepare(self.config)
         self.policy, self.denoiser, self.reward = setup.policy, setup.denoiser, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=False)
+        self.learner = texforce.Learner(self.policy.parameters, self.config)
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> texforce.Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
@@ -35,7 +35,7 @@ class Probe:
     def gradient(self, batch: texforce.Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
-        texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, self.config, self.scaler)
+        texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, self.config, self.learner)
         gradient = torch.cat(
             [parameter.grad.flatten() for parameter in self.policy.parameters if parameter.grad is not None]
         )

@@ -26,6 +26,7 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_bench_measures_ours_against_a_textbook_loop_that_does_the_same(bench, tmp_path, capsys):
     bench.main([*SMALL, "--no-compile", "--json", str(tmp_path / "bench.json")])
     results = json.loads((tmp_path / "bench.json").read_text())

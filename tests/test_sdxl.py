@@ -251,8 +251,8 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
         for parameter in policy.parameters:
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(3))
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
-    texforce.accumulate_gradients(policy, denoiser, batch, pairs, config, scaler)
+    learner = texforce.Learner(policy.parameters, config)
+    texforce.accumulate_gradients(policy, denoiser, batch, pairs, config, learner)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters]
     references = textbook_gradient(policy, denoiser, config, batch, pairs)
     sizes = [
