@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,6 +247,7 @@ def check_same(
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Options that decide a run and differ, as `name: old -> new`."""
+    """Options that decide a run and differ, as `name: old -> new`; what was no option yet had its default."""
+    saved = {item.name: item.default for item in fields(TrainConfig)} | dict(saved)
     names = [name for name in given if name not in FREE_OPTIONS and saved.get(name) != given[name]]
     return [f"{name}: {saved.get(name)} -> {given[name]}" for name in names]

@@ -32,11 +32,13 @@ Epochs = list[dict[str, Any]]
 
 def run(folder: Path, **options: Any) -> Epochs:
     """The epochs of one training."""
-    if not (folder / "result.json").is_file():
+    diverged = folder / "diverged.txt"
+    if not (folder / "result.json").is_file() and not diverged.is_file():
         config = texforce.TrainConfig(model="tiny", output_dir=str(folder), **options)
-        texforce.train(
-            config, lambda measures: print(folder.name, measures["epoch"], measures.get("heldout", "")), go_on=True
-        )
+        try:
+            texforce.train(config, lambda told: print(folder.name, told["epoch"], told.get("heldout", "")), go_on=True)
+        except texforce.DivergedError as error:
+            diverged.write_text(f"{error}\n")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

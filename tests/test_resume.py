@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,13 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def test_a_run_of_before_there_was_an_option_goes_on_with_its_default():
+    config = asdict(TrainConfig(learning_rate=1e-3))
+    older = {name: value for name, value in config.items() if name != "num_shared_steps"}
+    assert resume.differences(older, config) == []
+    assert resume.differences(older, config | {"num_shared_steps": 1}) == ["num_shared_steps: 0 -> 1"]
 
 
 # --- signals ---
