@@ -385,6 +385,7 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
         return model.encode_image(pixels, normalize=True)
 
     def step(_: int) -> Step:
+        """The loss on scenes and their mutations, some of them spoiled."""
         scenes = draw_scenes(48, rng)
         scenes += [mutate(scene, rng) for scene in scenes]
         captions = [world.caption(scene, rng, rare_probability=0.5) for scene in scenes]
