@@ -206,7 +206,7 @@ def test_the_keyboard_is_enough(visit, evaluation):
     assert page.text_content("#large-prompt") == page.locator(".card h3").nth(2).text_content()
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
-    assert page.evaluate(focused) == 2
+    page.wait_for_function(f"{focused} === 2")  # its event of being closed comes a little later
     assert cards(page) == shown
 
 
