@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from texforce import ldm, sampler
+from texforce import ldm, pipelines
 from texforce.checkpoints import ArtifactError, read_finite
 from texforce.config_inference import System, parse_weighted
 from texforce.lora import Adapter, Layer, find_files, read_adapter
-from texforce.sampler import Models
+from texforce.pipelines import Models
 
 PROBE = "a photo of a red cube on a blue sphere"
 
@@ -159,7 +159,7 @@ def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Laye
     """
     tuned = copy.deepcopy(text_encoder)
     bake(tuned, layers)
-    prompt_ids = sampler.tokenize(tokenizer, [PROBE]).to(text_encoder.device)
+    prompt_ids = pipelines.tokenize(tokenizer, [PROBE]).to(text_encoder.device)
     base, changed = (encoder(input_ids=prompt_ids).last_hidden_state for encoder in (text_encoder, tuned))
     if torch.equal(base, changed):
         raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluation, measures, record, report, rewards, sampler, scorers
+from texforce import adapters, evaluation, measures, pipelines, record, report, rewards, sampler, scorers
 from texforce.config import default_device
 from texforce.config_inference import BASE, DrawConfig, EvalConfig, SampleConfig, System
 from texforce.evaluation import Evaluation, ScoreFile
@@ -42,19 +42,19 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     for system in config.systems:
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
     models = load_models(config)
-    prompt_ids = sampler.tokenize_for(models, prompts)
+    prompt_ids = pipelines.tokenize_for(models, prompts)
     systems = {system.name: adapters.put_on(models, system) for system in config.systems}
     if config.compare or not systems:
         systems = {BASE: models} | systems
     return {name: texforce.check_finite(painter(put, config)(prompt_ids, seeds)) for name, put in systems.items()}
 
 
-def load_models(config: DrawConfig) -> sampler.Models:
-    """The models of a resolved configuration, on its device and in its precision; raises what `sampler.load_models` does."""
-    return sampler.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
+def load_models(config: DrawConfig) -> pipelines.Models:
+    """The models of a resolved configuration, on its device and in its precision; raises as `pipelines.load_models`."""
+    return pipelines.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
 
 
-def painter(models: sampler.Models, config: DrawConfig) -> Callable[[Tensor, Sequence[int]], Tensor]:
+def painter(models: pipelines.Models, config: DrawConfig) -> Callable[[Tensor, Sequence[int]], Tensor]:
     """A function that draws images (N, 3, H, W) of prompt ids (N, L) and N seeds.
 
     Raises:
@@ -62,7 +62,7 @@ def painter(models: sampler.Models, config: DrawConfig) -> Callable[[Tensor, Seq
     """
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
-    pooled = sampler.pooled_text(models)
+    pooled = pipelines.pooled_text(models)
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled)
     return lambda prompt_ids, seeds: sampler.sample_images(
         models, denoiser, prompt_ids, seeds, config.batch_size, config.resolution, policy.null_embeds
@@ -114,7 +114,7 @@ def check(run: Evaluation) -> dict[str, Any]:
     evaluation.check_folder(run.folder)
     record.check_writable(run.folder)
     given = rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
-    sampler.find_model(config.model)
+    pipelines.find_model(config.model)
     return {spec: rewards.locate(spec, given, config.model == "tiny") for spec in config.measures}
 
 
@@ -145,10 +145,12 @@ def draw(run: Evaluation, progress: Progress) -> dict[str, float | None]:
     return speeds
 
 
-def _draw_chunk(run: Evaluation, system: System, chunk: range, models: sampler.Models, paint: Callable[..., Tensor]) -> None:
+def _draw_chunk(
+    run: Evaluation, system: System, chunk: range, models: pipelines.Models, paint: Callable[..., Tensor]
+) -> None:
     """Draw the images of some prompts, always the same ones at once, since their number decides how sums are rounded."""
     prompts, seeds = run.repeated_prompts(chunk), [run.seed(i, k) for i, k in run.images(chunk)]
-    drawn = paint(sampler.tokenize_for(models, prompts, truncation=True), seeds)
+    drawn = paint(pipelines.tokenize_for(models, prompts, truncation=True), seeds)
     for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, run.images(chunk), strict=True):
         path = run.folder / run.image(system, i, k)
         if not path.is_file():

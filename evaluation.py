@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce import adapters, checkpoints, measures, record, sampler
+from texforce import adapters, checkpoints, measures, pipelines, record
 from texforce.config import default_device, read_json
 from texforce.config_inference import EvalConfig, System
 from texforce.prompt_sets import Benchmark
@@ -149,7 +149,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "benchmark": about | benchmark.source,
         **{name: getattr(config, name) for name in names},
-        "model_revision": sampler.revision(config.model),
+        "model_revision": pipelines.revision(config.model),
         "device": default_device(),
         "versions": record.versions(),
         "systems": describe_systems(evaluation.systems),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, ldm, record, sampler
+from texforce import adapters, ldm, pipelines, record
 from texforce.adapters import lora_config, lora_tensors, named_as_in
 from texforce.config_inference import SETTINGS, MergeConfig, parse_weighted, sampling_settings
 from texforce.lora import Adapter, Layer
@@ -116,14 +116,14 @@ def load_pipeline(name: str) -> Any:
     """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, none of its tensors missing, in float32.
 
     Raises:
-        FileNotFoundError, ValueError: as `sampler.load_models`.
+        FileNotFoundError, ValueError: as `pipelines.load_models`.
     """
     from diffusers import DiffusionPipeline
 
-    source = sampler.find_model(name)
-    with sampler.named(name):
-        second, _ = sampler.pipeline_kind(source)
-        return DiffusionPipeline.from_pretrained(source, **sampler.load_parts(source, second=second))
+    source = pipelines.find_model(name)
+    with pipelines.named(name):
+        second, _ = pipelines.pipeline_kind(source)
+        return DiffusionPipeline.from_pretrained(source, **pipelines.load_parts(source, second=second))
 
 
 # --- the folder ---

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import interrupts, processes, record, sampler, scorers, world
+from texforce import interrupts, pipelines, processes, record, sampler, scorers, world
 from texforce.config import TrainConfig
 from texforce.scorers import Scorer
 
@@ -27,13 +27,13 @@ def heldout_images(
         DivergedError: no image is finite.
     """
     images = {}
-    shape = sampler.latent_shape(policy.models, config.resolution)
+    shape = pipelines.latent_shape(policy.models, config.resolution)
     for start in range(0, len(prompts), config.sample_batch_size):
         interrupts.check()
         if not processes.share(start // config.sample_batch_size):
             continue
         chunk = prompts[start : start + config.sample_batch_size]
-        prompt_ids = sampler.tokenize_for(policy.models, chunk).to(policy.models.device)
+        prompt_ids = pipelines.tokenize_for(policy.models, chunk).to(policy.models.device)
         generator = torch.Generator(policy.models.device).manual_seed(HELDOUT_SEED + start)
         with torch.no_grad():
             conditioning = policy.conditioning(prompt_ids)

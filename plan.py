@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import record, sampler
+from texforce import pipelines, record, sampler
 from texforce.config import TrainConfig
 from texforce.prompt_sets import split_prompts
 
@@ -35,7 +35,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         for part in (*models.policy_parts.values(), models.vae)
         for tensor in part.parameters()
     )
-    latents = math.prod(sampler.latent_shape(models, config.resolution)) * 4
+    latents = math.prod(pipelines.latent_shape(models, config.resolution)) * 4
     kept = config.num_inference_steps * (2 if config.null_prompt == "base" and denoiser.guided else 1) + 1
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
     unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
@@ -68,19 +68,19 @@ def activation_bytes(
     Both are measured on one row and multiplied.
     """
     models = policy.models
-    latents = torch.zeros(1, *sampler.latent_shape(models, config.resolution), device=models.device)
-    prompt_ids = sampler.tokenize_for(models, [""]).to(models.device)
-    embeds = sampler.encode(models, prompt_ids).detach().requires_grad_()
-    conditioning = sampler.Conditioning(embeds, embeds)
+    latents = torch.zeros(1, *pipelines.latent_shape(models, config.resolution), device=models.device)
+    prompt_ids = pipelines.tokenize_for(models, [""]).to(models.device)
+    embeds = pipelines.encode(models, prompt_ids).detach().requires_grad_()
+    conditioning = pipelines.Conditioning(embeds, embeds)
     null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=models.device)
     unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
-    text_encoder = saved_bytes(models, lambda: sampler.encode(models, prompt_ids))
+    text_encoder = saved_bytes(models, lambda: pipelines.encode(models, prompt_ids))
     num_null = int(config.null_prompt == "adapted" and not models.zero_null)
     return config.micro_batch_size * unet, (num_prompts + num_null) * text_encoder
 
 
-def saved_bytes(models: sampler.Models, forward: Callable[[], Any]) -> int:
+def saved_bytes(models: pipelines.Models, forward: Callable[[], Any]) -> int:
     """Bytes that autograd keeps of a forward pass for the backward one; weights do not count."""
     kept = {}
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from texforce import heldout, interrupts, processes, record, resume, rewards, sampler, scorers
+    from texforce import heldout, interrupts, pipelines, processes, record, resume, rewards, sampler, scorers
 else:
 
     def _lazy_import(name: str) -> Any:
@@ -44,8 +44,8 @@ else:
     # `python -m texforce.rewards` finds the lazy module there; it is not the one that is run, and nothing of it is shared.
     warnings.filterwarnings("ignore", "'texforce.rewards' found in sys.modules", RuntimeWarning)
     torch = _lazy_import("torch")
-    names = ("heldout", "interrupts", "processes", "record", "resume", "rewards", "sampler", "scorers")
-    heldout, interrupts, processes, record, resume, rewards, sampler, scorers = (
+    names = ("heldout", "interrupts", "pipelines", "processes", "record", "resume", "rewards", "sampler", "scorers")
+    heldout, interrupts, pipelines, processes, record, resume, rewards, sampler, scorers = (
         _lazy_import(f"texforce.{name}") for name in names
     )
 
@@ -70,7 +70,7 @@ class DivergedError(Exception):
 # --- the policy ---
 
 
-def add_lora(models: sampler.Models, config: TrainConfig) -> sampler.Models:
+def add_lora(models: pipelines.Models, config: TrainConfig) -> pipelines.Models:
     """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoder (SDXL's two), the U-Net or both."""
     from peft import LoraConfig, get_peft_model
 
@@ -91,7 +91,7 @@ def add_lora(models: sampler.Models, config: TrainConfig) -> sampler.Models:
 class Policy:
     """A pipeline whose text encoders, U-Net or both carry LoRA; only LoRA is trained, in float32."""
 
-    def __init__(self, models: sampler.Models, null_prompt: str = "adapted") -> None:
+    def __init__(self, models: pipelines.Models, null_prompt: str = "adapted") -> None:
         self.models = models
         parts = models.policy_parts.values()
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
@@ -99,21 +99,21 @@ class Policy:
         self.null_embeds = None  # of the base text encoder, if the null prompt is to stay there
         if null_prompt == "base":
             with self.base(), torch.no_grad():
-                self.null_embeds = sampler.encode_null(models)
+                self.null_embeds = pipelines.encode_null(models)
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
-        return sampler.encode_distinct(self.models, prompt_ids, self.null_embeds)
+        return pipelines.encode_distinct(self.models, prompt_ids, self.null_embeds)
 
-    def conditioning(self, prompt_ids: Tensor) -> sampler.Conditioning:
+    def conditioning(self, prompt_ids: Tensor) -> pipelines.Conditioning:
         """What the U-Net is told of prompt ids (N, L)."""
         embeds, rows = self.encode_distinct(prompt_ids)
-        return sampler.Conditioning(embeds[rows], embeds[:1])
+        return pipelines.Conditioning(embeds[rows], embeds[:1])
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Within it, the policy is the base model."""
-        with sampler.adapters_disabled(self.models):
+        with pipelines.adapters_disabled(self.models):
             yield
 
     def save(self, output_dir: Path) -> None:
@@ -244,7 +244,7 @@ def _sample_and_score(
 
     While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
     """
-    shape = sampler.latent_shape(policy.models, config.resolution)
+    shape = pipelines.latent_shape(policy.models, config.resolution)
     shared = sampler.SharedSteps(config.num_shared_steps, config.num_samples_per_prompt if config.num_shared_steps else 1)
     indices = torch.arange(len(prompts)).split(config.sample_batch_size)
     trajectories: dict[int, sampler.Trajectory] = {}
@@ -256,7 +256,7 @@ def _sample_and_score(
             if not processes.share(number):
                 sampler.skip_rollout(denoiser, len(chunk), shape, generator, shared)
                 continue
-            prompt_ids = sampler.tokenize_for(policy.models, chunk).to(policy.models.device)
+            prompt_ids = pipelines.tokenize_for(policy.models, chunk).to(policy.models.device)
             with torch.no_grad():
                 conditioning = policy.conditioning(prompt_ids)
             keep = config.null_prompt == "base"
@@ -496,14 +496,14 @@ def _pair_losses(
     null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
     old_log_probs = trajectory.log_probs[samples, steps]
     std = denoiser.std(steps)
-    mean, _ = denoiser.mean(latents, steps, sampler.Conditioning(embeds[rows], embeds[:1]), null_outputs)
+    mean, _ = denoiser.mean(latents, steps, pipelines.Conditioning(embeds[rows], embeds[:1]), null_outputs)
     log_probs = sampler.gaussian_log_prob(next_latents, mean, std)
     loss = ppo_loss(log_probs, old_log_probs, batch.local_advantages[samples], config.clip_range)
     calls = len(pairs) * (2 if denoiser.guided and null_outputs is None else 1)
     measured = UpdateStatistics(len(pairs), calls if base_embeds is None else 2 * calls)
     if base_embeds is not None:
         with policy.base(), torch.no_grad():
-            base = sampler.Conditioning(base_embeds[rows], base_embeds[:1])
+            base = pipelines.Conditioning(base_embeds[rows], base_embeds[:1])
             base_mean, _ = denoiser.mean(latents, steps, base, null_outputs)
         # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
         kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
@@ -814,7 +814,7 @@ def prepare(config: TrainConfig) -> Setup:
         rewards.check_reward(name)  # a typing error must not wait for a model
     checkpoints = rewards.parse_checkpoints(config.reward_checkpoint or (), names)
     # The model first: a mistyped folder must not wait for the download of a scorer.
-    models = sampler.load_models(config.model, device, getattr(torch, DTYPES[config.mixed_precision]))
+    models = pipelines.load_models(config.model, device, getattr(torch, DTYPES[config.mixed_precision]))
 
     def load(name: str, normalise: bool = False) -> rewards.Mixture:
         embedded = config.model == "tiny"
@@ -831,11 +831,11 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -
     Raises:
         ValueError: a prompt is too long, or a scorer cannot judge it.
     """
-    sampler.tokenize_for(policy.models, prompts)
+    pipelines.tokenize_for(policy.models, prompts)
     rewards.check_prompts([config.reward, *(config.eval_reward or ())], prompts)
 
 
-def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
+def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
     schedule = sampler.ddim_schedule(
         models.scheduler,
@@ -852,7 +852,7 @@ def make_policy(models: sampler.Models, config: TrainConfig) -> tuple[Policy, sa
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    pooled = sampler.pooled_text(models)
+    pooled = pipelines.pooled_text(models)
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled)
     return Policy(models, config.null_prompt), denoiser
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import texforce
-from texforce import sampler
+from texforce import pipelines
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SCHEDULER = DIFFUSION | {"set_alpha_to_one": False, "steps_offset": 1}
@@ -42,16 +42,16 @@ SDXL_UNET = {
 }
 
 
-def build(model: str, device: str, precision: str) -> sampler.Models:
+def build(model: str, device: str, precision: str) -> pipelines.Models:
     """The tiny model, or a published architecture with random weights; its prompts are read by the tiny one's tokenizer."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     dtype = getattr(torch, texforce.DTYPES[precision])
     if model == "tiny":
-        return sampler.load_models("tiny", device, dtype)
+        return pipelines.load_models("tiny", device, dtype)
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77)
     ends = {"eos_token_id": tokenizer.eos_token_id}
     more: dict[str, Any] = {}
     with torch.device(device):
@@ -67,4 +67,4 @@ def build(model: str, device: str, precision: str) -> sampler.Models:
         part.requires_grad_(False).eval().to(dtype)
         if device == "cuda" and name in ("unet", "vae"):
             part.to(memory_format=torch.channels_last)
-    return sampler.Models(model, tokenizer, scheduler=DDIMScheduler(**SCHEDULER), **parts, **more)
+    return pipelines.Models(model, tokenizer, scheduler=DDIMScheduler(**SCHEDULER), **parts, **more)

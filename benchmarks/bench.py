@@ -31,7 +31,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import record, sampler  # noqa: E402
+from texforce import pipelines, record, sampler  # noqa: E402
 
 # What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
@@ -109,8 +109,8 @@ class Bench:
     def first_step(self) -> None:
         """One step of sampling, compiled if it is to be, of one sample batch."""
         prompts = self.prompts[: self.config.sample_batch_size]
-        prompt_ids = sampler.tokenize_for(self.policy.models, prompts).to(self.device)
-        shape = (len(prompts), *sampler.latent_shape(self.policy.models, self.config.resolution))
+        prompt_ids = pipelines.tokenize_for(self.policy.models, prompts).to(self.device)
+        shape = (len(prompts), *pipelines.latent_shape(self.policy.models, self.config.resolution))
         steps = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         with torch.no_grad():
             conditioning, noise = self.policy.conditioning(prompt_ids), torch.randn(shape, device=self.device)
@@ -273,7 +273,7 @@ def count_flops(bench: Bench) -> tuple[float, float]:
 
 def fresh_start(device: str) -> float:
     """Seconds of a new process that imports everything and loads the tiny model."""
-    code = f"from texforce import sampler; import diffusers, transformers, peft; sampler.load_models('tiny', {device!r})"
+    code = f"from texforce import pipelines; import diffusers, transformers, peft; pipelines.load_models('tiny', {device!r})"
     command = [sys.executable, "-c", f"import texforce; {code}"]
     return meters.seconds(lambda: subprocess.run(command, check=True, cwd=Path(texforce.__file__).parent), "cpu")  # noqa: S603
 

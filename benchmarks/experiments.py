@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, heldout, prompt_sets, rewards, sampler
+from texforce import adapters, heldout, pipelines, prompt_sets, rewards, sampler
 
 BOTH = ("text-encoder", "unet")
 COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
@@ -35,7 +35,7 @@ def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
 def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
     """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
     options = texforce.resolve(texforce.TrainConfig(model="tiny"))
-    models = sampler.load_models("tiny")
+    models = pipelines.load_models("tiny")
     models = adapters.load_adapters(models, [str(folder) for folder in folders], scale)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     policy = texforce.Policy(models, options.null_prompt)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, heldout, prompt_sets, sampler, world
+from texforce import adapters, heldout, pipelines, prompt_sets, sampler, world
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 
@@ -29,7 +29,7 @@ def main() -> None:
     scenes = [world.parse(prompt) for prompt in prompts]
     systems = {"exact renderings": world.render(scenes, random.Random(0))}
     for folder in (None, *sys.argv[1:]):
-        models = sampler.load_models("tiny")
+        models = pipelines.load_models("tiny")
         models = adapters.load_adapters(models, [folder]) if folder else models
         schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)

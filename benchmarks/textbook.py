@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import sampler
+from texforce import pipelines
 
 BATCH = 4
 CLIP_RANGE = 10.0  # of both loops: rounding is not to be clipped away
@@ -106,7 +106,7 @@ class Textbook:
         """Images (N, 3, H, W) in [0, 1] and log-probabilities (N, T)."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        shape, images, log_probs = sampler.latent_shape(self.policy.models, self.config.resolution), [], []
+        shape, images, log_probs = pipelines.latent_shape(self.policy.models, self.config.resolution), [], []
         for start in range(0, len(prompts), BATCH):
             chunk = prompts[start : start + BATCH]
             draw = generators[start : start + BATCH] if isinstance(generators, list) else generators

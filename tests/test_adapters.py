@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluate, heldout, sampler
+from texforce import adapters, evaluate, heldout, pipelines, sampler
 from texforce.checkpoints import ArtifactError
 from texforce.config import TrainConfig
 from texforce.config_inference import SampleConfig, resolve_sample
@@ -65,17 +65,17 @@ def pipeline():
     """The tiny model as plain diffusers loads it."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(sampler.TINY)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines.TINY)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_adapter(models: sampler.Models, folder: Path, scale: float = 1.0) -> sampler.Models:
+def load_adapter(models: pipelines.Models, folder: Path, scale: float = 1.0) -> pipelines.Models:
     return adapters.load_adapters(models, [str(folder)], scale)
 
 
-def load_tiny() -> sampler.Models:
-    return sampler.load_models("tiny")
+def load_tiny() -> pipelines.Models:
+    return pipelines.load_models("tiny")
 
 
 def sample(adapters: list[Path], **options) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import DivergedError, cli, remote, rewards, sampler
+from texforce import DivergedError, cli, pipelines, remote, rewards, sampler
 from texforce.config import PRESETS, TrainConfig, resolve
 from texforce.config_inference import EvalConfig, MergeConfig, SampleConfig, resolve_sample
 from texforce.scorers import RewardError
@@ -180,7 +180,7 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
 def test_the_readmes_python_draws_an_image(adapter):
     code = readme_block("StableDiffusionPipeline")
     names: dict = {}
-    exec(code.replace('"out"', repr(str(adapter))).replace('"tiny"', repr(str(sampler.TINY))), names)  # noqa: S102
+    exec(code.replace('"out"', repr(str(adapter))).replace('"tiny"', repr(str(pipelines.TINY))), names)  # noqa: S102
     assert names["image"].size == (32, 32)
 
 
@@ -454,7 +454,7 @@ def test_a_function_that_hangs_does_not_keep_the_process(small_run, tmp_path):
 
 @pytest.mark.parametrize("option", ["reward", "eval_reward"])
 def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch, option):
-    monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipelines, "load_models", lambda *_: pytest.fail("the model was loaded"))
     for reward in ("hsp", "absent.py:reward", "face"):
         result = train(small_run | {option: reward}, output_dir=tmp_path / "out")
         check_failure(result, 2, reward.partition(":")[0])
@@ -468,10 +468,10 @@ def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(smal
 
 
 def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
-    content = (sampler.TINY / "hps.pt").read_bytes()
+    content = (pipelines.TINY / "hps.pt").read_bytes()
     (tmp_path / "hps.pt").write_bytes(content[: len(content) // 2])
-    shutil.copy(sampler.TINY / "hps.json", tmp_path)
-    shutil.copytree(sampler.TINY / "tokenizer", tmp_path / "tokenizer")
+    shutil.copy(pipelines.TINY / "hps.json", tmp_path)
+    shutil.copytree(pipelines.TINY / "tokenizer", tmp_path / "tokenizer")
     result = train(small_run, output_dir=tmp_path / "out", reward="hps", reward_checkpoint=tmp_path / "hps.pt")
     check_failure(result, 3, "hps.pt", "refused")
 
@@ -1051,7 +1051,7 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
 
 
 def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampler, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipelines, "load_models", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     check_failure(run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 5, "storage", "file")
     check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")

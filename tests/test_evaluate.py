@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, measures, record, sampler
+from texforce import cli, evaluate, measures, pipelines, record, sampler
 from texforce.config import TrainConfig
 from texforce.config_inference import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
 
@@ -295,8 +295,8 @@ def test_systems_and_rewards_may_come_in_any_order_into_a_finished_folder(finish
 def test_the_revision_of_a_hub_model_is_known_before_the_first_image(options, tmp_path, monkeypatch):
     """What only the loading would fetch must not look like a change when the evaluation goes on."""
     fetched = []
-    monkeypatch.setattr(sampler, "find_model", lambda name: fetched.append(name) or str(sampler.TINY))
-    monkeypatch.setattr(sampler, "revision", lambda name: "0123abc" if fetched else None)
+    monkeypatch.setattr(pipelines, "find_model", lambda name: fetched.append(name) or str(pipelines.TINY))
+    monkeypatch.setattr(pipelines, "revision", lambda name: "0123abc" if fetched else None)
     options = options | {"adapter": None, "reward": ["jpeg"], "model": "nobody/small"}
     run(options, tmp_path / "eval")
     run(options, tmp_path / "eval")

@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, sampler
+from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, pipelines, sampler
 from texforce.checkpoints import ArtifactError
 from texforce.config import TrainConfig
 from texforce.config_inference import MergeConfig, SampleConfig, parse_weighted, resolve_merge, resolve_sample
@@ -101,7 +101,7 @@ def text_encoder_of_shape(cls, act: str, layers: int, width: int = 32):
 def tiny_tokenizer():
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", model_max_length=77)
+    return CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77)
 
 
 def save_stable_diffusion(folder: Path, version: int) -> Path:
@@ -169,7 +169,7 @@ BASES = ("tiny", "sd15", "sd21", "sdxl")
 def bases(tmp_path_factory) -> dict[str, Base]:
     folder = tmp_path_factory.mktemp("bases")
     return {
-        "tiny": Base("tiny", sampler.TINY),
+        "tiny": Base("tiny", pipelines.TINY),
         "sd15": Base("sd15", save_stable_diffusion(folder / "sd15", 1)),
         "sd21": Base("sd21", save_stable_diffusion(folder / "sd21", 2)),
         "sdxl": Base("sdxl", save_stable_diffusion_xl(folder / "sdxl")),
@@ -608,7 +608,7 @@ def test_factors_of_fewer_or_more_axes_than_the_weight_are_fitted(bases, tmp_pat
     adapter = adapters.read_unet(tmp_path / "odd.safetensors", pipeline).adapter
     assert adapter["unet"][proj].down.shape == (2, 64, 1, 1)
     assert adapter["unet"][linear].up.shape == (64, 2)
-    adapters.apply(sampler.load_models(str(bases["sd15"].folder)), adapter)
+    adapters.apply(pipelines.load_models(str(bases["sd15"].folder)), adapter)
     folder = merge(bases["sd15"], tmp_path / "merged", unet=str(tmp_path / "odd.safetensors"), format="diffusers")
     read_by_others(bases["sd15"], "diffusers", folder)
 
@@ -740,7 +740,7 @@ def test_the_card_says_from_what_and_at_which_weights(bases, pairs, tmp_path):
     one, other = pairs["tiny"]
     folder = merge(bases["tiny"], tmp_path / "merged", f"{one}:0.3", str(other), format="peft")
     card = (folder / "README.md").read_text()
-    for words in (f"| adapter | `{one}` | 0.3 |", f"| adapter | `{other}` | 1 |", "`peft`", str(sampler.TINY)):
+    for words in (f"| adapter | `{one}` | 0.3 |", f"| adapter | `{other}` | 1 |", "`peft`", str(pipelines.TINY)):
         assert words in card
 
 
@@ -832,7 +832,8 @@ def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
     texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
     assert resolve_merge(MergeConfig(unet=str(tmp_path / "out"))).model == "tiny"
-    assert resolve_merge(MergeConfig(unet=str(sampler.TINY / "unet"))).model == "another"  # whose config.json is diffusers'
+    unet = str(pipelines.TINY / "unet")  # whose config.json is diffusers'
+    assert resolve_merge(MergeConfig(unet=unet)).model == "another"
 
 
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(small_run, tmp_path):
@@ -840,10 +841,10 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
     for target in ("text-encoder", "unet"):
         texforce.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
     specs = [str(tmp_path / "text-encoder"), str(tmp_path / "unet")]
-    folder = merge(Base("tiny", sampler.TINY), tmp_path / "merged", *specs)
+    folder = merge(Base("tiny", pipelines.TINY), tmp_path / "merged", *specs)
     config = texforce.resolve(TrainConfig(**options))
     drawn = []
-    for models in (sampler.load_models(str(folder)), adapters.load_adapters(sampler.load_models("tiny"), specs)):
+    for models in (pipelines.load_models(str(folder)), adapters.load_adapters(pipelines.load_models("tiny"), specs)):
         schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
         drawn.append(heldout.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))

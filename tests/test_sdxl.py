@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, export, plan, rewards, sampler
+from texforce import cli, evaluate, export, pipelines, plan, rewards, sampler
 from texforce.config import PRESETS, TrainConfig, family, resolve
 from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
 
@@ -72,13 +72,13 @@ def save_pipeline(folder: Path, xl: bool, scheduler) -> Path:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {"vae": small_vae(), "tokenizer": tokenizer, "scheduler": scheduler}
         parts["text_encoder"] = small_text_encoder(CLIPTextModel, tokenizer, 16, "quick_gelu")
         if xl:
-            other = CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", pad_token="!")  # noqa: S106
+            other = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", pad_token="!")  # noqa: S106
             second = small_text_encoder(CLIPTextModelWithProjection, other, 24, "gelu")
             StableDiffusionXLPipeline(
                 **parts, unet=xl_unet(), tokenizer_2=other, text_encoder_2=second
@@ -169,28 +169,28 @@ def test_another_resolution_is_told_to_the_unet(xl):
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_embeddings_equal_those_of_the_pipeline(xl, zeros):
-    models = replace(sampler.load_models(str(xl)), zero_null=zeros)
+    models = replace(pipelines.load_models(str(xl)), zero_null=zeros)
     pipeline = load_plain(xl)
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
-    prompt_ids = sampler.tokenize_for(models, PROMPTS)
+    prompt_ids = pipelines.tokenize_for(models, PROMPTS)
     assert prompt_ids.shape == (2, 48)
     assert not torch.equal(*prompt_ids.chunk(2, dim=1))  # padded differently
     with torch.no_grad():
         expected, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS, device="cpu")
-        embeds, rows = sampler.encode_distinct(models, prompt_ids)
+        embeds, rows = pipelines.encode_distinct(models, prompt_ids)
     assert embeds.shape == (3, 25, 40)
     for ours, theirs in ((embeds[rows], (expected, pooled)), (embeds[:1], (null[:1], null_pooled[:1]))):
         torch.testing.assert_close(ours[:, :-1], theirs[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours[:, -1, :24], theirs[1], rtol=1e-5, atol=1e-5)
         assert not ours[:, -1, 24:].any()
-    torch.testing.assert_close(sampler.encode_null(models), embeds[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pipelines.encode_null(models), embeds[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_vae_alone_stays_in_float32_where_it_would_overflow(copied):
     dtypes = {}
     for dtype, upcast in ((torch.float16, True), (torch.bfloat16, True), (torch.float16, False)):
         change(copied / "vae" / "config.json", force_upcast=upcast)
-        models = sampler.load_models(str(copied), dtype=dtype)
+        models = pipelines.load_models(str(copied), dtype=dtype)
         assert {models.unet.dtype, models.text_encoder.dtype, models.text_encoder_2.dtype} == {dtype}
         dtypes[dtype, upcast] = models.vae.dtype
     assert list(dtypes.values()) == [torch.float32, torch.bfloat16, torch.float16]
@@ -243,7 +243,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
             num_prompts_per_epoch=2, sample_batch_size=4, micro_batch_size=3, rank=4, clip_range=0.1,
         )
     )  # fmt: skip
-    policy, denoiser = texforce.make_policy(replace(sampler.load_models(str(xl)), zero_null=zeros), config)
+    policy, denoiser = texforce.make_policy(replace(pipelines.load_models(str(xl)), zero_null=zeros), config)
     reward = rewards.Mixture({"brightness": lambda images, prompts: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
     noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
     batch = texforce.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
@@ -370,7 +370,7 @@ def test_turbo_models_are_trained_at_few_steps_without_guidance(turbo, small_run
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 30])
 def test_every_step_of_a_turbo_schedule_is_diffusers_and_has_a_density(turbo, steps):
-    scheduler = sampler.load_models(str(turbo)).scheduler
+    scheduler = pipelines.load_models(str(turbo)).scheduler
     schedule = sampler.ddim_schedule(scheduler, steps, 1.0)
     plain = ddim(timestep_spacing="trailing")
     plain.set_timesteps(steps)
@@ -420,7 +420,7 @@ def test_the_plan_counts_both_text_encoders(xl, small_run, tmp_path):
     shown = plan.plan(config)
     layers = 3 * 4 * 2 * config.rank  # of each text encoder, four matrices with two factors
     assert shown["trained parameters"] == layers * (16 + 24)
-    models = sampler.load_models(str(xl))
+    models = pipelines.load_models(str(xl))
     numbers = [p.numel() for part in (*models.policy_parts.values(), models.vae) for p in part.parameters()]
     assert shown["weights, MiB"] == pytest.approx((sum(numbers) + layers * 40) * 4 / 2**20, abs=0.1)
 
@@ -467,7 +467,7 @@ def test_what_is_not_sdxls_base_pipeline_is_refused(copied, tmp_path, kind):
     damage, word = BAD_MODELS[kind]
     damage(copied)
     with pytest.raises((ValueError, FileNotFoundError), match=f"model: .*{word}"):
-        sampler.load_models(str(copied))
+        pipelines.load_models(str(copied))
     if kind == "a refiner":
         result = run("sample", "--model", copied, "--prompt", "a red circle", "--output-dir", tmp_path / "samples")
         assert result.exit_code == 2

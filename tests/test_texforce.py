@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, heldout, plan, rewards, sampler, world
+from texforce import DivergedError, heldout, pipelines, plan, rewards, sampler, world
 from texforce.config import TrainConfig, resolve
 from texforce.scorers import RewardError
 
@@ -86,7 +86,7 @@ def make_rig(**options) -> Rig:
         "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
-    models = sampler.load_models("tiny", dtype=getattr(torch, texforce.DTYPES[config.mixed_precision]))
+    models = pipelines.load_models("tiny", dtype=getattr(torch, texforce.DTYPES[config.mixed_precision]))
     policy, denoiser = texforce.make_policy(replace(models, unet=untrained(models.unet)), config)
     return Rig(policy, denoiser, config)
 
@@ -363,7 +363,7 @@ def test_a_scorer_that_fails_in_the_background_ends_the_collection():
 
 
 @contextmanager
-def peak_of_saved_bytes(models: sampler.Models) -> Iterator[list[int]]:
+def peak_of_saved_bytes(models: pipelines.Models) -> Iterator[list[int]]:
     """The largest number of bytes that autograd kept at a time for backward passes; weights do not count."""
     weights = {p.untyped_storage().data_ptr() for part in (models.text_encoder, models.unet) for p in part.parameters()}
     holders: dict[int, int] = {}
@@ -433,7 +433,7 @@ def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
 @pytest.mark.parametrize(("window", "expected"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 1, 2]), (0.5, [0, 1, 2]), (0.01, [0])])
 def test_the_window_holds_the_first_and_noisiest_steps(window, expected):
     config = resolve(TrainConfig(model="tiny", timestep_window=window, num_inference_steps=5))
-    schedule = sampler.ddim_schedule(sampler.load_models("tiny").scheduler, 5, 1.0)
+    schedule = sampler.ddim_schedule(pipelines.load_models("tiny").scheduler, 5, 1.0)
     steps = texforce.window(schedule, config)
     assert steps.tolist() == expected
     assert schedule.std[steps].min() >= schedule.std[len(steps) :].max() if len(steps) < 5 else True
@@ -888,7 +888,7 @@ def test_only_lora_changes_in_a_training_and_it_is_float32(small_run, tmp_path, 
     assert all(after[name].dtype == torch.float32 for name in lora)
 
 
-def all_tensors(models: sampler.Models) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(models: pipelines.Models) -> Iterator[tuple[str, Tensor]]:
     for part in ("text_encoder", "unet", "vae"):
         module = getattr(models, part)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -904,7 +904,7 @@ def test_lora_is_float32_over_a_frozen_model_of_half_precision():
 
 def test_lora_starts_as_the_base_model():
     rig = make_rig(target="both")
-    ids = sampler.tokenize(rig.policy.models.tokenizer, PROMPTS)
+    ids = pipelines.tokenize(rig.policy.models.tokenizer, PROMPTS)
     with torch.no_grad():
         tuned = rig.policy.conditioning(ids).prompt_embeds
         with rig.policy.base():
@@ -918,7 +918,7 @@ def test_lora_starts_as_the_base_model():
 
 def test_the_base_null_prompt_stays_where_it_was():
     rig = make_rig(null_prompt="base")
-    ids = sampler.tokenize(rig.policy.models.tokenizer, PROMPTS)
+    ids = pipelines.tokenize(rig.policy.models.tokenizer, PROMPTS)
     before = rig.policy.conditioning(ids)
     rig.perturb(1e-2)
     after = rig.policy.conditioning(ids)
@@ -1113,7 +1113,7 @@ def filled(build: Callable[[], nn.Module], monkeypatch) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def stable_diffusion(version: str, monkeypatch) -> sampler.Models:
+def stable_diffusion(version: str, monkeypatch) -> pipelines.Models:
     """A pipeline of the published configuration with random weights: a billion of them."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -1128,9 +1128,9 @@ def stable_diffusion(version: str, monkeypatch) -> sampler.Models:
         "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     }  # fmt: skip
-    return sampler.Models(
+    return pipelines.Models(
         name=f"stable-diffusion-{version}",
-        tokenizer=CLIPTokenizer.from_pretrained(sampler.TINY / "tokenizer", model_max_length=77),
+        tokenizer=CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77),
         text_encoder=filled(lambda: CLIPTextModel(CLIPTextConfig(**CLIP | shape["text_encoder"])), monkeypatch),
         unet=filled(lambda: UNet2DConditionModel(**unet | shape["unet"]), monkeypatch),
         vae=filled(lambda: AutoencoderKL(**vae), monkeypatch),
@@ -1152,7 +1152,7 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
     models = stable_diffusion(version, monkeypatch)
     assert sum(parameter.numel() for parameter in models.unet.parameters()) == num_unet_parameters
     assert sum(parameter.numel() for parameter in models.text_encoder.parameters()) == num_text_parameters
-    monkeypatch.setattr(sampler, "load_models", lambda name, device, dtype: models)
+    monkeypatch.setattr(pipelines, "load_models", lambda name, device, dtype: models)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     (tmp_path / "heldout.txt").write_text("a green cross\n")
     policies = remember_policies(monkeypatch)

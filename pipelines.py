@@ -1,0 +1,347 @@
+"""Stable Diffusion pipelines: their parts, loaded strictly, and what their text encoders make of prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from texforce.checkpoints import describe_files
+
+TINY = Path(__file__).parent / "tiny"
+NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
+
+
+# --- loading ---
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts of a Stable Diffusion 1.x, 2.x or XL pipeline, frozen and in inference precision."""
+
+    name: str
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
+    vae: Any
+    scheduler: Any
+    tokenizer_2: Any = None  # only SDXL (arXiv:2307.01952) has these two
+    text_encoder_2: Any = None
+    zero_null: bool = False  # the null prompt's embedding is zeros and not an empty prompt's, as in the plain SDXL pipeline
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """One, or SDXL's two, by name."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder} | second
+
+    @property
+    def policy_parts(self) -> dict[str, Any]:
+        """The parts that may carry LoRA, by name."""
+        return self.text_encoders | {"unet": self.unet}
+
+
+def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Load a pipeline's parts: `tiny`, a folder in diffusers' format, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
+    """
+    from transformers import CLIPTokenizer
+
+    source = find_model(name)
+    with named(name):
+        second, zero_null = pipeline_kind(source)
+        parts = {"scheduler": load_scheduler(source)}
+        for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
+            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+        parts |= load_parts(source, dtype, second)
+    models = Models(name, zero_null=zero_null, **parts)
+    _check_kind(models)
+    for part in (*models.policy_parts.values(), models.vae):
+        part.to(device)
+    if torch.device(device).type == "cuda":
+        models.unet.to(memory_format=torch.channels_last)
+        models.vae.to(memory_format=torch.channels_last)
+    return models
+
+
+def pipeline_kind(source: str) -> tuple[bool, bool]:
+    """Of a pipeline's folder or hub name: whether it has SDXL's second text encoder, and takes zeros for the null prompt.
+
+    Raises:
+        ValueError: it has the second text encoder alone, as SDXL's refiner.
+    """
+    from diffusers import DiffusionPipeline
+
+    index: Any = DiffusionPipeline.load_config(source)
+    second, first = ((index.get(part) or [None])[-1] is not None for part in ("text_encoder_2", "text_encoder"))
+    if second and not first:
+        raise ValueError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
+    return second, second and index.get("force_zeros_for_empty_prompt", True)
+
+
+def load_scheduler(source: str) -> Any:
+    """A pipeline's noise schedule, of whatever sampler it comes with, for DDIM.
+
+    Euler's and others' configurations may lack what only DDIM has; its defaults are not Stable Diffusion's, which neither
+    clips nor ends in a step without noise.
+    """
+    from diffusers import DDIMScheduler
+
+    config: Any = DDIMScheduler.load_config(source, subfolder="scheduler")
+    if not str(config.get("_class_name", "DDIM")).startswith(("DDIM", "DDPM", "PNDM")):
+        config = {"clip_sample": False, "set_alpha_to_one": False} | config
+    return DDIMScheduler.from_config(config)
+
+
+def find_model(name: str) -> str:
+    """The folder or hub name of a model.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    from huggingface_hub import hf_hub_download
+
+    source = str(TINY) if name == "tiny" else name
+    if not Path(source).is_dir():
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub"
+            )
+        with named(name):  # one question to the hub before dozens, each tried again for a while
+            hf_hub_download(source, "model_index.json")
+    return source
+
+
+def revision(name: str) -> Any:
+    """Which model it is: the commit that the hub's cache has of it, the SHA-256 of a folder's files; None for tiny."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == "tiny":
+        return None
+    if Path(name).is_dir():
+        return describe_files(Path(name))["sha256"]
+    cached = try_to_load_from_cache(name, "model_index.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Within it, what goes wrong with a model's files is told with its name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"model: the files of {name!r} are damaged or of another model: {str(error).splitlines()[0]}"
+        ) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
+
+
+def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = False) -> dict[str, Any]:
+    """The networks of a pipeline, frozen; with `second` also the second text encoder that Stable Diffusion XL has."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    classes = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    dtypes = dict.fromkeys(classes, dtype)
+    if second:
+        classes["text_encoder_2"], dtypes["text_encoder_2"] = CLIPTextModelWithProjection, dtype
+        config: Any = AutoencoderKL.load_config(source, subfolder="vae")
+        if dtype == torch.float16 and config.get("force_upcast", True):  # SDXL's overflows; others say so for no reason
+            dtypes["vae"] = torch.float32
+    parts = {part: _load_strictly(cls, source, part, dtypes[part]) for part, cls in classes.items()}
+    for part in parts.values():
+        part.requires_grad_(False).eval()
+    return parts
+
+
+def _check_kind(models: Models) -> None:
+    """Refuse what Stable Diffusion 1.x, 2.x and XL are not: refiners, inpainting, parts of different models."""
+    name, unet, vae, second = models.name, models.unet.config, models.vae.config, models.text_encoder_2
+    pairs = [(models.tokenizer, models.text_encoder)] + ([] if second is None else [(models.tokenizer_2, second)])
+    for tokenizer, text_encoder in pairs:
+        # transformers makes an empty tokenizer, of no length limit, where its files are missing.
+        if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
+            raise ValueError(
+                f"model: a tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
+            )
+    if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
+        raise ValueError(f"model: the two tokenizers of {name!r} differ in length")
+    width = sum(text_encoder.config.hidden_size for _, text_encoder in pairs)
+    if unet.addition_embed_type != (None if second is None else "text_time"):
+        raise ValueError(
+            f"model: the U-Net of {name!r} wants {unet.addition_embed_type} conditioning beside the prompt's embeddings, "
+            f"which {len(pairs)} text encoder(s) do not go with"
+        )
+    if second is not None:
+        wanted = unet.projection_class_embeddings_input_dim
+        given = second.config.projection_dim + NUM_TIME_IDS * unet.addition_time_embed_dim
+        if wanted != given:
+            raise ValueError(
+                f"model: the U-Net of {name!r} takes {wanted} numbers of pooled text and sizes, as SDXL's refiner does or "
+                f"with another text encoder; here there are {given}"
+            )
+        if second.config.projection_dim > width:
+            raise ValueError(f"model: the pooled text of {name!r} is wider than its embeddings")
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(
+            f"model: the U-Net of {name!r} takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
+        )
+    if vae.latents_mean is not None:
+        raise ValueError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
+    if unet.cross_attention_dim != width:
+        raise ValueError(
+            f"model: the U-Net of {name!r} takes embeddings of {unet.cross_attention_dim}, its text encoder makes {width}"
+        )
+
+
+def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
+    """Load one part; diffusers and transformers fill missing tensors at random with only a warning, here it is an error."""
+    model, info = cls.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
+    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if missing:
+        raise ValueError(f"model: {source}/{subfolder} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
+    return model
+
+
+# --- prompts ---
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+    """Token ids (N, L) int64, padded, or with `truncation` cut, to the text encoder's length L.
+
+    Raises:
+        ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
+    """
+    length = tokenizer.model_max_length
+    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+        raise ValueError("prompt: it holds a lone surrogate, which is not text")
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=truncation).input_ids
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > length:
+            raise ValueError(
+                f"prompt {prompt[:60]!r}... has {len(row)} tokens with its start and end, but the text encoder reads "
+                f"{length}; shorten it"
+            )
+    return torch.tensor(ids)
+
+
+def tokenize_for(models: Models, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+    """Prompt ids (N, L) for `encode`, as of `tokenize`; for SDXL (N, 2L), those of both tokenizers side by side.
+
+    The two differ in how they pad.
+    """
+    tokenizers = [models.tokenizer] if models.tokenizer_2 is None else [models.tokenizer, models.tokenizer_2]
+    return torch.cat([tokenize(tokenizer, prompts, truncation) for tokenizer in tokenizers], dim=1)
+
+
+def encode(models: Models, prompt_ids: Tensor) -> Tensor:
+    """Prompt embeddings (N, L, D) float32 of ids (N, L); for SDXL (N, L+1, D) of ids (N, 2L).
+
+    SDXL's U-Net reads what the last but one layers of both text encoders say, joined along D, and apart from that the
+    second one's pooled embedding (N, P). That is the last row here, filled up with zeros to D, and `PooledText` takes it out
+    again: so whatever is gathered, chosen or differentiated by prompt stays one tensor.
+    """
+    if models.text_encoder_2 is None:
+        return models.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
+    ids, ids_2 = prompt_ids.chunk(2, dim=1)
+    first = models.text_encoder(input_ids=ids, output_hidden_states=True)
+    second = models.text_encoder_2(input_ids=ids_2, output_hidden_states=True)
+    embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    pooled = nn.functional.pad(second.text_embeds, (0, embeds.shape[-1] - second.text_embeds.shape[-1]))
+    return torch.cat([embeds, pooled[:, None]], dim=1).float()
+
+
+def encode_null(models: Models) -> Tensor:
+    """The null prompt's embedding (1, L, D)."""
+    embeds = encode(models, tokenize_for(models, [""]).to(models.device))
+    return torch.zeros_like(embeds) if models.zero_null else embeds
+
+
+def encode_distinct(models: Models, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,).
+
+    The null prompt is encoded too unless its embedding (1, L, D) is given or zeros.
+    """
+    distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
+    if null_embeds is None and not models.zero_null:
+        null_ids = tokenize_for(models, [""]).to(prompt_ids.device)
+        return encode(models, torch.cat([null_ids, distinct])), 1 + rows
+    embeds = encode(models, distinct)
+    return torch.cat([torch.zeros_like(embeds[:1]) if null_embeds is None else null_embeds, embeds]), 1 + rows
+
+
+@contextlib.contextmanager
+def adapters_disabled(models: Models) -> Iterator[None]:
+    """Within it, the models are the base ones: the peft adapters that they carry are switched off."""
+    with contextlib.ExitStack() as stack:
+        for part in models.policy_parts.values():
+            if hasattr(part, "disable_adapter"):
+                stack.enter_context(part.disable_adapter())
+        yield
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is told of N prompts, and of the null prompt for guidance, as `encode` gives it."""
+
+    prompt_embeds: Tensor  # (N, L, D)
+    null_embeds: Tensor  # (1, L, D)
+
+
+@dataclass(frozen=True)
+class PooledText:
+    """What SDXL's U-Net is told beside the embeddings of a prompt: the pooled one, and sizes (arXiv:2307.01952, 2.2)."""
+
+    width: int  # P
+    pixels_per_latent: int
+
+    def take_apart(self, embeds: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeddings (N, L, D) and diffusers' added_cond_kwargs of embeddings (N, L+1, D) for latents (N, C, H, W).
+
+        The sizes are the plain pipeline's defaults: the image is of its own size, and not cropped.
+        """
+        height, width = (self.pixels_per_latent * size for size in latents.shape[2:])
+        time_ids = embeds.new_tensor([height, width, 0, 0, height, width]).expand(len(embeds), -1)
+        return embeds[:, :-1], {"text_embeds": embeds[:, -1, : self.width], "time_ids": time_ids}
+
+
+def pooled_text(models: Models) -> PooledText | None:
+    """How the U-Net takes the pooled embedding; None for all but SDXL, which have none."""
+    if models.text_encoder_2 is None:
+        return None
+    return PooledText(models.text_encoder_2.config.projection_dim, pixels_per_latent(models.vae))
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Along a side; 8 for all published models."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
+
+    Raises:
+        ValueError: the resolution is not a multiple of what the models need.
+    """
+    factor = pixels_per_latent(models.vae)
+    levels = 2 ** (len(models.unet.config.block_out_channels) - 1)
+    size = models.unet.config.sample_size if resolution is None else resolution / factor
+    if size < levels or size % levels:
+        raise ValueError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
+    return models.unet.config.in_channels, int(size), int(size)
