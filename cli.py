@@ -25,6 +25,7 @@ from texforce.config import (
     PRESETS,
     TrainConfig,
     read_json,
+    resolve,
 )
 from texforce.config_inference import (
     BASE,
@@ -171,7 +172,7 @@ def train(
             raise ValueError("force_resume: it is about a run to go on with; give --resume")
         if resume:
             options = resumed_options(resume, options)
-        settings = texforce.resolve(TrainConfig(**options))
+        settings = resolve(TrainConfig(**options))
         if processes.is_first():
             progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         if dry_run:
@@ -180,7 +181,9 @@ def train(
             output.print(_table("plan", plan.plan(settings)))
             return
         with told_how_to_go_on(settings), EpochView(settings) as view:
-            result = texforce.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
+            from texforce import training
+
+            result = training.train(settings, view, _warn, go_on=resume is not None, changed=force_resume)
         if not processes.is_first():
             return
         output.print(_results(result))
@@ -215,7 +218,7 @@ def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
         with interrupts.recognised():
             yield
     except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError, processes.ProcessLost):
-        if processes.is_first() and resume.newest(Path(config.output_dir, texforce.CHECKPOINTS)):
+        if processes.is_first() and resume.newest(Path(config.output_dir, resume.CHECKPOINTS)):
             _warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
         raise
 
@@ -257,7 +260,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         raise ValueError("preset: the config file decides all that a preset would; give --preset or --config, not both")
     for name in set(FOLLOWING_OPTIONS) & set(saved) - set(given):
         with suppress(ValueError):  # the file alone may be unusable, without what is given
-            if getattr(texforce.resolve(TrainConfig(**saved | {name: None})), name) == saved[name]:
+            if getattr(resolve(TrainConfig(**saved | {name: None})), name) == saved[name]:
                 saved = saved | {name: None}
     return saved | given
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluation, measures, pipelines, record, report, rewards, sampler, scorers
+from texforce import adapters, evaluation, experience, measures, pipelines, record, report, rewards, sampler, scorers
 from texforce.config import default_device
 from texforce.config_inference import BASE, DrawConfig, EvalConfig, SampleConfig, System
 from texforce.evaluation import Evaluation, ScoreFile
@@ -46,12 +46,12 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     systems = {system.name: adapters.put_on(models, system) for system in config.systems}
     if config.compare or not systems:
         systems = {BASE: models} | systems
-    return {name: texforce.check_finite(painter(put, config)(prompt_ids, seeds)) for name, put in systems.items()}
+    return {name: experience.check_finite(painter(put, config)(prompt_ids, seeds)) for name, put in systems.items()}
 
 
 def load_models(config: DrawConfig) -> pipelines.Models:
     """The models of a resolved configuration, on its device and in its precision; raises as `pipelines.load_models`."""
-    return pipelines.load_models(config.model, default_device(), getattr(torch, texforce.DTYPES[config.mixed_precision]))
+    return pipelines.load_models(config.model, default_device(), getattr(torch, pipelines.DTYPES[config.mixed_precision]))
 
 
 def painter(models: pipelines.Models, config: DrawConfig) -> Callable[[Tensor, Sequence[int]], Tensor]:

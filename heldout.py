@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import texforce
-from texforce import interrupts, pipelines, processes, record, sampler, scorers, world
+from texforce import experience, interrupts, pipelines, processes, record, sampler, scorers, world
 from texforce.config import TrainConfig
 from texforce.scorers import Scorer
+
+if TYPE_CHECKING:
+    from texforce.training import Setup
 
 # One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
 HELDOUT_SEED = 20_231_115
@@ -41,7 +45,7 @@ def heldout_images(
         images[start] = sampler.decode(policy.models.vae, trajectory.latents[:, -1]).cpu()
     for others in processes.gather(images):
         images |= others
-    return texforce.check_finite(torch.cat([images[start] for start in sorted(images)]))
+    return experience.check_finite(torch.cat([images[start] for start in sorted(images)]))
 
 
 def score_all(scorer: Scorer, images: Tensor, prompts: Sequence[str], batch_size: int, device: torch.device) -> Tensor:
@@ -70,7 +74,7 @@ def measure(
         scores = score_all(scorer, images, prompts, batch_size, torch.device(device))
         if not scores.isfinite().any():
             raise scorers.RewardError(f"reward: {name} gave no finite score on the held-out prompts")
-        measures[name] = texforce.finite_mean(scores)
+        measures[name] = experience.finite_mean(scores)
     if world.is_world(prompts):
         scores = scorers.score(world.alignment, images, prompts)
         finite = scores.isfinite()
@@ -86,7 +90,7 @@ def measure(
 class Heldout:
     """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
 
-    def __init__(self, setup: texforce.Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
+    def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig, output_dir: Path) -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
         self.denoiser = setup.denoiser
         if config.deterministic_elsewhere:  # those of the one who uses the adapter are not

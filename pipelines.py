@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from texforce.checkpoints import describe_files
 
 TINY = Path(__file__).parent / "tiny"
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
 
 

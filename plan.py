@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import pipelines, record, sampler
+from texforce import pipelines, record, sampler, training
 from texforce.config import TrainConfig
 from texforce.prompt_sets import split_prompts
 
@@ -19,14 +19,14 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """Counts and memory (MiB) of a run of a resolved configuration.
 
     Raises:
-        What `texforce.train` raises before it samples.
+        What `training.train` raises before it samples.
     """
     record.check_folder(config.output_dir)
     train_prompts, heldout_prompts = split_prompts(config)
-    setup = texforce.prepare(config)
+    setup = training.prepare(config)
     policy, denoiser = setup.policy, setup.denoiser
     models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
-    texforce.check_prompts(policy, config, train_prompts + heldout_prompts)
+    training.check_prompts(policy, config, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
     update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)

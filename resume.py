@@ -23,7 +23,10 @@ from texforce.config import TrainConfig
 if TYPE_CHECKING:
     import texforce
     from texforce import rewards
+    from texforce.experience import PromptOrder
+    from texforce.learner import Learner
 
+CHECKPOINTS = "checkpoints"  # their folder in that of a run
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 # What a run may go on with though it has changed: none of it decides the adapter.
 FREE_OPTIONS = (
@@ -54,10 +57,10 @@ class Run:
     """All that changes while a training runs."""
 
     policy: texforce.Policy
-    learner: texforce.Learner
+    learner: Learner
     reward: rewards.Mixture
     statistics: texforce.PromptStatistics
-    order: texforce.PromptOrder
+    order: PromptOrder
     generators: dict[str, torch.Generator]
     epochs: list[dict[str, Any]]  # what was measured of each, the first before training
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import texforce
 from texforce import pipelines
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -47,7 +46,7 @@ def build(model: str, device: str, precision: str) -> pipelines.Models:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    dtype = getattr(torch, texforce.DTYPES[precision])
+    dtype = getattr(torch, pipelines.DTYPES[precision])
     if model == "tiny":
         return pipelines.load_models("tiny", device, dtype)
     torch.manual_seed(0)

@@ -31,7 +31,9 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import pipelines, record, sampler  # noqa: E402
+from texforce import experience, pipelines, record, sampler  # noqa: E402
+from texforce.config import default_device, resolve  # noqa: E402
+from texforce.learner import Learner  # noqa: E402
 
 # What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
@@ -67,19 +69,19 @@ class Bench:
         self.group = math.gcd(self.num_images, self.config.num_samples_per_prompt)
         self.prompts = [f"a red circle and {i // self.group} blue squares" for i in range(self.num_images)]
         self.policy, self.denoiser = make_policy(options.model, self.device, self.config)
-        self.learner = texforce.Learner(self.policy.parameters, self.config)
+        self.learner = Learner(self.policy.parameters, self.config)
         policy, learner, config = self.policy, self.learner, self.config
         if options.textbook_precision not in (None, config.mixed_precision):
             config = replace(config, mixed_precision=options.textbook_precision, gradient_checkpointing=False)
             policy, _ = make_policy(options.model, self.device, config)
-            learner = texforce.Learner(policy.parameters, config)
+            learner = Learner(policy.parameters, config)
         self.textbook, self.textbook_learner = textbook.Textbook(policy, config), learner
 
     def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[texforce.Batch, Tensor]:
         """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
         reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
         memory = texforce.PromptStatistics()
-        batch = texforce.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
+        batch = experience.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
         advantages = 1.0 - 2.0 * (torch.arange(len(prompts), device=self.device) % 2)
         return replace(batch, advantages=advantages), torch.cat(reward.images)
 
@@ -132,7 +134,7 @@ def configure(options: argparse.Namespace) -> texforce.TrainConfig:
         learning_rate=NO_LEARNING,
         **{name: getattr(options, name) for name in changes},
     )
-    return replace(texforce.resolve(config), clip_range=textbook.CLIP_RANGE)
+    return replace(resolve(config), clip_range=textbook.CLIP_RANGE)
 
 
 def make_policy(model: str, device: str, config: texforce.TrainConfig) -> tuple[texforce.Policy, sampler.Denoiser]:
@@ -326,7 +328,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rollout_flops": rollout_flops,
         "update_flops": update_flops,
         "ratio_deviation": bench.our_update(bench.our_rollout()).first_ratio_deviation,
-        "clip_range": texforce.resolve(replace(bench.config, clip_range=None)).clip_range,
+        "clip_range": resolve(replace(bench.config, clip_range=None)).clip_range,
     }
     return results | memory(bench) | {"seconds": turns, "config": {k: v for k, v in vars(bench.config).items()}}
 
@@ -352,15 +354,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=texforce.default_device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--num-images", type=int, help="default: 128 for tiny, 4 on a CPU, else 16")
     parser.add_argument("--num-inference-steps", type=int, help="default: 8 for tiny, 2 on a CPU, else 10")
     parser.add_argument("--sample-batch-size", type=int)
     parser.add_argument("--micro-batch-size", type=int)
-    parser.add_argument("--mixed-precision", choices=tuple(texforce.DTYPES), help="default: fp16 on CUDA, else no")
-    parser.add_argument("--textbook-precision", choices=tuple(texforce.DTYPES), help="default: the same")
+    parser.add_argument("--mixed-precision", choices=tuple(pipelines.DTYPES), help="default: fp16 on CUDA, else no")
+    parser.add_argument("--textbook-precision", choices=tuple(pipelines.DTYPES), help="default: the same")
     parser.add_argument("--compile", action=switch, help="our denoising step (default: on CUDA)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in our update")
     parser.add_argument("--null-prompt", choices=("adapted", "base"), help="default: the preset's")

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, heldout, pipelines, prompt_sets, rewards, sampler
+from texforce import adapters, heldout, pipelines, prompt_sets, rewards, sampler, training
+from texforce.config import resolve
 
 BOTH = ("text-encoder", "unet")
 COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
@@ -28,13 +29,13 @@ def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
     """Held-out measures, base and tuned, of one training."""
     result = output_dir / "result.json"
     if not result.is_file():
-        texforce.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
+        training.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
     return json.loads(result.read_text())["heldout"]
 
 
 def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
     """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
-    options = texforce.resolve(texforce.TrainConfig(model="tiny"))
+    options = resolve(texforce.TrainConfig(model="tiny"))
     models = pipelines.load_models("tiny")
     models = adapters.load_adapters(models, [str(folder) for folder in folders], scale)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)

@@ -14,23 +14,25 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import prompt_sets
+from texforce import experience, prompt_sets, training
+from texforce.config import resolve
+from texforce.learner import Learner
 
 
 class Probe:
     """The tiny model's default training before its first update."""
 
     def __init__(self, seed: int) -> None:
-        self.config = texforce.resolve(texforce.TrainConfig(model="tiny", seed=seed))
-        setup = texforce.prepare(self.config)
+        self.config = resolve(texforce.TrainConfig(model="tiny", seed=seed))
+        setup = training.prepare(self.config)
         self.policy, self.denoiser, self.reward = setup.policy, setup.denoiser, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
-        self.learner = texforce.Learner(self.policy.parameters, self.config)
+        self.learner = Learner(self.policy.parameters, self.config)
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> texforce.Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
         statistics = texforce.PromptStatistics()
-        return texforce.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
+        return experience.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
 
     def gradient(self, batch: texforce.Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""

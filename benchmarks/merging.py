@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", help="output folders of trainings, or PATH:WEIGHT")
     folders = parser.parse_args().folders
-    options = texforce.resolve(texforce.TrainConfig(model="tiny"))
+    options = config.resolve(texforce.TrainConfig(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
     drawn = {"base": heldout_images(pipelines.load_models("tiny"), options, prompts)}
     drawn["side by side"] = heldout_images(adapters.load_adapters(pipelines.load_models("tiny"), folders), options, prompts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch, _pytree
 
-import texforce
+from texforce import pipelines
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -71,7 +71,7 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
 
 def matrix_rate(device: str, precision: str) -> float:
     """FLOP/s of products of large square matrices, the best of several sizes and tries."""
-    dtype, best = getattr(torch, texforce.DTYPES[precision]), 0.0
+    dtype, best = getattr(torch, pipelines.DTYPES[precision]), 0.0
     for size in (4096, 8192, 16384) if device == "cuda" else (512, 1024, 2048):
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(8):

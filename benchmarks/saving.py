@@ -10,8 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import texforce
-from texforce import resume
+from texforce import resume, training
 from texforce.config import TrainConfig, resolve
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -37,7 +36,7 @@ with tempfile.TemporaryDirectory() as place:
     config = TrainConfig(
         model="tiny", num_epochs=options.num_epochs, checkpoint_every=1, output_dir=str(Path(place) / "out")
     )
-    seconds = texforce.train(config)["seconds"] - sum(sum(times) for times in spent.values())
+    seconds = training.train(config)["seconds"] - sum(sum(times) for times in spent.values())
     size = sum(
         path.stat().st_size for path in (Path(place) / "out" / "checkpoints" / f"epoch_{options.num_epochs:06d}").iterdir()
     )

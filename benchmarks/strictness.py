@@ -14,6 +14,7 @@ from rich.table import Table
 
 import texforce
 from texforce import adapters, heldout, pipelines, prompt_sets, sampler, world
+from texforce.config import resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 
@@ -24,7 +25,7 @@ def exact(images: torch.Tensor, scenes: list[world.Scene], min_overlap: float) -
 
 
 def main() -> None:
-    options = texforce.resolve(texforce.TrainConfig(model="tiny"))
+    options = resolve(texforce.TrainConfig(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
     scenes = [world.parse(prompt) for prompt in prompts]
     systems = {"exact renderings": world.render(scenes, random.Random(0))}

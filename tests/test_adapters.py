@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluate, heldout, pipelines, sampler
+from texforce import adapters, evaluate, heldout, pipelines, sampler, training
 from texforce.checkpoints import ArtifactError
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, resolve
 from texforce.config_inference import SampleConfig, resolve_sample
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
             original = heldout.heldout_images
             patch.setattr(heldout, "heldout_images", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
-            texforce.train(TrainConfig(**OPTIONS | files | target_option | options))
+            training.train(TrainConfig(**OPTIONS | files | target_option | options))
         torch.save(drawn, folder / f"{target}.images")
     return folder
 
@@ -152,7 +152,7 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     base, tuned = torch.load(runs / f"{name}.images")
     assert (tuned - base).abs().max() > 0.01
     settings = json.loads((runs / name / "config.json").read_text())
-    config = texforce.resolve(TrainConfig(**settings))
+    config = resolve(TrainConfig(**settings))
     models = load_adapter(load_tiny(), runs / name)
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)

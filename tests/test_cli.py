@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import DivergedError, cli, pipelines, remote, rewards, sampler
+from texforce import DivergedError, cli, pipelines, remote, rewards, sampler, training
 from texforce.config import PRESETS, TrainConfig, resolve
 from texforce.config_inference import EvalConfig, MergeConfig, SampleConfig, resolve_sample
 from texforce.scorers import RewardError
@@ -505,7 +505,7 @@ def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
 
 
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
-    original, epochs = texforce._train_epoch, []
+    original, epochs = training._train_epoch, []
 
     def train_epoch(*args):
         epochs.append(1)
@@ -513,7 +513,7 @@ def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, sto
             stop()
         return original(*args)
 
-    monkeypatch.setattr(texforce, "_train_epoch", train_epoch)
+    monkeypatch.setattr(training, "_train_epoch", train_epoch)
     return train({"eval_every": 3} | small_run, output_dir=output_dir, num_epochs=3)
 
 
@@ -532,7 +532,7 @@ def check_saved(folder: Path) -> None:
     (OSError(32, "Broken pipe"), 5, "Broken pipe"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
 def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
-    policies, original = [], texforce.prepare
+    policies, original = [], training.prepare
 
     def prepare(config):
         prepared = original(config)
@@ -542,7 +542,7 @@ def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_pat
     def stop():
         raise error
 
-    monkeypatch.setattr(texforce, "prepare", prepare)
+    monkeypatch.setattr(training, "prepare", prepare)
     result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
     check_failure(result, code, words)
     check_saved(tmp_path / "out")

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import texforce
-from texforce import cli, evaluate, measures, pipelines, record, sampler
+from texforce import cli, evaluate, measures, pipelines, record, sampler, training
 from texforce.config import TrainConfig
 from texforce.config_inference import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
 
@@ -30,7 +29,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def adapter(shared_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "out"
-    texforce.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
+    training.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
     return folder
 
 

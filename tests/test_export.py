@@ -20,9 +20,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, pipelines, sampler
+from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, pipelines, sampler, training
 from texforce.checkpoints import ArtifactError
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, resolve
 from texforce.config_inference import MergeConfig, SampleConfig, parse_weighted, resolve_merge, resolve_sample
 from texforce.lora import Layer
 
@@ -816,12 +816,12 @@ def test_when_nothing_can_be_renamed_any_more_the_old_is_not_deleted(bases, pair
 
 def test_a_trainings_own_folder_keeps_its_permissions(small_run, tmp_path):
     (tmp_path / "out").mkdir(mode=0o700)
-    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
 def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
-    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((tmp_path / "out" / "adapter_model.safetensors").stat().st_mode) == 0o666 & ~mask
@@ -829,7 +829,7 @@ def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
 
 def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr("texforce.config_inference.default_model", lambda device: "another")
-    texforce.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
     assert resolve_merge(MergeConfig(unet=str(tmp_path / "out"))).model == "tiny"
     unet = str(pipelines.TINY / "unet")  # whose config.json is diffusers'
@@ -839,10 +839,10 @@ def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(small_run, tmp_path):
     options = small_run | {"learning_rate": 0.03, "num_epochs": 2}
     for target in ("text-encoder", "unet"):
-        texforce.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
+        training.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
     specs = [str(tmp_path / "text-encoder"), str(tmp_path / "unet")]
     folder = merge(Base("tiny", pipelines.TINY), tmp_path / "merged", *specs)
-    config = texforce.resolve(TrainConfig(**options))
+    config = resolve(TrainConfig(**options))
     drawn = []
     for models in (pipelines.load_models(str(folder)), adapters.load_adapters(pipelines.load_models("tiny"), specs)):
         schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
@@ -853,7 +853,7 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
 
 def test_what_is_merged_is_sampled_as_what_it_was_made_of(small_run, tmp_path):
     options = small_run | {"null_prompt": "base", "guidance_scale": 2.0, "learning_rate": 0.03}
-    texforce.train(TrainConfig(**options | {"output_dir": str(tmp_path / "out")}))
+    training.train(TrainConfig(**options | {"output_dir": str(tmp_path / "out")}))
     expected = evaluate.sample(
         resolve_sample(SampleConfig(adapter=[str(tmp_path / "out")], prompt=PROMPTS)), PROMPTS, [5, 6]
     )

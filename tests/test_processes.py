@@ -20,9 +20,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from peft import LoraConfig, get_peft_model  # noqa: F401
 from safetensors.torch import load_file
 
-import texforce
-from texforce import processes, resume, rewards
-from texforce.config import TrainConfig
+from texforce import processes, resume, rewards, training
+from texforce.config import TrainConfig, resolve
 
 WEIGHTS = "adapter_model.safetensors"
 # Two prompts of four images are two batches, one for each of two processes.
@@ -67,7 +66,7 @@ def said(log: Path) -> str:
 
 
 def train(number: int, options: dict, log: Path, **arguments) -> None:
-    codes = finish(start(number, lambda: texforce.train(TrainConfig(**options), **arguments), log))
+    codes = finish(start(number, lambda: training.train(TrainConfig(**options), **arguments), log))
     assert codes == [0] * number, said(log)
 
 
@@ -133,16 +132,16 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = texforce._train_epoch
+    original = training._train_epoch
 
     def dying(run, setup, config):
         if len(run.epochs) == 2 and processes.rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(run, setup, config)
 
-    monkeypatch.setattr(texforce, "_train_epoch", dying)
+    monkeypatch.setattr(training, "_train_epoch", dying)
     begin = time.perf_counter()
-    codes = finish(start(2, lambda: texforce.train(TrainConfig(**options)), tmp_path / "log"))
+    codes = finish(start(2, lambda: training.train(TrainConfig(**options)), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
@@ -156,7 +155,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    assert finish(start(2, lambda: texforce.train(TrainConfig(**options)), tmp_path / "log")) == [1, 1]
+    assert finish(start(2, lambda: training.train(TrainConfig(**options)), tmp_path / "log")) == [1, 1]
     assert "ValueError: output_dir" in (tmp_path / "log.0").read_text()
     assert "ends with the first one (output_dir" in (tmp_path / "log.1").read_text()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
@@ -165,7 +164,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
-        texforce.check_shares(texforce.resolve(TrainConfig(**small_run | OPTIONS)))
+        training.check_shares(resolve(TrainConfig(**small_run | OPTIONS)))
 
 
 @pytest.mark.slow

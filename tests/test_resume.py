@@ -21,8 +21,9 @@ import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import DivergedError, cli, interrupts, record, resume, rewards
+from texforce import DivergedError, cli, experience, interrupts, record, resume, rewards, training
 from texforce.config import TrainConfig, resolve
+from texforce.learner import Learner
 from texforce.scorers import RewardError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,7 +64,7 @@ def train(options: dict, folder: Path, stop_in: int | None = None, **arguments: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texforce, "update", update)
         with contextlib.suppress(Stop):
-            return texforce.train(config, **arguments)
+            return training.train(config, **arguments)
     return {}
 
 
@@ -163,14 +164,14 @@ def test_a_changed_run_is_refused_with_what_has_changed_unless_forced(options, c
     assert json.loads((folder / "config.json").read_text())["rank"] == 4
     forced = options | {"learning_rate": 1e-3, "num_epochs": 5, "lr_scheduler": "linear"}
     rates = []
-    step = texforce.Learner.step
+    step = Learner.step
 
     def seen(learner, *arguments):
         rates.append(learner.optimizer.param_groups[0]["lr"])
         return step(learner, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texforce.Learner, "step", seen)
+        patch.setattr(Learner, "step", seen)
         train(forced, folder, stop_in=1, go_on=True, changed=True)
         train(forced, folder, go_on=True)  # it is what was forced that goes on
     assert [line["epoch"] for line in metrics(folder)] == [0, 1, 2, 3, 4, 5]
@@ -236,7 +237,7 @@ def test_what_is_measured_stays_when_a_run_is_stopped_and_then_diverges(options,
         raise DivergedError("it went wrong")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texforce, "collect", diverge)
+        patch.setattr(experience, "collect", diverge)
         with pytest.raises(DivergedError, match="the adapter of epoch 2 is kept"):
             train(options, tmp_path / "run", go_on=True)
     assert weights(tmp_path / "run") == kept
@@ -246,7 +247,7 @@ def test_what_is_measured_stays_when_a_run_is_stopped_and_then_diverges(options,
 def test_a_measure_that_is_not_finite_is_a_divergence():
     told = {"epoch": 3, "ratio_deviation": math.inf, "reward_std": 0.1}
     with pytest.raises(DivergedError, match="ratio_deviation of epoch 3 is not finite"):
-        texforce.check_guards([*epochs(0.5, 0.5), told], TrainConfig(reward="hps"), REWARD)
+        training.check_guards([*epochs(0.5, 0.5), told], TrainConfig(reward="hps"), REWARD)
 
 
 def test_options_that_decide_nothing_may_change(options, checkpoint):
@@ -390,13 +391,13 @@ REWARD = rewards.Mixture({"hps": lambda images, prompts: None}, {"hps": 1.0})
 def test_a_held_out_reward_that_collapses_stops_the_run(final, limit, stops):
     config = TrainConfig(reward="hps", max_reward_drop=limit)
     with pytest.raises(DivergedError, match=r"hps has collapsed from 0.5000 to") if stops else contextlib.nullcontext():
-        texforce.check_guards(epochs(0.5, 0.6, final), config, REWARD)
+        training.check_guards(epochs(0.5, 0.6, final), config, REWARD)
 
 
 def test_a_kl_divergence_above_the_limit_stops_the_run(options, tmp_path):
     with pytest.raises(DivergedError, match=r"above --max-kl 2; lower"):
-        texforce.check_guards(epochs(0.5, 0.5, kl=3.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
-    texforce.check_guards(epochs(0.5, 0.5, kl=1.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
+        training.check_guards(epochs(0.5, 0.5, kl=3.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
+    training.check_guards(epochs(0.5, 0.5, kl=1.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
     with pytest.raises(DivergedError, match=r"KL divergence.*the adapter of epoch 1 is kept in"):
         train(options | {"max_kl": 1e-9, "num_updates_per_epoch": 1, "eval_every": 1}, tmp_path / "run")
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
@@ -448,10 +449,10 @@ def check_folder_is_locked(options: dict, folder: Path) -> None:
     def second(measures: dict) -> None:
         if not refused:
             with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on ") as error:
-                texforce.train(TrainConfig(**options, output_dir=str(folder / "run")), go_on=True)
+                training.train(TrainConfig(**options, output_dir=str(folder / "run")), go_on=True)
             refused.append(error)
 
-    texforce.train(TrainConfig(**options | {"num_epochs": 1}, output_dir=str(folder / "run")), second)
+    training.train(TrainConfig(**options | {"num_epochs": 1}, output_dir=str(folder / "run")), second)
     assert refused
     assert not (folder / "run" / record.HOLDER).exists()
 
@@ -478,10 +479,10 @@ def check_failure(result, code: int, *words: str) -> None:
 
 def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, tmp_path, monkeypatch):
     arguments = [*flags(options | {"num_epochs": 2}), "--resume", tmp_path / "out"]
-    original = texforce.collect
-    monkeypatch.setattr(texforce, "collect", lambda *given: (_ for _ in ()).throw(RewardError("reward: gone")))
+    original = experience.collect
+    monkeypatch.setattr(experience, "collect", lambda *given: (_ for _ in ()).throw(RewardError("reward: gone")))
     check_failure(command_line(*arguments), 6, "go on by: texforce train --resume", "reward: gone")
-    monkeypatch.setattr(texforce, "collect", original)
+    monkeypatch.setattr(experience, "collect", original)
     assert command_line(*arguments).exit_code == 0
     result = command_line("--resume", tmp_path / "out")
     assert result.exit_code == 0
@@ -498,7 +499,7 @@ def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, t
 def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monkeypatch):
     import resource
 
-    monkeypatch.setattr(texforce, "prepare", lambda config: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -583,7 +584,7 @@ DEFECTS: dict[str, tuple[object, str, Callable, Callable]] = {
     "schedule not saved": (resume.Run, "restore", lambda: forgets(num_steps=0), check_goes_on_exactly),
     "order not saved": (resume.Run, "restore", lambda: forgets(order=[]), check_goes_on_exactly),
     "no lock": (record, "held", lambda: unlocked, check_folder_is_locked),
-    "NaN let through": (texforce.Learner, "step", lambda: steps_without_looking, check_nan_is_stopped),
+    "NaN let through": (Learner, "step", lambda: steps_without_looking, check_nan_is_stopped),
     "half of the gradients dropped": (
         texforce, "accumulate_gradients", lambda: half_dropped(texforce.accumulate_gradients), check_gradient_is_whole,
     ),

@@ -13,9 +13,10 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, export, pipelines, plan, rewards, sampler
+from texforce import cli, evaluate, experience, export, pipelines, plan, rewards, sampler, training
 from texforce.config import PRESETS, TrainConfig, family, resolve
 from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
+from texforce.learner import Learner
 
 PROMPTS = ["a red circle", "two blue squares"]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -246,12 +247,12 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
     policy, denoiser = texforce.make_policy(replace(pipelines.load_models(str(xl)), zero_null=zeros), config)
     reward = rewards.Mixture({"brightness": lambda images, prompts: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
     noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
-    batch = texforce.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
+    batch = experience.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
     with torch.no_grad():  # off the start, where half of LoRA has no gradient
         for parameter in policy.parameters:
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(3))
-    learner = texforce.Learner(policy.parameters, config)
+    learner = Learner(policy.parameters, config)
     texforce.accumulate_gradients(policy, denoiser, batch, pairs, config, learner)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters]
     references = textbook_gradient(policy, denoiser, config, batch, pairs)
@@ -268,7 +269,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
 
 
 def train(folder: Path, output: Path, options: dict, **more) -> dict:
-    return texforce.train(TrainConfig(**options | {"model": str(folder), "output_dir": str(output)} | more))
+    return training.train(TrainConfig(**options | {"model": str(folder), "output_dir": str(output)} | more))
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +330,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_adapter(xl, trained, shared_r
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        texforce.train(config, report=stop)
-    texforce.train(config, go_on=True)
+        training.train(config, report=stop)
+    training.train(config, go_on=True)
     for place in ("", "text_encoder_2"):
         one, other = (load_file(run / place / "adapter_model.safetensors") for run in (trained, tmp_path / "run"))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, heldout, pipelines, plan, rewards, sampler, world
+from texforce import DivergedError, experience, heldout, pipelines, plan, rewards, sampler, training, world
 from texforce.config import TrainConfig, resolve
+from texforce.learner import MAX_SKIPPED_STEPS, Learner
 from texforce.scorers import RewardError
 
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
@@ -43,7 +44,7 @@ class Rig:
         generator = torch.Generator().manual_seed(0)
         statistics = texforce.PromptStatistics()
         reward = rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
-        return texforce.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
+        return experience.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
 
     def pairs(self, batch: texforce.Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
         """The (image, step) pairs of all images and the steps, in a shuffled order."""
@@ -55,15 +56,15 @@ class Rig:
         for parameter in self.policy.parameters:
             parameter.grad = None
         config = replace(self.config, **options)
-        learner = texforce.Learner(self.policy.parameters, config)
+        learner = Learner(self.policy.parameters, config)
         return texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, config, learner)
 
     def gradient(self, batch: texforce.Batch, pairs: Tensor, **options) -> Tensor:
         self.accumulate(batch, pairs, **options)
         return gradient_of(self.policy.parameters)
 
-    def update(self, batch: texforce.Batch, learner: texforce.Learner | None = None) -> texforce.UpdateStatistics:
-        learner = learner or texforce.Learner(self.policy.parameters, self.config)
+    def update(self, batch: texforce.Batch, learner: Learner | None = None) -> texforce.UpdateStatistics:
+        learner = learner or Learner(self.policy.parameters, self.config)
         generator = torch.Generator().manual_seed(2)
         return texforce.update(self.policy, self.denoiser, batch, learner, self.config, generator)
 
@@ -86,7 +87,7 @@ def make_rig(**options) -> Rig:
         "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
-    models = pipelines.load_models("tiny", dtype=getattr(torch, texforce.DTYPES[config.mixed_precision]))
+    models = pipelines.load_models("tiny", dtype=getattr(torch, pipelines.DTYPES[config.mixed_precision]))
     policy, denoiser = texforce.make_policy(replace(models, unet=untrained(models.unet)), config)
     return Rig(policy, denoiser, config)
 
@@ -221,7 +222,7 @@ def test_the_micro_batch_size_changes_neither_gradient_nor_update(target, null_p
     for size in (1, 7, 64):
         rig.config = replace(rig.config, micro_batch_size=size)
         gradients.append(rig.gradient(batch, pairs))
-        learner = texforce.Learner(rig.policy.parameters, rig.config)
+        learner = Learner(rig.policy.parameters, rig.config)
         learner.step(rig.policy.parameters, rig.config.max_grad_norm)
         changes.append(rig.weights() - start)
         torch.nn.utils.vector_to_parameters(start.clone(), rig.policy.parameters)
@@ -501,7 +502,7 @@ def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_
     heldout = {}
     for name, options in {"plain": {}, "other": {"deterministic_elsewhere": True, "timestep_window": 0.5}}.items():
         config = TrainConfig(**small_run | options | {"output_dir": str(tmp_path / name)})
-        heldout[name] = texforce.train(config)["heldout"]["jpeg"]["base"]
+        heldout[name] = training.train(config)["heldout"]["jpeg"]["base"]
     assert heldout["plain"] == heldout["other"]
 
 
@@ -519,8 +520,8 @@ def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
 
 def test_images_that_cannot_be_shared_out_evenly_still_give_as_many_updates_as_asked(monkeypatch):
     rig, steps = make_rig(num_updates_per_epoch=4), []
-    original = texforce.Learner.step
-    monkeypatch.setattr(texforce.Learner, "step", lambda *args: (steps.append(1), original(*args))[1])
+    original = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda *args: (steps.append(1), original(*args))[1])
     rig.update(rig.collect())
     assert len(steps) == 4
 
@@ -661,7 +662,7 @@ def test_ddpo_statistics_are_kept_from_epoch_to_epoch(small_run, tmp_path, monke
 ])  # fmt: skip
 def test_the_learning_rate_warms_up_for_the_steps_asked_and_then_follows_its_schedule(lr_scheduler, expected):
     rig = make_rig(lr_warmup_steps=2, lr_scheduler=lr_scheduler, num_epochs=3, num_updates_per_epoch=2, learning_rate=1.0)
-    learner, rates = texforce.Learner(rig.policy.parameters, rig.config), []
+    learner, rates = Learner(rig.policy.parameters, rig.config), []
     for parameter in rig.policy.parameters:
         parameter.grad = torch.zeros_like(parameter)
     for _ in expected:
@@ -692,9 +693,9 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes():
     assert torch.equal(rig.weights(), before)
 
 
-def fp16_learner(rig: Rig) -> texforce.Learner:
+def fp16_learner(rig: Rig) -> Learner:
     """A learner that scales its loss, as in fp16; the CPU has the same scaler."""
-    learner = texforce.Learner(rig.policy.parameters, rig.config)
+    learner = Learner(rig.policy.parameters, rig.config)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     return learner
 
@@ -722,7 +723,7 @@ def test_fp16_gives_up_when_lowering_the_scale_does_not_help():
         learner.scaler.scale(torch.ones(()))
         learner.step(rig.policy.parameters, 1.0)
 
-    for _ in range(texforce.MAX_SKIPPED_STEPS):
+    for _ in range(MAX_SKIPPED_STEPS):
         fail()
     with pytest.raises(DivergedError, match="gradient is not finite"):
         fail()
@@ -775,7 +776,7 @@ def test_sampling_with_another_policy_than_the_one_trained_is_noticed():
 @pytest.mark.parametrize("decay", [0.1, 0.9])
 def test_the_saved_adapter_is_the_average_over_updates(small_run, tmp_path, monkeypatch, decay):
     seen, tensors = [], {}
-    original = texforce.Learner.step
+    original = Learner.step
 
     def step(self, parameters, max_grad_norm):
         norm = original(self, parameters, max_grad_norm)
@@ -783,7 +784,7 @@ def test_the_saved_adapter_is_the_average_over_updates(small_run, tmp_path, monk
         seen.append([parameter.detach().clone() for parameter in parameters])
         return norm
 
-    monkeypatch.setattr(texforce.Learner, "step", step)
+    monkeypatch.setattr(Learner, "step", step)
     policies = remember_policies(monkeypatch)
     train(small_run, tmp_path / "out", ema_decay=decay, num_updates_per_epoch=3)
     assert len(seen) == 3
@@ -827,7 +828,7 @@ def test_the_kl_term_pulls_towards_the_base_model():
     batch = rig.collect()
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
     rig.perturb(1e-2)
-    pairs, learner = rig.pairs(batch), texforce.Learner(rig.policy.parameters, rig.config)
+    pairs, learner = rig.pairs(batch), Learner(rig.policy.parameters, rig.config)
     divergences = []
     for _ in range(8):
         divergences.append(rig.accumulate(batch, pairs).kl)
@@ -839,19 +840,19 @@ def test_the_kl_term_pulls_towards_the_base_model():
 
 
 def train(small_run: dict, output_dir, **options) -> dict:
-    return texforce.train(TrainConfig(**small_run | {"output_dir": str(output_dir)} | options))
+    return training.train(TrainConfig(**small_run | {"output_dir": str(output_dir)} | options))
 
 
 def remember_policies(monkeypatch) -> list[texforce.Policy]:
     policies = []
-    original = texforce.prepare
+    original = training.prepare
 
     def prepare(config):
         result = original(config)
         policies.append(result.policy)
         return result
 
-    monkeypatch.setattr(texforce, "prepare", prepare)
+    monkeypatch.setattr(training, "prepare", prepare)
     return policies
 
 
@@ -989,7 +990,7 @@ def test_a_nan_reward_drops_its_sample_and_training_goes_on(small_run, tmp_path)
     config = TrainConfig(**small_run | {
         "output_dir": str(tmp_path / "out"), "reward": reward_file(tmp_path, body), "num_epochs": 2, "seed": 7,
     })  # fmt: skip
-    result = texforce.train(config, reports.append)
+    result = training.train(config, reports.append)
     _, first, second = read_metrics(tmp_path / "out")
     assert result["num_dropped"] == 2
     assert "dropped" not in second
@@ -1035,12 +1036,12 @@ def test_the_measures_of_a_normalised_reward_are_told_in_the_units_of_the_end():
         "parts": {"a": 4.0, "b": 10.0},
         "heldout": {"a=1,b=2": 99.0, "a": 6.0, "b": 20.0, "c": 5.0},
     }
-    told = texforce._in_final_units(epoch, "a=1,b=2", mixture)
+    told = training._in_final_units(epoch, "a=1,b=2", mixture)
     assert told["reward_mean"] == pytest.approx(4 / 2 + 2 * 10 / 20)
     assert told["heldout"] == pytest.approx({"a=1,b=2": 6 / 2 + 2 * 20 / 20, "a": 6.0, "b": 20.0, "c": 5.0})
     assert epoch["reward_mean"] == epoch["heldout"]["a=1,b=2"] == 99.0
     mixture.normalise = False
-    assert texforce._in_final_units(epoch, "a=1,b=2", mixture) == epoch
+    assert training._in_final_units(epoch, "a=1,b=2", mixture) == epoch
 
 
 def test_one_unit_holds_for_all_images_that_are_compared():
@@ -1050,7 +1051,7 @@ def test_one_unit_holds_for_all_images_that_are_compared():
         {"a": rig.scorer, "b": lambda images, _: 50 * images[:, 0].mean(dim=(1, 2))}, {"a": 1.0, "b": 1.0}, True
     )
     noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
-    batch = texforce.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
+    batch = experience.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
     expected = sum(part / part.std(correction=0) for part in batch.parts.values())
     torch.testing.assert_close(batch.rewards, expected, rtol=1e-4, atol=1e-5)
 
@@ -1161,7 +1162,7 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
         heldout_prompts=str(tmp_path / "heldout.txt"), resolution=64, num_epochs=1, num_inference_steps=2,
         num_prompts_per_epoch=2, num_samples_per_prompt=2, num_updates_per_epoch=1,
     )  # fmt: skip
-    result = texforce.train(config)
+    result = training.train(config)
     assert result["max_ratio_deviation"] <= 1e-6
     assert math.isfinite(result["heldout"]["jpeg"]["tuned"])
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -1,0 +1,146 @@
+"""Experience: prompts in their order, the images that a policy samples for them, and their scores and advantages."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import texforce
+from texforce import interrupts, pipelines, processes, rewards, sampler, scorers
+from texforce.config import TrainConfig
+
+T = TypeVar("T")
+
+
+class PromptOrder:
+    """The prompts over and over, shuffled anew each time."""
+
+    def __init__(self, prompts: list[str], generator: torch.Generator) -> None:
+        self.prompts, self.generator = prompts, generator
+        self.waiting: list[int] = []  # indices of the prompts that are still to come before the next shuffle
+
+    def take(self, number: int) -> list[str]:
+        """The next prompts."""
+        taken = []
+        for _ in range(number):
+            if not self.waiting:
+                self.waiting = torch.randperm(len(self.prompts), generator=self.generator).tolist()
+            taken.append(self.prompts[self.waiting.pop(0)])
+        return taken
+
+
+def collect(
+    policy: texforce.Policy,
+    denoiser: sampler.Denoiser,
+    reward: rewards.Mixture,
+    prompts: Sequence[str],
+    config: TrainConfig,
+    generator: torch.Generator,
+    statistics: texforce.PromptStatistics,
+) -> texforce.Batch:
+    """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
+
+    Raises:
+        DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
+    trajectory, here, parts = _sample_and_score(policy, denoiser, reward, repeated, config, generator)
+    reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
+    values = reward.combine(parts)
+    values = values.where(values.isfinite(), torch.nan)
+    if values.isnan().all():
+        raise scorers.RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
+    advantages = texforce.normalised_advantages(values, repeated, config, statistics)
+    return texforce.Batch(trajectory, advantages.to(policy.models.device), values, parts, here)
+
+
+def _sample_and_score(
+    policy: texforce.Policy,
+    denoiser: sampler.Denoiser,
+    reward: rewards.Mixture,
+    prompts: Sequence[str],
+    config: TrainConfig,
+    generator: torch.Generator,
+) -> tuple[sampler.Trajectory, Tensor, dict[str, Tensor]]:
+    """This process's n trajectories of those of N prompts, which they are (n,), and the scores (N,) of each part.
+
+    While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
+    """
+    shape = pipelines.latent_shape(policy.models, config.resolution)
+    shared = sampler.SharedSteps(config.num_shared_steps, config.num_samples_per_prompt if config.num_shared_steps else 1)
+    indices = torch.arange(len(prompts)).split(config.sample_batch_size)
+    trajectories: dict[int, sampler.Trajectory] = {}
+    scores: dict[int, dict[str, Tensor]] = {}
+    waiting: dict[int, Future[dict[str, Tensor]]] = {}
+    try:
+        for number, chunk in enumerate(_chunks(prompts, config.sample_batch_size)):
+            interrupts.check()
+            if not processes.share(number):
+                sampler.skip_rollout(denoiser, len(chunk), shape, generator, shared)
+                continue
+            prompt_ids = pipelines.tokenize_for(policy.models, chunk).to(policy.models.device)
+            with torch.no_grad():
+                conditioning = policy.conditioning(prompt_ids)
+            keep = config.null_prompt == "base"
+            trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep, shared)
+            trajectories[number] = trajectory
+            scores |= {number: future.result() for number, future in waiting.items()}
+            waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
+        scores |= {number: future.result() for number, future in waiting.items()}
+    finally:
+        wait(waiting.values(), timeout=2)  # a thread that is at work when the process ends can bring it down
+    for others in processes.gather(scores):
+        scores |= others
+    here = torch.cat([indices[number] for number in trajectories])
+    parts = {name: torch.cat([scores[number][name] for number in range(len(indices))]) for name in scores[0]}
+    return sampler.concatenate(list(trajectories.values())), here, parts
+
+
+def _decode_and_score(
+    policy: texforce.Policy, reward: rewards.Mixture, trajectory: sampler.Trajectory, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    if policy.models.device.type == "cuda":
+        torch.cuda.set_device(policy.models.device)  # a thread inherits neither this nor the grad mode
+    with torch.no_grad():
+        return reward.score(check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1])), prompts)
+
+
+def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in a thread of its own, for which no process waits at its end."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as they are.
+
+    Raises:
+        DivergedError: not one of them is finite, so that it is not for the scorer to judge them.
+    """
+    if not images.isfinite().flatten(1).all(dim=1).any():
+        raise texforce.DivergedError(
+            "the images are not finite; lower --learning-rate (or --scale, in sampling), or try --mixed-precision no"
+        )
+    return images
+
+
+def finite_mean(scores: Tensor) -> float:
+    """Mean of those of scores (N,) that are finite."""
+    return scores[scores.isfinite()].mean().item()
