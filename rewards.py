@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from texforce import remote, scorers, world
+from texforce import detectors, remote, scorers, world
 from texforce.checkpoints import ArtifactError, describe, describe_files, describe_source, find_weights
 from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
 
@@ -73,14 +73,14 @@ CATALOGUE = {
         gradients=True, features=True,
     ),
     "ocr": Entry(
-        lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
-        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=scorers.quoted,
+        lambda device: detectors.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
+        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=detectors.quoted,
     ),
     "face": Entry(
-        scorers.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
+        detectors.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
         packages=("pyiqa",),
     ),
-    "hand": Entry(scorers.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
+    "hand": Entry(detectors.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
     "alignment": Entry(
         lambda device: world.alignment, "the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse
     ),

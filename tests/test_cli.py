@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import DivergedError, cli, pipelines, remote, rewards, sampler, training
+from texforce import DivergedError, cli, pipelines, remote, rewards, sampler, terminal, training
 from texforce.config import PRESETS, TrainConfig, resolve
 from texforce.config_inference import EvalConfig, MergeConfig, SampleConfig, resolve_sample
 from texforce.scorers import RewardError
@@ -39,8 +39,8 @@ NO_GPU = not torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     """So that a line of output is a line."""
-    monkeypatch.setattr(cli.progress, "_width", 1000)
-    monkeypatch.setattr(cli.output, "_width", 1000)
+    monkeypatch.setattr(terminal.progress, "_width", 1000)
+    monkeypatch.setattr(terminal.output, "_width", 1000)
 
 
 def run(*arguments: object) -> Result:
@@ -707,8 +707,8 @@ def view_of_epochs(monkeypatch, **console) -> str:
     from rich.console import Console
 
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "progress", Console(file=shown, width=200, **console))
-    with cli.EpochView(TrainConfig(num_epochs=4)) as view:
+    monkeypatch.setattr(terminal, "progress", Console(file=shown, width=200, **console))
+    with terminal.EpochView(TrainConfig(num_epochs=4)) as view:
         for measures in EPOCHS:
             view(measures)
     return shown.getvalue()
