@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -384,27 +385,23 @@ def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, c
     check_failure(result, 6, error, "no such colour")
 
 
-@pytest.mark.parametrize("kind", ["function", "server"])
-@pytest.mark.parametrize("flaw", [
-    "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
-])  # fmt: skip
-def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_saved(small_run, tmp_path, kind, flaw):
-    """The first call is for the 2 held-out prompts, the second for the first epoch's 8 images, the third for the next's."""
-    calls = []
-
-    def scores(num_images: int) -> Any:
-        calls.append(num_images)
-        if len(calls) < 3:
-            return [float(number) for number in range(num_images)]
-        return {"gives too few": [1.0], "gives words": "good", "gives NaN for all": [math.nan] * num_images}.get(flaw, flaw)
+def breaking_function(scores: Callable[[int], Any]) -> Callable:
+    """A reward that gives the scores of so many images, or breaks as they say."""
 
     def function(images, prompts):
         result = scores(len(images))
         if result == "hangs":
             time.sleep(20)
         elif result in ("raises", "ends the process", "is reset"):
-            raise {"raises": KeyError, "ends the process": SystemExit, "is reset": ConnectionResetError}[result](flaw)
+            raise {"raises": KeyError, "ends the process": SystemExit, "is reset": ConnectionResetError}[result](result)
         return torch.tensor(result) if isinstance(result, list) else result
+
+    return function
+
+
+@contextmanager
+def breaking_server(scores: Callable[[int], Any]) -> Iterator[str]:
+    """The address of a server that does the same."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -425,18 +422,35 @@ def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        (tmp_path / "mine.py").write_text("reward = None\n")
-        reward = f"{tmp_path / 'mine.py'}:reward"
-        with pytest.MonkeyPatch.context() as patch:
-            if kind == "server":
-                reward = f"http://127.0.0.1:{server.server_port}/score"
-                patch.setattr(remote.Remote.__init__, "__defaults__", (2, 0.01))
-            else:
-                patch.setattr(rewards, "_load_function", lambda spec: function)
-            options = {"output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 3, "reward_timeout": 2.0}
-            start = time.perf_counter()
-            result = train(small_run | options, reward=reward)
+        yield f"http://127.0.0.1:{server.server_port}/score"
         server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["function", "server"])
+@pytest.mark.parametrize("flaw", [
+    "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
+])  # fmt: skip
+def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_saved(small_run, tmp_path, kind, flaw):
+    """The first call is for the 2 held-out prompts, the second for the first epoch's 8 images, the third for the next's."""
+    calls = []
+
+    def scores(num_images: int) -> Any:
+        calls.append(num_images)
+        if len(calls) < 3:
+            return [float(number) for number in range(num_images)]
+        return {"gives too few": [1.0], "gives words": "good", "gives NaN for all": [math.nan] * num_images}.get(flaw, flaw)
+
+    (tmp_path / "mine.py").write_text("reward = None\n")
+    reward = f"{tmp_path / 'mine.py'}:reward"
+    with breaking_server(scores) as address, pytest.MonkeyPatch.context() as patch:
+        if kind == "server":
+            reward = address
+            patch.setattr(remote.Remote.__init__, "__defaults__", (2, 0.01))
+        else:
+            patch.setattr(rewards, "_load_function", lambda spec: breaking_function(scores))
+        options = {"output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 3, "reward_timeout": 2.0}
+        start = time.perf_counter()
+        result = train(small_run | options, reward=reward)
     assert time.perf_counter() - start < 15
     check_failure(result, 6, "reward: ")
     assert calls[:2] == [2, 8]

@@ -876,99 +876,137 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(small_run, tmp_path):
 # --- what is refused ---
 
 
-def bad_files(folder: Path, pipeline) -> dict[str, tuple[Path, str, int]]:
-    """Files and folders that must not get through: each with the option that names it and the exit code."""
-    text, unet = random_layers(pipeline.text_encoder, 1), random_layers(pipeline.unet, 1)
-    first = next(iter(text))
+BadFiles = dict[str, tuple[Path, str, int]]  # each with the option that names it and the exit code
 
-    def tensors(name: str, content: dict[str, Tensor], metadata=None) -> Path:
-        path = folder / f"{name}.safetensors".replace(" ", "-")
-        save_file(
-            {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.items()}, path, metadata
-        )
-        return path
 
-    def raw(name: str, content: bytes) -> Path:
-        path = folder / name.replace(" ", "-")
-        path.write_bytes(content)
-        return path
+def bad_files(folder: Path, pipeline) -> BadFiles:
+    """Files and folders that must not get through."""
+    text = random_layers(pipeline.text_encoder, 1)
+    unet = in_layout("lora.down", random_layers(pipeline.unet, 1), True)
+    return {
+        **unreadable_files(folder, unet),
+        **hostile_files(folder),
+        **bad_adapters(folder, text),
+        **bad_peft_folders(folder, in_layout("peft", text, False)),
+        **bad_unets(folder, pipeline.unet.state_dict(), unet),
+        "text encoder as unet": (write_tensors(folder / "text", in_layout("lora_A", text, False)), "unet", 3),
+    }
 
-    def peft(name: str, config: object, content: dict[str, Tensor] | None = None) -> Path:
-        path = folder / name.replace(" ", "-")
-        path.mkdir()
-        save_file(content or in_layout("peft", text, False), path / "adapter_model.safetensors")
-        (path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-        return path
 
-    good = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
-    plain, ours = in_layout("lora_A", text, False), in_layout("lora.down", unet, True)
-    state = pipeline.unet.state_dict()
-    whole = tensors("whole", ours).read_bytes()
+def write_tensors(path: Path, content: dict[str, Tensor], metadata=None) -> Path:
+    content = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in content.items()}
+    save_file(content, path.with_suffix(".safetensors"), metadata)
+    return path.with_suffix(".safetensors")
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def unreadable_files(folder: Path, tensors: dict[str, Tensor]) -> BadFiles:
     (folder / "nothing").mkdir()
-    hostile = folder / "hostile.bin"
-    torch.save({"a": Hostile(os.system, f"touch {folder / 'created'}")}, hostile)
-    hostile_peft = folder / "hostile-peft"
-    hostile_peft.mkdir()
-    shutil.copy(hostile, hostile_peft / "adapter_model.bin")
-    (hostile_peft / "adapter_config.json").write_text(json.dumps(good))
-    sparse = folder / "sparse.bin"
-    torch.save({"conv_in.weight": torch.eye(3).to_sparse()}, sparse)
-    wide = {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in plain.items()}
-    deep = plain | {key.replace("layers.0", "layers.7"): tensor for key, tensor in plain.items() if "layers.0" in key}
-    key = f"text_encoder.text_model.{first}.lora_A.weight"
-    alpha = f"lora_te_text_model_{first.replace('.', '_')}.alpha"
-    bad = {
+    page = b"<!DOCTYPE html><html><body>Not found</body></html>"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    whole = write_tensors(folder / "whole", tensors).read_bytes()
+    return {
         "mistyped path": (folder / "absent", "adapter", 2),
         "mistyped unet": (folder / "absent.safetensors", "unet", 2),
         "empty folder": (folder / "nothing", "adapter", 2),
         "empty folder as unet": (folder / "nothing", "unet", 2),
-        "empty file": (raw("empty.safetensors", b""), "adapter", 3),
-        "empty pickle": (raw("empty.bin", b""), "unet", 3),
-        "html": (raw("page.safetensors", b"<!DOCTYPE html><html><body>Not found</body></html>"), "adapter", 3),
-        "html pickle": (raw("page.bin", b"<!DOCTYPE html><html><body>Not found</body></html>"), "unet", 3),
-        "lfs pointer": (raw("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "unet", 3),
-        "truncated": (raw("cut.safetensors", whole[: len(whole) // 2]), "unet", 3),
-        "truncated by a byte": (raw("cut1.safetensors", whole[:-1]), "unet", 3),
-        "no tensors": (tensors("none", {}), "adapter", 3),
-        "foreign keys": (tensors("foreign", {"layer.weight": torch.ones(3)}), "adapter", 3),
-        "a foreign key more": (tensors("more", plain | {"text_encoder.more.lora_A.weight": torch.ones(3, 3)}), "adapter", 3),
-        "wrong shapes": (tensors("wide", wide), "adapter", 3),
-        "another depth": (tensors("deep", deep), "adapter", 3),
-        "a key missing": (tensors("lacking", {k: t for k, t in plain.items() if k != key}), "adapter", 3),
-        "a layer missing": (tensors("less", {k: t for k, t in plain.items() if first not in k}), "adapter", 3),
-        "a block missing": (tensors("fewer", {k: t for k, t in plain.items() if "layers.1." not in k}), "adapter", 3),
-        "all NaN": (tensors("nan", {k: t * math.nan for k, t in plain.items()}), "adapter", 3),
-        "one infinite": (tensors("inf", plain | {key: plain[key] + math.inf}), "adapter", 3),
-        "all zero": (tensors("zero", {k: t * 0 for k, t in plain.items()}), "adapter", 3),
-        "zero unet": (tensors("zero-unet", {k: t * 0 for k, t in ours.items()}), "unet", 3),
+        "empty file": (write_bytes(folder / "empty.safetensors", b""), "adapter", 3),
+        "empty pickle": (write_bytes(folder / "empty.bin", b""), "unet", 3),
+        "html": (write_bytes(folder / "page.safetensors", page), "adapter", 3),
+        "html pickle": (write_bytes(folder / "page.bin", page), "unet", 3),
+        "lfs pointer": (write_bytes(folder / "lfs.safetensors", pointer), "unet", 3),
+        "truncated": (write_bytes(folder / "cut.safetensors", whole[: len(whole) // 2]), "unet", 3),
+        "truncated by a byte": (write_bytes(folder / "cut1.safetensors", whole[:-1]), "unet", 3),
+        "no tensors": (write_tensors(folder / "none", {}), "adapter", 3),
+    }
+
+
+PEFT = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+
+
+def hostile_files(folder: Path) -> BadFiles:
+    hostile, peft = folder / "hostile.bin", folder / "hostile-peft"
+    torch.save({"a": Hostile(os.system, f"touch {folder / 'created'}")}, hostile)
+    peft.mkdir()
+    shutil.copy(hostile, peft / "adapter_model.bin")
+    (peft / "adapter_config.json").write_text(json.dumps(PEFT))
+    return {
         "pickle with code": (hostile, "adapter", 3),
         "pickle with code as unet": (hostile, "unet", 3),
-        "peft pickle with code": (hostile_peft, "adapter", 3),
-        "hostile target_modules": (peft("regex", good | {"target_modules": r"^(([a-z]+)+\.?)+$"}), "adapter", 3),
-        "hostile alpha_pattern": (peft("pattern", good | {"alpha_pattern": {r"^(([a-z]+)+\.?)+$": 3}}), "adapter", 3),
-        "configuration no json": (peft("nojson", "{"), "adapter", 3),
-        "configuration nested": (peft("nested", "[" * 100_000), "adapter", 3),
-        "another rank": (peft("rank", good | {"r": 8}), "adapter", 3),
-        "another method": (peft("loha", good | {"peft_type": "LOHA"}), "adapter", 3),
-        "alpha infinite": (peft("alpha", json.dumps(good).replace("6", "1e999")), "adapter", 3),
-        "metadata no json": (tensors("metadata", plain, {"lora_adapter_metadata": "{"}), "adapter", 3),
-        "metadata nonsense": (tensors("meta2", plain, {"lora_adapter_metadata": '{"text_encoder.r": "x"}'}), "adapter", 3),
-        "kohya alpha zero": (tensors("alpha0", in_layout("kohya", text, False) | {alpha: torch.tensor(0.0)}), "adapter", 3),
-        "twice the same": (tensors("twice", plain | in_layout("flat lora_A", text, False)), "adapter", 3),
-        "text encoder as unet": (tensors("text", plain), "unet", 3),
-        "the very same unet": (tensors("same", state), "unet", 3),
-        "rank beyond all bounds": (peft("rank10", json.dumps(good).replace('"r": 3', '"r": 1' + 400 * "0")), "adapter", 3),
-        "alpha beyond all bounds": (peft("alpha10", json.dumps(good).replace("6", "1" + 400 * "0")), "adapter", 3),
-        "changed base weights": (peft("pissa", good | {"init_lora_weights": "pissa"}), "adapter", 3),
-        "a wide up": (tensors("up", plain | {key.replace("_A", "_B"): torch.ones(96, 3, 3, 3)}), "adapter", 3),
-        "a sparse tensor": (sparse, "unet", 3),
-        "the same unet in half precision": (tensors("half-unet", {k: t.half() for k, t in state.items()}), "unet", 3),
-        "a unet lacking a tensor": (tensors("part", {k: t for k, t in state.items() if k != "conv_out.bias"}), "unet", 3),
-        "a unet of other shapes": (tensors("other", state | {"conv_in.weight": torch.ones(8, 4, 3, 3)}), "unet", 3),
-        "a unet with NaN": (tensors("nan-unet", state | {"conv_out.bias": math.nan * state["conv_out.bias"]}), "unet", 3),
-        "half a checkpoint": (tensors("half", {ldm.UNET + "out.2.bias": torch.ones(8)}), "unet", 3),
-    }  # fmt: skip
-    return bad
+        "peft pickle with code": (peft, "adapter", 3),
+    }
+
+
+def bad_adapters(folder: Path, text: dict[str, Layer]) -> BadFiles:
+    plain, first = in_layout("lora_A", text, False), next(iter(text))
+    key = f"text_encoder.text_model.{first}.lora_A.weight"
+    more = {"text_encoder.more.lora_A.weight": torch.ones(3, 3)}
+    wide = {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in plain.items()}
+    deep = {key.replace("layers.0", "layers.7"): tensor for key, tensor in plain.items() if "layers.0" in key}
+    alpha = {f"lora_te_text_model_{first.replace('.', '_')}.alpha": torch.tensor(0.0)}
+    contents = {
+        "foreign keys": {"layer.weight": torch.ones(3)},
+        "a foreign key more": plain | more,
+        "wrong shapes": wide,
+        "another depth": plain | deep,
+        "a key missing": {k: t for k, t in plain.items() if k != key},
+        "a layer missing": {k: t for k, t in plain.items() if first not in k},
+        "a block missing": {k: t for k, t in plain.items() if "layers.1." not in k},
+        "all NaN": {k: t * math.nan for k, t in plain.items()},
+        "one infinite": plain | {key: plain[key] + math.inf},
+        "all zero": {k: t * 0 for k, t in plain.items()},
+        "kohya alpha zero": in_layout("kohya", text, False) | alpha,
+        "twice the same": plain | in_layout("flat lora_A", text, False),
+        "a wide up": plain | {key.replace("_A", "_B"): torch.ones(96, 3, 3, 3)},
+    }
+    files = {name: write_tensors(folder / name.replace(" ", "-"), content) for name, content in contents.items()}
+    for name, metadata in {"metadata no json": "{", "metadata nonsense": '{"text_encoder.r": "x"}'}.items():
+        files[name] = write_tensors(folder / name.replace(" ", "-"), plain, {"lora_adapter_metadata": metadata})
+    return {name: (path, "adapter", 3) for name, path in files.items()}
+
+
+def bad_peft_folders(folder: Path, content: dict[str, Tensor]) -> BadFiles:
+    good = json.dumps(PEFT)
+    configs = {
+        "hostile target_modules": json.dumps(PEFT | {"target_modules": r"^(([a-z]+)+\.?)+$"}),
+        "hostile alpha_pattern": json.dumps(PEFT | {"alpha_pattern": {r"^(([a-z]+)+\.?)+$": 3}}),
+        "configuration no json": "{",
+        "configuration nested": "[" * 100_000,
+        "another rank": json.dumps(PEFT | {"r": 8}),
+        "another method": json.dumps(PEFT | {"peft_type": "LOHA"}),
+        "alpha infinite": good.replace("6", "1e999"),
+        "rank beyond all bounds": good.replace('"r": 3', '"r": 1' + 400 * "0"),
+        "alpha beyond all bounds": good.replace("6", "1" + 400 * "0"),
+        "changed base weights": json.dumps(PEFT | {"init_lora_weights": "pissa"}),
+    }
+    files: BadFiles = {}
+    for name, config in configs.items():
+        path = folder / name.replace(" ", "-")
+        path.mkdir()
+        save_file(content, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(config)
+        files[name] = (path, "adapter", 3)
+    return files
+
+
+def bad_unets(folder: Path, state: dict[str, Tensor], lora_tensors: dict[str, Tensor]) -> BadFiles:
+    sparse = folder / "sparse.bin"
+    torch.save({"conv_in.weight": torch.eye(3).to_sparse()}, sparse)
+    contents = {
+        "zero unet": {k: t * 0 for k, t in lora_tensors.items()},
+        "the very same unet": state,
+        "the same unet in half precision": {k: t.half() for k, t in state.items()},
+        "a unet lacking a tensor": {k: t for k, t in state.items() if k != "conv_out.bias"},
+        "a unet of other shapes": state | {"conv_in.weight": torch.ones(8, 4, 3, 3)},
+        "a unet with NaN": state | {"conv_out.bias": math.nan * state["conv_out.bias"]},
+        "half a checkpoint": {ldm.UNET + "out.2.bias": torch.ones(8)},
+    }
+    files = {name: write_tensors(folder / name.replace(" ", "-"), content) for name, content in contents.items()}
+    return {name: (path, "unet", 3) for name, path in files.items()} | {"a sparse tensor": (sparse, "unet", 3)}
 
 
 class Hostile:
