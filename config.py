@@ -96,7 +96,10 @@ class TrainConfig:
         "--micro-batch-size",
     )
     sample_batch_size: int = option(None, "images sampled at a time")
-    mixed_precision: str = option(None, "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else no)")
+    mixed_precision: str = option(
+        None,
+        "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)",
+    )
     gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
     compile: bool | None = option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
     eval_every: int = option(None, "epochs between measurements on the held-out prompts")
@@ -193,6 +196,18 @@ def default_model(device: str) -> str:
     return "tiny" if device == "cpu" else STABLE_DIFFUSION
 
 
+def default_precision(model: str, device: str) -> str:
+    """What the frozen weights are trained in: half precision where the device multiplies matrices in it.
+
+    The tiny model's kernels are too small to gain from it on a CPU.
+    """
+    import torch
+
+    if device != "cpu":
+        return "fp16"
+    return "bf16" if family(model) != "tiny" and torch.cpu._is_avx512_bf16_supported() else "no"
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is None, and check every value.
 
@@ -204,7 +219,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     check_choices(config)
     model = config.model or default_model(device)
     preset = PRESETS[family(model), config.preset]
-    preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": "no" if device == "cpu" else "fp16"}
+    preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": default_precision(model, device)}
+    if device == "cpu" and (config.mixed_precision or preset["mixed_precision"]) == "bf16":
+        preset["sample_batch_size"] = config.micro_batch_size or preset["micro_batch_size"]  # then the ratio is exact
     if config.target != "text-encoder":
         preset["null_prompt"] = "adapted"
     given = config
@@ -219,29 +236,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise ValueError(
             f"lr_warmup_steps: must be below the run's {num_updates} optimizer steps, not {config.lr_warmup_steps}"
         )
-    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
-    if config.num_updates_per_epoch > num_images:
-        raise ValueError(
-            f"num_updates_per_epoch: an epoch of {num_images} images cannot be shared out to {config.num_updates_per_epoch}"
-        )
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
-    if config.null_prompt == "base" and config.target != "text-encoder":
-        raise ValueError(
-            "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
-        )
-    if config.normalise_rewards and config.advantages == "per-prompt":
-        raise ValueError(
-            "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
-            "use advantages leave-one-out"
-        )
-    if config.num_shared_steps and config.sample_batch_size % config.num_samples_per_prompt:
-        raise ValueError(
-            f"num_shared_steps: they need whole groups in a batch; make sample_batch_size, {config.sample_batch_size}, "
-            f"a multiple of num_samples_per_prompt, {config.num_samples_per_prompt}"
-        )
-    if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
-        raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
+    _check_together(config)
     return config
 
 
@@ -293,6 +288,32 @@ def check_choices(config: Any) -> None:
 
 
 COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
+
+
+def _check_together(config: TrainConfig) -> None:
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    if config.num_updates_per_epoch > num_images:
+        raise ValueError(
+            f"num_updates_per_epoch: an epoch of {num_images} images cannot be shared out to {config.num_updates_per_epoch}"
+        )
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
+    if config.null_prompt == "base" and config.target != "text-encoder":
+        raise ValueError(
+            "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
+        )
+    if config.normalise_rewards and config.advantages == "per-prompt":
+        raise ValueError(
+            "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
+            "use advantages leave-one-out"
+        )
+    if config.num_shared_steps and config.sample_batch_size % config.num_samples_per_prompt:
+        raise ValueError(
+            f"num_shared_steps: they need whole groups in a batch; make sample_batch_size, {config.sample_batch_size}, "
+            f"a multiple of num_samples_per_prompt, {config.num_samples_per_prompt}"
+        )
+    if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
+        raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
 
 
 def _check_ranges(config: TrainConfig) -> None:

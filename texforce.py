@@ -303,15 +303,18 @@ def accumulate_gradients(
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
     while statistics.num_pairs < len(mine):
         interrupts.check()
-        chunk = slice(statistics.num_pairs, statistics.num_pairs + learner.micro_batch_size)
+        number = min(learner.micro_batch_size, len(mine) - statistics.num_pairs)
+        chunk = statistics.num_pairs + _filled(number, learner.micro_batch_size, config).to(mine.device)
         try:
-            loss, measured = _pair_losses(policy, denoiser, batch, mine[chunk], rows[chunk], leaf, base_embeds, config)
-            weighted = learner.scaler.scale(loss * (len(mine[chunk]) / len(pairs)))
+            loss, measured = _pair_losses(
+                policy, denoiser, batch, mine[chunk], rows[chunk], number, leaf, base_embeds, config
+            )
+            weighted = learner.scaler.scale(loss * (number / len(pairs)))
             gradients = torch.autograd.grad(weighted, inputs)  # all of them or, when memory runs out, none
         except (RuntimeError, MemoryError) as error:
-            if config.micro_batch != "auto" or len(mine[chunk]) == 1 or not is_out_of_memory(error):
+            if config.micro_batch != "auto" or number == 1 or not is_out_of_memory(error):
                 raise
-            learner.micro_batch_size = len(mine[chunk]) // 2
+            learner.micro_batch_size = number // 2
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
@@ -326,31 +329,45 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def _filled(number: int, micro_batch_size: int, config: TrainConfig) -> Tensor:
+    """Indices of a micro-batch's pairs, of which the first `number` are its own and the others repeat them.
+
+    Half precision rounds visibly, and kernels for batches of other sizes round otherwise: where micro-batches are as large
+    as the batches of sampling, none may be smaller.
+    """
+    fill = config.mixed_precision != "no" and micro_batch_size == config.sample_batch_size
+    return torch.arange(micro_batch_size if fill else number) % number
+
+
 def _pair_losses(
     policy: Policy,
     denoiser: sampler.Denoiser,
     batch: Batch,
     pairs: Tensor,
     rows: Tensor,
+    number: int,
     embeds: Tensor,
     base_embeds: Tensor | None,
     config: TrainConfig,
 ) -> tuple[Tensor, UpdateStatistics]:
-    """The mean loss of one micro-batch of local pairs (M, 2), whose prompts are the rows (M,) of embeds (1+U, L, D)."""
-    trajectory, (samples, steps) = batch.trajectory, pairs.unbind(1)
-    latents, next_latents = trajectory.latents[samples, steps], trajectory.latents[samples, steps + 1]
-    null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
-    old_log_probs = trajectory.log_probs[samples, steps]
-    std = denoiser.std(steps)
-    mean, _ = denoiser.mean(latents, steps, pipelines.Conditioning(embeds[rows], embeds[:1]), null_outputs)
-    log_probs = sampler.gaussian_log_prob(next_latents, mean, std)
+    """The mean loss of the first `number` of a micro-batch's local pairs (M, 2); their prompts are rows (M,) of embeds."""
+    trajectory = batch.trajectory
+
+    def means(embeds: Tensor) -> Tensor:
+        samples, steps = pairs.unbind(1)
+        null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
+        conditioning = pipelines.Conditioning(embeds[rows], embeds[:1])
+        return denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][:number]
+
+    samples, steps = pairs[:number].unbind(1)
+    mean, std, old_log_probs = means(embeds), denoiser.std(steps), trajectory.log_probs[samples, steps]
+    log_probs = sampler.gaussian_log_prob(trajectory.latents[samples, steps + 1], mean, std)
     loss = ppo_loss(log_probs, old_log_probs, batch.local_advantages[samples], config.clip_range)
-    calls = len(pairs) * (2 if denoiser.guided and null_outputs is None else 1)
-    measured = UpdateStatistics(len(pairs), calls if base_embeds is None else 2 * calls)
+    calls = len(pairs) * (2 if denoiser.guided and trajectory.null_outputs is None else 1)
+    measured = UpdateStatistics(number, calls if base_embeds is None else 2 * calls)
     if base_embeds is not None:
         with policy.base(), torch.no_grad():
-            base = pipelines.Conditioning(base_embeds[rows], base_embeds[:1])
-            base_mean, _ = denoiser.mean(latents, steps, base, null_outputs)
+            base_mean = means(base_embeds)
         # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
         kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
         loss = loss + config.kl_weight * kl.mean()
@@ -393,7 +410,9 @@ def update(
         if first and statistics.ratio_deviation > tolerance:
             raise DivergedError(
                 f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
-                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile or --mixed-precision no"
+                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile, or a --micro-batch-size "
+                f"equal to --sample-batch-size ({config.sample_batch_size}) and images that fill such batches, or "
+                "--mixed-precision no"
             )
         total.add(statistics, first)
         total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)

@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
 from texforce import experience, pipelines, record, sampler  # noqa: E402
-from texforce.config import default_device, resolve  # noqa: E402
+from texforce.config import STABLE_DIFFUSION, default_device, default_precision, resolve  # noqa: E402
 from texforce.learner import Learner  # noqa: E402
 
 # What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
@@ -119,11 +119,16 @@ class Bench:
             self.denoiser.fused_step(noise, steps, conditioning, noise)
 
 
+def model_name(model: str) -> str:
+    """Of a model whose defaults are taken."""
+    return "tiny" if model == "tiny" else STABLE_DIFFUSION
+
+
 def configure(options: argparse.Namespace) -> texforce.TrainConfig:
     """The preset's training with what the options change, on all steps, in one optimizer step that changes nothing."""
     changes = ("num_inference_steps", "resolution", "micro_batch_size", "sample_batch_size", "null_prompt", "compile")
     config = texforce.TrainConfig(
-        model="tiny" if options.model == "tiny" else texforce.config.STABLE_DIFFUSION,
+        model=model_name(options.model),
         mixed_precision=options.mixed_precision,
         gradient_checkpointing=options.gradient_checkpointing,
         timestep_window=1.0,
@@ -361,20 +366,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=int, help="default: 8 for tiny, 2 on a CPU, else 10")
     parser.add_argument("--sample-batch-size", type=int)
     parser.add_argument("--micro-batch-size", type=int)
-    parser.add_argument("--mixed-precision", choices=tuple(pipelines.DTYPES), help="default: fp16 on CUDA, else no")
-    parser.add_argument("--textbook-precision", choices=tuple(pipelines.DTYPES), help="default: the same")
+    parser.add_argument("--mixed-precision", choices=tuple(pipelines.DTYPES), help="default: the training's")
+    parser.add_argument(
+        "--textbook-precision", choices=tuple(pipelines.DTYPES), help="default: the same, but no for sd15 on a CPU"
+    )
     parser.add_argument("--compile", action=switch, help="our denoising step (default: on CUDA)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in our update")
     parser.add_argument("--null-prompt", choices=("adapted", "base"), help="default: the preset's")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="default: 3, but 1 for the large models on a CPU")
     parser.add_argument("--sweep", action="store_true", help="only images/s of rollouts by sample batch")
     options = parser.parse_args(arguments)
     small, cpu = options.model == "tiny", options.device == "cpu"
     options.num_images = options.num_images or (128 if small else 4 if cpu else 16)
     options.num_inference_steps = options.num_inference_steps or (8 if small else 2 if cpu else 10)
     options.resolution = options.resolution or (None if small or not cpu else 256)
-    options.mixed_precision = options.mixed_precision or ("no" if cpu else "fp16")
-    options.textbook_precision = options.textbook_precision or options.mixed_precision
+    options.mixed_precision = options.mixed_precision or default_precision(model_name(options.model), options.device)
+    options.textbook_precision = options.textbook_precision or (
+        "no" if cpu and options.model == "sd15" else options.mixed_precision
+    )
+    options.repeats = options.repeats or (1 if cpu and not small else 3)
     return options
 
 

@@ -277,6 +277,15 @@ def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatch):
+    for has_it, precision, size in ((True, "bf16", 4), (False, "no", 8)):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        config = resolve(TrainConfig(model="some/model"))
+        assert (config.mixed_precision, config.micro_batch_size, config.sample_batch_size) == (precision, 4, size)
+        assert resolve(TrainConfig(model="tiny")).mixed_precision == "no"
+        assert resolve(TrainConfig(model="some/model", mixed_precision="no")).sample_batch_size == 8
+
+
 def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
     check_failure(train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "mixed_precision", "bf16")
     result = run("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")

@@ -903,6 +903,29 @@ def test_lora_is_float32_over_a_frozen_model_of_half_precision():
     assert {parameter.dtype for parameter in frozen if not parameter.requires_grad} == {torch.bfloat16}
 
 
+def test_in_half_precision_the_ratio_is_exactly_one_in_batches_of_one_size():
+    rig = make_rig(mixed_precision="bf16", sample_batch_size=6, micro_batch_size=6)
+    batch = rig.collect()
+    pairs = rig.pairs(batch, ALL_STEPS)[:26]  # the last micro-batch has two of its own
+    statistics = rig.accumulate(batch, pairs)
+    assert (statistics.num_pairs, statistics.num_unet_calls) == (26, 2 * 30)
+    assert statistics.ratio_deviation == 0
+
+
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+def test_a_micro_batch_that_is_filled_up_has_the_loss_and_gradient_of_its_own_pairs(null_prompt):
+    rig = make_rig(sample_batch_size=6, micro_batch_size=6, kl_weight=0.1, null_prompt=null_prompt)
+    batch = rig.collect()
+    pairs = rig.pairs(batch, ALL_STEPS)[:26]
+    rig.perturb(1e-2)
+    plain, plain_gradient = rig.accumulate(batch, pairs), gradient_of(rig.policy.parameters)
+    filled, gradient = rig.accumulate(batch, pairs, mixed_precision="bf16"), gradient_of(rig.policy.parameters)
+    assert filled.num_unet_calls > plain.num_unet_calls
+    assert filled.num_pairs == plain.num_pairs
+    assert filled.kl == pytest.approx(plain.kl, rel=1e-4)
+    assert relative_difference(gradient, plain_gradient) < 1e-4
+
+
 def test_lora_starts_as_the_base_model():
     rig = make_rig(target="both")
     ids = pipelines.tokenize(rig.policy.models.tokenizer, PROMPTS)
