@@ -221,7 +221,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     preset = PRESETS[family(model), config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": default_precision(model, device)}
     if device == "cpu" and (config.mixed_precision or preset["mixed_precision"]) == "bf16":
-        preset["sample_batch_size"] = config.micro_batch_size or preset["micro_batch_size"]  # then the ratio is exact
+        size = config.sample_batch_size or config.micro_batch_size or preset["micro_batch_size"]
+        preset |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
     if config.target != "text-encoder":
         preset["null_prompt"] = "adapted"
     given = config

@@ -59,6 +59,12 @@ def collect(
     return texforce.Batch(trajectory, advantages.to(policy.models.device), values, parts, here)
 
 
+def num_unet_calls(denoiser: sampler.Denoiser, config: TrainConfig) -> int:
+    """Of an epoch's rollouts, an image and a branch of guidance each; a step that a group shares is one."""
+    num_own = config.num_samples_per_prompt * (config.num_inference_steps - config.num_shared_steps)
+    return config.num_prompts_per_epoch * (num_own + config.num_shared_steps) * (2 if denoiser.guided else 1)
+
+
 def _sample_and_score(
     policy: texforce.Policy,
     denoiser: sampler.Denoiser,

@@ -257,7 +257,15 @@ def encode(models: Models, prompt_ids: Tensor) -> Tensor:
     SDXL's U-Net reads what the last but one layers of both text encoders say, joined along D, and apart from that the
     second one's pooled embedding (N, P). That is the last row here, filled up with zeros to D, and `PooledText` takes it out
     again: so whatever is gathered, chosen or differentiated by prompt stays one tensor.
+
+    In half precision each prompt is encoded by itself: rounding depends on the size of a batch there, and sampling and
+    training, whose batches differ, must read the same.
     """
+    half = next(models.unet.parameters()).dtype != torch.float32
+    return torch.cat([_encode(models, ids) for ids in prompt_ids.split(1 if half else len(prompt_ids))])
+
+
+def _encode(models: Models, prompt_ids: Tensor) -> Tensor:
     if models.text_encoder_2 is None:
         return models.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
     ids, ids_2 = prompt_ids.chunk(2, dim=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import pipelines, record, sampler, training
+from texforce import experience, pipelines, record, sampler, training
 from texforce.config import TrainConfig
 from texforce.prompt_sets import split_prompts
 
@@ -29,7 +29,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     training.check_prompts(policy, config, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
-    update_branches = (1 if config.null_prompt == "base" else branches) * (2 if config.kl_weight > 0 else 1)
+    update_branches = (1 if config.null_prompt == "base" else branches) * (2 if texforce.wants_kl(config) else 1)
     weights = sum(
         tensor.numel() * tensor.element_size()
         for part in (*models.policy_parts.values(), models.vae)
@@ -48,7 +48,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
         "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
-        "U-Net calls an epoch": num_images * (config.num_inference_steps * branches + num_steps * update_branches),
+        "U-Net calls an epoch": experience.num_unet_calls(denoiser, config) + num_images * num_steps * update_branches,
         "weights, MiB": mebibytes(weights),
         "trajectories, MiB": mebibytes(num_images * latents * kept),
         "U-Net activations of a micro-batch, MiB": mebibytes(unet),

@@ -110,6 +110,7 @@ class Denoiser:
     guidance_scale: float
     compile: bool | None = None  # whether fused_step is one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # of SDXL, whose embeddings have it as their last row
+    branches_apart: bool = False  # where one of them is trained without the other, and rounding depends on a batch's size
 
     @property
     def guided(self) -> bool:
@@ -120,12 +121,15 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor | None]:
         """Means of the transitions of latents (N, C, H, W) at steps (N,), float32, and the null prompt's predictions.
 
-        Both branches of guidance go through the U-Net as one batch, unless the null prompt's predictions are given.
+        Both branches of guidance go through the U-Net as one batch, unless the null prompt's predictions are given or
+        `branches_apart` is set.
         """
         timesteps, embeds = self.schedule.timesteps[steps], conditioning.prompt_embeds
         if not self.guided:
             output = self._predict(latents, timesteps, embeds)
-        elif null_outputs is not None:
+        elif null_outputs is not None or self.branches_apart:
+            if null_outputs is None:
+                null_outputs = self._predict(latents, timesteps, conditioning.null_embeds.expand_as(embeds))
             output = null_outputs + self.guidance_scale * (self._predict(latents, timesteps, embeds) - null_outputs)
         else:
             embeds = torch.cat([conditioning.null_embeds.expand_as(embeds), embeds])
@@ -268,10 +272,12 @@ def skip_rollout(
 def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
     """Within it, the cross-attentions' keys and values are computed at the first step and kept: the text stays the same.
 
-    A compiled step has them inside, and computes them each time.
+    A compiled step has them inside, and computes them each time; so do branches apart, which differ in text and not in size.
     """
     attentions = [module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2")]
-    layers = [] if denoiser.compiled else [layer for module in attentions for layer in (module.to_k, module.to_v)]
+    if denoiser.compiled or denoiser.branches_apart:
+        attentions = []
+    layers = [layer for module in attentions for layer in (module.to_k, module.to_v)]
 
     def kept(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         results: dict[int, Tensor] = {}  # by the number of rows, which is another one while steps are shared

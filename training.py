@@ -289,13 +289,11 @@ def _train_epoch(run: resume.Run, setup: Setup, config: TrainConfig) -> dict[str
     dropped = torch.nonzero(batch.rewards.isnan()).flatten().tolist()
     num_images = len(batch.rewards)
     num_pairs = max(1, update_statistics.num_pairs)
-    steps, shared = len(denoiser.schedule.timesteps), config.num_shared_steps
-    num_drawn = num_images * (steps - shared) + num_images // config.num_samples_per_prompt * shared
     measures: dict[str, Any] = {
         "reward_mean": experience.finite_mean(batch.rewards),
         "reward_std": batch.rewards[batch.rewards.isfinite()].std(correction=0).item(),
         "num_images": num_images,
-        "num_unet_calls": num_drawn * (2 if denoiser.guided else 1) + update_statistics.num_unet_calls,
+        "num_unet_calls": experience.num_unet_calls(denoiser, config) + update_statistics.num_unet_calls,
         "max_ratio_deviation": update_statistics.first_ratio_deviation,
         "ratio_deviation": update_statistics.ratio_deviation,
         "clip_fraction": update_statistics.num_clipped / num_pairs,
@@ -304,7 +302,7 @@ def _train_epoch(run: resume.Run, setup: Setup, config: TrainConfig) -> dict[str
     }
     if math.isfinite(update_statistics.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = update_statistics.grad_norm
-    if config.kl_weight > 0 or config.max_kl is not None:
+    if texforce.wants_kl(config):
         measures["kl"] = update_statistics.kl / num_pairs
     if len(batch.parts) > 1:
         measures["parts"] = {name: experience.finite_mean(scores) for name, scores in batch.parts.items()}

@@ -66,7 +66,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.num_images = options.device, options.num_images
         self.config = configure(options)
-        self.group = math.gcd(self.num_images, self.config.num_samples_per_prompt)
+        # Several prompts, even of few images: what is encoded in an update differs from what a batch of sampling encodes.
+        self.group = min(math.gcd(self.num_images, self.config.num_samples_per_prompt), max(1, self.num_images // 4))
         self.prompts = [f"a red circle and {i // self.group} blue squares" for i in range(self.num_images)]
         self.policy, self.denoiser = make_policy(options.model, self.device, self.config)
         self.learner = Learner(self.policy.parameters, self.config)
@@ -272,6 +273,8 @@ def count_flops(bench: Bench) -> tuple[float, float]:
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     share = bench.num_images / len(prompts)
     rollout = meters.flops(lambda: bench.rollout(prompts, bench.generator(), eager))
+    # Decoding runs in a thread, where FLOPs are not counted.
+    rollout += meters.flops(lambda: sampler.decode(bench.policy.models.vae, some.trajectory.latents[:, -1]))
     update = meters.flops(lambda: bench.our_gradients(some, all_pairs(some), scaler, textbook.BATCH))
     for parameter in bench.policy.parameters:
         parameter.grad = None

@@ -64,14 +64,15 @@ def paper(output_dir: Path, learning_rate: float, clip_range: float, seed: int) 
 
 
 def tuned(output_dir: Path, seed: int, console: Console) -> tuple[float, float]:
-    """The learning rate and clip range with the best held-out reward at the end."""
-    table, rewards = Table("learning rate", "clip range", "hps", "alignment", title=f"paper, 16,000 images, seed {seed}"), {}
-    for rates in product(LEARNING_RATES, CLIP_RANGES):
-        heldout = measured(paper(output_dir, *rates, seed))[-1]["heldout"]
-        table.add_row(*(f"{rate:g}" for rate in rates), *(f"{heldout[name]:.4f}" for name in ("hps", "alignment")))
-        rewards[heldout["hps"]] = rates
+    """The learning rate and clip range with the best held-out reward at the end, among those that do not diverge."""
+    table = Table("learning rate", "clip range", "images", "hps", "alignment", title=f"paper, seed {seed}")
+    grid = list(product(LEARNING_RATES, CLIP_RANGES))
+    last = [measured(paper(output_dir, *rates, seed))[-1] for rates in grid]  # before it diverged, if it did
+    for rates, epoch in zip(grid, last, strict=True):
+        scores = (f"{epoch['heldout'][name]:.4f}" for name in ("hps", "alignment"))
+        table.add_row(*(f"{rate:g}" for rate in rates), f"{epoch['num_images']:,}", *scores)
     console.print(table)
-    return rewards[max(rewards)]
+    return max(zip(last, grid, strict=True), key=lambda pair: (pair[0]["epoch"], pair[0]["heldout"]["hps"]))[1]
 
 
 def compare(runs: dict[str, list[Epochs]], console: Console) -> None:

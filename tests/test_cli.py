@@ -284,6 +284,9 @@ def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatc
         assert (config.mixed_precision, config.micro_batch_size, config.sample_batch_size) == (precision, 4, size)
         assert resolve(TrainConfig(model="tiny")).mixed_precision == "no"
         assert resolve(TrainConfig(model="some/model", mixed_precision="no")).sample_batch_size == 8
+    for given in ("sample_batch_size", "micro_batch_size"):
+        config = resolve(TrainConfig(model="some/model", mixed_precision="bf16", **{given: 2}))
+        assert (config.micro_batch_size, config.sample_batch_size) == (2, 2)
 
 
 def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
@@ -875,9 +878,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert float(plan["text encoder activations, MiB"]) > 0.1
 
 
-@pytest.mark.parametrize(("null_prompt", "kl_weight"), [("adapted", 0), ("base", 0), ("adapted", 0.1), ("base", 0.1)])
-def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, kl_weight):
-    options = small_run | {"output_dir": tmp_path / "out", "null_prompt": null_prompt, "kl_weight": kl_weight}
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+@pytest.mark.parametrize("more", [{}, {"kl_weight": 0.1}, {"max_kl": 1e6}, {"num_shared_steps": 1, "kl_weight": 0.1}])
+def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, more):
+    options = small_run | {"output_dir": tmp_path / "out", "null_prompt": null_prompt} | more
     dry = train(options, "--dry-run")
     planned = int(re.search(r"U-Net calls an epoch +│ (\d+)", dry.stdout)[1])
     assert train(options).exit_code == 0

@@ -5,7 +5,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -51,10 +51,13 @@ class Rig:
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
         return pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
 
-    def accumulate(self, batch: texforce.Batch, pairs: Tensor, **options) -> texforce.UpdateStatistics:
-        """Leave the gradient of the loss on the parameters."""
+    def clear(self) -> None:
         for parameter in self.policy.parameters:
             parameter.grad = None
+
+    def accumulate(self, batch: texforce.Batch, pairs: Tensor, **options) -> texforce.UpdateStatistics:
+        """Leave the gradient of the loss on the parameters."""
+        self.clear()
         config = replace(self.config, **options)
         learner = Learner(self.policy.parameters, config)
         return texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, config, learner)
@@ -440,6 +443,12 @@ def test_the_window_holds_the_first_and_noisiest_steps(window, expected):
     assert schedule.std[steps].min() >= schedule.std[len(steps) :].max() if len(steps) < 5 else True
 
 
+@pytest.mark.parametrize(("window", "num_steps", "expected"), [(0.28, 25, 7), (0.14, 50, 7), (0.55, 100, 55), (0.29, 25, 8)])
+def test_the_windows_end_is_not_what_rounding_makes_of_it(window, num_steps, expected):
+    config = resolve(TrainConfig(model="tiny", timestep_window=window, num_inference_steps=num_steps))
+    assert texforce.window_end(config) == expected
+
+
 def test_a_step_without_density_is_never_trained_on():
     from diffusers import DDIMScheduler
 
@@ -454,7 +463,9 @@ def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
     rig = make_rig(timestep_window=0.4)
     batch, seen = rig.collect(), []
     original = texforce.accumulate_gradients
-    monkeypatch.setattr(texforce, "accumulate_gradients", lambda *args: (seen.append(args[3]), original(*args))[1])
+    monkeypatch.setattr(
+        texforce, "accumulate_gradients", lambda *args, **more: (seen.append(args[3]), original(*args, **more))[1]
+    )
     rig.update(batch)
     assert set(torch.cat(seen)[:, 1].tolist()) == {0, 1}
 
@@ -511,7 +522,9 @@ def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
     batch = rig.collect()
     seen = []
     original = texforce.accumulate_gradients
-    monkeypatch.setattr(texforce, "accumulate_gradients", lambda *args: (seen.append(args[3]), original(*args))[1])
+    monkeypatch.setattr(
+        texforce, "accumulate_gradients", lambda *args, **more: (seen.append(args[3]), original(*args, **more))[1]
+    )
     rig.update(batch)
     images = [set(pairs[:, 0].tolist()) for pairs in seen]
     assert [len(share) for share in images] == [2, 2, 2]
@@ -903,13 +916,69 @@ def test_lora_is_float32_over_a_frozen_model_of_half_precision():
     assert {parameter.dtype for parameter in frozen if not parameter.requires_grad} == {torch.bfloat16}
 
 
-def test_in_half_precision_the_ratio_is_exactly_one_in_batches_of_one_size():
-    rig = make_rig(mixed_precision="bf16", sample_batch_size=6, micro_batch_size=6)
+def wide_models() -> pipelines.Models:
+    """Stable Diffusion's widths, in which kernels depend on the batch; random weights in bfloat16, few layers."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tiny = pipelines.load_models("tiny", dtype=torch.bfloat16)
+    text = CLIPTextConfig(
+        vocab_size=len(tiny.tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12,
+        max_position_embeddings=tiny.tokenizer.model_max_length, eos_token_id=tiny.tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {"text_encoder": CLIPTextModel(text)}
+        parts["unet"] = UNet2DConditionModel(
+            sample_size=8, in_channels=8, out_channels=8, block_out_channels=(320, 640), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=768,
+        )  # fmt: skip
+    for part in parts.values():
+        part.requires_grad_(False).eval().to(torch.bfloat16)
+    return replace(tiny, **parts)
+
+
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+def test_in_half_precision_the_ratio_is_exactly_one_in_batches_of_one_size(null_prompt):
+    options = {"model": "tiny", "mixed_precision": "bf16", "num_inference_steps": 5, "null_prompt": null_prompt}
+    options |= {"sample_batch_size": 4, "micro_batch_size": 4, "num_samples_per_prompt": 4, "lr_warmup_steps": 0}
+    config = resolve(TrainConfig(**options))
+    rig = Rig(*texforce.make_policy(wide_models(), config), config)
+    rig.perturb(1e-2)
     batch = rig.collect()
+    assert len(batch.rewards) > config.sample_batch_size
     pairs = rig.pairs(batch, ALL_STEPS)[:26]  # the last micro-batch has two of its own
     statistics = rig.accumulate(batch, pairs)
-    assert (statistics.num_pairs, statistics.num_unet_calls) == (26, 2 * 30)
+    assert (statistics.num_pairs, statistics.num_unet_calls) == (26, (2 if null_prompt == "adapted" else 1) * 28)
     assert statistics.ratio_deviation == 0
+
+
+def test_while_nothing_was_learned_rounding_is_no_part_of_the_loss_in_half_precision():
+    rig = make_rig(sample_batch_size=6, micro_batch_size=6)
+    batch = rig.collect()
+    pairs = rig.pairs(batch, ALL_STEPS)
+    expected = rig.gradient(batch, pairs)
+    shifted = replace(batch, trajectory=replace(batch.trajectory, log_probs=batch.trajectory.log_probs + 0.05))
+    assert relative_difference(rig.gradient(shifted, pairs), expected) > 0.01
+    config = replace(rig.config, mixed_precision="bf16")
+    learner = Learner(rig.policy.parameters, config)
+    rig.clear()
+    arguments = (rig.policy, rig.denoiser, shifted, pairs, config, learner)
+    statistics = texforce.accumulate_gradients(*arguments, on_policy=True)
+    assert relative_difference(gradient_of(rig.policy.parameters), expected) < 1e-4
+    assert statistics.ratio_deviation == pytest.approx(1 - math.exp(-0.05), rel=1e-3)
+    assert statistics.num_clipped == 0
+
+
+@pytest.mark.parametrize(("shift", "stops"), [(0.05, False), (0.2, True)])
+def test_half_precision_stops_when_what_is_trained_is_far_from_what_was_sampled(shift, stops):
+    rig = make_rig(sample_batch_size=6, micro_batch_size=6)
+    rig.config = replace(rig.config, mixed_precision="bf16")
+    batch = rig.collect()
+    batch = replace(batch, trajectory=replace(batch.trajectory, log_probs=batch.trajectory.log_probs + shift))
+    with pytest.raises(texforce.DivergedError, match="sample-batch-size") if stops else nullcontext():
+        rig.update(batch)
 
 
 @pytest.mark.parametrize("null_prompt", ["adapted", "base"])
