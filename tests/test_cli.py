@@ -932,6 +932,16 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
 
 
+def test_sixty_four_tiny_images_take_less_than_five_seconds_of_computing(adapter, tmp_path):
+    begin = time.process_time()  # unlike the clock on the wall, other processes do not disturb it
+    result = run(
+        "sample", "--adapter", adapter, "--prompt", "a red disc", "--num-images", 64, "--output-dir", tmp_path / "images"
+    )
+    assert result.exit_code == 0, result.output
+    assert time.process_time() - begin < 5
+    assert len(pictures(tmp_path / "images")) == 64
+
+
 def test_sampled_images_carry_their_prompt_and_seed(adapter, tmp_path):
     result = sample(
         "--adapter", adapter, "--prompt", "a red circle", "--prompt", "zwei Würfel", "--seed", 7,
