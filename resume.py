@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -81,6 +82,7 @@ class Run:
             "num_steps": learner.lr_scheduler.last_epoch,
             "scaler": learner.scaler.state_dict(),
             "num_skipped": learner.num_skipped,
+            "micro_batch_size": learner.micro_batch_size,
             "ema_step": learner.ema.optimization_step if learner.ema is not None else None,
             "device": self.policy.models.device.type,
         }
@@ -120,6 +122,8 @@ class Run:
         if state["scaler"]:
             learner.scaler.load_state_dict(state["scaler"])
         learner.num_skipped = state["num_skipped"]
+        if learner.micro_batch_size == sys.maxsize:  # to be found out, as it was before; another size rounds otherwise
+            learner.micro_batch_size = state.get("micro_batch_size", sys.maxsize)
         self.order.waiting = list(state["order"])
         self.statistics.history.clear()
         for prompt, seen in state["statistics"].items():

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -509,6 +510,19 @@ def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monk
     assert {path.name for path in (tmp_path / "out").iterdir()} == {record.LOCK}
     monkeypatch.undo()
     assert command_line(*flags(options | {"num_epochs": 1}), "--output-dir", tmp_path / "out").exit_code == 0
+
+
+def test_a_micro_batch_size_that_was_found_out_is_kept_and_one_that_is_given_is_not(options):
+    config = resolve(TrainConfig(**options))
+    setup = training.prepare(config)
+    run = training._begin(setup, config, ["a red circle"])
+    run.epochs.append({"epoch": 0})
+    run.learner.micro_batch_size = 7  # after halving
+    snapshot = run.snapshot()
+    for size, expected in ((sys.maxsize, 7), (4, 4)):
+        run.learner.micro_batch_size = size
+        run.restore(snapshot)
+        assert run.learner.micro_batch_size == expected
 
 
 # --- the tests themselves ---
