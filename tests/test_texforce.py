@@ -714,6 +714,15 @@ def test_a_step_that_fp16_skips_changes_neither_weights_nor_schedule_nor_average
     assert learner.scaler.get_scale() == 2.0**15
 
 
+def test_fp16_takes_its_first_step_by_gradients_of_other_processes_alone():
+    rig = make_rig()
+    learner, before = fp16_learner(rig), rig.weights()
+    for parameter in rig.policy.parameters:
+        parameter.grad = torch.full_like(parameter, 2.0**16)
+    assert learner.step(rig.policy.parameters, 1.0) == pytest.approx(math.sqrt(len(before)))
+    assert not torch.equal(rig.weights(), before)
+
+
 def test_fp16_gives_up_when_lowering_the_scale_does_not_help():
     rig = make_rig()
     learner = fp16_learner(rig)
