@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,10 @@ from torch import distributed as dist
 from texforce import interrupts
 
 T = TypeVar("T")
+# How long one process waits for another. One that dies is known at once, by its closed connection; only one that hangs, or
+# whose machine is cut off, takes this long. But one that is merely slower, by a scorer that takes longer for its share
+# than this above the others' time, is given up too.
+TIMEOUT = timedelta(hours=1)
 
 
 class ProcessLost(Exception):
@@ -43,6 +48,9 @@ def is_first() -> bool:
 def joined() -> Iterator[None]:
     """Within it, the processes that a launcher has started are connected, each with a GPU of its own if there are any.
 
+    All they exchange is small and goes by gloo, whose calls return when they are done or raise. NCCL's only begin, and its
+    watchdog ends a process that waits for a lost one without a word.
+
     Raises:
         ProcessLost: they did not come together.
     """
@@ -52,7 +60,7 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with _reaching():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -115,13 +123,17 @@ def from_first(make: Callable[[], T]) -> T:
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Put the sum of every process's gradients in the place of each's own; a gradient that is missing counts as 0.
 
+    One that is missing in every process stays so: AdamW passes such a parameter over, and would let one of gradient 0 decay.
     They are summed explicitly, and not by a wrapper whose forward pass a policy gradient would not go through.
     """
     if count() == 1:
         return
     gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    num_present = gradients[0].new_tensor([float(item.grad is not None) for item in parameters])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), num_present]).cpu()
     with _reaching():
         dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    flat = flat.to(gradients[0].device)
+    *sums, num_present = flat.split([*(gradient.numel() for gradient in gradients), len(gradients)])
+    for parameter, part, present in zip(parameters, sums, num_present.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter).clone() if present else None
