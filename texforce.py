@@ -395,6 +395,7 @@ def update(
     """
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
+    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
     shares = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
     exact = config.mixed_precision == "no"
     tolerance = max(FLOAT32_TOLERANCE, config.clip_range / 1000) if exact else config.clip_range / 10
@@ -404,7 +405,9 @@ def update(
             continue
         first = total.num_pairs == 0
         statistics = UpdateStatistics()
-        for part in processes.gather(accumulate_gradients(policy, denoiser, batch, wanted, config, learner)):
+        for part in processes.gather(
+            processes.agreed(accumulate_gradients, policy, denoiser, batch, wanted, config, learner)
+        ):
             statistics.add(part)
         processes.sum_gradients(policy.parameters)
         if first and statistics.ratio_deviation > tolerance:

@@ -97,7 +97,7 @@ def train(
             return finished
         if not processes.is_first():
             report, warn = (lambda measures: None), (lambda message: None)
-        setup = prepare(config)
+        setup = processes.agreed(prepare, config)
         check_prompts(setup.policy, config, prompts)
         run = _begin(setup, config, train_prompts)
         if kept:
