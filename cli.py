@@ -179,7 +179,8 @@ def train(
         if dry_run:
             from texforce import plan
 
-            output.print(rows_table("plan", plan.plan(settings)))
+            if processes.is_first():
+                output.print(rows_table("plan", plan.plan(settings)))
             return
         with told_how_to_go_on(settings), EpochView(settings) as view:
             from texforce import training
@@ -219,9 +220,10 @@ def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
         with interrupts.recognised():
             yield
     except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError, processes.ProcessLost):
-        if processes.is_first() and resume.newest(Path(config.output_dir, resume.CHECKPOINTS)):
-            warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
-        raise
+        with interrupts.deferred():  # as in the saving before it
+            if processes.is_first() and resume.newest(Path(config.output_dir, resume.CHECKPOINTS)):
+                warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+            raise
 
 
 def _why(options: dict[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -46,17 +47,40 @@ def collect(
     """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
 
     Raises:
-        DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward.
+        DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward. An error in one
+            process is every process's.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
-    trajectory, here, parts = _sample_and_score(policy, denoiser, reward, repeated, config, generator)
+    trajectories, scored = processes.agreed(_sample_and_score, policy, denoiser, reward, repeated, config, generator)
+    parts = everyones_scores(scored)
     reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
     values = reward.combine(parts)
     values = values.where(values.isfinite(), torch.nan)
     if values.isnan().all():
         raise scorers.RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
-    advantages = texforce.normalised_advantages(values, repeated, config, statistics)
-    return texforce.Batch(trajectory, advantages.to(policy.models.device), values, parts, here)
+    advantages = texforce.normalised_advantages(values, repeated, config, statistics).to(policy.models.device)
+    indices = torch.arange(len(repeated)).split(config.sample_batch_size)
+    here = torch.cat([indices[number] for number in trajectories])
+    return texforce.Batch(sampler.concatenate(list(trajectories.values())), advantages, values, parts, here)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was said of a batch of N images."""
+
+    finite: Tensor  # (N,) bool
+    scores: dict[str, Tensor]  # (N,) float32 of each part; NaN where the image is not finite
+
+
+def everyones_scores(scored: Mapping[int, Scored]) -> dict[str, Tensor]:
+    """The scores (N,) of all images by each part, of this process's batches and the others', by the batches' numbers.
+
+    Raises:
+        DivergedError: no image is finite.
+    """
+    batches = list(processes.merged(scored).values())
+    check_some_finite(torch.cat([batch.finite for batch in batches]))
+    return {name: torch.cat([batch.scores[name] for batch in batches]) for name in batches[0].scores}
 
 
 def num_unet_calls(denoiser: sampler.Denoiser, config: TrainConfig) -> int:
@@ -72,17 +96,16 @@ def _sample_and_score(
     prompts: Sequence[str],
     config: TrainConfig,
     generator: torch.Generator,
-) -> tuple[sampler.Trajectory, Tensor, dict[str, Tensor]]:
-    """This process's n trajectories of those of N prompts, which they are (n,), and the scores (N,) of each part.
+) -> tuple[dict[int, sampler.Trajectory], dict[int, Scored]]:
+    """The trajectories of this process's batches of prompts and what was said of their images, by the batches' numbers.
 
     While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
     """
     shape = pipelines.latent_shape(policy.models, config.resolution)
     shared = sampler.SharedSteps(config.num_shared_steps, config.num_samples_per_prompt if config.num_shared_steps else 1)
-    indices = torch.arange(len(prompts)).split(config.sample_batch_size)
     trajectories: dict[int, sampler.Trajectory] = {}
-    scores: dict[int, dict[str, Tensor]] = {}
-    waiting: dict[int, Future[dict[str, Tensor]]] = {}
+    scored: dict[int, Scored] = {}
+    waiting: dict[int, Future[Scored]] = {}
     try:
         for number, chunk in enumerate(_chunks(prompts, config.sample_batch_size)):
             interrupts.check()
@@ -95,25 +118,22 @@ def _sample_and_score(
             keep = config.null_prompt == "base"
             trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep, shared)
             trajectories[number] = trajectory
-            scores |= {number: future.result() for number, future in waiting.items()}
+            scored |= {number: future.result() for number, future in waiting.items()}
             waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
-        scores |= {number: future.result() for number, future in waiting.items()}
+        scored |= {number: future.result() for number, future in waiting.items()}
     finally:
         wait(waiting.values(), timeout=2)  # a thread that is at work when the process ends can bring it down
-    for others in processes.gather(scores):
-        scores |= others
-    here = torch.cat([indices[number] for number in trajectories])
-    parts = {name: torch.cat([scores[number][name] for number in range(len(indices))]) for name in scores[0]}
-    return sampler.concatenate(list(trajectories.values())), here, parts
+    return trajectories, scored
 
 
 def _decode_and_score(
     policy: texforce.Policy, reward: rewards.Mixture, trajectory: sampler.Trajectory, prompts: Sequence[str]
-) -> dict[str, Tensor]:
+) -> Scored:
     if policy.models.device.type == "cuda":
         torch.cuda.set_device(policy.models.device)  # a thread inherits neither this nor the grad mode
     with torch.no_grad():
-        return reward.score(check_finite(sampler.decode(policy.models.vae, trajectory.latents[:, -1])), prompts)
+        images = sampler.decode(policy.models.vae, trajectory.latents[:, -1])
+        return Scored(scorers.are_finite(images), reward.score(images, prompts))
 
 
 def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -140,11 +160,20 @@ def check_finite(images: Tensor) -> Tensor:
     Raises:
         DivergedError: not one of them is finite, so that it is not for the scorer to judge them.
     """
-    if not images.isfinite().flatten(1).all(dim=1).any():
+    check_some_finite(scorers.are_finite(images))
+    return images
+
+
+def check_some_finite(finite: Tensor) -> None:
+    """See that at least one of images is finite, by (N,) bool.
+
+    Raises:
+        DivergedError: none is.
+    """
+    if not finite.any():
         raise texforce.DivergedError(
             "the images are not finite; lower --learning-rate (or --scale, in sampling), or try --mixed-precision no"
         )
-    return images
 
 
 def finite_mean(scores: Tensor) -> float:

@@ -41,6 +41,8 @@ class Learner:
             DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, so
                 often as lowering it can help.
         """
+        # The first loss that it scales sets it up, and a process whose pairs are all another's has none.
+        self.scaler.scale(torch.zeros((), device=parameters[0].device))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         self.num_skipped = 0 if norm.isfinite() else self.num_skipped + 1

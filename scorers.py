@@ -42,10 +42,15 @@ class RewardError(Exception):
 def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
 
+    The score of an image that is not finite is NaN, and the scorer sees such images only among others.
+
     Raises:
         RewardError: the scorer raised, or returned something other than one number an image.
         ValueError: the scorer does not take such a prompt or image.
     """
+    finite = are_finite(images)
+    if not finite.any():
+        return torch.full((len(images),), torch.nan)
     try:
         scores = scorer(images, prompts)
     except (RewardError, ValueError, torch.OutOfMemoryError):
@@ -57,8 +62,12 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
     if scores.is_complex():
         raise RewardError(f"reward: the scorer must return real numbers but returned {scores.dtype}")
-    scores = scores.detach().float().cpu()
-    return scores.where(images.isfinite().flatten(1).all(dim=1).cpu(), torch.nan)  # nothing can be said of a broken image
+    return scores.detach().float().cpu().where(finite, torch.nan)  # nothing can be said of a broken image
+
+
+def are_finite(images: Tensor) -> Tensor:
+    """Which of images (N, 3, H, W) are: (N,) bool on the CPU."""
+    return images.isfinite().flatten(1).all(dim=1).cpu()
 
 
 # --- preprocessing ---

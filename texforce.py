@@ -415,6 +415,7 @@ def update(
     """
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
+    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
     shares = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
     half = config.mixed_precision != "no"
     tolerance = HALF_TOLERANCE if half else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
@@ -424,7 +425,7 @@ def update(
             continue
         first = total.num_pairs == 0
         statistics = UpdateStatistics()
-        done = accumulate_gradients(policy, denoiser, batch, wanted, config, learner, on_policy=first and half)
+        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, wanted, config, learner, first and half)
         for part in processes.gather(done):
             statistics.add(part)
         processes.sum_gradients(policy.parameters)

@@ -97,7 +97,7 @@ def train(
             return finished
         if not processes.is_first():
             report, warn = (lambda measures: None), (lambda message: None)
-        setup = prepare(config)
+        setup = processes.agreed(prepare, config)
         check_prompts(setup.policy, config, prompts)
         run = _begin(setup, config, train_prompts)
         if kept:
@@ -255,25 +255,26 @@ def _train_epochs(
     except texforce.DivergedError as error:
         raise texforce.DivergedError(f"{error}; {_last_good(run.epochs, config)}") from error
     except BaseException:
-        # First, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew.
-        _save_checkpoint(snapshot, config, prompts)
-        warn(f"saved as it was after epoch {snapshot.epoch}")
-        if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
-            run.restore(snapshot)
-            _save_adapter(run, config)
-        raise
+        # A launcher that has lost a process terminates the others: that must not take the place of what is told of it.
+        with interrupts.deferred():
+            # First, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew.
+            _save_checkpoint(snapshot, config, prompts)
+            warn(f"saved as it was after epoch {snapshot.epoch}")
+            if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
+                run.restore(snapshot)
+                _save_adapter(run, config)
+            raise
 
 
 def _save_checkpoint(snapshot: resume.Snapshot, config: TrainConfig, prompts: Sequence[str]) -> None:
     if processes.is_first():
-        with interrupts.deferred():
-            folder = Path(config.output_dir, resume.CHECKPOINTS)
-            resume.write(folder, snapshot, config, prompts, config.checkpoints_to_keep)
+        folder = Path(config.output_dir, resume.CHECKPOINTS)
+        resume.write(folder, snapshot, config, prompts, config.checkpoints_to_keep)
 
 
 def _save_adapter(run: resume.Run, config: TrainConfig) -> None:
     if processes.is_first():
-        with interrupts.deferred(), run.learner.averaged(run.policy.parameters):
+        with run.learner.averaged(run.policy.parameters):
             run.policy.save(Path(config.output_dir))
 
 

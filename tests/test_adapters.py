@@ -42,12 +42,13 @@ def runs(tmp_path_factory) -> Path:
         drawn = []
 
         def keep(*args, drawn=drawn):
-            drawn.append(original(*args))  # noqa: B023
-            return drawn[-1]
+            images = original(*args)  # noqa: B023
+            drawn.append(torch.cat(list(images.values())))
+            return images
 
         with pytest.MonkeyPatch.context() as patch:
-            original = heldout.heldout_images
-            patch.setattr(heldout, "heldout_images", keep)
+            original = heldout.draw_share
+            patch.setattr(heldout, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
             training.train(TrainConfig(**OPTIONS | files | target_option | options))
         torch.save(drawn, folder / f"{target}.images")

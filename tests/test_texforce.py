@@ -1,5 +1,6 @@
 """The update against a textbook loop, losses and advantages by hand, and whole trainings."""
 
+import itertools
 import json
 import math
 import random
@@ -727,6 +728,15 @@ def test_a_step_that_fp16_skips_changes_neither_weights_nor_schedule_nor_average
     assert learner.scaler.get_scale() == 2.0**15
 
 
+def test_fp16_takes_its_first_step_by_gradients_of_other_processes_alone():
+    rig = make_rig()
+    learner, before = fp16_learner(rig), rig.weights()
+    for parameter in rig.policy.parameters:
+        parameter.grad = torch.full_like(parameter, 2.0**16)
+    assert learner.step(rig.policy.parameters, 1.0) == pytest.approx(math.sqrt(len(before)))
+    assert not torch.equal(rig.weights(), before)
+
+
 def test_fp16_gives_up_when_lowering_the_scale_does_not_help():
     rig = make_rig()
     learner = fp16_learner(rig)
@@ -1109,6 +1119,45 @@ def test_the_update_of_an_epoch_with_a_dropped_sample_equals_that_without_it():
     )
     assert 1 not in pairs[:, 0]
     assert rig.gradient(batch, pairs).isfinite().all()
+
+
+def break_images(monkeypatch, numbers: set[int]) -> None:
+    """Those of these numbers, in their order of sampling, become NaN."""
+    original, count = sampler.rollout, itertools.count()
+
+    def rollout(*args, **kwargs):
+        trajectory = original(*args, **kwargs)
+        for latents, log_probs in zip(trajectory.latents, trajectory.log_probs, strict=True):
+            if next(count) in numbers:
+                latents[1:], log_probs[:] = NAN, NAN
+        return trajectory
+
+    monkeypatch.setattr(sampler, "rollout", rollout)
+
+
+@pytest.mark.parametrize("sample_batch_size", [1, 2])
+def test_a_broken_image_is_dropped_and_no_scorer_sees_it_alone(monkeypatch, sample_batch_size):
+    rig = make_rig(sample_batch_size=sample_batch_size, kl_weight=0.1)
+    break_images(monkeypatch, {2})
+
+    def scorer(images, prompts):
+        assert images.isfinite().any()
+        return brightness(images, prompts)
+
+    rig.scorer = scorer
+    batch = rig.collect()
+    assert batch.rewards.isnan().tolist() == [False, False, True, False, False, False]
+    before = rig.weights()
+    rig.update(batch)  # for the KL term images without advantage count too
+    assert rig.weights().isfinite().all()
+    assert not torch.equal(rig.weights(), before)
+
+
+def test_an_epoch_without_a_finite_image_stops_the_run(monkeypatch):
+    rig = make_rig(sample_batch_size=1)
+    break_images(monkeypatch, set(range(6)))
+    with pytest.raises(DivergedError, match="images are not finite"):
+        rig.collect()
 
 
 def test_a_broken_image_counts_in_no_measure():
