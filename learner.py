@@ -30,8 +30,9 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.num_skipped = 0  # steps in a row
-        everything = config.micro_batch == "auto" and parameters[0].is_cuda  # the CPU's lack of memory ends the process
-        self.micro_batch_size = sys.maxsize if everything else config.micro_batch_size  # halved when memory runs out
+        self.micro_batch_size = config.micro_batch_size
+        if config.micro_batch == "auto" and parameters[0].is_cuda:  # the CPU's lack of memory ends the process
+            self.micro_batch_size = sys.maxsize  # halved whenever memory runs out
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:

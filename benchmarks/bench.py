@@ -245,7 +245,7 @@ def memory(bench: Bench) -> dict[str, float]:
 
     Every image with one of its steps is enough: no loop holds more than one micro-batch, and ours every distinct prompt.
     """
-    batch, models = bench.our_rollout(), bench.textbook.policy
+    batch = bench.our_rollout()
     pairs = torch.stack(
         [torch.arange(bench.num_images), torch.arange(bench.num_images) % bench.config.num_inference_steps], 1
     )
@@ -258,7 +258,7 @@ def memory(bench: Bench) -> dict[str, float]:
     }
     peaks = {}
     for name, work in works.items():
-        for policy in (bench.policy, models):
+        for policy in (bench.policy, bench.textbook.policy):
             for parameter in policy.parameters:
                 parameter.grad = None
         peaks[name] = meters.peak_bytes(work, bench.device)
