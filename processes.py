@@ -1,6 +1,6 @@
 """Several processes of one run, as torchrun and accelerate start them: each works on its share, and the first one writes.
 
-They see each other by torch.distributed; without a launcher there is one process, and every function here does nothing.
+They see each other by torch.distributed; without a launcher there is one process, which exchanges nothing.
 Every process holds the whole state of the run and draws the same random numbers, so that a run is the same for any number
 of them but for the order of sums.
 """
