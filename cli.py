@@ -180,7 +180,7 @@ def train(
             from texforce import plan
 
             if processes.is_first():
-                output.print(rows_table("plan", plan.plan(settings)))
+                output.print(rows_table("plan", plan.plan(settings, go_on=resume is not None)))
             return
         with told_how_to_go_on(settings), EpochView(settings) as view:
             from texforce import training

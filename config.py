@@ -66,11 +66,14 @@ class TrainConfig:
     timestep_window: float = option(
         None, "share of the denoising steps, from the first and noisiest on, that may be trained on"
     )
-    deterministic_elsewhere: bool = option(False, "make the steps outside that window, in training, without randomness")
-    num_shared_steps: int = option(
-        0, "first steps that the images of a prompt share, and that are therefore not trained; they branch after that"
+    timestep_fraction: float = option(None, "share of the steps in the window that is trained on, drawn anew for each image")
+    deterministic_elsewhere: bool = option(
+        False, "training samples the steps outside the window without randomness; held-out images are drawn as ever"
     )
-    timestep_fraction: float = option(None, "share of those steps that is trained on, drawn anew for each image")
+    num_shared_steps: int = option(
+        0,
+        "first steps that the images of a prompt share, to save U-Net calls; they branch after that, and train what is left",
+    )
     resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = option(None, "of AdamW")
     lr_scheduler: str = option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
@@ -89,11 +92,13 @@ class TrainConfig:
     rank: int = option(16, "of LoRA")
     lora_alpha: int = option(None, "of LoRA (default: the rank)")
     ema_decay: float = option(None, "average the adapter over updates with this decay; 0 is off")
-    micro_batch_size: int = option(None, "(image, step) pairs in one backward pass; changes memory, not the result")
+    micro_batch_size: int = option(
+        None, "(image, step) pairs in one backward pass; changes memory, and of the result the rounding"
+    )
     micro_batch: str = option(
         "fixed",
-        "auto begins with as many pairs as an update has and halves them whenever a GPU's memory runs out; fixed takes "
-        "--micro-batch-size",
+        "fixed takes --micro-batch-size; auto, on a GPU, begins with all pairs of an update instead, and halves them "
+        "whenever memory runs out",
     )
     sample_batch_size: int = option(None, "images sampled at a time")
     mixed_precision: str = option(
@@ -241,6 +246,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def window_end(config: TrainConfig) -> int:
+    """The number of steps up to the end of the window, at least 1."""
+    return math.ceil(config.timestep_window * config.num_inference_steps - 1e-9)  # 0.28 of 25 is 7, though rounded up
+
+
 def family(model: str) -> str:
     """Whose defaults a model takes: known by its name, since they are needed before anything is loaded."""
     if model == "tiny":
@@ -308,6 +318,14 @@ def _check_together(config: TrainConfig) -> None:
             "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
             "use advantages leave-one-out"
         )
+    if config.num_shared_steps >= window_end(config):
+        raise ValueError(
+            f"num_shared_steps: of {config.num_inference_steps} steps the first {window_end(config)} may be trained "
+            f"(timestep_window {config.timestep_window:g}), but not the first {config.num_shared_steps}, which are shared; "
+            "lower it or raise timestep_window"
+        )
+    if config.num_shared_steps and config.num_samples_per_prompt == 1:
+        raise ValueError("num_shared_steps: with num_samples_per_prompt 1 there is nobody to share them with; make it 0")
     if config.num_shared_steps and config.sample_batch_size % config.num_samples_per_prompt:
         raise ValueError(
             f"num_shared_steps: they need whole groups in a batch; make sample_batch_size, {config.sample_batch_size}, "

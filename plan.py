@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from texforce.config import TrainConfig
 from texforce.prompt_sets import split_prompts
 
 
-def plan(config: TrainConfig) -> dict[str, Any]:
-    """Counts and memory (MiB) of a run of a resolved configuration.
+def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
+    """Counts and memory (MiB) of a run of a resolved configuration, which `go_on` may find in its output folder.
 
     Raises:
         What `training.train` raises before it samples.
     """
-    record.check_folder(config.output_dir)
+    record.check_folder(config.output_dir, go_on)
     train_prompts, heldout_prompts = split_prompts(config)
     setup = training.prepare(config)
     policy, denoiser = setup.policy, setup.denoiser
@@ -38,6 +39,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     latents = math.prod(pipelines.latent_shape(models, config.resolution)) * 4
     kept = config.num_inference_steps * (2 if config.null_prompt == "base" and denoiser.guided else 1) + 1
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
+    num_pairs = num_images * num_steps / config.num_updates_per_epoch
+    if config.micro_batch == "auto" and models.device.type == "cuda":
+        config = replace(config, micro_batch_size=math.ceil(num_pairs))  # to begin with
     unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
     return {
         "model": config.model,
@@ -47,7 +51,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
-        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
+        "(image, step) pairs an optimizer step": num_pairs,
         "U-Net calls an epoch": experience.num_unet_calls(denoiser, config) + num_images * num_steps * update_branches,
         "weights, MiB": mebibytes(weights),
         "trajectories, MiB": mebibytes(num_images * latents * kept),

@@ -43,7 +43,7 @@ else:
     names = ("interrupts", "pipelines", "processes", "record", "sampler")
     interrupts, pipelines, processes, record, sampler = (_lazy_import(f"texforce.{name}") for name in names)
 
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, window_end
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -135,8 +135,8 @@ def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, 
     ).to(models.device)
     if len(window(schedule, config)) == 0:
         raise ValueError(
-            f"eta, timestep_window: at eta {config.eta} none of the first {config.timestep_window:.0%} of the steps, but "
-            f"for {config.num_shared_steps} shared ones, is random enough to have a density to train on; raise one of them"
+            f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps that are not shared "
+            "is random enough to have a density to train on; raise one of them"
         )
     models = add_lora(models, config)
     if config.gradient_checkpointing:
@@ -268,11 +268,6 @@ def window(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
     """
     steps = schedule.trainable_steps
     return steps[(steps >= config.num_shared_steps) & (steps < window_end(config))]
-
-
-def window_end(config: TrainConfig) -> int:
-    """The number of steps up to the end of the window."""
-    return math.ceil(config.timestep_window * config.num_inference_steps - 1e-9)  # 0.28 of 25 is 7, though rounded up
 
 
 def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:

@@ -863,6 +863,12 @@ def test_a_dry_run_refuses_what_the_training_would(small_run, adapter):
     check_failure(train(small_run, "--dry-run", output_dir=adapter), 2, "output_dir", "not empty")
 
 
+def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
+    result = run("train", "--resume", adapter, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "U-Net calls an epoch" in result.stdout
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     result = train(small_run, "--dry-run", output_dir=tmp_path / "out", num_epochs=5)

@@ -505,8 +505,11 @@ def test_shared_steps_need_whole_groups_in_a_batch():
         resolve(TrainConfig(model="tiny", num_shared_steps=1, sample_batch_size=12))
     with pytest.raises(ValueError, match="num_shared_steps: must be at least 0, not -1"):
         resolve(TrainConfig(model="tiny", num_shared_steps=-1))
-    with pytest.raises(ValueError, match="4 shared ones"):
-        make_rig(num_shared_steps=4, timestep_window=0.6)
+    for number in (3, 99):
+        with pytest.raises(ValueError, match=f"num_shared_steps: of 5 steps the first 3 .* not the first {number}"):
+            make_rig(num_shared_steps=number, timestep_window=0.6)
+    with pytest.raises(ValueError, match="num_shared_steps: with num_samples_per_prompt 1"):
+        resolve(TrainConfig(model="tiny", preset="paper", num_shared_steps=1))
 
 
 def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_path):
