@@ -37,7 +37,8 @@ from texforce.learner import Learner  # noqa: E402
 
 # What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
-TOLERANCES = {"cpu": (1e-4, 1e-3, 1e-4), "cuda": (1e-3, 1e-3, 1e-3)}
+# Two steps with guidance enlarge that of Stable Diffusion's U-Net: its gradient comes to 1e-4.
+TOLERANCES = {"cpu": (1e-4, 1e-3, 1e-3), "cuda": (1e-3, 1e-3, 1e-3)}
 HALF_TOLERANCE = 0.05  # of the images on average in half precision; gradients of random weights are lost in its rounding
 CHECK_RESOLUTION = 256
 SWEEP = (4, 8, 16, 32, 64, 128, 256)  # sample batches
