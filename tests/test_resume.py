@@ -557,9 +557,9 @@ def forgets(*starts: str, **state: object) -> Callable:
 def half_dropped(original: Callable) -> Callable:
     """Gradients of the first half of the micro-batches only."""
 
-    def accumulate(policy, denoiser, batch, pairs, config, scaler):
+    def accumulate(policy, denoiser, batch, pairs, config, *more):
         keep = max(1, (len(pairs) + config.micro_batch_size - 1) // config.micro_batch_size // 2) * config.micro_batch_size
-        return original(policy, denoiser, batch, pairs[:keep], config, scaler)
+        return original(policy, denoiser, batch, pairs[:keep], config, *more)
 
     return accumulate
 
