@@ -106,7 +106,7 @@ def draw(path: Path, runs: dict[str, list[Epochs]]) -> None:
                 axes.plot(places, alignments, "o-", markersize=3, linewidth=1, alpha=0.8, color=color, label=label)
     panels[0].set(xlabel="images", ylabel="held-out alignment")
     panels[1].set(xlabel="seconds of training, one thread", xscale="log", xlim=(5, None))
-    panels[0].legend(loc="lower left")
+    panels[0].legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
