@@ -102,6 +102,11 @@ class Policy:
         embeds, rows = self.encode_distinct(prompt_ids)
         return pipelines.Conditioning(embeds[rows], embeds[:1])
 
+    def base_embeds(self, prompt_ids: Tensor) -> Tensor:
+        """Of the base model, what `encode_distinct` gives (1+U, L, D)."""
+        with self.base(), torch.no_grad():
+            return self.encode_distinct(prompt_ids)[0]
+
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Within it, the policy is the base model."""
@@ -292,13 +297,11 @@ def accumulate_gradients(
 ) -> UpdateStatistics:
     """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
 
-    With `on_policy` the policy is still the one that sampled, and the loss takes its ratio for the 1 that it is; what
-    rounding makes of it is measured all the same.
-
-    The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
-    gathered on its embeddings, and one backward pass takes it through the text encoder. So the U-Net's activations
-    grow with the micro-batch alone, and neither with the images nor with the steps; the text encoder's grow with the
-    distinct prompts. Of several processes each adds the part of its own images.
+    With `on_policy` nothing was learned since the sampling, and the loss takes the ratio for the 1 that it is; what
+    rounding makes of it is measured. The text encoder runs once, over the distinct prompts and the null prompt. The
+    gradient of every micro-batch is gathered on its embeddings, and one backward pass takes it through the text
+    encoder. So the U-Net's activations grow with the micro-batch alone, and neither with the images nor with the steps;
+    the text encoder's grow with the distinct prompts. Of several processes each adds the part of its own images.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -309,10 +312,7 @@ def accumulate_gradients(
     prompt_ids = batch.trajectory.prompt_ids[mine[:, 0]]
     embeds, rows = policy.encode_distinct(prompt_ids)
     leaf = embeds.detach().requires_grad_(embeds.requires_grad)
-    base_embeds = None
-    if wants_kl(config):
-        with policy.base(), torch.no_grad():
-            base_embeds, _ = policy.encode_distinct(prompt_ids)
+    base_embeds = policy.base_embeds(prompt_ids) if wants_kl(config) else None
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
     while statistics.num_pairs < len(mine):
         interrupts.check()
