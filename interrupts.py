@@ -37,7 +37,7 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recognised() -> Iterator[None]:
-    """Within it, an error that a signal was turned into is the signal again: imports and loading that it breaks off do that."""
+    """Within it, an error that a signal was turned into is the signal again: imports and loading broken off do that."""
     try:
         yield
     except Exception:
