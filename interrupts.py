@@ -16,14 +16,15 @@ class Terminated(KeyboardInterrupt):
 
 
 _received: int | None = None
+_raised = False  # and not only kept for the end of what defers it
 _num_deferring = 0
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """Within it, SIGINT raises KeyboardInterrupt and SIGTERM Terminated, where the program is; a second signal exits."""
-    global _received
-    _received = None
+    global _received, _raised
+    _received, _raised = None, False
     heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
     previous = {number: signal.signal(number, _handle) for number in heeded}
     try:
@@ -32,16 +33,20 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _received = None
+        _received, _raised = None, False
 
 
 @contextlib.contextmanager
 def recognised() -> Iterator[None]:
-    """Within it, an error that a signal was turned into is the signal again: imports and loading broken off do that."""
+    """Within it, an error that a signal was turned into is the signal again: imports and loading broken off do that.
+
+    An error beside a signal that was deferred is not of its making, and stays.
+    """
     try:
         yield
     except Exception:
-        check()
+        if _raised:
+            check()
         raise
 
 
@@ -55,6 +60,8 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _raise(number: int) -> NoReturn:
+    global _raised
+    _raised = True
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 

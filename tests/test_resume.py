@@ -364,6 +364,21 @@ def test_a_signal_waits_for_a_save_and_is_not_lost_when_it_was_swallowed():
     signal.signal(signal.SIGINT, previous)
 
 
+def test_an_error_that_a_signal_was_turned_into_is_the_signal():
+    """As diffusers does, which takes a signal in the loading of weights for a damaged file."""
+    with pytest.raises(interrupts.Terminated), interrupts.handled():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise OSError("the weights are damaged") from error
+
+
+def test_an_error_beside_a_signal_that_was_deferred_stays():
+    with pytest.raises(OSError, match="no room"), interrupts.handled(), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("no room")
+
+
 def test_a_second_signal_ends_the_process_at_once():
     child = os.fork()
     if not child:
