@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import texforce
-from texforce import interrupts, record
+from texforce import interrupts
 from texforce.config import (
     PRESETS,
     TrainConfig,
@@ -59,8 +59,6 @@ app = typer.Typer(
 @contextmanager
 def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
     """Turn expected errors into a message without traceback and the documented exit code."""
-    import torch  # noqa: F401 - before what imports it: torch looks at all modules while it loads, and wakes the lazy ones
-
     from texforce.checkpoints import ArtifactError
     from texforce.processes import ProcessLost
     from texforce.scorers import RewardError
@@ -273,7 +271,7 @@ FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt")
 def sample(given: dict[str, Any]) -> None:
     """Draw images, with or without an adapter."""
     with exit_codes():
-        from texforce import evaluate
+        from texforce import evaluate, record
 
         config = resolve_sample(SampleConfig(**given))
         progress.print(Text(f"model: {config.model}"))

@@ -8,9 +8,8 @@ file is also the package `texforce`.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import math
-import sys
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -25,24 +24,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from texforce import interrupts, pipelines, processes, record, sampler
+    from texforce import pipelines, sampler
     from texforce.learner import Learner
 else:
 
-    def _lazy_import(name: str) -> Any:
-        """Import a module when it is first used: `texforce --help` must not wait for torch."""
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.find_spec(name)
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    class _Torch:
+        """torch, imported when it is first used: `texforce --help` must not wait for it.
 
-    torch = _lazy_import("torch")
-    names = ("interrupts", "pipelines", "processes", "record", "sampler")
-    interrupts, pipelines, processes, record, sampler = (_lazy_import(f"texforce.{name}") for name in names)
+        Not by importlib's LazyLoader: torch looks at all modules while it loads, and wakes those that wait too early.
+        """
 
+        def __getattr__(self, attribute: str) -> Any:
+            globals()["torch"] = importlib.import_module("torch")
+            return getattr(torch, attribute)
+
+    torch = _Torch()
+
+from texforce import interrupts
 from texforce.config import TrainConfig, window_end
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -84,6 +82,8 @@ class Policy:
     """A pipeline whose text encoders, U-Net or both carry LoRA; only LoRA is trained, in float32."""
 
     def __init__(self, models: pipelines.Models, null_prompt: str = "adapted") -> None:
+        from texforce import pipelines
+
         self.models = models
         parts = models.policy_parts.values()
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
@@ -95,10 +95,14 @@ class Policy:
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
+        from texforce import pipelines
+
         return pipelines.encode_distinct(self.models, prompt_ids, self.null_embeds)
 
     def conditioning(self, prompt_ids: Tensor) -> pipelines.Conditioning:
         """What the U-Net is told of prompt ids (N, L)."""
+        from texforce import pipelines
+
         embeds, rows = self.encode_distinct(prompt_ids)
         return pipelines.Conditioning(embeds[rows], embeds[:1])
 
@@ -110,11 +114,15 @@ class Policy:
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Within it, the policy is the base model."""
+        from texforce import pipelines
+
         with pipelines.adapters_disabled(self.models):
             yield
 
     def save(self, output_dir: Path) -> None:
         """Write peft adapters: the text encoder's into the folder itself, others into subfolders of the part's name."""
+        from texforce import record
+
         for name, part in self.models.policy_parts.items():
             folder = output_dir if name == "text_encoder" else output_dir / name
             if hasattr(part, "peft_config"):
@@ -132,6 +140,8 @@ class Policy:
 
 def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
+    from texforce import pipelines, sampler
+
     schedule = sampler.ddim_schedule(
         models.scheduler,
         config.num_inference_steps,
@@ -365,6 +375,8 @@ def _pair_losses(
     on_policy: bool,
 ) -> tuple[Tensor, UpdateStatistics]:
     """The mean loss of the first `number` of a micro-batch's local pairs (M, 2); their prompts are rows (M,) of embeds."""
+    from texforce import pipelines, sampler
+
     trajectory = batch.trajectory
 
     def means(embeds: Tensor) -> Tensor:
@@ -408,6 +420,8 @@ def update(
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
+    from texforce import processes
+
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
     pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped

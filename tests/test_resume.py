@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -364,19 +365,23 @@ def test_a_signal_waits_for_a_save_and_is_not_lost_when_it_was_swallowed():
     signal.signal(signal.SIGINT, previous)
 
 
-def test_an_error_that_a_signal_was_turned_into_is_the_signal():
+def break_off(number: int) -> NoReturn:
     """As diffusers does, which takes a signal in the loading of weights for a damaged file."""
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException as error:
+        raise OSError("the weights are damaged") from error
+    raise OSError("no room")
+
+
+def test_an_error_that_a_signal_was_turned_into_is_the_signal():
     with pytest.raises(interrupts.Terminated), interrupts.handled():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except BaseException as error:
-            raise OSError("the weights are damaged") from error
+        break_off(signal.SIGTERM)
 
 
 def test_an_error_beside_a_signal_that_was_deferred_stays():
     with pytest.raises(OSError, match="no room"), interrupts.handled(), interrupts.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise OSError("no room")
+        break_off(signal.SIGTERM)
 
 
 def test_a_second_signal_ends_the_process_at_once():
