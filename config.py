@@ -97,8 +97,8 @@ class TrainConfig:
     )
     micro_batch: str = option(
         "fixed",
-        "fixed takes --micro-batch-size; auto, on a GPU, begins with all pairs of an update instead, and halves them "
-        "whenever memory runs out",
+        "fixed takes --micro-batch-size; auto, on a GPU, begins with all pairs of an update instead (in half precision "
+        "with --sample-batch-size, for an exact ratio), and halves them whenever memory runs out",
     )
     sample_batch_size: int = option(None, "images sampled at a time")
     mixed_precision: str = option(
@@ -106,7 +106,7 @@ class TrainConfig:
         "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)",
     )
     gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
-    compile: bool | None = option(None, "compile the denoising step; the first one takes minutes (default: on CUDA)")
+    compile: bool | None = option(None, "compile the U-Net; the first step takes minutes (default: on CUDA)")
     eval_every: int = option(None, "epochs between measurements on the held-out prompts")
     checkpoint_every: int = option(None, "epochs between checkpoints, from which `--resume` goes on exactly")
     checkpoints_to_keep: int = option(2, "so many of the newest checkpoints stay")
@@ -225,8 +225,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = config.model or default_model(device)
     preset = PRESETS[family(model), config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": default_precision(model, device)}
-    if device == "cpu" and (config.mixed_precision or preset["mixed_precision"]) == "bf16":
-        size = config.sample_batch_size or config.micro_batch_size or preset["micro_batch_size"]
+    if (config.mixed_precision or preset["mixed_precision"]) != "no":
+        default = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
+        size = config.sample_batch_size or config.micro_batch_size or default
         preset |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
     if config.target != "text-encoder":
         preset["null_prompt"] = "adapted"

@@ -56,7 +56,7 @@ class DrawConfig:
     resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
     batch_size: int = option(16, "images drawn at a time")
     mixed_precision: str = option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
-    compile: bool | None = option(None, "compile the denoising step (default: on CUDA)")
+    compile: bool | None = option(None, "compile the U-Net (default: on CUDA)")
     null_prompt: str = option(None, "adapted or base (default: the adapter's)")
 
 

@@ -31,8 +31,10 @@ class Learner:
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.num_skipped = 0  # steps in a row
         self.micro_batch_size = config.micro_batch_size
-        if config.micro_batch == "auto" and parameters[0].is_cuda:  # the CPU's lack of memory ends the process
-            self.micro_batch_size = sys.maxsize  # halved whenever memory runs out
+        self.finds_micro_batch = config.micro_batch == "auto" and parameters[0].is_cuda  # the CPU's lack of memory kills
+        if self.finds_micro_batch:
+            half = config.mixed_precision != "no"  # batches of another size than sampling's would round otherwise
+            self.micro_batch_size = config.sample_batch_size if half else sys.maxsize  # halved whenever memory runs out
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:

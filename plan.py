@@ -40,8 +40,9 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
     kept = config.num_inference_steps * (2 if config.null_prompt == "base" and denoiser.guided else 1) + 1
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
     num_pairs = num_images * num_steps / config.num_updates_per_epoch
-    if config.micro_batch == "auto" and models.device.type == "cuda":
-        config = replace(config, micro_batch_size=math.ceil(num_pairs))  # to begin with
+    if config.micro_batch == "auto" and models.device.type == "cuda":  # to begin with
+        first = math.ceil(num_pairs) if config.mixed_precision == "no" else config.sample_batch_size
+        config = replace(config, micro_batch_size=first)
     unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
     return {
         "model": config.model,

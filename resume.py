@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -122,8 +121,8 @@ class Run:
         if state["scaler"]:
             learner.scaler.load_state_dict(state["scaler"])
         learner.num_skipped = state["num_skipped"]
-        if learner.micro_batch_size == sys.maxsize:  # to be found out, as it was before; another size rounds otherwise
-            learner.micro_batch_size = state.get("micro_batch_size", sys.maxsize)
+        if learner.finds_micro_batch:  # as it was found before: another size rounds otherwise
+            learner.micro_batch_size = state.get("micro_batch_size", learner.micro_batch_size)
         self.order.waiting = list(state["order"])
         self.statistics.history.clear()
         for prompt, seen in state["statistics"].items():

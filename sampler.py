@@ -108,9 +108,10 @@ class Denoiser:
     unet: nn.Module
     schedule: Schedule
     guidance_scale: float
-    compile: bool | None = None  # whether fused_step is one compiled graph; None: on CUDA
+    compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # of SDXL, whose embeddings have it as their last row
     branches_apart: bool = False  # where one of them is trained without the other, and rounding depends on a batch's size
+    text_trained: bool | None = None  # in training, whether embeddings have a gradient: see `_predict`; None: no training
 
     @property
     def guided(self) -> bool:
@@ -141,14 +142,31 @@ class Denoiser:
         return latents_weight * latents + output_weight * output, null_outputs
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        if self.compiled and self.text_trained is not None and not torch.is_grad_enabled():
+            # A graph with gradients is fused, and rounded, otherwise than one without: training samples with its own.
+            with torch.enable_grad():
+                return self._predict(latents, timesteps, embeds.detach().requires_grad_(self.text_trained)).detach()
         dtype = next(self.unet.parameters()).dtype
         latents, embeds = latents.to(dtype), embeds.to(dtype)
         if latents.is_cuda:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        if self.pooled is None:
-            return self.unet(latents, timesteps, embeds, return_dict=False)[0].float()
-        embeds, added = self.pooled.take_apart(embeds, latents)
-        return self.unet(latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0].float()
+        added = None
+        if self.pooled is not None:
+            embeds, added = self.pooled.take_apart(embeds, latents)
+        return self._fused_unet(latents, timesteps, embeds, added).float()
+
+    @property
+    def compiled(self) -> bool:
+        return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
+
+    @functools.cached_property
+    def _fused_unet(self) -> Callable[[Tensor, Tensor, Tensor, dict[str, Tensor] | None], Tensor]:
+        """The U-Net, as a compiled graph for each shape if `compile` says so; made once."""
+
+        def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor, added: dict[str, Tensor] | None) -> Tensor:
+            return self.unet(latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+        return torch.compile(forward, dynamic=False) if self.compiled else forward
 
     def std(self, steps: Tensor) -> Tensor:
         return self.schedule.std[steps][:, None, None, None]
@@ -162,25 +180,6 @@ class Denoiser:
         next_latents = mean + std * noise
         log_probs = gaussian_log_prob(next_latents, mean, std.clamp(min=MIN_STD))
         return next_latents, log_probs, null_outputs
-
-    @property
-    def compiled(self) -> bool:
-        return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
-
-    @functools.cached_property
-    def fused_step(self) -> Callable[[Tensor, Tensor, Conditioning, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
-        """`step` as one compiled graph, if `compile` says so, else `step` itself, which is equal; made once."""
-        if not self.compiled:
-            return self.step
-
-        # Plain tensors as arguments: what a graph is specialised on is then their shapes and nothing else.
-        @torch.compile
-        def graph(latents: Tensor, steps: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor) -> Any:
-            return self.step(latents, steps, Conditioning(prompt_embeds, null_embeds), noise)
-
-        return lambda latents, steps, conditioning, noise: graph(
-            latents, steps, conditioning.prompt_embeds, conditioning.null_embeds, noise
-        )
 
 
 # --- rollouts ---
@@ -272,7 +271,7 @@ def skip_rollout(
 def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
     """Within it, the cross-attentions' keys and values are computed at the first step and kept: the text stays the same.
 
-    A compiled step has them inside, and computes them each time; so do branches apart, which differ in text and not in size.
+    A compiled U-Net computes them each time; so do branches apart, which differ in text and not in size.
     """
     attentions = [module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2")]
     if denoiser.compiled or denoiser.branches_apart:
@@ -326,7 +325,7 @@ def rollout(
             if len(noise) == num_samples:
                 current, told = each(current), conditioning
             steps = torch.full((len(noise),), k, device=device)
-            current, log_prob, null_output = denoiser.fused_step(current, steps, told, noise)
+            current, log_prob, null_output = denoiser.step(current, steps, told, noise)
             latents.append(each(current))
             log_probs.append(each(log_prob))
             if keep_null_outputs and null_output is not None:

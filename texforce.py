@@ -159,7 +159,8 @@ def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, 
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
     pooled = pipelines.pooled_text(models)
     apart = config.null_prompt == "base" and config.mixed_precision != "no"
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled, apart)
+    text_trained = config.target != "unet"
+    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled, apart, text_trained)
     return Policy(models, config.null_prompt), denoiser
 
 
@@ -386,15 +387,17 @@ def _pair_losses(
         return denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][:number]
 
     samples, steps = pairs[:number].unbind(1)
+    base_mean = None
+    if base_embeds is not None:
+        with policy.base(), torch.no_grad():
+            base_mean = means(base_embeds)  # first, while there are no activations to keep
     mean, std, old_log_probs = means(embeds), denoiser.std(steps), trajectory.log_probs[samples, steps]
     log_probs = sampler.gaussian_log_prob(trajectory.latents[samples, steps + 1], mean, std)
     old = log_probs.detach() if on_policy else old_log_probs
     loss = ppo_loss(log_probs, old, batch.local_advantages[samples], config.clip_range)
     calls = len(pairs) * (2 if denoiser.guided and trajectory.null_outputs is None else 1)
-    measured = UpdateStatistics(number, calls if base_embeds is None else 2 * calls)
-    if base_embeds is not None:
-        with policy.base(), torch.no_grad():
-            base_mean = means(base_embeds)
+    measured = UpdateStatistics(number, calls if base_mean is None else 2 * calls)
+    if base_mean is not None:
         # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
         kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
         loss = loss + config.kl_weight * kl.mean()

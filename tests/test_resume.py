@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -539,8 +538,8 @@ def test_a_micro_batch_size_that_was_found_out_is_kept_and_one_that_is_given_is_
     run.epochs.append({"epoch": 0})
     run.learner.micro_batch_size = 7  # after halving
     snapshot = run.snapshot()
-    for size, expected in ((sys.maxsize, 7), (4, 4)):
-        run.learner.micro_batch_size = size
+    for found, expected in ((True, 7), (False, 4)):
+        run.learner.micro_batch_size, run.learner.finds_micro_batch = 4, found
         run.restore(snapshot)
         assert run.learner.micro_batch_size == expected
 

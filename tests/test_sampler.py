@@ -498,46 +498,45 @@ def test_ratio_is_one_when_log_probs_are_recomputed_in_other_batches(keep_null_o
     assert worst <= 1e-6
 
 
-def test_a_compiled_step_equals_the_plain_one():
+def test_a_compiled_unet_equals_the_plain_one():
     """A small module through inductor: the U-Net of diffusers takes it over 100 s on two cores (see the next test)."""
     torch.manual_seed(0)
     denoiser = Denoiser(SmallUNet().requires_grad_(False), ddim_schedule(make_scheduler(), 10, 1.0), 3.0)
-    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
-    with torch.no_grad():
-        plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).fused_step(*arguments)
-    for one, other in zip(plain, fused, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    check_compiled(denoiser)
 
 
-def test_the_step_with_a_real_unet_is_one_graph_without_breaks(monkeypatch):
+def test_the_real_unet_is_one_graph_without_breaks(monkeypatch):
     """Traced whole and then run as it is: inductor's code generation is too slow for a test."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    denoiser = micro_denoiser()
+    check_compiled(micro_denoiser())
+
+
+def check_compiled(denoiser: Denoiser) -> None:
     arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
     with torch.no_grad():
-        plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).fused_step(*arguments)
+        plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).step(*arguments)
     for one, other in zip(plain, fused, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
-def test_a_graph_is_made_once_and_not_for_every_rollout(monkeypatch):
+def test_the_unet_is_compiled_once_and_not_for_every_rollout(monkeypatch):
     graphs = []
 
-    def compile(function):
-        graphs.append(function)
+    def compile(function, **options):
+        graphs.append(options)
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
     denoiser = replace(micro_denoiser(num_steps=3), compile=True)
     fused = [micro_rollout(denoiser, seeded(0)[0]) for _ in range(3)]
-    assert len(graphs) == 1
+    assert graphs == [{"dynamic": False}]  # one graph for several sizes would round otherwise than one for each
     assert torch.equal(fused[-1].latents, micro_rollout(micro_denoiser(num_steps=3), seeded(0)[0]).latents)
 
 
-def test_not_compiling_gives_the_plain_method():
-    for compile in (False, None):  # None: on CUDA only
-        denoiser = replace(micro_denoiser(), compile=compile)
-        assert denoiser.fused_step == denoiser.step
+def test_nothing_is_compiled_without_cuda_or_when_it_is_not_wanted(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    for compile in (False, None):
+        micro_rollout(replace(micro_denoiser(num_steps=2), compile=compile), seeded(0)[0])
 
 
 # --- trajectories ---

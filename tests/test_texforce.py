@@ -119,6 +119,35 @@ def relative_difference(tensor: Tensor, reference: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_compiled_unet_samples_with_the_graph_that_it_is_trained_with(target, null_prompt, precision, monkeypatch):
+    """A graph is made for each signature of what it is given; with and without gradients they are fused otherwise."""
+    seen = []
+
+    def compile(function, **options):
+        def graph(latents, timesteps, embeds, added):
+            given = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad) for tensor in (latents, embeds)]
+            seen.append((torch.is_grad_enabled(), *given))
+            return function(latents, timesteps, embeds, added)
+
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compile)
+    sizes = {"sample_batch_size": 3, "micro_batch_size": 3, "compile": True}
+    rig = make_rig(target=target, null_prompt=null_prompt, mixed_precision=precision, **sizes)
+    batch = rig.collect()
+    sampling, number = set(seen), len(seen)
+    statistics = rig.accumulate(batch, rig.pairs(batch, ALL_STEPS)[:6])
+    training = set(seen[number:])
+    assert len(training) == 1
+    assert all(grad for grad, *_ in training)
+    if precision == "bf16" or null_prompt == "adapted":  # else the branches of guidance are sampled as one batch
+        assert training == sampling
+        assert statistics.ratio_deviation == 0
+    assert not batch.trajectory.latents.requires_grad
+
+
+@pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 def test_the_ratio_is_one_before_the_first_update(target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, sample_batch_size=6, micro_batch_size=6)
     batch = rig.collect()
