@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# All that is measured on a GPU, some twenty minutes: bash benchmarks/gpu.sh [FOLDER FOR THE JSON FILES]
+# A name or more as GPU_BENCHES choose: GPU_BENCHES="sd15 tiny" bash benchmarks/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+folder="${1:-benchmarks}"
+
+bench() {
+    local name="$1"
+    shift
+    case " ${GPU_BENCHES:-sd15 sd15-checkpointing tiny sdxl} " in
+        *" $name "*) python3 benchmarks/bench.py --device cuda "$@" --json "$folder/gpu-$name.json" ;;
+    esac
+}
+
+sd15=(--model sd15 --resolution 512 --num-images 16 --sample-batch-size 16 --micro-batch-size 16)
+bench sd15 "${sd15[@]}" --num-inference-steps 50 --repeats 2
+bench sd15-checkpointing "${sd15[@]}" --num-inference-steps 10 --repeats 1 --gradient-checkpointing
+bench tiny --model tiny
+bench sdxl --model sdxl --resolution 1024 --num-images 4 --sample-batch-size 4 --micro-batch-size 4 \
+    --num-inference-steps 10 --repeats 1
