@@ -113,8 +113,7 @@ def _sample_and_score(
                 sampler.skip_rollout(denoiser, len(chunk), shape, generator, shared)
                 continue
             prompt_ids = pipelines.tokenize_for(policy.models, chunk).to(policy.models.device)
-            with torch.no_grad():
-                conditioning = policy.conditioning(prompt_ids)
+            conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
             keep = config.null_prompt == "base"
             trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep, shared)
             trajectories[number] = trajectory

@@ -142,29 +142,31 @@ class Denoiser:
         return latents_weight * latents + output_weight * output, null_outputs
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        if self.compiled and self.text_trained is not None and not torch.is_grad_enabled():
-            # A graph with gradients is fused, and rounded, otherwise than one without: training samples with its own.
+        exact = self.text_trained is not None and (self.compiled or latents.is_cuda)
+        if exact and not torch.is_grad_enabled():
+            # Kernels with gradients are fused and chosen, and round, otherwise than those without: training samples with
+            # its own.
             with torch.enable_grad():
                 return self._predict(latents, timesteps, embeds.detach().requires_grad_(self.text_trained)).detach()
         dtype = next(self.unet.parameters()).dtype
         latents, embeds = latents.to(dtype), embeds.to(dtype)
         if latents.is_cuda:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        added = None
+        options = {}
         if self.pooled is not None:
-            embeds, added = self.pooled.take_apart(embeds, latents)
-        return self._fused_unet(latents, timesteps, embeds, added).float()
+            embeds, options["added_cond_kwargs"] = self.pooled.take_apart(embeds, latents)
+        return self._fused_unet(latents, timesteps, embeds, **options).float()
 
     @property
     def compiled(self) -> bool:
         return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
 
     @functools.cached_property
-    def _fused_unet(self) -> Callable[[Tensor, Tensor, Tensor, dict[str, Tensor] | None], Tensor]:
+    def _fused_unet(self) -> Callable[..., Tensor]:
         """The U-Net, as a compiled graph for each shape if `compile` says so; made once."""
 
-        def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor, added: dict[str, Tensor] | None) -> Tensor:
-            return self.unet(latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor, **options: Any) -> Tensor:
+            return self.unet(latents, timesteps, embeds, return_dict=False, **options)[0]
 
         return torch.compile(forward, dynamic=False) if self.compiled else forward
 

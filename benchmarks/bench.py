@@ -248,7 +248,7 @@ def take_turns(bench: Bench, repeats: int) -> dict[str, list[float]]:
     return {name: [turn[name] for turn in turns[-repeats:]] for name in works}
 
 
-def memory(bench: Bench) -> dict[str, float]:
+def memory(bench: Bench, ours_alone: bool = False) -> dict[str, float]:
     """Peaks of the update as it is timed, with the textbook loop's micro-batch, and of the textbook loop.
 
     Every image with one of its steps is enough: no loop holds more than one micro-batch, and ours every distinct prompt.
@@ -262,12 +262,13 @@ def memory(bench: Bench) -> dict[str, float]:
     prompts = bench.prompts[: textbook.BATCH]
     works = {
         "peak_memory_bytes": lambda: bench.our_gradients(batch, pairs, scalers[0]),
-        "textbook_peak_memory_bytes": lambda: bench.textbook.accumulate_gradients(batch, prompts, scalers[1]),
         "rollout_peak_memory_bytes": bench.our_rollout,
     }
+    if not ours_alone:
+        works["textbook_peak_memory_bytes"] = lambda: bench.textbook.accumulate_gradients(batch, prompts, scalers[1])
     if not bench.denoiser.compiled:  # else another graph would have to be made
         works["equal_micro_batch_peak_memory_bytes"] = lambda: bench.our_gradients(batch, pairs, scalers[0], textbook.BATCH)
-    peaks = {}
+    peaks: dict[str, float] = {}
     for name, work in works.items():
         for policy in (bench.policy, bench.textbook.policy):
             for parameter in policy.parameters:
@@ -276,7 +277,25 @@ def memory(bench: Bench) -> dict[str, float]:
             torch.cuda.empty_cache()
         peaks[name] = meters.peak_bytes(work, bench.device)
         peaks[name.replace("peak_memory", "held_memory")] = meters.held_bytes(bench.device)
-    return peaks | {"peak_memory_ratio": peaks["peak_memory_bytes"] / peaks["textbook_peak_memory_bytes"]}
+    if not ours_alone:
+        peaks["peak_memory_ratio"] = peaks["peak_memory_bytes"] / peaks["textbook_peak_memory_bytes"]
+    return peaks
+
+
+def measure_ours(bench: Bench) -> dict[str, Any]:
+    """Exactness, memory and speed without the textbook loop, after one rollout and update that do not count."""
+    bench.our_update(bench.our_rollout())
+    batches: list[texforce.Batch] = []
+    rollout = meters.seconds(lambda: batches.append(bench.our_rollout()), bench.device)
+    update = meters.seconds(lambda: bench.our_update(batches[0]), bench.device)
+    rates = {"images_per_s": bench.num_images / rollout, "pairs_per_s": batches[0].trajectory.timesteps.numel() / update}
+    return rates | exactness(bench) | memory(bench, ours_alone=True) | {"config": dict(vars(bench.config))}
+
+
+def exactness(bench: Bench) -> dict[str, Any]:
+    """How far the ratio is from 1 before an update, and the clip range that the preset would hold it to."""
+    deviation = bench.our_update(bench.our_rollout()).first_ratio_deviation
+    return {"ratio_deviation": deviation, "clip_range": resolve(replace(bench.config, clip_range=None)).clip_range}
 
 
 def count_flops(bench: Bench) -> tuple[float, float]:
@@ -327,6 +346,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     startup = fresh_start(options.device) if options.model == "tiny" else time.perf_counter() - START
     if options.sweep:
         return {"startup_seconds": startup, "sweep_images_per_s": sweep(bench, options.repeats)}
+    if options.ours_alone:
+        return {"startup_seconds": startup} | measure_ours(bench)
     results: dict[str, Any] = {"startup_seconds": startup} | verify(options, bench)
     turns = take_turns(bench, options.repeats)
     middle = {name: statistics.median(values) for name, values in turns.items()}
@@ -349,10 +370,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "update_matrix_rate_share": update_flops / middle["update"] / rate,
         "rollout_flops": rollout_flops,
         "update_flops": update_flops,
-        "ratio_deviation": bench.our_update(bench.our_rollout()).first_ratio_deviation,
-        "clip_range": resolve(replace(bench.config, clip_range=None)).clip_range,
     }
-    return results | memory(bench) | {"seconds": turns, "config": {k: v for k, v in vars(bench.config).items()}}
+    return results | exactness(bench) | memory(bench) | {"seconds": turns, "config": dict(vars(bench.config))}
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
@@ -391,6 +410,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in our update")
     parser.add_argument("--null-prompt", choices=("adapted", "base"), help="default: the preset's")
     parser.add_argument("--repeats", type=int, help="default: 3, but 1 for the large models on a CPU")
+    parser.add_argument("--ours-alone", action="store_true", help="exactness, memory and speed without the textbook loop")
     parser.add_argument("--sweep", action="store_true", help="only images/s of rollouts by sample batch")
     options = parser.parse_args(arguments)
     small, cpu = options.model == "tiny", options.device == "cpu"

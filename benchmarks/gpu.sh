@@ -9,14 +9,15 @@ folder="${1:-benchmarks}"
 bench() {
     local name="$1"
     shift
-    case " ${GPU_BENCHES:-sd15 sd15-checkpointing tiny sdxl} " in
+    case " ${GPU_BENCHES:-sd15 sd15-exact sd15-checkpointing tiny sdxl} " in
         *" $name "*) python3 benchmarks/bench.py --device cuda "$@" --json "$folder/gpu-$name.json" ;;
     esac
 }
 
 sd15=(--model sd15 --resolution 512 --num-images 16 --sample-batch-size 16 --micro-batch-size 16)
 bench sd15 "${sd15[@]}" --num-inference-steps 50 --repeats 2
-bench sd15-checkpointing "${sd15[@]}" --num-inference-steps 10 --repeats 1 --gradient-checkpointing
+bench sd15-exact "${sd15[@]}" --num-inference-steps 50 --ours-alone
+bench sd15-checkpointing "${sd15[@]}" --num-inference-steps 50 --ours-alone --gradient-checkpointing
 bench tiny --model tiny
 bench sdxl --model sdxl --resolution 1024 --num-images 4 --sample-batch-size 4 --micro-batch-size 4 \
     --num-inference-steps 10 --repeats 1
