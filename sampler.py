@@ -111,7 +111,9 @@ class Denoiser:
     compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # of SDXL, whose embeddings have it as their last row
     branches_apart: bool = False  # where one of them is trained without the other, and rounding depends on a batch's size
-    text_trained: bool | None = None  # in training, whether embeddings have a gradient: see `_predict`; None: no training
+    text_trained: bool | None = (
+        None  # whether embeddings have gradients in updates, which sampling must equal; None: no updates
+    )
 
     @property
     def guided(self) -> bool:
@@ -142,12 +144,11 @@ class Denoiser:
         return latents_weight * latents + output_weight * output, null_outputs
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        exact = self.text_trained is not None and (self.compiled or latents.is_cuda)
-        if exact and not torch.is_grad_enabled():
-            # Kernels with gradients are fused and chosen, and round, otherwise than those without: training samples with
-            # its own.
+        training = self.text_trained is not None
+        if training and (self.compiled or latents.is_cuda) and not torch.is_grad_enabled():
+            # With gradients kernels are fused and chosen otherwise, and round otherwise: sampling takes the update's.
             with torch.enable_grad():
-                return self._predict(latents, timesteps, embeds.detach().requires_grad_(self.text_trained)).detach()
+                return self._predict(latents, timesteps, embeds.detach().requires_grad_(bool(self.text_trained))).detach()
         dtype = next(self.unet.parameters()).dtype
         latents, embeds = latents.to(dtype), embeds.to(dtype)
         if latents.is_cuda:
