@@ -111,9 +111,7 @@ class Denoiser:
     compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # of SDXL, whose embeddings have it as their last row
     branches_apart: bool = False  # where one of them is trained without the other, and rounding depends on a batch's size
-    text_trained: bool | None = (
-        None  # whether embeddings have gradients in updates, which sampling must equal; None: no updates
-    )
+    text_trained: bool | None = None  # of a policy, whether embeddings have gradients in updates: sampling runs as they do
 
     @property
     def guided(self) -> bool:
