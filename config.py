@@ -98,7 +98,7 @@ class TrainConfig:
     micro_batch: str = option(
         "fixed",
         "fixed takes --micro-batch-size; auto, on a GPU, begins with all pairs of an update instead (in half precision "
-        "with --sample-batch-size, for an exact ratio), and halves them whenever memory runs out",
+        "or compiled with --sample-batch-size), and halves them whenever memory runs out",
     )
     sample_batch_size: int = option(None, "images sampled at a time")
     mixed_precision: str = option(

@@ -32,9 +32,10 @@ class Learner:
         self.num_skipped = 0  # steps in a row
         self.micro_batch_size = config.micro_batch_size
         self.finds_micro_batch = config.micro_batch == "auto" and parameters[0].is_cuda  # the CPU's lack of memory kills
-        if self.finds_micro_batch:
-            half = config.mixed_precision != "no"  # batches of another size than sampling's would round otherwise
-            self.micro_batch_size = config.sample_batch_size if half else sys.maxsize  # halved whenever memory runs out
+        if self.finds_micro_batch:  # halved whenever memory runs out
+            # Other sizes than sampling's round otherwise in half precision, and would each be compiled.
+            fixed = config.mixed_precision != "no" or config.compile is not False
+            self.micro_batch_size = config.sample_batch_size if fixed else sys.maxsize
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:

@@ -41,7 +41,8 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
     num_pairs = num_images * num_steps / config.num_updates_per_epoch
     if config.micro_batch == "auto" and models.device.type == "cuda":  # to begin with
-        first = math.ceil(num_pairs) if config.mixed_precision == "no" else config.sample_batch_size
+        whole = config.mixed_precision == "no" and config.compile is False
+        first = math.ceil(num_pairs) if whole else config.sample_batch_size
         config = replace(config, micro_batch_size=first)
     unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
     return {
@@ -79,6 +80,7 @@ def activation_bytes(
     conditioning = pipelines.Conditioning(embeds, embeds)
     null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=models.device)
+    denoiser = replace(denoiser, compile=False)  # what a compiled one keeps is less
     unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(models, lambda: pipelines.encode(models, prompt_ids))
     num_null = int(config.null_prompt == "adapted" and not models.zero_null)

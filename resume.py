@@ -122,7 +122,7 @@ class Run:
             learner.scaler.load_state_dict(state["scaler"])
         learner.num_skipped = state["num_skipped"]
         if learner.finds_micro_batch:  # as it was found before: another size rounds otherwise
-            learner.micro_batch_size = state.get("micro_batch_size", learner.micro_batch_size)
+            learner.micro_batch_size = min(learner.micro_batch_size, state.get("micro_batch_size", learner.micro_batch_size))
         self.order.waiting = list(state["order"])
         self.statistics.history.clear()
         for prompt, seen in state["statistics"].items():

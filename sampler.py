@@ -1,4 +1,4 @@
-"""Sampling: the DDIM transition with per-step log-probabilities, rollouts, and the fused inference path."""
+"""Sampling: the DDIM transition with per-step log-probabilities, rollouts, and the U-Net fused by compilation."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def accumulate_gradients(
     while statistics.num_pairs < len(mine):
         interrupts.check()
         number = min(learner.micro_batch_size, len(mine) - statistics.num_pairs)
-        chunk = statistics.num_pairs + _filled(number, learner.micro_batch_size, config).to(mine.device)
+        chunk = statistics.num_pairs + _filled(number, learner.micro_batch_size, config, denoiser).to(mine.device)
         try:
             loss, measured = _pair_losses(
                 policy, denoiser, batch, mine[chunk], rows[chunk], number, leaf, base_embeds, config, on_policy
@@ -353,14 +353,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _filled(number: int, micro_batch_size: int, config: TrainConfig) -> Tensor:
+def _filled(number: int, micro_batch_size: int, config: TrainConfig, denoiser: sampler.Denoiser) -> Tensor:
     """Indices of a micro-batch's pairs, of which the first `number` are its own and the others repeat them.
 
     Half precision rounds visibly, and kernels for batches of other sizes round otherwise: where micro-batches are as large
-    as the batches of sampling, none may be smaller.
+    as the batches of sampling, none may be smaller. A compiled U-Net would be compiled anew for each smaller one.
     """
-    fill = config.mixed_precision != "no" and micro_batch_size == config.sample_batch_size
-    return torch.arange(micro_batch_size if fill else number) % number
+    exact = config.mixed_precision != "no" and micro_batch_size == config.sample_batch_size
+    return torch.arange(micro_batch_size if exact or denoiser.compiled else number) % number
 
 
 def _pair_losses(

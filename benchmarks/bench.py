@@ -325,7 +325,7 @@ def sweep(bench: Bench, repeats: int) -> dict[str, float | None]:
     """Images/s of rollouts by sample batch; None where memory ends."""
     rates: dict[str, float | None] = {}
     for size in SWEEP:
-        torch._dynamo.reset()  # else the second size is compiled for every size
+        torch._dynamo.reset()  # so many graphs of one function are kept, and no more
         denoiser, prompts = replace(bench.denoiser), [bench.prompts[i % bench.num_images] for i in range(size)]
         bench.config = replace(bench.config, sample_batch_size=size)
         try:

@@ -538,8 +538,8 @@ def test_a_micro_batch_size_that_was_found_out_is_kept_and_one_that_is_given_is_
     run.epochs.append({"epoch": 0})
     run.learner.micro_batch_size = 7  # after halving
     snapshot = run.snapshot()
-    for found, expected in ((True, 7), (False, 4)):
-        run.learner.micro_batch_size, run.learner.finds_micro_batch = 4, found
+    for begins, found, expected in ((8, True, 7), (4, True, 4), (8, False, 8)):
+        run.learner.micro_batch_size, run.learner.finds_micro_batch = begins, found
         run.restore(snapshot)
         assert run.learner.micro_batch_size == expected
 

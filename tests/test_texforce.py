@@ -145,6 +145,8 @@ def test_a_compiled_unet_samples_with_the_graph_that_it_is_trained_with(target, 
         assert training == sampling
         assert statistics.ratio_deviation == 0
     assert not batch.trajectory.latents.requires_grad
+    rig.accumulate(batch, rig.pairs(batch, ALL_STEPS)[:8])
+    assert set(seen[number:]) == training  # the last two pairs are filled up: another size would be compiled anew
 
 
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
