@@ -257,12 +257,15 @@ def _train_epochs(
     except BaseException:
         # A launcher that has lost a process terminates the others: that must not take the place of what is told of it.
         with interrupts.deferred():
-            # First, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew.
-            _save_checkpoint(snapshot, config, prompts)
-            warn(f"saved as it was after epoch {snapshot.epoch}")
-            if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
-                run.restore(snapshot)
-                _save_adapter(run, config)
+            try:
+                # First, as it needs nothing of the device: what stopped in the middle of an epoch begins it anew.
+                _save_checkpoint(snapshot, config, prompts)
+                warn(f"saved as it was after epoch {snapshot.epoch}")
+                if not _measured_epochs(run.epochs):  # else the adapter that was last measured stays
+                    run.restore(snapshot)
+                    _save_adapter(run, config)
+            except OSError as failure:  # what stopped the run is still what is told of it
+                warn(f"what was reached after epoch {snapshot.epoch} could not be saved: {failure}")
             raise
 
 

@@ -383,6 +383,20 @@ def test_an_error_beside_a_signal_that_was_deferred_stays():
         break_off(signal.SIGTERM)
 
 
+def test_a_save_that_fails_after_a_signal_is_told_and_the_signal_is_obeyed(options, tmp_path, monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "_train_epoch", interrupted)
+    monkeypatch.setattr(resume, "write", full)
+    result = command_line(*flags(options), "--output-dir", tmp_path / "out")
+    assert result.exit_code == 143
+    assert "could not be saved: [Errno 28] No space left on device" in " ".join(result.stderr.split())
+
+
 def test_a_second_signal_ends_the_process_at_once():
     child = os.fork()
     if not child:
