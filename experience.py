@@ -13,6 +13,7 @@ from torch import Tensor
 
 import texforce
 from texforce import interrupts, pipelines, processes, rewards, sampler, scorers
+from texforce.advantages import PromptStatistics, normalised_advantages
 from texforce.config import TrainConfig
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def collect(
     prompts: Sequence[str],
     config: TrainConfig,
     generator: torch.Generator,
-    statistics: texforce.PromptStatistics,
+    statistics: PromptStatistics,
 ) -> texforce.Batch:
     """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
 
@@ -58,7 +59,7 @@ def collect(
     values = values.where(values.isfinite(), torch.nan)
     if values.isnan().all():
         raise scorers.RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
-    advantages = texforce.normalised_advantages(values, repeated, config, statistics).to(policy.models.device)
+    advantages = normalised_advantages(values, repeated, config, statistics).to(policy.models.device)
     indices = torch.arange(len(repeated)).split(config.sample_batch_size)
     here = torch.cat([indices[number] for number in trajectories])
     return texforce.Batch(sampler.concatenate(list(trajectories.values())), advantages, values, parts, here)

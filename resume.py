@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from texforce import record
+from texforce.advantages import PromptStatistics
 from texforce.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Run:
     policy: texforce.Policy
     learner: Learner
     reward: rewards.Mixture
-    statistics: texforce.PromptStatistics
+    statistics: PromptStatistics
     order: PromptOrder
     generators: dict[str, torch.Generator]
     epochs: list[dict[str, Any]]  # what was measured of each, the first before training

@@ -1,18 +1,16 @@
 """TexForce (arXiv:2311.15657): reinforcement learning of the text encoder of a text-to-image diffusion model.
 
 The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps. Read top to
-bottom: policy, advantages, loss, update. The images come from experience.py, and training.py repeats it all for a run. This
-file is also the package `texforce`.
+bottom: policy, loss, update. The images come from experience.py, their advantages from advantages.py, and training.py
+repeats it all for a run. This file is also the package `texforce`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import tempfile
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,60 +160,6 @@ def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, 
     text_trained = config.target != "unet"
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled, apart, text_trained)
     return Policy(models, config.null_prompt), denoiser
-
-
-# --- advantages ---
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantage of each sample over the mean of its group's others (arXiv:2402.14740); rewards (P, K), NaN where dropped.
-
-    A dropped sample gets 0, and so does a group that is all equal or has one sample left.
-    """
-    valid = rewards.isfinite()
-    values = rewards.where(valid, rewards.new_zeros(()))
-    num_others = valid.sum(dim=1, keepdim=True) - 1
-    others = (values.sum(dim=1, keepdim=True) - values) / num_others.clamp(min=1)
-    # The sum of equal rewards is rounded, and what that leaves would be made large by the normalisation.
-    differ = rewards.where(valid, -math.inf).amax(dim=1) > rewards.where(valid, math.inf).amin(dim=1)
-    return torch.where(valid & differ[:, None], values - others, 0)
-
-
-class PromptStatistics:
-    """Advantages by running statistics for each prompt (DDPO, arXiv:2305.13301 section 4.3).
-
-    A prompt seen fewer than min_count times uses the mean and deviation of the whole batch.
-    """
-
-    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        self.min_count = min_count
-        self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
-
-    def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Normalised rewards (N,); 0 where the reward is not finite."""
-        valid = rewards.isfinite()
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            if math.isfinite(reward):
-                self.history[prompt].append(reward)
-        advantages = torch.zeros_like(rewards)
-        for i in torch.nonzero(valid).flatten().tolist():
-            history = self.history[prompts[i]]
-            seen = torch.tensor(history) if len(history) >= self.min_count else rewards[valid]
-            if seen.amax() > seen.amin():  # the mean of equal rewards is rounded: what that leaves is no advantage
-                advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + 1e-6)
-        return advantages
-
-
-def normalised_advantages(
-    values: Tensor, prompts: Sequence[str], config: TrainConfig, statistics: PromptStatistics
-) -> Tensor:
-    """Advantages (N,) of rewards (N,), in standard deviations and clipped; 0 for dropped samples."""
-    if config.advantages == "per-prompt":
-        advantages = statistics.advantages(prompts, values)
-    else:
-        advantages = leave_one_out(values.reshape(-1, config.num_samples_per_prompt)).flatten()
-        advantages = advantages / (advantages[values.isfinite()].std(correction=0) + 1e-8)
-    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
 
 # --- the update ---

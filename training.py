@@ -17,6 +17,7 @@ import torch
 
 import texforce
 from texforce import experience, heldout, interrupts, pipelines, processes, record, resume, rewards, sampler
+from texforce.advantages import PromptStatistics
 from texforce.config import TrainConfig, default_device, read_json, resolve
 from texforce.learner import Learner
 from texforce.prompt_sets import split_prompts
@@ -175,7 +176,7 @@ def _begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> resume.Run:
         policy=setup.policy,
         learner=Learner(setup.policy.parameters, config),
         reward=setup.reward,
-        statistics=texforce.PromptStatistics(),
+        statistics=PromptStatistics(),
         order=experience.PromptOrder(prompts, choice),
         generators={"noise": noise, "choice": choice},
         epochs=[],

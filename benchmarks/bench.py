@@ -32,6 +32,7 @@ from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
 from texforce import experience, pipelines, record, sampler  # noqa: E402
+from texforce.advantages import PromptStatistics  # noqa: E402
 from texforce.config import STABLE_DIFFUSION, default_device, default_precision, resolve  # noqa: E402
 from texforce.learner import Learner  # noqa: E402
 
@@ -81,7 +82,7 @@ class Bench:
     def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[texforce.Batch, Tensor]:
         """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
         reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
-        memory = texforce.PromptStatistics()
+        memory = PromptStatistics()
         batch = experience.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
         advantages = 1.0 - 2.0 * (torch.arange(len(prompts), device=self.device) % 2)
         return replace(batch, advantages=advantages), torch.cat(reward.images)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import texforce
 from texforce import experience, prompt_sets, training
+from texforce.advantages import PromptStatistics
 from texforce.config import resolve
 from texforce.learner import Learner
 
@@ -31,7 +32,7 @@ class Probe:
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> texforce.Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
-        statistics = texforce.PromptStatistics()
+        statistics = PromptStatistics()
         return experience.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
 
     def gradient(self, batch: texforce.Batch, steps: list[int]) -> Tensor:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import texforce
 from texforce import DivergedError, cli, experience, interrupts, record, resume, rewards, training
+from texforce.advantages import PromptStatistics
 from texforce.config import TrainConfig, resolve
 from texforce.learner import Learner
 from texforce.scorers import RewardError
@@ -47,7 +48,7 @@ def options(small_run) -> dict:
 @pytest.fixture(autouse=True)
 def early_statistics(monkeypatch):
     """So that a prompt's own statistics count from its second visit on, and not from its sixteenth."""
-    monkeypatch.setattr(texforce.PromptStatistics.__init__, "__defaults__", (32, 3))
+    monkeypatch.setattr(PromptStatistics.__init__, "__defaults__", (32, 3))
 
 
 def train(options: dict, folder: Path, stop_in: int | None = None, **arguments: object) -> dict:

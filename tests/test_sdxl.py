@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import texforce
 from texforce import cli, evaluate, experience, export, pipelines, plan, rewards, sampler, training
+from texforce.advantages import PromptStatistics
 from texforce.config import PRESETS, TrainConfig, family, resolve
 from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
 from texforce.learner import Learner
@@ -246,7 +247,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
     )  # fmt: skip
     policy, denoiser = texforce.make_policy(replace(pipelines.load_models(str(xl)), zero_null=zeros), config)
     reward = rewards.Mixture({"brightness": lambda images, prompts: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
-    noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
+    noise, statistics = torch.Generator().manual_seed(0), PromptStatistics()
     batch = experience.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
     with torch.no_grad():  # off the start, where half of LoRA has no gradient
         for parameter in policy.parameters:

@@ -17,6 +17,7 @@ from torch.distributions import Normal, kl_divergence
 
 import texforce
 from texforce import DivergedError, experience, heldout, pipelines, plan, rewards, sampler, training, world
+from texforce.advantages import PromptStatistics, leave_one_out, normalised_advantages
 from texforce.config import TrainConfig, resolve
 from texforce.learner import MAX_SKIPPED_STEPS, Learner
 from texforce.scorers import RewardError
@@ -43,7 +44,7 @@ class Rig:
 
     def collect(self, prompts: list[str] = PROMPTS) -> texforce.Batch:
         generator = torch.Generator().manual_seed(0)
-        statistics = texforce.PromptStatistics()
+        statistics = PromptStatistics()
         reward = rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
         return experience.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
 
@@ -623,25 +624,25 @@ NAN = math.nan
 
 def test_leave_one_out_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
-    assert texforce.leave_one_out(rewards).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+    assert leave_one_out(rewards).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("size", [3, 7, 8, 11])
 def test_leave_one_out_of_equal_rewards_is_zero_to_the_bit(size):
     rewards = torch.stack([torch.full((size,), value) for value in (0.7, 0.1, 1 / 3)])
-    assert not texforce.leave_one_out(rewards).any()
+    assert not leave_one_out(rewards).any()
     rewards[:, 1] = NAN
-    assert not texforce.leave_one_out(rewards).any()
+    assert not leave_one_out(rewards).any()
 
 
 def test_leave_one_out_passes_over_dropped_samples():
     rewards = torch.tensor([[NAN, 4.0, 8.0], [NAN, 5.0, NAN], [NAN, NAN, NAN]])
-    assert texforce.leave_one_out(rewards).tolist() == [[0.0, -4.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert leave_one_out(rewards).tolist() == [[0.0, -4.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_leave_one_out_advantages_of_a_group_sum_to_zero_and_equal_k_over_k_minus_one_times_the_centred_rewards():
     rewards = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    advantages = texforce.leave_one_out(rewards)
+    advantages = leave_one_out(rewards)
     torch.testing.assert_close(advantages, 7 / 6 * (rewards - rewards.mean(dim=1, keepdim=True)))
 
 
@@ -652,12 +653,12 @@ def test_advantages_are_in_standard_deviations_and_clipped():
     std = torch.tensor([-3.0, -1.5, 4.5, -2.0, 2.0]).std(correction=0)
     expected = (raw / std).clamp(-1.5, 1.5)
     assert expected.max() == 1.5
-    advantages = texforce.normalised_advantages(values, ["a"] * 3 + ["b"] * 3, config, texforce.PromptStatistics())
+    advantages = normalised_advantages(values, ["a"] * 3 + ["b"] * 3, config, PromptStatistics())
     torch.testing.assert_close(advantages, expected)
 
 
 def test_prompt_statistics_by_hand_before_and_after_min_count():
-    statistics = texforce.PromptStatistics(buffer_size=4, min_count=3)
+    statistics = PromptStatistics(buffer_size=4, min_count=3)
     # Nothing is known of either prompt: mean 3 and deviation 2 of the batch.
     advantages = statistics.advantages(["a", "b"], torch.tensor([1.0, 5.0]))
     assert advantages.tolist() == pytest.approx([-1.0, 1.0], abs=1e-5)
@@ -673,13 +674,13 @@ def test_prompt_statistics_by_hand_before_and_after_min_count():
 
 @pytest.mark.parametrize("min_count", [3, 100])
 def test_prompt_statistics_of_equal_rewards_give_no_advantage_to_the_bit(min_count):
-    statistics = texforce.PromptStatistics(min_count=min_count)
+    statistics = PromptStatistics(min_count=min_count)
     for _ in range(2):
         assert not statistics.advantages(["a"] * 7, torch.full((7,), 0.7)).any()
 
 
 def test_prompt_statistics_pass_over_dropped_samples():
-    statistics = texforce.PromptStatistics(min_count=2)
+    statistics = PromptStatistics(min_count=2)
     advantages = statistics.advantages(["a", "a", "a"], torch.tensor([1.0, NAN, 3.0]))
     assert advantages.tolist() == pytest.approx([-1.0, 0.0, 1.0], abs=1e-5)
     assert list(statistics.history["a"]) == [1.0, 3.0]
@@ -687,14 +688,14 @@ def test_prompt_statistics_pass_over_dropped_samples():
 
 def test_ddpo_statistics_are_kept_from_epoch_to_epoch(small_run, tmp_path, monkeypatch):
     histories = []
-    original = texforce.PromptStatistics.advantages
+    original = PromptStatistics.advantages
 
     def record(self, prompts, rewards):
         result = original(self, prompts, rewards)
         histories.append(sum(len(history) for history in self.history.values()))
         return result
 
-    monkeypatch.setattr(texforce.PromptStatistics, "advantages", record)
+    monkeypatch.setattr(PromptStatistics, "advantages", record)
     train(small_run, tmp_path / "out", advantages="per-prompt", num_epochs=2)
     assert histories == [8, 16]
 
@@ -957,29 +958,34 @@ def test_lora_is_float32_over_a_frozen_model_of_half_precision():
 
 
 def wide_models() -> pipelines.Models:
-    """Stable Diffusion's widths, in which kernels depend on the batch; random weights in bfloat16, few layers."""
+    """Stable Diffusion's widths, in which kernels depend on the batch; random weights in bfloat16, few layers.
+
+    An eighth of the widths where the processor does not compute in bfloat16: they would take minutes.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    share = 1 if torch.cpu._is_avx512_bf16_supported() else 8
+    width = 768 // share
     tiny = pipelines.load_models("tiny", dtype=torch.bfloat16)
     text = CLIPTextConfig(
-        vocab_size=len(tiny.tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12,
+        vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
+        num_attention_heads=width // 32,
         max_position_embeddings=tiny.tokenizer.model_max_length, eos_token_id=tiny.tokenizer.eos_token_id,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {"text_encoder": CLIPTextModel(text)}
         parts["unet"] = UNet2DConditionModel(
-            sample_size=8, in_channels=8, out_channels=8, block_out_channels=(320, 640), layers_per_block=1,
+            sample_size=8, in_channels=8, out_channels=8, layers_per_block=1,
+            block_out_channels=(320 // share, 640 // share), norm_num_groups=8, cross_attention_dim=width,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=768,
         )  # fmt: skip
     for part in parts.values():
         part.requires_grad_(False).eval().to(torch.bfloat16)
     return replace(tiny, **parts)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="minutes on a processor that does not compute in bf16")
 @pytest.mark.parametrize("null_prompt", ["adapted", "base"])
 def test_in_half_precision_the_ratio_is_exactly_one_in_batches_of_one_size(null_prompt):
     options = {"model": "tiny", "mixed_precision": "bf16", "num_inference_steps": 5, "null_prompt": null_prompt}
@@ -1222,7 +1228,7 @@ def test_one_unit_holds_for_all_images_that_are_compared():
     reward = rewards.Mixture(
         {"a": rig.scorer, "b": lambda images, _: 50 * images[:, 0].mean(dim=(1, 2))}, {"a": 1.0, "b": 1.0}, True
     )
-    noise, statistics = torch.Generator().manual_seed(0), texforce.PromptStatistics()
+    noise, statistics = torch.Generator().manual_seed(0), PromptStatistics()
     batch = experience.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
     expected = sum(part / part.std(correction=0) for part in batch.parts.values())
     torch.testing.assert_close(batch.rewards, expected, rtol=1e-4, atol=1e-5)
