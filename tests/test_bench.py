@@ -32,7 +32,7 @@ def test_the_bench_measures_ours_against_a_textbook_loop_that_does_the_same(benc
     results = json.loads((tmp_path / "bench.json").read_text())
     assert set(results) >= RATIOS | RATES | SIZES | EXACT | PROVENANCE
     assert all(results[name] > 0 for name in RATIOS | RATES | SIZES)
-    assert results["textbook_gradient_deviation"] < bench.TOLERANCES["cpu"][2]
+    assert results["textbook_gradient_deviation"] < 1e-4
     assert results["ratio_deviation"] < results["clip_range"] / 1000
     assert "rollout_ratio" in capsys.readouterr().out
 
@@ -48,11 +48,27 @@ def test_ours_alone_is_measured_without_the_textbook_loop(bench, tmp_path, monke
     )
 
 
+@pytest.fixture
+def untrained(bench, monkeypatch):
+    """The tiny architecture with random weights: the trained U-Net enlarges float32's rounding up to a thousandfold."""
+    build = bench.architectures.build
+
+    def build_untrained(*arguments):
+        models = build(*arguments)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = type(models.unet).from_config(models.unet.config).requires_grad_(False).eval().to(models.unet.dtype)
+        return bench.replace(models, unet=unet)
+
+    monkeypatch.setattr(bench.architectures, "build", build_untrained)
+
+
+@pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("null_prompt", ["base", "adapted"])
 def test_the_bench_refuses_to_compare_with_a_loop_that_does_something_else(bench, monkeypatch, null_prompt):
     options = bench.parse([*SMALL, "--null-prompt", null_prompt])
     made = bench.Bench(options)
-    assert bench.verify(options, made)["textbook_gradient_deviation"] < bench.TOLERANCES["cpu"][2]
+    assert bench.verify(options, made)["textbook_gradient_deviation"] < 1e-4
     made.textbook.config = bench.replace(made.textbook.config, guidance_scale=3.01)
     with pytest.raises(RuntimeError, match="not the same"):
         bench.verify(options, made)
@@ -62,6 +78,7 @@ def test_what_half_precision_would_hide_is_checked_in_float32(bench):
     options = bench.parse([*SMALL, "--mixed-precision", "bf16"])
     found = bench.verify(options, bench.Bench(options))
     assert found["textbook_image_deviation"] < 1e-5 < found["timed_textbook_image_deviation"]
+    assert found["textbook_gradient_deviation"] < 1e-4
     assert "timed_textbook_gradient_deviation" not in found
 
 
