@@ -1,6 +1,7 @@
 """`texforce merge`: others read what it writes as it was meant, and it reads the layouts of others as they are."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -221,6 +222,24 @@ def merge(base: Base, output: Path, *specs: str, **options) -> Path:
     return export.merge(resolve_merge(config))
 
 
+@pytest.fixture(scope="module")
+def fused(bases, pairs):
+    """Of a base's name: the pipeline with 0.7 times the one adapter and -0.4 times the other, by hand; not to be changed."""
+    return functools.cache(lambda name: adapted_by_hand(bases[name], (pairs[name][0], 0.7), (pairs[name][1], -0.4)))
+
+
+@pytest.fixture(scope="module")
+def merged(bases, pairs, tmp_path_factory):
+    """Of a base's name and a format: the folder with the same, written by this project."""
+
+    def write(name: str, format: str) -> Path:
+        one, other = pairs[name]
+        output = tmp_path_factory.mktemp("fused") / "merged"
+        return merge(bases[name], output, f"{one}:0.7", f"{other}:-0.4", format=format)
+
+    return functools.cache(write)
+
+
 # --- others read what is written ---
 
 
@@ -249,12 +268,11 @@ FORMATS = ("peft", "diffusers", "kohya", "pipeline", "checkpoint")
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", BASES)
-def test_others_draw_the_same_images_from_every_format(bases, pairs, tmp_path, name, format):
-    base, (one, other) = bases[name], pairs[name]
-    expected = draw(adapted_by_hand(base, (one, 0.7), (other, -0.4)))
-    assert (expected - base.images).abs().max() > 0.01
-    folder = merge(base, tmp_path / "merged", f"{one}:0.7", f"{other}:-0.4", format=format)
-    torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=1e-4)
+def test_others_draw_the_same_images_from_every_format(bases, fused, merged, name, format):
+    expected = draw(fused(name))
+    assert (expected - bases[name].images).abs().max() > 0.01
+    found = draw(read_by_others(bases[name], format, merged(name, format)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -273,10 +291,8 @@ def test_a_single_adapter_keeps_its_alpha_in_every_format(bases, pairs, tmp_path
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", BASES)
-def test_this_project_reads_every_format_back(bases, pairs, tmp_path, name, format):
-    base, (one, other) = bases[name], pairs[name]
-    folder = merge(base, tmp_path / "merged", f"{one}:0.7", f"{other}:-0.4", format=format)
-    expected = adapted_by_hand(base, (one, 0.7), (other, -0.4))
+def test_this_project_reads_every_format_back(bases, fused, merged, name, format):
+    base, expected, folder = bases[name], fused(name), merged(name, format)
     if format in export.FULL_FORMATS:
         source = folder if format == "pipeline" else folder / "merged.safetensors"
         tensors = adapters.read_unet(source, base.pipeline()).tensors
@@ -289,8 +305,9 @@ def test_this_project_reads_every_format_back(bases, pairs, tmp_path, name, form
     assert set(adapter) == set(base.parts)
     for part, layers in adapter.items():
         adapters.bake(getattr(pipeline, part), layers)
+        found = getattr(pipeline, part).state_dict()
         for key, tensor in getattr(expected, part).state_dict().items():
-            torch.testing.assert_close(getattr(pipeline, part).state_dict()[key], tensor, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
 
 
 def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_path):
@@ -585,8 +602,9 @@ def test_a_locon_of_all_layers_makes_the_round_trip(bases, tmp_path, name):
             adapters.bake(again.unet, adapters.read_unet(folder, again).adapter["unet"])
         else:
             again = read_by_others(base, format, folder)
+        found = again.unet.state_dict()
         for key, tensor in expected.state_dict().items():
-            torch.testing.assert_close(again.unet.state_dict()[key], tensor, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_part_of_the_blocks_and_of_their_attentions_is_an_adapter_too(bases, tmp_path):

@@ -243,6 +243,7 @@ def check(scores: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_hps_equals_its_recipe(tmp_path):
     tensors = clip_tensors(VIT_H_14, seed=0)
     torch.save({"state_dict": tensors}, tmp_path / "HPS_v2.1_compressed.pt")
@@ -252,6 +253,7 @@ def test_hps_equals_its_recipe(tmp_path):
     check(scores, (features * text_features(PROMPTS, tensors, VIT_H_14)).sum(dim=1), 1e-6)
 
 
+@pytest.mark.slow
 def test_pickscore_equals_its_recipe(tmp_path):
     tensors = clip_tensors(VIT_H_14, seed=1)
     folder = save_for_transformers(tmp_path / "pickscore", tensors, VIT_H_14)
@@ -271,6 +273,7 @@ def test_clip_equals_its_recipe(tmp_path):
     check(scorer(drawn, prompts), 2.5 * cosines.clamp(min=0), 2e-6)
 
 
+@pytest.mark.slow
 def test_aesthetic_equals_its_recipe(tmp_path):
     tensors, new = clip_tensors(VIT_L_14, seed=3), RandomWeights(4)
     sizes = (768, 1024, 128, 64, 16, 1)
@@ -386,6 +389,7 @@ def imagereward_files(tmp_path_factory):
     return tensors, {"imagereward": folder / "ImageReward.pt", "imagereward-tokenizer": folder}
 
 
+@pytest.mark.slow
 def test_imagereward_equals_its_recipe(imagereward_files):
     tensors, files = imagereward_files
     scorer = rewards.load_reward("imagereward", checkpoints=files)

@@ -78,7 +78,7 @@ def options(shared_run) -> list[str]:
     """A run in which everything that a checkpoint holds has a say in the adapter, with a checkpoint an epoch."""
     shared_run = shared_run | {
         "num_epochs": 5, "checkpoint_every": 1, "eval_every": 2, "ema_decay": 0.5, "lr_scheduler": "cosine",
-        "num_prompts_per_epoch": 3, "num_samples_per_prompt": 2, "num_inference_steps": 3, "reward": "hps",
+        "num_prompts_per_epoch": 2, "num_samples_per_prompt": 2, "num_inference_steps": 2, "reward": "hps",
     }  # fmt: skip
     return [text for name, value in shared_run.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -91,6 +91,15 @@ def undisturbed(server, options, tmp_path_factory) -> tuple[Path, float]:
     start = time.perf_counter()
     assert server.run(["train", *options, "--resume", str(folder)]) == 0, server.said()
     return folder, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def begun(server, options, tmp_path_factory) -> Path:
+    """A run that was killed when it began to save its third epoch."""
+    folder = tmp_path_factory.mktemp("begun") / "out"
+    at = {"epoch": 3, "number": 0}
+    assert server.run(["train", *options, "--resume", str(folder)], "kill_at_io_step", at) == -signal.SIGKILL
+    return folder
 
 
 def check_same(folder: Path, undisturbed: Path) -> None:
@@ -120,10 +129,10 @@ def test_a_run_killed_at_random_moments_ends_in_the_very_same_adapter(server, op
         runs += 1
 
 
-def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server, options, undisturbed, tmp_path):
+def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server, options, undisturbed, begun, tmp_path):
     newest = []
     for number in itertools.count():
-        folder = tmp_path / str(number)
+        folder = shutil.copytree(begun, tmp_path / str(number))
         command = ["train", *options, "--resume", str(folder)]
         status = server.run(command, "kill_at_io_step", {"epoch": 3, "number": number})
         if status == 0:  # there are no more steps
@@ -169,12 +178,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_file_size_limit_leaves_the_previous_checkpoint_as_it_was(server, options, undisturbed, tmp_path):
+def test_a_file_size_limit_leaves_the_previous_checkpoint_as_it_was(server, options, undisturbed, begun, tmp_path):
     largest = max(path.stat().st_size for path in undisturbed[0].rglob("*.safetensors"))
     command = ["train", *options, "--resume", str(tmp_path / "out")]
-    begun = tmp_path / "begun"
-    at = {"epoch": 3, "number": 0}
-    assert server.run([*command[:-1], str(begun)], "kill_at_io_step", at) == -signal.SIGKILL
     before = contents(begun / "checkpoints" / "epoch_000002")
     sizes = random.Random(2)
     for _ in range(50):
