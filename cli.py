@@ -133,13 +133,14 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
 def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
     if item.default is not None:
         return f" (default: {item.default})"
-    families = ("tiny", "stable-diffusion", "turbo")
-    tiny, stable_diffusion, turbo = (PRESETS[family, "default"].get(item.name) for family in families)
+    families = ("tiny", "stable-diffusion", "turbo", "sdxl")
+    tiny, stable_diffusion, turbo, sdxl = (PRESETS[family, "default"].get(item.name) for family in families)
     if config_class is not TrainConfig or tiny is None:
         return ""
     large = f"; Stable Diffusion {stable_diffusion}" if stable_diffusion != tiny else ""
     few = f"; Turbo {turbo}" if turbo != stable_diffusion else ""
-    return f" (default: {tiny}{large}{few})"
+    pixels = f"; SDXL {sdxl}" if sdxl != stable_diffusion else ""
+    return f" (default: {tiny}{large}{few}{pixels})"
 
 
 def _negation(kind: Any, name: str) -> str:
@@ -163,7 +164,7 @@ def train(
     ] = False,
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
-    with exit_codes("micro-batch-size (or give --micro-batch auto), --sample-batch-size"):
+    with exit_codes("sample-batch-size and --micro-batch-size"):
         from texforce import processes
 
         options = merge_options(read_config(config), given)

@@ -97,8 +97,8 @@ class TrainConfig:
     )
     micro_batch: str = option(
         "fixed",
-        "fixed takes --micro-batch-size; auto, on a GPU, begins with all pairs of an update instead (in half precision "
-        "or compiled with --sample-batch-size), and halves them whenever memory runs out",
+        "fixed takes --micro-batch-size; auto, on a GPU, begins with --sample-batch-size instead, and halves it whenever an "
+        "update runs out of memory",
     )
     sample_batch_size: int = option(None, "images sampled at a time")
     mixed_precision: str = option(
@@ -154,6 +154,7 @@ _PUBLISHED = {
 _PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
 # Of models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
 _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
+_SDXL = {"micro_batch_size": 2, "sample_batch_size": 2}  # of 1024x1024, four times the pixels
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "default"): _TINY
@@ -176,7 +177,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"num_prompts_per_epoch": 8},
     ("stable-diffusion", "paper"): _SD | _PAPER | {"num_prompts_per_epoch": 64},
 }
-PRESETS |= {("turbo", preset): PRESETS["stable-diffusion", preset] | _TURBO for preset in ("default", "paper")}
+for _preset in ("default", "paper"):
+    PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
+    PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
 CHOICES = {
     "preset": ("default", "paper"),
     "lr_scheduler": ("constant", "linear", "cosine"),
@@ -213,6 +216,11 @@ def default_precision(model: str, device: str) -> str:
     return "bf16" if family(model) != "tiny" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
+def rounds_by_batch(mixed_precision: str, device: str) -> bool:
+    """Whether a result visibly depends on the size of its batch: in half precision, and in a GPU's TF32 convolutions."""
+    return mixed_precision != "no" or device != "cpu"
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is None, and check every value.
 
@@ -225,7 +233,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = config.model or default_model(device)
     preset = PRESETS[family(model), config.preset]
     preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": default_precision(model, device)}
-    if (config.mixed_precision or preset["mixed_precision"]) != "no":
+    if rounds_by_batch(config.mixed_precision or preset["mixed_precision"], device):
         default = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
         size = config.sample_batch_size or config.micro_batch_size or default
         preset |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
@@ -256,7 +264,8 @@ def family(model: str) -> str:
     """Whose defaults a model takes: known by its name, since they are needed before anything is loaded."""
     if model == "tiny":
         return "tiny"
-    return "turbo" if "turbo" in Path(model).name.lower() else "stable-diffusion"
+    name = Path(model).name.lower()
+    return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
 
 
 def check_types(config: Any) -> None:

@@ -115,7 +115,7 @@ def _sample_and_score(
                 continue
             prompt_ids = pipelines.tokenize_for(policy.models, chunk).to(policy.models.device)
             conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
-            keep = config.null_prompt == "base"
+            keep = policy.null_embeds is not None
             trajectory = sampler.rollout(denoiser, prompt_ids, conditioning, shape, generator, keep, shared)
             trajectories[number] = trajectory
             scored |= {number: future.result() for number, future in waiting.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +12,14 @@ import texforce
 from texforce.config import TrainConfig
 
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
+
+
+def finds_micro_batch(config: TrainConfig, device: torch.device) -> bool:
+    """Whether micro-batches begin at the size of sampling's batches, and are halved whenever memory runs out.
+
+    On a CPU lack of memory is no error, it kills.
+    """
+    return config.micro_batch == "auto" and device.type == "cuda"
 
 
 class Learner:
@@ -30,12 +37,8 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.num_skipped = 0  # steps in a row
-        self.micro_batch_size = config.micro_batch_size
-        self.finds_micro_batch = config.micro_batch == "auto" and parameters[0].is_cuda  # the CPU's lack of memory kills
-        if self.finds_micro_batch:  # halved whenever memory runs out
-            # Other sizes than sampling's round otherwise in half precision, and would each be compiled.
-            fixed = config.mixed_precision != "no" or config.compile is not False
-            self.micro_batch_size = config.sample_batch_size if fixed else sys.maxsize
+        self.finds_micro_batch = finds_micro_batch(config, parameters[0].device)
+        self.micro_batch_size = config.sample_batch_size if self.finds_micro_batch else config.micro_batch_size
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
 
     def step(self, parameters: list[nn.Parameter], max_grad_norm: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 import texforce
 from texforce import experience, pipelines, record, sampler, training
 from texforce.config import TrainConfig
+from texforce.learner import finds_micro_batch
 from texforce.prompt_sets import split_prompts
 
 
@@ -30,20 +31,18 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
     training.check_prompts(policy, config, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
-    update_branches = (1 if config.null_prompt == "base" else branches) * (2 if texforce.wants_kl(config) else 1)
+    update_branches = (branches if policy.null_embeds is None else 1) * (2 if texforce.wants_kl(config) else 1)
     weights = sum(
         tensor.numel() * tensor.element_size()
         for part in (*models.policy_parts.values(), models.vae)
         for tensor in part.parameters()
     )
     latents = math.prod(pipelines.latent_shape(models, config.resolution)) * 4
-    kept = config.num_inference_steps * (2 if config.null_prompt == "base" and denoiser.guided else 1) + 1
+    kept = config.num_inference_steps * (2 if policy.null_embeds is not None and denoiser.guided else 1) + 1
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
     num_pairs = num_images * num_steps / config.num_updates_per_epoch
-    if config.micro_batch == "auto" and models.device.type == "cuda":  # to begin with
-        whole = config.mixed_precision == "no" and config.compile is False
-        first = math.ceil(num_pairs) if whole else config.sample_batch_size
-        config = replace(config, micro_batch_size=first)
+    if finds_micro_batch(config, models.device):
+        config = replace(config, micro_batch_size=config.sample_batch_size)
     unet, text_encoder = activation_bytes(policy, denoiser, config, num_distinct)
     return {
         "model": config.model,
@@ -78,12 +77,12 @@ def activation_bytes(
     prompt_ids = pipelines.tokenize_for(models, [""]).to(models.device)
     embeds = pipelines.encode(models, prompt_ids).detach().requires_grad_()
     conditioning = pipelines.Conditioning(embeds, embeds)
-    null_outputs = latents if config.null_prompt == "base" and denoiser.guided else None
+    null_outputs = latents if policy.null_embeds is not None and denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=models.device)
     denoiser = replace(denoiser, compile=False)  # what a compiled one keeps is less
     unet = saved_bytes(models, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(models, lambda: pipelines.encode(models, prompt_ids))
-    num_null = int(config.null_prompt == "adapted" and not models.zero_null)
+    num_null = int(policy.null_embeds is None and not models.zero_null)
     return config.micro_batch_size * unet, (num_prompts + num_null) * text_encoder
 
 

@@ -341,9 +341,9 @@ def rollout(
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
-    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w)."""
-    dtype = next(vae.parameters()).dtype
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), in batches of as many pixels as 16 of 512x512."""
+    dtype, batch_size = next(vae.parameters()).dtype, min(16, max(1, 16 * 64 * 64 // latents[0, 0].numel()))
     chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
     return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
 

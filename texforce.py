@@ -39,7 +39,7 @@ else:
     torch = _Torch()
 
 from texforce import interrupts
-from texforce.config import TrainConfig, window_end
+from texforce.config import TrainConfig, rounds_by_batch, window_end
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -86,8 +86,8 @@ class Policy:
         parts = models.policy_parts.values()
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
         self.parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        self.null_embeds = None  # of the base text encoder, if the null prompt is to stay there
-        if null_prompt == "base":
+        self.null_embeds = None  # of the base text encoder, if the null prompt stays there: its branch learns nothing
+        if null_prompt == "base" or (models.zero_null and not hasattr(models.unet, "peft_config")):
             with self.base(), torch.no_grad():
                 self.null_embeds = pipelines.encode_null(models)
 
@@ -155,11 +155,11 @@ def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, 
     if config.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    pooled = pipelines.pooled_text(models)
-    apart = config.null_prompt == "base" and config.mixed_precision != "no"
+    policy, pooled = Policy(models, config.null_prompt), pipelines.pooled_text(models)
+    apart = policy.null_embeds is not None and rounds_by_batch(config.mixed_precision, models.device.type)
     text_trained = config.target != "unet"
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled, apart, text_trained)
-    return Policy(models, config.null_prompt), denoiser
+    return policy, denoiser
 
 
 # --- the update ---
@@ -271,18 +271,16 @@ def accumulate_gradients(
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
     while statistics.num_pairs < len(mine):
         interrupts.check()
-        number = min(learner.micro_batch_size, len(mine) - statistics.num_pairs)
-        chunk = statistics.num_pairs + _filled(number, learner.micro_batch_size, config, denoiser).to(mine.device)
+        micro_batch = _micro_batch(denoiser, batch, mine, rows, statistics.num_pairs, config, learner)
         try:
-            loss, measured = _pair_losses(
-                policy, denoiser, batch, mine[chunk], rows[chunk], number, leaf, base_embeds, config, on_policy
-            )
-            weighted = learner.scaler.scale(loss * (number / len(pairs)))
+            loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
+            weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
             gradients = torch.autograd.grad(weighted, inputs)  # all of them or, when memory runs out, none
         except (RuntimeError, MemoryError) as error:
-            if config.micro_batch != "auto" or number == 1 or not is_out_of_memory(error):
+            size = len(micro_batch.pairs)
+            if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
                 raise
-            learner.micro_batch_size = number // 2
+            learner.micro_batch_size = size // 2
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
@@ -297,61 +295,108 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _filled(number: int, micro_batch_size: int, config: TrainConfig, denoiser: sampler.Denoiser) -> Tensor:
-    """Indices of a micro-batch's pairs, of which the first `number` are its own and the others repeat them.
+@dataclass(frozen=True)
+class MicroBatch:
+    """This process's (image, step) pairs (M, 2) that go through the U-Net at once; the first `number` are its own."""
 
-    Half precision rounds visibly, and kernels for batches of other sizes round otherwise: where micro-batches are as large
-    as the batches of sampling, none may be smaller. A compiled U-Net would be compiled anew for each smaller one.
+    denoiser: sampler.Denoiser
+    batch: Batch
+    pairs: Tensor
+    rows: Tensor  # (M,) of the prompts' embeddings
+    number: int
+
+    def means(self, embeds: Tensor) -> Tensor:
+        """Of its own pairs' transitions (number, C, H, W)."""
+        from texforce import pipelines
+
+        samples, steps = self.pairs.unbind(1)
+        trajectory = self.batch.trajectory
+        null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
+        conditioning = pipelines.Conditioning(embeds[self.rows], embeds[:1])
+        return self.denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][: self.number]
+
+    def log_probs(self, means: Tensor) -> Tensor:
+        """Of what was sampled (number,), under transitions with these means."""
+        from texforce import sampler
+
+        samples, steps = self.own.unbind(1)
+        return sampler.gaussian_log_prob(self.batch.trajectory.latents[samples, steps + 1], means, self.denoiser.std(steps))
+
+    @property
+    def own(self) -> Tensor:
+        return self.pairs[: self.number]
+
+    @property
+    def num_unet_calls(self) -> int:
+        """Of one pass; a branch of guidance each."""
+        both = self.denoiser.guided and self.batch.trajectory.null_outputs is None
+        return len(self.pairs) * (2 if both else 1)
+
+
+def _micro_batch(
+    denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, rows: Tensor, start: int, config: TrainConfig, learner: Learner
+) -> MicroBatch:
+    """The one that begins at a place of local pairs (M, 2), whose prompts are rows (M,) of the embeddings.
+
+    Where the rounding depends on a batch's size and micro-batches are as large as the batches of sampling, none is smaller:
+    the last one is filled up with its own pairs. A compiled U-Net would be compiled anew for each smaller one.
     """
-    exact = config.mixed_precision != "no" and micro_batch_size == config.sample_batch_size
-    return torch.arange(micro_batch_size if exact or denoiser.compiled else number) % number
+    size = learner.micro_batch_size
+    number = min(size, len(pairs) - start)
+    exact = rounds_by_batch(config.mixed_precision, pairs.device.type) and size == config.sample_batch_size
+    chunk = start + torch.arange(size if exact or denoiser.compiled else number, device=pairs.device) % number
+    return MicroBatch(denoiser, batch, pairs[chunk], rows[chunk], number)
 
 
 def _pair_losses(
     policy: Policy,
-    denoiser: sampler.Denoiser,
-    batch: Batch,
-    pairs: Tensor,
-    rows: Tensor,
-    number: int,
+    micro_batch: MicroBatch,
     embeds: Tensor,
     base_embeds: Tensor | None,
     config: TrainConfig,
     on_policy: bool,
 ) -> tuple[Tensor, UpdateStatistics]:
-    """The mean loss of the first `number` of a micro-batch's local pairs (M, 2); their prompts are rows (M,) of embeds."""
-    from texforce import pipelines, sampler
-
-    trajectory = batch.trajectory
-
-    def means(embeds: Tensor) -> Tensor:
-        samples, steps = pairs.unbind(1)
-        null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
-        conditioning = pipelines.Conditioning(embeds[rows], embeds[:1])
-        return denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][:number]
-
-    samples, steps = pairs[:number].unbind(1)
-    base_mean = None
+    """The mean loss of a micro-batch's own pairs, and what was measured."""
+    samples, steps = micro_batch.own.unbind(1)
+    base_means = None
     if base_embeds is not None:
         with policy.base(), torch.no_grad():
-            base_mean = means(base_embeds)  # first, while there are no activations to keep
-    mean, std, old_log_probs = means(embeds), denoiser.std(steps), trajectory.log_probs[samples, steps]
-    log_probs = sampler.gaussian_log_prob(trajectory.latents[samples, steps + 1], mean, std)
+            base_means = micro_batch.means(base_embeds)  # first, while there are no activations to keep
+    means = micro_batch.means(embeds)
+    log_probs, old_log_probs = micro_batch.log_probs(means), micro_batch.batch.trajectory.log_probs[samples, steps]
     old = log_probs.detach() if on_policy else old_log_probs
-    loss = ppo_loss(log_probs, old, batch.local_advantages[samples], config.clip_range)
-    calls = len(pairs) * (2 if denoiser.guided and trajectory.null_outputs is None else 1)
-    measured = UpdateStatistics(number, calls if base_mean is None else 2 * calls)
-    if base_mean is not None:
+    loss = ppo_loss(log_probs, old, micro_batch.batch.local_advantages[samples], config.clip_range)
+    calls = micro_batch.num_unet_calls
+    measured = UpdateStatistics(micro_batch.number, calls if base_means is None else 2 * calls)
+    if base_means is not None:
         # KL of two Gaussians of equal deviation, averaged over the latents like the log-probability.
-        kl = (0.5 * ((mean - base_mean) / std).square()).flatten(1).mean(dim=1)
+        kl = (0.5 * ((means - base_means) / micro_batch.denoiser.std(steps)).square()).flatten(1).mean(dim=1)
         loss = loss + config.kl_weight * kl.mean()
         measured.kl = kl.sum().item()
-    if not loss.isfinite():
-        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     deviation = ((log_probs.detach() - old_log_probs).exp() - 1).abs()
+    if not (loss.isfinite() and deviation.isfinite().all()):
+        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     measured.ratio_deviation = deviation.max().item()
     measured.num_clipped = 0 if on_policy else int((deviation > config.clip_range).sum())
     return loss, measured
+
+
+def with_log_probs_anew(
+    policy: Policy, denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, config: TrainConfig, learner: Learner
+) -> tuple[Batch, int]:
+    """The batch with the log-probabilities of (image, step) pairs (M, 2) that an update would compute now; U-Net calls."""
+    mine, log_probs, num_calls = batch.local_pairs(pairs), batch.trajectory.log_probs.clone(), 0
+    if len(mine) == 0:
+        return batch, 0
+    embeds, rows = policy.encode_distinct(batch.trajectory.prompt_ids[mine[:, 0]])  # with gradients, as an update does
+    for start in range(0, len(mine), learner.micro_batch_size):
+        interrupts.check()
+        micro_batch = _micro_batch(denoiser, batch, mine, rows, start, config, learner)
+        with torch.no_grad():
+            samples, steps = micro_batch.own.unbind(1)
+            log_probs[samples, steps] = micro_batch.log_probs(micro_batch.means(embeds.detach()))
+        num_calls += micro_batch.num_unet_calls
+    return replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)), num_calls
 
 
 def update(
@@ -364,6 +409,9 @@ def update(
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images.
 
+    Where half precision rounds sampling and updates apart by more than a tenth of the clip range, the log-probabilities that
+    the later steps compare with are computed anew before the first one.
+
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
@@ -372,16 +420,14 @@ def update(
     total = UpdateStatistics()
     pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
     pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
-    shares = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
+    images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
+    shares = [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
     half = config.mixed_precision != "no"
     tolerance = HALF_TOLERANCE if half else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
-    for share in shares:
-        wanted = pairs[torch.isin(pairs[:, 0], share)]
-        if len(wanted) == 0:
-            continue
-        first = total.num_pairs == 0
+    for number, share in enumerate(shares):
+        first = number == 0
         statistics = UpdateStatistics()
-        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, wanted, config, learner, first and half)
+        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, share, config, learner, first and half)
         for part in processes.gather(done):
             statistics.add(part)
         processes.sum_gradients(policy.parameters)
@@ -392,6 +438,10 @@ def update(
                 f"equal to --sample-batch-size ({config.sample_batch_size}) and images that fill such batches, or "
                 "--mixed-precision no"
             )
+        if first and half and statistics.ratio_deviation > config.clip_range / 10:
+            for later in shares[1:]:
+                batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
+                statistics.num_unet_calls += sum(processes.gather(calls))
         total.add(statistics, first)
         total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
     return total

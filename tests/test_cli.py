@@ -151,11 +151,12 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
         if item.default is not None:
             assert squash(f"{item.metadata['help']} (default: {item.default})") in shown
         elif config is TrainConfig:
-            families = ("tiny", "stable-diffusion", "turbo")
-            tiny, large, turbo = (PRESETS[family, "default"].get(item.name) for family in families)
+            families = ("tiny", "stable-diffusion", "turbo", "sdxl")
+            tiny, large, turbo, xl = (PRESETS[family, "default"].get(item.name) for family in families)
             if tiny is not None:
                 default = f"{tiny}; Stable Diffusion {large}" if large != tiny else f"{tiny}"
                 default += f"; Turbo {turbo}" if turbo != large else ""
+                default += f"; SDXL {xl}" if xl != large else ""
                 assert squash(f"{item.metadata['help']} (default: {default})") in shown
 
 

@@ -237,7 +237,7 @@ def textbook_gradient(policy, denoiser, config, batch, pairs) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters]
 
 
-@pytest.mark.parametrize(("target", "zeros"), [("text-encoder", True), ("both", False)])
+@pytest.mark.parametrize(("target", "zeros"), [("text-encoder", True), ("text-encoder", False), ("both", True)])
 def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target, zeros):
     config = resolve(
         TrainConfig(
@@ -254,7 +254,10 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
     pairs = torch.cartesian_prod(torch.arange(4), torch.arange(3))
     learner = Learner(policy.parameters, config)
-    texforce.accumulate_gradients(policy, denoiser, batch, pairs, config, learner)
+    statistics = texforce.accumulate_gradients(policy, denoiser, batch, pairs, config, learner)
+    kept = zeros and target == "text-encoder"  # then the null prompt's branch learns nothing
+    assert (batch.trajectory.null_outputs is not None) == kept
+    assert statistics.num_unet_calls == len(pairs) * (1 if kept else 2)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters]
     references = textbook_gradient(policy, denoiser, config, batch, pairs)
     sizes = [
@@ -394,10 +397,16 @@ def test_a_trailing_schedule_that_diffusers_rounds_to_a_step_too_many_is_refused
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("stabilityai/sd-turbo", "turbo"), ("models/SDXL-Turbo/", "turbo"), ("turbo/plain", "stable-diffusion"),
-    ("tiny", "tiny"), ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion"),
+    ("tiny", "tiny"), ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl"), ("xl/plain", "stable-diffusion"),
 ])  # fmt: skip
-def test_a_turbo_model_is_known_by_its_name(name, expected):
+def test_a_model_is_known_by_its_name(name, expected):
     assert family(name) == expected
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_large_models_defaults_are_stable_diffusions_but_for_smaller_batches(preset):
+    changed = PRESETS["sdxl", preset].items() - PRESETS["stable-diffusion", preset].items()
+    assert changed == {("micro_batch_size", 2), ("sample_batch_size", 2)}
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

@@ -349,7 +349,7 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_the_gradient_is_the_sa
 
     calls = []
     original = texforce._pair_losses
-    monkeypatch.setattr(texforce, "_pair_losses", lambda *args: (calls.append(len(args[3])), original(*args))[1])
+    monkeypatch.setattr(texforce, "_pair_losses", lambda *args: (calls.append(len(args[1].pairs)), original(*args))[1])
     monkeypatch.setattr(torch.autograd, "grad", short_of_memory)
     statistics = rig.accumulate(batch, pairs)
     assert relative_difference(gradient_of(rig.policy.parameters), whole) <= 1e-5
@@ -359,6 +359,25 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_the_gradient_is_the_sa
     assert len([size for size in sizes if size > 3]) < 4  # it is not tried again with what did not fit
     with pytest.raises(type(error)):
         rig.accumulate(batch, pairs, micro_batch="fixed")
+
+
+def test_a_micro_batch_that_was_filled_up_is_halved_as_what_did_not_fit(monkeypatch):
+    """And not by its own pairs, of which it may have one."""
+    rig = make_rig(micro_batch="auto", micro_batch_size=8, sample_batch_size=8)
+    rig.config = replace(rig.config, mixed_precision="bf16")  # else none is filled up
+    batch = rig.collect()
+    pairs, grad, sizes = rig.pairs(batch)[:9], torch.autograd.grad, []
+
+    def short_of_memory_once(loss, inputs):
+        sizes.append(learner.micro_batch_size)
+        if len(sizes) == 2:
+            raise OUT_OF_MEMORY[0]
+        return grad(loss, inputs)
+
+    monkeypatch.setattr(torch.autograd, "grad", short_of_memory_once)
+    learner = Learner(rig.policy.parameters, rig.config)
+    statistics = texforce.accumulate_gradients(rig.policy, rig.denoiser, batch, pairs, rig.config, learner)
+    assert (sizes, statistics.num_pairs) == ([8, 8, 4], 9)
 
 
 def test_a_single_pair_that_does_not_fit_ends_the_run(monkeypatch):
@@ -1026,6 +1045,39 @@ def test_half_precision_stops_when_what_is_trained_is_far_from_what_was_sampled(
     batch = replace(batch, trajectory=replace(batch.trajectory, log_probs=batch.trajectory.log_probs + shift))
     with pytest.raises(texforce.DivergedError, match="sample-batch-size") if stops else nullcontext():
         rig.update(batch)
+
+
+@pytest.mark.parametrize(("shift", "anew"), [(4e-5, False), (6e-5, True)])
+def test_rounding_of_a_tenth_of_the_clip_range_is_no_part_of_later_losses_either(shift, anew, monkeypatch):
+    """The later steps' log-probabilities are then those that an update computes before the first one."""
+    rig = make_rig(num_updates_per_epoch=3, sample_batch_size=6, micro_batch_size=6, learning_rate=1e-30)
+    rig.config = replace(rig.config, mixed_precision="bf16")
+    batch = rig.collect()
+    batch = replace(batch, trajectory=replace(batch.trajectory, log_probs=batch.trajectory.log_probs + shift))
+    found, add = [], texforce.UpdateStatistics.add
+    monkeypatch.setattr(
+        texforce.UpdateStatistics,
+        "add",
+        lambda self, other, *first: (found.append((other, *first)), add(self, other, *first)),
+    )
+    total = rig.update(batch)
+    epoch = [statistics for statistics, *first in found if first]
+    assert [statistics.ratio_deviation for statistics in epoch] == pytest.approx(
+        [shift, *(2 * [0 if anew else shift])], abs=2e-6
+    )
+    plain = 6 * 5 * 2  # three times two images of five steps, which fill no micro-batch up to another number
+    assert total.first_ratio_deviation == pytest.approx(shift, abs=2e-6)
+    assert total.num_unet_calls == sum(statistics.num_unet_calls for statistics in epoch) > plain
+
+
+def test_log_probabilities_that_are_not_finite_end_the_run():
+    rig = make_rig(sample_batch_size=6, micro_batch_size=6)
+    rig.config = replace(rig.config, mixed_precision="bf16")
+    batch = rig.collect()
+    log_probs = batch.trajectory.log_probs.clone()
+    log_probs[2, 1] = NAN
+    with pytest.raises(DivergedError, match="not finite"):
+        rig.update(replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)))
 
 
 @pytest.mark.parametrize("null_prompt", ["adapted", "base"])
