@@ -15,11 +15,11 @@ bench() {
     esac
 }
 
-sd15=(--model sd15 --resolution 512 --num-images 16 --sample-batch-size 16 --micro-batch-size 16)
-bench sd15 "${sd15[@]}" --num-inference-steps 50 --repeats 2
-bench sd15-exact "${sd15[@]}" --num-inference-steps 50 --ours-alone
-bench sd15-checkpointing "${sd15[@]}" --num-inference-steps 50 --ours-alone --gradient-checkpointing
+sd15=(--model sd15 --resolution 512 --num-images 16 --num-inference-steps 50)
+sixteen=(--sample-batch-size 16 --micro-batch-size 16)
+bench sd15 "${sd15[@]}" "${sixteen[@]}" --repeats 2
+bench sd15-exact "${sd15[@]}" "${sixteen[@]}" --ours-alone
+bench sd15-checkpointing "${sd15[@]}" --ours-alone --gradient-checkpointing
 bench tiny --model tiny
-bench sdxl --model sdxl --resolution 1024 --num-images 4 --sample-batch-size 4 --micro-batch-size 4 \
-    --num-inference-steps 10 --repeats 1
+bench sdxl --model sdxl --resolution 1024 --num-images 4 --num-inference-steps 10 --repeats 1
 exit "$failed"

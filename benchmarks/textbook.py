@@ -103,7 +103,7 @@ class Textbook:
 
     @torch.no_grad()
     def rollout(self, prompts: list[str], generators: list[torch.Generator] | torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) in [0, 1] and log-probabilities (N, T)."""
+        """Images (N, 3, H, W) in [0, 1] and log-probabilities (N, T) of their steps."""
         from diffusers.utils.torch_utils import randn_tensor
 
         shape, images, log_probs = pipelines.latent_shape(self.policy.models, self.config.resolution), [], []
@@ -124,20 +124,32 @@ class Textbook:
         rows = [torch.stack(log_probs[k : k + num_steps], dim=1) for k in range(0, len(log_probs), num_steps)]
         return torch.cat(images), torch.cat(rows)
 
+    @torch.no_grad()
+    def log_probs(self, batch: texforce.Batch, prompts: list[str]) -> Tensor:
+        """Of what was sampled (N, T), one image-batch and one step at a time."""
+        result = torch.empty_like(batch.trajectory.log_probs)
+        for mine, k, log_probs in self.judged(batch, prompts):
+            result[mine, k] = log_probs.to(result.dtype)
+        return result
+
     def accumulate_gradients(self, batch: texforce.Batch, prompts: list[str], scaler: torch.amp.GradScaler) -> None:
         """Add the gradient of the PPO loss over all images and steps, one image-batch and one step at a time."""
-        trajectory, num_pairs = batch.trajectory, batch.trajectory.timesteps.numel()
+        num_pairs = batch.trajectory.timesteps.numel()
         with without_checkpointing(self.pipeline.unet):
-            for start in range(0, len(prompts), BATCH):
-                mine = slice(start, start + BATCH)
-                for k, timestep in enumerate(self.scheduler.timesteps):
-                    embeds, more = self.encode(prompts[mine])
-                    before, after = trajectory.latents[mine, k], trajectory.latents[mine, k + 1]
-                    output = self.predict(before, timestep, embeds, more)
-                    _, log_probs = self.ddim_step(output, timestep, before, after=after)
-                    old, advantages = trajectory.log_probs[mine, k], batch.advantages[mine]
-                    loss = texforce.ppo_loss(log_probs, old, advantages, CLIP_RANGE)
-                    scaler.scale(loss * (len(before) / num_pairs)).backward()
+            for mine, k, log_probs in self.judged(batch, prompts):
+                old, advantages = batch.trajectory.log_probs[mine, k], batch.advantages[mine]
+                loss = texforce.ppo_loss(log_probs, old, advantages, CLIP_RANGE)
+                scaler.scale(loss * (len(log_probs) / num_pairs)).backward()
+
+    def judged(self, batch: texforce.Batch, prompts: list[str]) -> Iterator[tuple[slice, int, Tensor]]:
+        """Images, a step of theirs, and its log-probabilities (n,)."""
+        latents = batch.trajectory.latents
+        for start in range(0, len(prompts), BATCH):
+            mine = slice(start, start + BATCH)
+            for k, timestep in enumerate(self.scheduler.timesteps):
+                embeds, more = self.encode(prompts[mine])
+                output = self.predict(latents[mine, k], timestep, embeds, more)
+                yield mine, k, self.ddim_step(output, timestep, latents[mine, k], after=latents[mine, k + 1])[1]
 
 
 @contextlib.contextmanager
@@ -145,6 +157,8 @@ def without_checkpointing(unet: Any) -> Iterator[None]:
     """Within it, activations are kept: recomputing them is ours alone."""
     active = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
     unet.disable_gradient_checkpointing()
-    yield
-    if active:
-        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if active:
+            unet.enable_gradient_checkpointing()

@@ -82,6 +82,14 @@ def test_what_half_precision_would_hide_is_checked_in_float32(bench):
     assert "timed_textbook_gradient_deviation" not in found
 
 
+def test_what_is_timed_in_half_precision_is_held_to_the_same_images(bench, monkeypatch):
+    options = bench.parse([*SMALL, "--mixed-precision", "bf16"])
+    made = bench.Bench(options)
+    made.textbook.config = bench.replace(made.textbook.config, guidance_scale=1.1)  # of the timed one alone
+    with pytest.raises(RuntimeError, match=r"not the same.*0\.01"):
+        bench.verify(options, made)
+
+
 def test_the_meter_counts_what_is_alive_at_most_and_was_not_there_before(bench):
     before = torch.ones(1000)
 

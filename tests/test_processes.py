@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import texforce
 from texforce import DivergedError, cli, heldout, interrupts, processes, resume, rewards, scorers, training
 from texforce.config import TrainConfig, resolve
+from texforce.learner import Learner
 
 WEIGHTS = "adapter_model.safetensors"
 # Two prompts of four images are two batches, one for each of two processes.
@@ -98,6 +99,25 @@ def pair(shared_run, tmp_path_factory) -> Path:
 def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
     assert relative_difference(pair / "2", pair / "1") < 1e-6
     assert {path.name for path in (pair / "2").iterdir()} == {path.name for path in (pair / "1").iterdir()}
+
+
+def test_the_first_gradient_of_two_processes_is_that_of_one(shared_run, tmp_path, monkeypatch):
+    """Which no learning rate makes larger or smaller."""
+    original = Learner.step
+
+    def kept(learner, parameters, *arguments):
+        gradient = tmp_path / f"gradient-{processes.count()}-{processes.rank()}.pt"
+        if not gradient.exists():
+            torch.save(torch.cat([parameter.grad.double().flatten() for parameter in parameters]), gradient)
+        return original(learner, parameters, *arguments)
+
+    monkeypatch.setattr(Learner, "step", kept)
+    for number in (1, 2):
+        output = tmp_path / str(number)
+        train(number, shared_run | OPTIONS | {"num_epochs": 1, "output_dir": str(output)}, tmp_path / "log")
+    expected, *others = (torch.load(tmp_path / f"gradient-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert torch.equal(*others)
+    assert (others[0] - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_two_processes_count_and_measure_what_one_does(pair):
@@ -347,6 +367,28 @@ def worker(launcher: int, rank: int) -> int:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     text = f"\0RANK={rank}\0".encode()
     return next(int(child) for child in children if text in Path(f"/proc/{child}/environ").read_bytes())
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_two_machines_gives_the_adapter_of_one_process(pair, shared_run, tmp_path):
+    """Both of them this one."""
+    options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = [
+        subprocess.Popen([
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=2",
+            f"--machine_rank={rank}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}", "--mixed_precision=no",
+            "--dynamo_backend=no",
+            "-m", "texforce.cli", "train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
+        ], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[1])
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert [f"are in {tmp_path / 'out'}" in " ".join(output.split()) for output in outputs] == [True, False]
+    assert relative_difference(tmp_path / "out", pair / "1") < 1e-6
 
 
 @pytest.mark.slow
