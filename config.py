@@ -287,21 +287,25 @@ def check_types(config: Any) -> None:
 
 
 def check_precision(config: Any, device: str) -> None:
+    """Raise ValueError for a type that the device does not compute in."""
     if config.mixed_precision == "fp16" and device == "cpu":
         raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
 def check_seed(config: Any) -> None:
+    """Raise ValueError for a seed that not every generator takes."""
     if not 0 <= config.seed < MAX_SEED:
         raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
 def check_timeout(config: Any) -> None:
+    """Raise ValueError for seconds that no clock can wait for."""
     if not 0 < config.reward_timeout <= MAX_TIMEOUT:
         raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
 
 
 def check_choices(config: Any) -> None:
+    """Raise ValueError for a value that is none of its option's."""
     for name, choices in CHOICES.items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:

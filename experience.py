@@ -14,6 +14,7 @@ from torch import Tensor
 import texforce
 from texforce import interrupts, pipelines, processes, rewards, sampler, scorers
 from texforce.advantages import PromptStatistics, normalised_advantages
+from texforce.batches import Batch
 from texforce.config import TrainConfig
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def collect(
     config: TrainConfig,
     generator: torch.Generator,
     statistics: PromptStatistics,
-) -> texforce.Batch:
+) -> Batch:
     """Sample num_samples_per_prompt images for each prompt, score them, and compute their advantages.
 
     Raises:
@@ -62,7 +63,7 @@ def collect(
     advantages = normalised_advantages(values, repeated, config, statistics).to(policy.models.device)
     indices = torch.arange(len(repeated)).split(config.sample_batch_size)
     here = torch.cat([indices[number] for number in trajectories])
-    return texforce.Batch(sampler.concatenate(list(trajectories.values())), advantages, values, parts, here)
+    return Batch(sampler.concatenate(list(trajectories.values())), advantages, values, parts, here)
 
 
 @dataclass(frozen=True)

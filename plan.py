@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import experience, pipelines, record, sampler, training
+from texforce import batches, experience, pipelines, record, sampler, training
 from texforce.config import TrainConfig
 from texforce.learner import finds_micro_batch
 from texforce.prompt_sets import split_prompts
@@ -30,7 +30,7 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
     models, num_images = policy.models, config.num_prompts_per_epoch * config.num_samples_per_prompt
     training.check_prompts(policy, config, train_prompts + heldout_prompts)
     branches = 2 if denoiser.guided else 1
-    num_steps = max(1, round(config.timestep_fraction * len(texforce.window(denoiser.schedule, config))))
+    num_steps = max(1, round(config.timestep_fraction * len(batches.window(denoiser.schedule, config))))
     update_branches = (branches if policy.null_embeds is None else 1) * (2 if texforce.wants_kl(config) else 1)
     weights = sum(
         tensor.numel() * tensor.element_size()

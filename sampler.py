@@ -37,6 +37,7 @@ class Schedule:
         return torch.nonzero(self.std > MIN_STD).flatten()
 
     def to(self, device: torch.device) -> Schedule:
+        """A copy on a device."""
         return Schedule(
             *(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std"))
         )
@@ -115,6 +116,7 @@ class Denoiser:
 
     @property
     def guided(self) -> bool:
+        """Whether the null prompt's branch runs too."""
         return self.guidance_scale > 1
 
     def mean(
@@ -158,6 +160,7 @@ class Denoiser:
 
     @property
     def compiled(self) -> bool:
+        """Whether the U-Net is fused into a graph for each shape."""
         return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
 
     @functools.cached_property
@@ -170,6 +173,7 @@ class Denoiser:
         return torch.compile(forward, dynamic=False) if self.compiled else forward
 
     def std(self, steps: Tensor) -> Tensor:
+        """Of the transitions at steps (N,), as (N, 1, 1, 1)."""
         return self.schedule.std[steps][:, None, None, None]
 
     def step(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from texforce import pipelines, sampler
+    from texforce.batches import Batch, MicroBatch
     from texforce.learner import Learner
 else:
 
@@ -138,7 +139,7 @@ class Policy:
 
 def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
     """Put LoRA on models, and set up the denoiser that samples and trains with them."""
-    from texforce import pipelines, sampler
+    from texforce import batches, pipelines, sampler
 
     schedule = sampler.ddim_schedule(
         models.scheduler,
@@ -146,7 +147,7 @@ def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, 
         config.eta,
         window_end(config) if config.deterministic_elsewhere else None,
     ).to(models.device)
-    if len(window(schedule, config)) == 0:
+    if len(batches.window(schedule, config)) == 0:
         raise ValueError(
             f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps that are not shared "
             "is random enough to have a density to train on; raise one of them"
@@ -172,28 +173,6 @@ def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One epoch's N images, as the update needs them: trajectories, advantages, and what was measured."""
-
-    trajectory: sampler.Trajectory
-    advantages: Tensor  # (N,) float32, 0 where nothing is to be learned
-    rewards: Tensor  # (N,) float32, NaN where the sample was dropped
-    parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
-    here: Tensor  # (n,) int64, which of the N images the trajectory holds: all of them, unless there are other processes
-
-    @property
-    def local_advantages(self) -> Tensor:
-        """Of the trajectory's images (n,)."""
-        return self.advantages[self.here.to(self.advantages.device)]
-
-    def local_pairs(self, pairs: Tensor) -> Tensor:
-        """Those of (image, step) pairs (M, 2) whose image is here, by its row in the trajectory."""
-        rows = torch.full((len(self.advantages),), -1).scatter(0, self.here, torch.arange(len(self.here)))
-        mine = torch.stack([rows[pairs[:, 0]], pairs[:, 1]], dim=1)
-        return mine[mine[:, 0] >= 0].to(self.advantages.device)
-
-
 @dataclass
 class UpdateStatistics:
     """Sums over the (image, step) pairs of an epoch."""
@@ -207,6 +186,7 @@ class UpdateStatistics:
     grad_norm: float = 0.0  # of the last step
 
     def add(self, other: UpdateStatistics, first: bool = False) -> None:
+        """Add another's sums, which may be those of the epoch's first step, and keep the larger deviation."""
         for name in ("num_pairs", "num_unet_calls", "num_clipped", "kl"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ratio_deviation = max(self.ratio_deviation, other.ratio_deviation)
@@ -217,28 +197,6 @@ class UpdateStatistics:
 def wants_kl(config: TrainConfig) -> bool:
     """Whether the divergence from the base policy is computed, which takes its predictions too."""
     return config.kl_weight > 0 or config.max_kl is not None
-
-
-def window(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
-    """Indices of the steps that may be trained on: of the first timestep_window, those with a density and not shared.
-
-    The last steps of a short schedule have a small deviation, so that their log-probability has a steep gradient, though
-    they decide little of what an image shows: in a plain sum they drown the others in noise. On steps that a group shares,
-    the advantages within it cancel out.
-    """
-    steps = schedule.trainable_steps
-    return steps[(steps >= config.num_shared_steps) & (steps < window_end(config))]
-
-
-def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement.
-
-    Images without advantage have no gradient and are left out, unless the KL term wants them.
-    """
-    num_steps = max(1, round(config.timestep_fraction * len(steps)))
-    order = torch.rand(len(advantages), len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
-    wanted = torch.nonzero((advantages != 0).cpu() | (config.kl_weight > 0)).flatten()
-    return torch.stack([wanted.repeat_interleave(num_steps), steps.cpu()[order[wanted]].flatten()], dim=1)
 
 
 def accumulate_gradients(
@@ -261,6 +219,8 @@ def accumulate_gradients(
     Raises:
         DivergedError: the loss is not finite.
     """
+    from texforce import batches
+
     statistics, mine = UpdateStatistics(), batch.local_pairs(pairs)
     if len(mine) == 0:
         return statistics
@@ -271,7 +231,9 @@ def accumulate_gradients(
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
     while statistics.num_pairs < len(mine):
         interrupts.check()
-        micro_batch = _micro_batch(denoiser, batch, mine, rows, statistics.num_pairs, config, learner)
+        micro_batch = batches.micro_batch(
+            denoiser, batch, mine, rows, statistics.num_pairs, learner.micro_batch_size, config
+        )
         try:
             loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
             weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
@@ -293,59 +255,6 @@ def accumulate_gradients(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch has no class for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """This process's (image, step) pairs (M, 2) that go through the U-Net at once; the first `number` are its own."""
-
-    denoiser: sampler.Denoiser
-    batch: Batch
-    pairs: Tensor
-    rows: Tensor  # (M,) of the prompts' embeddings
-    number: int
-
-    def means(self, embeds: Tensor) -> Tensor:
-        """Of its own pairs' transitions (number, C, H, W)."""
-        from texforce import pipelines
-
-        samples, steps = self.pairs.unbind(1)
-        trajectory = self.batch.trajectory
-        null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
-        conditioning = pipelines.Conditioning(embeds[self.rows], embeds[:1])
-        return self.denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][: self.number]
-
-    def log_probs(self, means: Tensor) -> Tensor:
-        """Of what was sampled (number,), under transitions with these means."""
-        from texforce import sampler
-
-        samples, steps = self.own.unbind(1)
-        return sampler.gaussian_log_prob(self.batch.trajectory.latents[samples, steps + 1], means, self.denoiser.std(steps))
-
-    @property
-    def own(self) -> Tensor:
-        return self.pairs[: self.number]
-
-    @property
-    def num_unet_calls(self) -> int:
-        """Of one pass; a branch of guidance each."""
-        both = self.denoiser.guided and self.batch.trajectory.null_outputs is None
-        return len(self.pairs) * (2 if both else 1)
-
-
-def _micro_batch(
-    denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, rows: Tensor, start: int, config: TrainConfig, learner: Learner
-) -> MicroBatch:
-    """The one that begins at a place of local pairs (M, 2), whose prompts are rows (M,) of the embeddings.
-
-    Where the rounding depends on a batch's size and micro-batches are as large as the batches of sampling, none is smaller:
-    the last one is filled up with its own pairs. A compiled U-Net would be compiled anew for each smaller one.
-    """
-    size = learner.micro_batch_size
-    number = min(size, len(pairs) - start)
-    exact = rounds_by_batch(config.mixed_precision, pairs.device.type) and size == config.sample_batch_size
-    chunk = start + torch.arange(size if exact or denoiser.compiled else number, device=pairs.device) % number
-    return MicroBatch(denoiser, batch, pairs[chunk], rows[chunk], number)
 
 
 def _pair_losses(
@@ -385,13 +294,15 @@ def with_log_probs_anew(
     policy: Policy, denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, config: TrainConfig, learner: Learner
 ) -> tuple[Batch, int]:
     """The batch with the log-probabilities of (image, step) pairs (M, 2) that an update would compute now; U-Net calls."""
+    from texforce import batches
+
     mine, log_probs, num_calls = batch.local_pairs(pairs), batch.trajectory.log_probs.clone(), 0
     if len(mine) == 0:
         return batch, 0
     embeds, rows = policy.encode_distinct(batch.trajectory.prompt_ids[mine[:, 0]])  # with gradients, as an update does
     for start in range(0, len(mine), learner.micro_batch_size):
         interrupts.check()
-        micro_batch = _micro_batch(denoiser, batch, mine, rows, start, config, learner)
+        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
         with torch.no_grad():
             samples, steps = micro_batch.own.unbind(1)
             log_probs[samples, steps] = micro_batch.log_probs(micro_batch.means(embeds.detach()))
@@ -415,10 +326,10 @@ def update(
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
-    from texforce import processes
+    from texforce import batches, processes
 
     total = UpdateStatistics()
-    pairs = draw_pairs(batch.advantages, window(denoiser.schedule, config), config, generator)
+    pairs = batches.draw_pairs(batch.advantages, batches.window(denoiser.schedule, config), config, generator)
     pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
     images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
     shares = [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]

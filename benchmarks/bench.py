@@ -33,6 +33,7 @@ from torch import Tensor  # noqa: E402
 import texforce  # noqa: E402
 from texforce import experience, pipelines, record, sampler  # noqa: E402
 from texforce.advantages import PromptStatistics  # noqa: E402
+from texforce.batches import Batch  # noqa: E402
 from texforce.config import STABLE_DIFFUSION, default_device, default_precision, resolve  # noqa: E402
 from texforce.learner import Learner  # noqa: E402
 
@@ -80,7 +81,7 @@ class Bench:
             learner = Learner(policy.parameters, config)
         self.textbook, self.textbook_learner = textbook.Textbook(policy, config), learner
 
-    def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[texforce.Batch, Tensor]:
+    def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[Batch, Tensor]:
         """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
         reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
         memory = PromptStatistics()
@@ -91,10 +92,10 @@ class Bench:
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(0)
 
-    def our_rollout(self) -> texforce.Batch:
+    def our_rollout(self) -> Batch:
         return self.rollout(self.prompts, self.generator(), self.denoiser)[0]
 
-    def our_update(self, batch: texforce.Batch) -> texforce.UpdateStatistics:
+    def our_update(self, batch: Batch) -> texforce.UpdateStatistics:
         done = texforce.update(
             self.policy, self.denoiser, batch, self.learner, self.config, torch.Generator().manual_seed(0)
         )
@@ -104,7 +105,7 @@ class Bench:
 
     def our_gradients(
         self,
-        batch: texforce.Batch,
+        batch: Batch,
         pairs: Tensor,
         scaler: Any,
         micro_batch_size: int | None = None,
@@ -113,7 +114,7 @@ class Bench:
         learner: Any = SimpleNamespace(scaler=scaler, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
         texforce.accumulate_gradients(self.policy, denoiser or self.denoiser, batch, pairs, self.config, learner)
 
-    def textbook_update(self, batch: texforce.Batch, num_images: int | None = None) -> None:
+    def textbook_update(self, batch: Batch, num_images: int | None = None) -> None:
         learner, prompts = self.textbook_learner, self.prompts[:num_images]
         self.textbook.accumulate_gradients(batch, prompts, learner.scaler)
         learner.step(self.textbook.policy.parameters, self.config.max_grad_norm)
@@ -218,7 +219,7 @@ def check(found: dict[str, float], limits: tuple[float, ...]) -> dict[str, float
     return found
 
 
-def all_pairs(batch: texforce.Batch) -> Tensor:
+def all_pairs(batch: Batch) -> Tensor:
     num_images, num_steps = batch.trajectory.timesteps.shape
     return torch.cartesian_prod(torch.arange(num_images), torch.arange(num_steps))
 
@@ -289,7 +290,7 @@ def memory(bench: Bench, ours_alone: bool = False) -> dict[str, float]:
 def measure_ours(bench: Bench) -> dict[str, Any]:
     """Exactness, memory and speed without the textbook loop, after one rollout and update that do not count."""
     bench.our_update(bench.our_rollout())
-    batches: list[texforce.Batch] = []
+    batches: list[Batch] = []
     rollout = meters.seconds(lambda: batches.append(bench.our_rollout()), bench.device)
     update = meters.seconds(lambda: bench.our_update(batches[0]), bench.device)
     rates = {"images_per_s": bench.num_images / rollout, "pairs_per_s": batches[0].trajectory.timesteps.numel() / update}

@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import experience, prompt_sets, training
+from texforce import batches, experience, prompt_sets, training
 from texforce.advantages import PromptStatistics
+from texforce.batches import Batch
 from texforce.config import resolve
 from texforce.learner import Learner
 
@@ -30,12 +31,12 @@ class Probe:
         self.noise = torch.Generator().manual_seed(seed)
         self.learner = Learner(self.policy.parameters, self.config)
 
-    def collect(self, prompts: list[str], num_samples_per_prompt: int) -> texforce.Batch:
+    def collect(self, prompts: list[str], num_samples_per_prompt: int) -> Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
         statistics = PromptStatistics()
         return experience.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
 
-    def gradient(self, batch: texforce.Batch, steps: list[int]) -> Tensor:
+    def gradient(self, batch: Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
         texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, self.config, self.learner)
@@ -67,7 +68,7 @@ def main() -> None:
         table.add_row(f"{step + 1}", f"{cosine(one, other):.2f}", f"{(one + other).norm().item() / 2:.1e}")
     Console().print(table)
 
-    steps = texforce.window(probe.denoiser.schedule, probe.config).tolist()
+    steps = batches.window(probe.denoiser.schedule, probe.config).tolist()
     table = Table("prompts", "cosine of the halves", title=f"each kind, 2 x {options.num_images} images, steps {steps}")
     for kind in prompt_sets.KINDS:
         prompts = prompt_sets.read_prompts(kind)[: options.num_images // 8]

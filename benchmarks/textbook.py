@@ -14,6 +14,7 @@ from torch import Tensor
 
 import texforce
 from texforce import pipelines
+from texforce.batches import Batch
 
 BATCH = 4
 CLIP_RANGE = 10.0  # of both loops: rounding is not to be clipped away
@@ -125,14 +126,14 @@ class Textbook:
         return torch.cat(images), torch.cat(rows)
 
     @torch.no_grad()
-    def log_probs(self, batch: texforce.Batch, prompts: list[str]) -> Tensor:
+    def log_probs(self, batch: Batch, prompts: list[str]) -> Tensor:
         """Of what was sampled (N, T), one image-batch and one step at a time."""
         result = torch.empty_like(batch.trajectory.log_probs)
         for mine, k, log_probs in self.judged(batch, prompts):
             result[mine, k] = log_probs.to(result.dtype)
         return result
 
-    def accumulate_gradients(self, batch: texforce.Batch, prompts: list[str], scaler: torch.amp.GradScaler) -> None:
+    def accumulate_gradients(self, batch: Batch, prompts: list[str], scaler: torch.amp.GradScaler) -> None:
         """Add the gradient of the PPO loss over all images and steps, one image-batch and one step at a time."""
         num_pairs = batch.trajectory.timesteps.numel()
         with without_checkpointing(self.pipeline.unet):
@@ -141,7 +142,7 @@ class Textbook:
                 loss = texforce.ppo_loss(log_probs, old, advantages, CLIP_RANGE)
                 scaler.scale(loss * (len(log_probs) / num_pairs)).backward()
 
-    def judged(self, batch: texforce.Batch, prompts: list[str]) -> Iterator[tuple[slice, int, Tensor]]:
+    def judged(self, batch: Batch, prompts: list[str]) -> Iterator[tuple[slice, int, Tensor]]:
         """Images, a step of theirs, and its log-probabilities (n,)."""
         latents = batch.trajectory.latents
         for start in range(0, len(prompts), BATCH):

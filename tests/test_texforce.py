@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, experience, heldout, pipelines, plan, rewards, sampler, training, world
+from texforce import DivergedError, batches, experience, heldout, pipelines, plan, rewards, sampler, training, world
 from texforce.advantages import PromptStatistics, leave_one_out, normalised_advantages
+from texforce.batches import Batch
 from texforce.config import TrainConfig, resolve
 from texforce.learner import MAX_SKIPPED_STEPS, Learner
 from texforce.scorers import RewardError
@@ -42,13 +43,13 @@ class Rig:
     config: TrainConfig
     scorer: Callable = brightness
 
-    def collect(self, prompts: list[str] = PROMPTS) -> texforce.Batch:
+    def collect(self, prompts: list[str] = PROMPTS) -> Batch:
         generator = torch.Generator().manual_seed(0)
         statistics = PromptStatistics()
         reward = rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
         return experience.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
 
-    def pairs(self, batch: texforce.Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
+    def pairs(self, batch: Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
         """The (image, step) pairs of all images and the steps, in a shuffled order."""
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
         return pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
@@ -57,18 +58,18 @@ class Rig:
         for parameter in self.policy.parameters:
             parameter.grad = None
 
-    def accumulate(self, batch: texforce.Batch, pairs: Tensor, **options) -> texforce.UpdateStatistics:
+    def accumulate(self, batch: Batch, pairs: Tensor, **options) -> texforce.UpdateStatistics:
         """Leave the gradient of the loss on the parameters."""
         self.clear()
         config = replace(self.config, **options)
         learner = Learner(self.policy.parameters, config)
         return texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, config, learner)
 
-    def gradient(self, batch: texforce.Batch, pairs: Tensor, **options) -> Tensor:
+    def gradient(self, batch: Batch, pairs: Tensor, **options) -> Tensor:
         self.accumulate(batch, pairs, **options)
         return gradient_of(self.policy.parameters)
 
-    def update(self, batch: texforce.Batch, learner: Learner | None = None) -> texforce.UpdateStatistics:
+    def update(self, batch: Batch, learner: Learner | None = None) -> texforce.UpdateStatistics:
         learner = learner or Learner(self.policy.parameters, self.config)
         generator = torch.Generator().manual_seed(2)
         return texforce.update(self.policy, self.denoiser, batch, learner, self.config, generator)
@@ -209,7 +210,7 @@ def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, im
     return loss
 
 
-def textbook_gradient(rig: Rig, batch: texforce.Batch, pairs: Tensor) -> Tensor:
+def textbook_gradient(rig: Rig, batch: Batch, pairs: Tensor) -> Tensor:
     """The gradient of the mean of textbook_loss, one pair at a time; leaves the models in float64."""
     rig.policy.models.text_encoder.double()
     rig.policy.models.unet.double()
@@ -472,17 +473,17 @@ def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image_with_an_advan
     config = resolve(TrainConfig(model="tiny", timestep_fraction=fraction))
     advantages, steps = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([0, 1, 2, 5])
     generator = torch.Generator().manual_seed(0)
-    pairs = texforce.draw_pairs(advantages, steps, config, generator).tolist()
+    pairs = batches.draw_pairs(advantages, steps, config, generator).tolist()
     assert len({tuple(pair) for pair in pairs}) == len(pairs) == 3 * expected
     assert {image for image, _ in pairs} == {0, 2, 3}
     assert {step for _, step in pairs} <= {0, 1, 2, 5}
-    pairs = texforce.draw_pairs(advantages, steps, replace(config, kl_weight=0.1), generator).tolist()
+    pairs = batches.draw_pairs(advantages, steps, replace(config, kl_weight=0.1), generator).tolist()
     assert {image for image, _ in pairs} == {0, 1, 2, 3}
 
 
 def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
     config = resolve(TrainConfig(model="tiny", timestep_fraction=0.25))
-    pairs = texforce.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
+    pairs = batches.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
     assert torch.bincount(pairs[:, 1]).tolist() == pytest.approx([100] * 4, abs=40)
 
 
@@ -490,7 +491,7 @@ def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
 def test_the_window_holds_the_first_and_noisiest_steps(window, expected):
     config = resolve(TrainConfig(model="tiny", timestep_window=window, num_inference_steps=5))
     schedule = sampler.ddim_schedule(pipelines.load_models("tiny").scheduler, 5, 1.0)
-    steps = texforce.window(schedule, config)
+    steps = batches.window(schedule, config)
     assert steps.tolist() == expected
     assert schedule.std[steps].min() >= schedule.std[len(steps) :].max() if len(steps) < 5 else True
 
@@ -508,7 +509,7 @@ def test_a_step_without_density_is_never_trained_on():
     schedule = sampler.ddim_schedule(scheduler, 5, 1.0)
     config = resolve(TrainConfig(model="tiny", timestep_window=1.0, num_inference_steps=5))
     assert schedule.std[-1] == 0
-    assert texforce.window(schedule, config).tolist() == [0, 1, 2, 3]
+    assert batches.window(schedule, config).tolist() == [0, 1, 2, 3]
 
 
 def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
@@ -534,7 +535,7 @@ def test_shared_steps_and_those_without_randomness_are_not_trained_on(options, t
     # Three prompts of two images, with guidance: a row for each image or, on shared steps, for each prompt.
     shared = options.get("num_shared_steps", 0)
     assert sum(calls) == 2 * (6 * (5 - shared) + 3 * shared)
-    steps = texforce.window(rig.denoiser.schedule, rig.config)
+    steps = batches.window(rig.denoiser.schedule, rig.config)
     assert steps.tolist() == trained
     rig.perturb(1e-2)
     pairs = rig.pairs(batch, sorted(set(trained) & set(WIDE_STEPS)))
@@ -1203,7 +1204,7 @@ def test_the_update_of_an_epoch_with_a_dropped_sample_equals_that_without_it():
     batch = rig.collect()
     assert batch.rewards.isnan().tolist() == [False, True] + [False] * 7
     assert batch.advantages[1] == 0
-    pairs = texforce.draw_pairs(
+    pairs = batches.draw_pairs(
         batch.advantages, rig.denoiser.schedule.trainable_steps, rig.config, torch.Generator().manual_seed(0)
     )
     assert 1 not in pairs[:, 0]
