@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from texforce.pipelines import Conditioning, Models, PooledText, encode_distinct, latent_shape
 
+MAX_DECODED = 16  # images at a time of 512x512 or less, 64x64 in latents; fewer of larger ones
 MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable density
 
 
@@ -346,8 +347,9 @@ def rollout(
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), in batches of as many pixels as 16 of 512x512."""
-    dtype, batch_size = next(vae.parameters()).dtype, min(16, max(1, 16 * 64 * 64 // latents[0, 0].numel()))
+    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), at most 16 at a time, of 1024x1024 4."""
+    dtype = next(vae.parameters()).dtype
+    batch_size = min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
     chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
     return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
 

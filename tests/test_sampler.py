@@ -371,12 +371,29 @@ def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_g
     torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_decode_equals_diffusers_pipeline(pipeline):
+@pytest.mark.parametrize(("width", "at_a_time"), [(8, 16), (128, 4), (256, 1), (512, 1)])
+def test_as_many_images_are_decoded_at_a_time_as_have_the_pixels_of_sixteen(width, at_a_time):
+    sizes = []
+
+    class VAE(torch.nn.Linear):
+        config = SimpleNamespace(scaling_factor=1.0)
+
+        def decode(self, latents):
+            sizes.append(len(latents))
+            return SimpleNamespace(sample=latents)
+
+    images = sampler.decode(VAE(1, 1), torch.zeros(18, 1, width, width))
+    assert images.shape == (18, 1, width, width)
+    assert sizes == [at_a_time] * (18 // at_a_time) + [18 % at_a_time] * (18 % at_a_time > 0)
+
+
+def test_decode_equals_diffusers_pipeline(pipeline, monkeypatch):
+    monkeypatch.setattr(sampler, "MAX_DECODED", 2)
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = pipeline.vae.decode(latents / 0.5).sample
         expected = pipeline.image_processor.postprocess(expected, output_type="pt")
-    images = sampler.decode(pipeline.vae, latents, batch_size=2)
+    images = sampler.decode(pipeline.vae, latents)
     assert images.shape == (3, 3, 16, 16)
     assert images.min() >= 0
     assert images.max() <= 1
