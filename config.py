@@ -59,7 +59,10 @@ class TrainConfig:
     num_epochs: int = option(None, "rounds of sampling and updating")
     num_prompts_per_epoch: int = option(None, "prompts drawn an epoch")
     num_samples_per_prompt: int = option(None, "images a prompt: the group whose rewards are compared")
-    num_updates_per_epoch: int = option(None, "optimizer steps an epoch, each on its share of the images")
+    num_updates_per_epoch: int = option(None, "optimizer steps in a pass over an epoch's images, each on its share of them")
+    num_inner_epochs: int = option(
+        1, "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time"
+    )
     num_inference_steps: int = option(None, "DDIM steps")
     eta: float = option(1.0, "randomness of the DDIM steps, above 0 to 1")
     guidance_scale: float = option(None, "classifier-free guidance; 1 or less switches it off")
@@ -243,7 +246,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     _check_ranges(config)
     check_precision(config, device)
-    num_updates = config.num_epochs * config.num_updates_per_epoch
+    num_updates = num_optimizer_steps(config)
     if given.lr_warmup_steps is None:
         shortened = min(config.lr_warmup_steps, num_updates // 10)
         config = replace(config, lr_warmup_steps=shortened if shortened > 1 else 0)  # a single step's rate would be 0
@@ -253,6 +256,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     _check_together(config)
     return config
+
+
+def num_optimizer_steps(config: TrainConfig) -> int:
+    """Of a whole run."""
+    return config.num_epochs * config.num_inner_epochs * config.num_updates_per_epoch
 
 
 def window_end(config: TrainConfig) -> int:
@@ -312,7 +320,15 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
 
 
-COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
+COUNTS = (
+    "num_inner_epochs",
+    "rank",
+    "micro_batch_size",
+    "sample_batch_size",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoints_to_keep",
+)
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import texforce
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, num_optimizer_steps
 
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
@@ -31,9 +31,11 @@ class Learner:
 
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-        num_updates = config.num_epochs * config.num_updates_per_epoch
         self.lr_scheduler = get_scheduler(
-            name, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_updates
+            name,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=num_optimizer_steps(config),
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
         self.num_skipped = 0  # steps in a row

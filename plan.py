@@ -32,6 +32,7 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
     branches = 2 if denoiser.guided else 1
     num_steps = max(1, round(config.timestep_fraction * len(batches.window(denoiser.schedule, config))))
     update_branches = (branches if policy.null_embeds is None else 1) * (2 if texforce.wants_kl(config) else 1)
+    num_update_calls = config.num_inner_epochs * num_images * num_steps * update_branches
     weights = sum(
         tensor.numel() * tensor.element_size()
         for part in (*models.policy_parts.values(), models.vae)
@@ -53,7 +54,7 @@ def plan(config: TrainConfig, go_on: bool = False) -> dict[str, Any]:
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
         "(image, step) pairs an optimizer step": num_pairs,
-        "U-Net calls an epoch": experience.num_unet_calls(denoiser, config) + num_images * num_steps * update_branches,
+        "U-Net calls an epoch": experience.num_unet_calls(denoiser, config) + num_update_calls,
         "weights, MiB": mebibytes(weights),
         "trajectories, MiB": mebibytes(num_images * latents * kept),
         "U-Net activations of a micro-batch, MiB": mebibytes(unet),

@@ -318,7 +318,7 @@ def update(
     config: TrainConfig,
     generator: torch.Generator,
 ) -> UpdateStatistics:
-    """num_updates_per_epoch optimizer steps, each on its share of the images.
+    """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
 
     Where half precision rounds sampling and updates apart by more than a tenth of the clip range, the log-probabilities that
     the later steps compare with are computed anew before the first one.
@@ -331,8 +331,10 @@ def update(
     total = UpdateStatistics()
     pairs = batches.draw_pairs(batch.advantages, batches.window(denoiser.schedule, config), config, generator)
     pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
-    images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
-    shares = [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
+    shares = []
+    for _ in range(config.num_inner_epochs):
+        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
+        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
     half = config.mixed_precision != "no"
     tolerance = HALF_TOLERANCE if half else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
     for number, share in enumerate(shares):
@@ -349,10 +351,10 @@ def update(
                 f"equal to --sample-batch-size ({config.sample_batch_size}) and images that fill such batches, or "
                 "--mixed-precision no"
             )
-        if first and half and statistics.ratio_deviation > config.clip_range / 10:
-            for later in shares[1:]:
-                batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
-                statistics.num_unet_calls += sum(processes.gather(calls))
+        if first and half and statistics.ratio_deviation > config.clip_range / 10 and len(shares) > 1:
+            later = torch.cat(shares[1:]).unique(dim=0)
+            batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
+            statistics.num_unet_calls += sum(processes.gather(calls))
         total.add(statistics, first)
         total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
     return total
