@@ -320,15 +320,7 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
 
 
-COUNTS = (
-    "num_inner_epochs",
-    "rank",
-    "micro_batch_size",
-    "sample_batch_size",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoints_to_keep",
-)
+COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
 
 
 def _check_together(config: TrainConfig) -> None:

@@ -258,11 +258,11 @@ def encode(models: Models, prompt_ids: Tensor) -> Tensor:
     second one's pooled embedding (N, P). That is the last row here, filled up with zeros to D, and `PooledText` takes it out
     again: so whatever is gathered, chosen or differentiated by prompt stays one tensor.
 
-    In half precision each prompt is encoded by itself: rounding depends on the size of a batch there, and sampling and
-    training, whose batches differ, must read the same.
+    In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
+    sampling and training, whose batches differ, must read the same.
     """
-    half = next(models.unet.parameters()).dtype != torch.float32
-    return torch.cat([_encode(models, ids) for ids in prompt_ids.split(1 if half else len(prompt_ids))])
+    alone = next(models.unet.parameters()).dtype != torch.float32 or prompt_ids.device.type != "cpu"
+    return torch.cat([_encode(models, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
 
 
 def _encode(models: Models, prompt_ids: Tensor) -> Tensor:

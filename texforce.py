@@ -47,9 +47,9 @@ UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Of the ratio before the first update. Sampling and training in batches of one size leave 0 to 1e-6; kernels round
 # differently for batches of other sizes, which came to 2e-6 (tests), and must not stop a run.
 FLOAT32_TOLERANCE = 5e-6
-# In half precision batches of one size leave 0, others what depends on the number of steps, the guidance and the kernels.
-# It is no part of the first step's loss; above this what was sampled is too far from what is trained.
-HALF_TOLERANCE = 0.1
+# In half precision and on a GPU batches of one size leave 0, others what depends on the number of steps, the guidance and
+# the kernels. It is no part of a loss (see `update`); above this what was sampled is too far from what is trained.
+COARSE_TOLERANCE = 0.1
 
 
 class DivergedError(Exception):
@@ -299,13 +299,14 @@ def with_log_probs_anew(
     mine, log_probs, num_calls = batch.local_pairs(pairs), batch.trajectory.log_probs.clone(), 0
     if len(mine) == 0:
         return batch, 0
-    embeds, rows = policy.encode_distinct(batch.trajectory.prompt_ids[mine[:, 0]])  # with gradients, as an update does
+    embeds, rows = policy.encode_distinct(batch.trajectory.prompt_ids[mine[:, 0]])  # with gradients: it rounds as in updates
+    embeds = embeds.detach()
     for start in range(0, len(mine), learner.micro_batch_size):
         interrupts.check()
         micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
         with torch.no_grad():
             samples, steps = micro_batch.own.unbind(1)
-            log_probs[samples, steps] = micro_batch.log_probs(micro_batch.means(embeds.detach()))
+            log_probs[samples, steps] = micro_batch.log_probs(micro_batch.means(embeds))
         num_calls += micro_batch.num_unet_calls
     return replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)), num_calls
 
@@ -320,8 +321,8 @@ def update(
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
 
-    Where half precision rounds sampling and updates apart by more than a tenth of the clip range, the log-probabilities that
-    the later steps compare with are computed anew before the first one.
+    Where rounding sets sampling and updates apart by more than a tenth of the clip range, or batches were not filled, the
+    log-probabilities that the later steps compare with are computed anew before the first one.
 
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
@@ -335,23 +336,25 @@ def update(
     for _ in range(config.num_inner_epochs):
         images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
         shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
-    half = config.mixed_precision != "no"
-    tolerance = HALF_TOLERANCE if half else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
+    rounds = rounds_by_batch(config.mixed_precision, policy.models.device.type)
+    tolerance = COARSE_TOLERANCE if rounds else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
+    filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
     for number, share in enumerate(shares):
         first = number == 0
         statistics = UpdateStatistics()
-        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, share, config, learner, first and half)
+        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, share, config, learner, first and rounds)
         for part in processes.gather(done):
             statistics.add(part)
         processes.sum_gradients(policy.parameters)
         if first and statistics.ratio_deviation > tolerance:
             raise DivergedError(
                 f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
-                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile, or a --micro-batch-size "
-                f"equal to --sample-batch-size ({config.sample_batch_size}) and images that fill such batches, or "
-                "--mixed-precision no"
+                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile, --mixed-precision no, "
+                f"or a --micro-batch-size equal to --sample-batch-size ({config.sample_batch_size}) and images that fill "
+                "such batches"
             )
-        if first and half and statistics.ratio_deviation > config.clip_range / 10 and len(shares) > 1:
+        apart = statistics.ratio_deviation > config.clip_range / 10 or not filled
+        if first and rounds and apart and len(shares) > 1:
             later = torch.cat(shares[1:]).unique(dim=0)
             batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
             statistics.num_unet_calls += sum(processes.gather(calls))

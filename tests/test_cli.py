@@ -893,7 +893,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("null_prompt", ["adapted", "base"])
-@pytest.mark.parametrize("more", [{}, {"kl_weight": 0.1}, {"max_kl": 1e6}, {"num_shared_steps": 1, "kl_weight": 0.1}])
+@pytest.mark.parametrize(
+    "more", [{"num_inner_epochs": 2}, {"kl_weight": 0.1}, {"max_kl": 1e6}, {"num_shared_steps": 1, "kl_weight": 0.1}]
+)
 def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, more):
     options = small_run | {"output_dir": tmp_path / "out", "null_prompt": null_prompt} | more
     dry = train(options, "--dry-run")

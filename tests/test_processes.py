@@ -385,7 +385,11 @@ def test_accelerate_launch_on_two_machines_gives_the_adapter_of_one_process(pair
         ], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[1])
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    try:
+        outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert [f"are in {tmp_path / 'out'}" in " ".join(output.split()) for output in outputs] == [True, False]
     assert relative_difference(tmp_path / "out", pair / "1") < 1e-6

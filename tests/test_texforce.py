@@ -583,6 +583,18 @@ def test_each_update_of_an_epoch_trains_on_images_of_its_own(monkeypatch):
     assert set.union(*images) == set(range(6))
 
 
+def test_each_pass_over_an_epochs_images_trains_on_all_of_them_shared_out_anew(monkeypatch):
+    rig = make_rig(num_updates_per_epoch=2, num_inner_epochs=3)
+    batch, seen = rig.collect(), []
+    original = texforce.accumulate_gradients
+    monkeypatch.setattr(texforce, "accumulate_gradients", lambda *args: (seen.append(args[3]), original(*args))[1])
+    statistics = rig.update(batch)
+    passes = [[frozenset(pairs[:, 0].tolist()) for pairs in seen[start : start + 2]] for start in (0, 2, 4)]
+    assert [frozenset.union(*shares) for shares in passes] == [frozenset(range(6))] * 3
+    assert len({frozenset(shares) for shares in passes}) > 1
+    assert statistics.num_pairs == 3 * 6 * 5
+
+
 def test_images_that_cannot_be_shared_out_evenly_still_give_as_many_updates_as_asked(monkeypatch):
     rig, steps = make_rig(num_updates_per_epoch=4), []
     original = Learner.step
@@ -725,8 +737,9 @@ def test_ddpo_statistics_are_kept_from_epoch_to_epoch(small_run, tmp_path, monke
     ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
     ("cosine", [0.0, 0.5, 1.0, 0.8536, 0.5, 0.1464]),
 ])  # fmt: skip
-def test_the_learning_rate_warms_up_for_the_steps_asked_and_then_follows_its_schedule(lr_scheduler, expected):
-    rig = make_rig(lr_warmup_steps=2, lr_scheduler=lr_scheduler, num_epochs=3, num_updates_per_epoch=2, learning_rate=1.0)
+@pytest.mark.parametrize("epochs", [{"num_epochs": 3}, {"num_epochs": 1, "num_inner_epochs": 3}])
+def test_the_learning_rate_warms_up_for_the_steps_asked_and_then_follows_its_schedule(lr_scheduler, expected, epochs):
+    rig = make_rig(lr_warmup_steps=2, lr_scheduler=lr_scheduler, num_updates_per_epoch=2, learning_rate=1.0, **epochs)
     learner, rates = Learner(rig.policy.parameters, rig.config), []
     for parameter in rig.policy.parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -990,7 +1003,7 @@ def wide_models() -> pipelines.Models:
     tiny = pipelines.load_models("tiny", dtype=torch.bfloat16)
     text = CLIPTextConfig(
         vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
-        num_attention_heads=width // 32,
+        num_attention_heads=12 if share == 1 else 3,
         max_position_embeddings=tiny.tokenizer.model_max_length, eos_token_id=tiny.tokenizer.eos_token_id,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -998,7 +1011,8 @@ def wide_models() -> pipelines.Models:
         parts = {"text_encoder": CLIPTextModel(text)}
         parts["unet"] = UNet2DConditionModel(
             sample_size=8, in_channels=8, out_channels=8, layers_per_block=1,
-            block_out_channels=(320 // share, 640 // share), norm_num_groups=8, cross_attention_dim=width,
+            block_out_channels=(320 // share, 640 // share), norm_num_groups=32 if share == 1 else 8,
+            cross_attention_dim=width,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )  # fmt: skip
     for part in parts.values():
@@ -1048,27 +1062,34 @@ def test_half_precision_stops_when_what_is_trained_is_far_from_what_was_sampled(
         rig.update(batch)
 
 
-@pytest.mark.parametrize(("shift", "anew"), [(4e-5, False), (6e-5, True)])
-def test_rounding_of_a_tenth_of_the_clip_range_is_no_part_of_later_losses_either(shift, anew, monkeypatch):
-    """The later steps' log-probabilities are then those that an update computes before the first one."""
-    rig = make_rig(num_updates_per_epoch=3, sample_batch_size=6, micro_batch_size=6, learning_rate=1e-30)
+@pytest.mark.parametrize(("shift", "sample_batch_size", "anew"), [(4e-5, 6, False), (6e-5, 6, True), (4e-5, 4, True)])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_rounding_sets_apart_is_no_part_of_later_losses_either(shift, sample_batch_size, anew, passes, monkeypatch):
+    """Above a tenth of the clip range, and where batches of sampling were not filled.
+
+    The later steps compare with the policy before the first step then, as the update computes it.
+    """
+    rig = make_rig(num_updates_per_epoch=3, num_inner_epochs=passes, sample_batch_size=sample_batch_size, micro_batch_size=6)
     rig.config = replace(rig.config, mixed_precision="bf16")
     batch = rig.collect()
-    batch = replace(batch, trajectory=replace(batch.trajectory, log_probs=batch.trajectory.log_probs + shift))
-    found, add = [], texforce.UpdateStatistics.add
-    monkeypatch.setattr(
-        texforce.UpdateStatistics,
-        "add",
-        lambda self, other, *first: (found.append((other, *first)), add(self, other, *first)),
-    )
+    log_probs = batch.trajectory.log_probs
+    batch = replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs + shift))
+    seen, original = [], texforce.accumulate_gradients
+    monkeypatch.setattr(texforce, "accumulate_gradients", lambda *args: (seen.append(args), original(*args))[1])
+    before = rig.weights()
     total = rig.update(batch)
-    epoch = [statistics for statistics, *first in found if first]
-    assert [statistics.ratio_deviation for statistics in epoch] == pytest.approx(
-        [shift, *(2 * [0 if anew else shift])], abs=2e-6
-    )
-    plain = 6 * 5 * 2  # three times two images of five steps, which fill no micro-batch up to another number
+    assert not torch.equal(rig.weights(), before)
     assert total.first_ratio_deviation == pytest.approx(shift, abs=2e-6)
-    assert total.num_unet_calls == sum(statistics.num_unet_calls for statistics in epoch) > plain
+    assert [on_policy for *_, on_policy in seen] == [True, *((3 * passes - 1) * [False])]
+    distinct = set()
+    for _, _, used, pairs, *_ in seen[1:]:
+        samples, steps = pairs.unbind(1)
+        found = used.trajectory.log_probs[samples, steps] - log_probs[samples, steps]
+        torch.testing.assert_close(found, torch.full_like(found, 0 if anew else shift), rtol=0, atol=2e-6)
+        distinct |= set(map(tuple, pairs.tolist()))
+    rows = 12 if sample_batch_size == 6 else 10  # of a share of ten pairs in micro-batches of 6, filled up or not
+    more = len(distinct) if sample_batch_size == 4 else 6 * math.ceil(len(distinct) / 6)
+    assert total.num_unet_calls == 2 * (3 * passes * rows + (more if anew else 0))
 
 
 def test_log_probabilities_that_are_not_finite_end_the_run():
