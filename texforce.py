@@ -231,9 +231,8 @@ def accumulate_gradients(
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
     while statistics.num_pairs < len(mine):
         interrupts.check()
-        micro_batch = batches.micro_batch(
-            denoiser, batch, mine, rows, statistics.num_pairs, learner.micro_batch_size, config
-        )
+        start = statistics.num_pairs
+        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
         try:
             loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
             weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
