@@ -96,10 +96,10 @@ def micro_batch(
 ) -> MicroBatch:
     """The one of a size that begins at a place of local pairs (M, 2), whose prompts are rows (M,) of the embeddings.
 
-    Where the rounding depends on a batch's size and micro-batches are as large as the batches of sampling, none is smaller:
-    the last one is filled up with its own pairs. A compiled U-Net would be compiled anew for each smaller one.
+    Where the rounding depends on a batch's size none is smaller: the last one is filled up with its own pairs. A compiled
+    U-Net would be compiled anew for each smaller one.
     """
     number = min(size, len(pairs) - start)
-    exact = rounds_by_batch(config.mixed_precision, pairs.device.type) and size == config.sample_batch_size
-    chunk = start + torch.arange(size if exact or denoiser.compiled else number, device=pairs.device) % number
+    filled = denoiser.compiled or rounds_by_batch(config.mixed_precision, pairs.device.type)
+    chunk = start + torch.arange(size if filled else number, device=pairs.device) % number
     return MicroBatch(denoiser, batch, pairs[chunk], rows[chunk], number)

@@ -366,7 +366,10 @@ class Supervised:
     def _work(self, jobs: queue.SimpleQueue[tuple[Tensor, Sequence[str]]], results: queue.SimpleQueue[Any]) -> None:
         while True:
             try:
-                results.put(self.scorer(*jobs.get()))
+                images, prompts = jobs.get()
+                if images.is_cuda:
+                    torch.cuda.set_device(images.device)  # this too: "cuda" is the process's own GPU
+                results.put(self.scorer(images, prompts))
             except BaseException as error:  # SystemExit too: it must not end the thread without an answer
                 results.put(error)
 

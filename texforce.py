@@ -66,7 +66,7 @@ def add_lora(models: pipelines.Models, config: TrainConfig) -> pipelines.Models:
     text = tuple(models.text_encoders)
     wanted = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
     adapted = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([models.device] if models.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for part in wanted:
             layers = UNET_LAYERS if part == "unet" else TEXT_ENCODER_LAYERS
@@ -181,6 +181,7 @@ class UpdateStatistics:
     num_unet_calls: int = 0
     num_clipped: int = 0
     kl: float = 0.0
+    last_kl: float = 0.0  # mean, before the last step
     ratio_deviation: float = 0.0  # largest, over all
     first_ratio_deviation: float = 0.0  # largest, before the epoch's first optimizer step
     grad_norm: float = 0.0  # of the last step
@@ -229,14 +230,19 @@ def accumulate_gradients(
     leaf = embeds.detach().requires_grad_(embeds.requires_grad)
     base_embeds = policy.base_embeds(prompt_ids) if wants_kl(config) else None
     inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
+
+    def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
+        """In a frame of its own, which keeps no activations for the retry when memory runs out."""
+        loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
+        weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
+        return torch.autograd.grad(weighted, inputs), measured  # all of them or, when memory runs out, none
+
     while statistics.num_pairs < len(mine):
         interrupts.check()
         start = statistics.num_pairs
         micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
         try:
-            loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
-            weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
-            gradients = torch.autograd.grad(weighted, inputs)  # all of them or, when memory runs out, none
+            gradients, measured = gradients_of(micro_batch)
         except (RuntimeError, MemoryError) as error:
             size = len(micro_batch.pairs)
             if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
@@ -252,8 +258,9 @@ def accumulate_gradients(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU torch has no class for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says that memory ran out; on the CPU, and in a GPU's libraries, torch has no class for that."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def _pair_losses(
@@ -358,5 +365,6 @@ def update(
             batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
             statistics.num_unet_calls += sum(processes.gather(calls))
         total.add(statistics, first)
+        total.last_kl = statistics.kl / max(1, statistics.num_pairs)
         total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
     return total

@@ -308,7 +308,7 @@ def _train_epoch(run: resume.Run, setup: Setup, config: TrainConfig) -> dict[str
     if math.isfinite(update_statistics.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = update_statistics.grad_norm
     if texforce.wants_kl(config):
-        measures["kl"] = update_statistics.kl / num_pairs
+        measures["kl"] = update_statistics.last_kl
     if len(batch.parts) > 1:
         measures["parts"] = {name: experience.finite_mean(scores) for name, scores in batch.parts.items()}
     if dropped:

@@ -63,7 +63,8 @@ def build(model: str, device: str, precision: str) -> pipelines.Models:
             parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
             more = {"tokenizer_2": tokenizer, "zero_null": True}
     for name, part in parts.items():
-        part.requires_grad_(False).eval().to(dtype)
+        full = model == "sdxl" and name == "vae"  # as in a training: float16 is too small for its numbers
+        part.requires_grad_(False).eval().to(torch.float32 if full else dtype)
         if device == "cuda" and name in ("unet", "vae"):
             part.to(memory_format=torch.channels_last)
     return pipelines.Models(model, tokenizer, scheduler=DDIMScheduler(**SCHEDULER), **parts, **more)

@@ -306,14 +306,14 @@ def exactness(bench: Bench) -> dict[str, Any]:
 def count_flops(bench: Bench) -> tuple[float, float]:
     """Of one rollout and one update; counted on some images, as written-out attention is large."""
     prompts = bench.prompts[: min(bench.num_images, 2 * textbook.BATCH)]
-    eager = replace(bench.denoiser, compile=False)
+    eager = replace(bench.denoiser, compile=False, text_trained=None)  # its rollouts keep no activations
     some = bench.rollout(prompts, bench.generator(), eager)[0]
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     share = bench.num_images / len(prompts)
     rollout = meters.flops(lambda: bench.rollout(prompts, bench.generator(), eager))
     # Decoding runs in a thread, where FLOPs are not counted.
     rollout += meters.flops(lambda: sampler.decode(bench.policy.models.vae, some.trajectory.latents[:, -1]))
-    update = meters.flops(lambda: bench.our_gradients(some, all_pairs(some), scaler, textbook.BATCH, eager))
+    update = meters.flops(lambda: bench.our_gradients(some, all_pairs(some), scaler, 1, eager))
     for parameter in bench.policy.parameters:
         parameter.grad = None
     return share * rollout, share * update

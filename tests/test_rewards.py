@@ -321,6 +321,22 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
     assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
 
 
+def test_a_function_runs_on_the_gpu_of_its_process(monkeypatch):
+    """Its thread would begin with the first one, where another process is at home."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda:3")
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread(), device)))
+    scorer = supervised(lambda images, prompts: torch.tensor([float(len(chosen))]))
+    assert scorer(random_images(1).as_subclass(OnGpu), ["a red disc"]).tolist() == [1.0]
+    assert scorer(random_images(1), ["a red disc"]).tolist() == [1.0]
+    ((thread, device),) = chosen
+    assert thread is not threading.current_thread()
+    assert device == torch.device("cuda:3")
+
+
 def test_a_function_that_changes_its_images_changes_nobody_elses(tmp_path):
     (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return images.mul_(0).sum(dim=(1, 2, 3))\n")
     images = random_images(2)

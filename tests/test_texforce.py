@@ -5,6 +5,7 @@ import json
 import math
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -327,6 +328,7 @@ def test_the_text_encoder_runs_once_an_update_whatever_the_number_of_pairs():
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
@@ -360,6 +362,27 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_the_gradient_is_the_sa
     assert len([size for size in sizes if size > 3]) < 4  # it is not tried again with what did not fit
     with pytest.raises(type(error)):
         rig.accumulate(batch, pairs, micro_batch="fixed")
+
+
+def test_what_did_not_fit_is_let_go_before_less_is_tried(monkeypatch):
+    rig = make_rig(micro_batch="auto", micro_batch_size=64)
+    batch = rig.collect()
+    tried, original, grad = [], texforce._pair_losses, torch.autograd.grad
+
+    def pair_losses(*args):
+        assert all(loss() is None for loss in tried)
+        return original(*args)
+
+    def short_of_memory(loss, inputs):
+        if len(tried) < 2:
+            tried.append(weakref.ref(loss))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grad(loss, inputs)
+
+    monkeypatch.setattr(texforce, "_pair_losses", pair_losses)
+    monkeypatch.setattr(torch.autograd, "grad", short_of_memory)
+    rig.accumulate(batch, rig.pairs(batch))
+    assert len(tried) == 2
 
 
 def test_a_micro_batch_that_was_filled_up_is_halved_as_what_did_not_fit(monkeypatch):
@@ -910,6 +933,21 @@ def test_the_kl_divergence_is_zero_at_the_start_and_positive_after_an_update(tar
     assert rig.accumulate(batch, pairs).kl > 1e-6
 
 
+def test_the_kl_divergence_that_is_told_is_that_before_the_last_step(monkeypatch):
+    rig = make_rig(kl_weight=0.1, num_updates_per_epoch=2, num_inner_epochs=2)
+    told, original = [], texforce.accumulate_gradients
+
+    def accumulate(*args):
+        told.append(original(*args))
+        return told[-1]
+
+    monkeypatch.setattr(texforce, "accumulate_gradients", accumulate)
+    total = rig.update(rig.collect())
+    means = [statistics.kl / statistics.num_pairs for statistics in told]
+    assert len(set(means)) == 4
+    assert total.last_kl == means[-1]
+
+
 def test_the_kl_term_pulls_towards_the_base_model():
     rig = make_rig(kl_weight=1.0, max_grad_norm=1e9)
     batch = rig.collect()
@@ -1087,9 +1125,8 @@ def test_what_rounding_sets_apart_is_no_part_of_later_losses_either(shift, sampl
         found = used.trajectory.log_probs[samples, steps] - log_probs[samples, steps]
         torch.testing.assert_close(found, torch.full_like(found, 0 if anew else shift), rtol=0, atol=2e-6)
         distinct |= set(map(tuple, pairs.tolist()))
-    rows = 12 if sample_batch_size == 6 else 10  # of a share of ten pairs in micro-batches of 6, filled up or not
-    more = len(distinct) if sample_batch_size == 4 else 6 * math.ceil(len(distinct) / 6)
-    assert total.num_unet_calls == 2 * (3 * passes * rows + (more if anew else 0))
+    more = 6 * math.ceil(len(distinct) / 6)  # micro-batches of 6 are filled up; of a share of ten pairs there are 12 rows
+    assert total.num_unet_calls == 2 * (3 * passes * 12 + (more if anew else 0))
 
 
 def test_log_probabilities_that_are_not_finite_end_the_run():
