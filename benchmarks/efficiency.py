@@ -29,6 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deterministic elsewhere": {"deterministic_elsewhere": True},
     "1 shared step": {"num_shared_steps": 1},
     "2 shared steps": {"num_shared_steps": 2},
+    "small epochs": {
+        "num_prompts_per_epoch": 8,
+        "num_epochs": 75,
+        "num_inner_epochs": 2,
+        "deterministic_elsewhere": True,
+        "learning_rate": 1e-3,
+        "eval_every": 25,
+    },  # 4,800 images
 }
 Epochs = list[dict[str, Any]]
 

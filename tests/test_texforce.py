@@ -152,6 +152,28 @@ def test_a_compiled_unet_samples_with_the_graph_that_it_is_trained_with(target, 
     assert set(seen[number:]) == training  # the last two pairs are filled up: another size would be compiled anew
 
 
+@pytest.mark.parametrize(("text_trained", "given"), [(True, (True, True)), (False, (True, False)), (None, (False, False))])
+def test_on_a_gpu_a_policy_that_is_not_compiled_samples_with_gradients_too(text_trained, given):
+    """Attention kernels are chosen by them there; what is no policy keeps no activations."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Unet(nn.Conv2d):
+        def forward(self, latents, timesteps, embeds, return_dict):
+            seen.append((torch.is_grad_enabled(), embeds.requires_grad))
+            return (super().forward(latents) + embeds.mean(),)
+
+    seen = []
+    schedule = sampler.ddim_schedule(pipelines.load_models("tiny").scheduler, 5, 1.0)
+    denoiser = sampler.Denoiser(Unet(4, 4, 1), schedule, 1.0, compile=False, text_trained=text_trained)
+    latents, embeds = torch.zeros(2, 4, 8, 8).as_subclass(OnGpu), torch.zeros(2, 3, 4)
+    with torch.no_grad():
+        means, _ = denoiser.mean(latents, torch.zeros(2, dtype=torch.int64), pipelines.Conditioning(embeds, embeds[:1]))
+    assert seen == [given]
+    assert not means.requires_grad
+
+
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 def test_the_ratio_is_one_before_the_first_update(target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, sample_batch_size=6, micro_batch_size=6)
