@@ -34,8 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_epochs": 75,
         "num_inner_epochs": 2,
         "deterministic_elsewhere": True,
-        "learning_rate": 1e-3,
-        "eval_every": 25,
+        "learning_rate": 7e-4,
+        "eval_every": 5,
     },  # 4,800 images
 }
 Epochs = list[dict[str, Any]]
