@@ -211,20 +211,19 @@ def accumulate_gradients(
 ) -> UpdateStatistics:
     """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
 
-    With `on_policy` nothing was learned since the sampling, and the loss takes the ratio for the 1 that it is; what
-    rounding makes of it is measured. The text encoder runs once, over the distinct prompts and the null prompt. The
-    gradient of every micro-batch is gathered on its embeddings, and one backward pass takes it through the text
-    encoder. So the U-Net's activations grow with the micro-batch alone, and neither with the images nor with the steps;
-    the text encoder's grow with the distinct prompts. Of several processes each adds the part of its own images.
+    With `on_policy` nothing was learned since the sampling, and the loss takes the ratio for 1; what rounding makes of it is
+    measured. The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
+    gathered on its embeddings, and one backward pass takes it through the text encoder: the U-Net's activations grow with
+    the micro-batch alone, the text encoder's with the distinct prompts. Of several processes each adds its images' part.
 
     Raises:
         DivergedError: the loss is not finite.
     """
     from texforce import batches
 
-    statistics, mine = UpdateStatistics(), batch.local_pairs(pairs)
+    total, mine = UpdateStatistics(), batch.local_pairs(pairs)
     if len(mine) == 0:
-        return statistics
+        return total
     prompt_ids = batch.trajectory.prompt_ids[mine[:, 0]]
     embeds, rows = policy.encode_distinct(prompt_ids)
     leaf = embeds.detach().requires_grad_(embeds.requires_grad)
@@ -234,27 +233,30 @@ def accumulate_gradients(
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""
         loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
-        weighted = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
-        return torch.autograd.grad(weighted, inputs), measured  # all of them or, when memory runs out, none
+        loss = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
+        return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
 
-    while statistics.num_pairs < len(mine):
+    while total.num_pairs < len(mine):
         interrupts.check()
-        start = statistics.num_pairs
-        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
+        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, total.num_pairs, learner.micro_batch_size, config)
         try:
             gradients, measured = gradients_of(micro_batch)
         except (RuntimeError, MemoryError) as error:
-            size = len(micro_batch.pairs)
-            if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
-                raise
-            learner.micro_batch_size = size // 2
+            learner.micro_batch_size = _halved(len(micro_batch.pairs), error, config)
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
-        statistics.add(measured)
+        total.add(measured)
     if leaf.grad is not None:
         embeds.backward(leaf.grad)
-    return statistics
+    return total
+
+
+def _halved(size: int, error: BaseException, config: TrainConfig) -> int:
+    """What to try after a micro-batch of a size raised an error; the error again, if it is none that less would help."""
+    if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
+        raise error
+    return size // 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -317,6 +319,19 @@ def with_log_probs_anew(
     return replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)), num_calls
 
 
+def _draw_shares(denoiser: sampler.Denoiser, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[Tensor]:
+    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps."""
+    from texforce import batches
+
+    pairs = batches.draw_pairs(batch.advantages, batches.window(denoiser.schedule, config), config, generator)
+    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
+    shares = []
+    for _ in range(config.num_inner_epochs):
+        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
+        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
+    return shares
+
+
 def update(
     policy: Policy,
     denoiser: sampler.Denoiser,
@@ -333,15 +348,9 @@ def update(
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
-    from texforce import batches, processes
+    from texforce import processes
 
-    total = UpdateStatistics()
-    pairs = batches.draw_pairs(batch.advantages, batches.window(denoiser.schedule, config), config, generator)
-    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
-    shares = []
-    for _ in range(config.num_inner_epochs):
-        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
-        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
+    total, shares = UpdateStatistics(), _draw_shares(denoiser, batch, config, generator)
     rounds = rounds_by_batch(config.mixed_precision, policy.models.device.type)
     tolerance = COARSE_TOLERANCE if rounds else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
