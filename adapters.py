@@ -1,10 +1,18 @@
-"""Adapters and tuned U-Nets on a model: fused exactly, put on as LoRA that can be switched off, or baked in."""
+"""Adapters: files of LoRA of every layout read to the last tensor or refused, fused exactly, put on a model or baked in.
+
+Whatever the layout, what is read is LoRA (arXiv:2106.09685) by part of the pipeline and name of the layer. Read top to
+bottom: records, files, names, reading, fusion, application, tuned U-Nets.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +20,352 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from texforce import ldm, pipelines
-from texforce.checkpoints import ArtifactError, read_finite
-from texforce.config_inference import System, parse_weighted
-from texforce.lora import Adapter, Layer, find_files, read_adapter
-from texforce.pipelines import Models
+from . import ldm
+from .config import MAX_RANK, System, parse_weighted
+from .errors import ArtifactError, InputError, NotFoundError
+from .models import Model, tokenize
+from .weights import read_finite
 
+PARTS = ("text_encoder", "text_encoder_2", "unet")
 PROBE = "a photo of a red cube on a blue sphere"
+
+
+# --- records ---
+
+
+@dataclass(frozen=True)
+class Layer:
+    """LoRA of one layer: its weight changes by scale * up @ down."""
+
+    down: Tensor  # (r, in), or (r, in, h, w) of a convolution
+    up: Tensor  # (out, r), or (out, r, 1, 1)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, in float32."""
+        down, up = self.down.float(), self.up.float()
+        return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+Adapter = dict[str, dict[str, Layer]]  # part: name of the layer in a CLIPTextModel or UNet2DConditionModel: LoRA
+
+
+# --- files ---
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of LoRA, and what its own folder or metadata say of it."""
+
+    path: Path
+    part: str | None = None  # that its names without a prefix are of, if they do not say it themselves
+    config: dict[str, Any] | None = None  # peft's
+
+
+def find_files(path: Path) -> list[_File]:
+    """What there is to read of a file or folder.
+
+    Raises:
+        NotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
+    """
+    if path.is_file():
+        config = path.parent / "adapter_config.json"
+        if path.name.startswith("adapter_model.") and config.is_file():
+            return [_File(path, None, _read_peft_config(config))]
+        return [_File(path)]
+    if not path.is_dir():
+        raise NotFoundError(f"adapter: there is no file or folder {str(path)!r}")
+    files = []
+    for part, folder in {None: path, "text_encoder_2": path / "text_encoder_2", "unet": path / "unet"}.items():
+        if (folder / "adapter_config.json").is_file():
+            weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+            found = next((file for file in weights if file.is_file()), None)
+            if found is None:
+                raise NotFoundError(f"adapter: {str(folder)!r} holds no adapter_model.safetensors")
+            files.append(_File(found, part, _read_peft_config(folder / "adapter_config.json")))
+    if files:
+        return files
+    for pattern in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "*.safetensors"):
+        found_files = list(path.glob(pattern))
+        if len(found_files) == 1:
+            return [_File(found_files[0])]
+    raise NotFoundError(
+        f"adapter: {str(path)!r} holds neither adapter_config.json nor pytorch_lora_weights.safetensors nor a single other "
+        "file of weights; give the output folder of a training, or a file"
+    )
+
+
+def _read_peft_config(path: Path) -> dict[str, Any]:
+    """peft's configuration of plain LoRA; what this project does not honour is refused."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not a peft adapter's configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path}: not a peft adapter's configuration: no object")
+    layers = config.get("target_modules")
+    # A pattern there could hang the matching; peft itself writes a plain list of names.
+    if config.get("peft_type") != "LORA" or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
+        raise ArtifactError(f"{path}: peft_type must be LORA and target_modules a list of layer names")
+    _check_lora_config(config, path)
+    return config
+
+
+def _check_lora_config(config: dict[str, Any], path: Path) -> None:
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    if not _is_number(rank) or not 1 <= rank <= MAX_RANK or not _is_number(alpha) or not 0 < alpha < 1e6:
+        raise ArtifactError(f"{path}: r must be 1 to {MAX_RANK} and lora_alpha a number, not {rank!r} and {alpha!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        # peft takes these names for regular expressions, which can hang; here they are names and nothing else.
+        if not isinstance(pattern, dict) or not all(
+            re.fullmatch(r"\^?[\w.]+", key) and _is_number(value) and 0 < value < 1e6 for key, value in pattern.items()
+        ):
+            raise ArtifactError(f"{path}: {name} must hold numbers by the names of layers")
+    unsupported = [name for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        unsupported.append("init_lora_weights")  # the others change the base weights too
+    if unsupported:
+        raise ArtifactError(f"{path}: {unsupported[0]} is not supported")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dict[str, Any]]:
+    """peft's configurations by part, which diffusers keeps in a file's header; by None that of a file of a single part."""
+    text = header.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: its lora_adapter_metadata are not JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise ArtifactError(f"{path}: its lora_adapter_metadata are no object")
+    configs: dict[str | None, dict[str, Any]] = defaultdict(dict)
+    for key, value in flat.items():
+        part, _, name = key.partition(".")
+        configs[part if part in PARTS else None][name if part in PARTS else key] = value
+    for config in configs.values():
+        _check_lora_config(config, path)
+    return dict(configs)
+
+
+# By the width of the text that the U-Net takes: kohya's word for the base model.
+FAMILIES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl"}
+
+
+def _check_family(header: Mapping[str, str], model: Any, path: Path) -> None:
+    said, own = header.get("ss_base_model_version", ""), FAMILIES.get(model.unet.config.cross_attention_dim)
+    family = next((family for family in FAMILIES.values() if said.startswith(family)), None)
+    if family and own and family != own:
+        raise ArtifactError(f"{path}: made for another model: it says {said}, and this one is {own}; see --model")
+
+
+# --- names ---
+
+_DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_linear_layer.down.weight")
+_UP = (".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
+_SUFFIXES = {
+    **dict.fromkeys((*_DOWN, ".lora_down.weight", "_lora.down.weight"), "down"),
+    **dict.fromkeys((*_UP, ".lora_up.weight", "_lora.up.weight"), "up"),
+    ".alpha": "alpha",
+}
+_PREFIXES = {
+    "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "unet.": "unet",
+    "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_unet_": "unet",
+}  # fmt: skip
+
+
+def layer_names(part: str, module: nn.Module) -> dict[str, str]:
+    """Names that files use for the layers of a part (without the part's prefix), each with ours.
+
+    Ours are those of a CLIPTextModel of transformers 5 (no `text_model.`) or of a UNet2DConditionModel.
+    """
+    names: dict[str, str] = {}
+    kinds = (nn.Linear, nn.Conv2d)
+    for name in (name for name, layer in module.named_modules() if isinstance(layer, kinds)):
+        ours = name.removeprefix("text_model.")
+        if part == "unet":
+            variants = [ours, re.sub(r"\.(to_(?:q|k|v|out))(?:\.0)?$", r".processor.\1", ours)]
+            underscored = [ours]
+            with contextlib.suppress(InputError):  # a U-Net that has no such layout
+                underscored.append(ldm.unet_name(ours, module.config))  # kohya's for Stable Diffusion XL
+        else:
+            old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", ours)
+            variants = [*(prefix + variant for prefix in ("", "text_model.") for variant in (ours, old))]
+            underscored = ["text_model." + ours, ours]
+        names |= dict.fromkeys(variants, ours)
+        names |= {variant.replace(".", "_"): ours for variant in underscored}
+    return names
+
+
+def _place(key: str, names: Mapping[str, Mapping[str, str]], default: str | None) -> tuple[str, str, str] | None:
+    """Part, layer and kind (down, up or alpha) of a key; None where it is of no part."""
+    suffix = next((suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if key.endswith(suffix)), None)
+    if suffix is None:
+        return None
+    name = key.removesuffix(suffix).removeprefix("base_model.model.")
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    if prefix is not None:
+        name, candidates = name.removeprefix(prefix).removeprefix("base_model.model."), [_PREFIXES[prefix]]
+    else:
+        candidates = [default] if default else list(names)
+    for part in candidates:
+        if name in names.get(part, {}):
+            return part, names[part][name], _SUFFIXES[suffix]
+    return None
+
+
+# --- reading ---
+
+
+def read_adapter(path: str | Path, model: Any) -> Adapter:
+    """The LoRA of a file or folder, for the parts of `model` (attributes named as in PARTS).
+
+    peft's folders, of the old (`text_model.`) and the new layout; diffusers' files, with and without metadata; kohya's;
+    attention processors' without any prefix.
+
+    Raises:
+        NotFoundError: there is no such file or folder, or it holds no adapter.
+        ArtifactError: it is damaged, unsafe, of another model, or holds a tensor that is not used.
+        InputError: a part has an adapter already.
+    """
+    modules = {part: getattr(model, part) for part in PARTS if getattr(model, part, None) is not None}
+    if adapted := [part for part, module in modules.items() if hasattr(module, "peft_config")]:
+        raise InputError(f"adapter: the {adapted[0]} has an adapter already; give them together")
+    names = {part: layer_names(part, module) for part, module in modules.items()}
+    adapter: Adapter = {}
+    for file in find_files(Path(path)):
+        tensors = read_finite(file.path, "an adapter")
+        header = _read_header(file.path)
+        _check_family(header, model, file.path)
+        configs = {file.part: file.config} if file.config else _read_configs(header, file.path)
+        for part, found in _by_part(tensors, names, file).items():
+            config = configs.get(part, configs.get(None))
+            layers = {name: _make_layer(name, layer, config, file.path) for name, layer in found.items()}
+            _check_whole(layers, part, names[part], file)
+            adapter[part] = _fit(layers, modules[part], file.path)
+    return adapter
+
+
+def _by_part(
+    tensors: Mapping[str, Tensor], names: Mapping[str, Mapping[str, str]], file: _File
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The down, up and alpha of each layer of each part."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for key, tensor in tensors.items():
+        place = _place(key, names, file.part)
+        if place is None:
+            raise ArtifactError(f"{file.path}: the tensor {key} is of no layer of this model; see --model")
+        part, name, kind = place
+        if kind in found[part][name]:
+            raise ArtifactError(f"{file.path}: two tensors are for {kind} of {name} in the {part}, as {key}")
+        found[part][name][kind] = tensor
+    if not found:
+        raise ArtifactError(f"{file.path}: it holds no tensor")
+    return found
+
+
+def _make_layer(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, path: Path) -> Layer:
+    if missing := {"down", "up"} - tensors.keys():
+        raise ArtifactError(f"{path}: of {name} the {missing.pop()} matrix is missing")
+    down, up = tensors["down"], tensors["up"]
+    matching = down.ndim in (2, 4) and up.ndim in (2, 4) and 1 <= down.shape[0] == up.shape[1] <= MAX_RANK
+    if not matching or up.numel() != up.shape[0] * up.shape[1]:
+        raise ArtifactError(f"{path}: of {name} the shapes {tuple(down.shape)} and {tuple(up.shape)} are of no LoRA")
+    rank, alpha = down.shape[0], float(down.shape[0])  # the convention where nothing is said
+    if config is not None:
+        wanted = _by_pattern(name, config.get("rank_pattern"), config["r"])
+        if wanted != rank:
+            raise ArtifactError(f"{path}: {name} has rank {rank}, and its configuration says {wanted}")
+        alpha = _by_pattern(name, config.get("alpha_pattern"), config["lora_alpha"])
+        if config.get("use_rslora"):
+            alpha *= math.sqrt(rank)
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1 or not 0 < tensors["alpha"].item() < 1e6:
+            raise ArtifactError(f"{path}: alpha of {name} is not a number above 0")
+        alpha = tensors["alpha"].item()
+    return Layer(down, up, float(alpha))
+
+
+def _by_pattern(name: str, pattern: Mapping[str, float] | None, default: float) -> float:
+    for key, value in (pattern or {}).items():
+        plain = key.removeprefix("^").removeprefix("text_model.")
+        if name == plain or (not key.startswith("^") and name.endswith("." + plain)):
+            return value
+    return default
+
+
+def _fit(layers: Mapping[str, Layer], module: nn.Module, path: Path) -> dict[str, Layer]:
+    """The layers with factors of as many axes as the weights that they change have."""
+    modules: dict[str, Any] = {name.removeprefix("text_model."): layer for name, layer in module.named_modules()}
+    fitted = {}
+    for name, layer in layers.items():
+        weight = modules[name].weight
+        shape = (layer.up.shape[0], *layer.down.shape[1:])
+        if math.prod(shape) != weight.numel() or shape[:2] != tuple(weight.shape[:2]):
+            raise ArtifactError(
+                f"{path}: made for another model: {name} changes a weight of shape {shape}, here of {tuple(weight.shape)}"
+            )
+        down = layer.down.reshape(layer.rank, *weight.shape[1:])
+        up = layer.up.reshape(weight.shape[0], layer.rank, *(1 for _ in weight.shape[2:]))
+        fitted[name] = Layer(down, up, layer.alpha)
+    return fitted
+
+
+def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str], file: _File) -> None:
+    """Nothing is missing: what peft's configuration names, layers of a text encoder, in a block what its likes have."""
+    known = set(names.values())
+    if file.config is not None:
+        targets = [str(target).removeprefix("text_model.") for target in file.config["target_modules"]]
+        expected = {name for name in known if any(name == target or name.endswith("." + target) for target in targets)}
+        if expected != layers.keys():
+            wrong = expected ^ layers.keys()
+            raise ArtifactError(f"{file.path}: {len(wrong)} layers are missing or not among target_modules, as {min(wrong)}")
+    possible, present = _children(known), _children(layers)
+    for kind in {_kind(parent) for parent in present}:
+        alike = {parent for parent in possible if _kind(parent) == kind}
+        wanted = set().union(*(present.get(parent, set()) for parent in alike))
+        for parent in sorted(alike if part != "unet" else alike & present.keys()):
+            if lacking := (wanted & possible[parent]) - present.get(parent, set()):
+                raise ArtifactError(f"{file.path}: the {part} is incomplete: {parent} lacks {min(lacking)}")
+
+
+def _children(names: Iterable[str]) -> dict[str, set[str]]:
+    """The layers of each block, as q_proj of encoder.layers.0.self_attn."""
+    children: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        parent, _, child = name.removesuffix(".0").rpartition(".")
+        children[parent].add(child)
+    return children
+
+
+def _kind(parent: str) -> str:
+    """A block's name without its numbers: its likes have the same."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", parent)
 
 
 # --- fusion ---
@@ -54,20 +401,20 @@ def check_inputs(system: System) -> None:
     """See that there is something to read, before any model is loaded.
 
     Raises:
-        FileNotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
+        NotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
     """
     for path, _ in system.adapters:
         find_files(Path(path))
     for path, _ in system.unets:
         if not Path(path).exists():
-            raise FileNotFoundError(f"unet: there is no file or folder {path!r}")
+            raise NotFoundError(f"unet: there is no file or folder {path!r}")
 
 
 def adapter_files(path: Path) -> list[Path]:
     """The files that decide what an adapter is.
 
     Raises:
-        FileNotFoundError, ArtifactError: as `lora.find_files`.
+        NotFoundError, ArtifactError: as `find_files`.
     """
     found = [file.path for file in find_files(path)]
     configs = [file.with_name("adapter_config.json") for file in found]
@@ -80,44 +427,44 @@ def unet_files(path: Path) -> list[Path]:
     return whole[:1] or adapter_files(path)
 
 
-def put_on(models: Models, system: System) -> Models:
-    """Models with a system's adapters and U-Net on copies of the parts that they change; those given stay as they are.
+def put_on(model: Model, system: System) -> Model:
+    """Model with a system's adapters and U-Net on copies of the parts that they change; those given stay as they are.
 
     Raises:
-        FileNotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`.
+        NotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`.
     """
-    terms = read_terms(system.adapters, models)
+    terms = read_terms(system.adapters, model)
     changed: dict[str, Any] = {}
     for path, weight in system.unets:
-        unet = read_unet(path, models)
+        unet = read_unet(path, model)
         terms.append((unet.adapter, weight))
         if unet.tensors:
-            changed["unet"] = copy.deepcopy(models.unet)
+            changed["unet"] = copy.deepcopy(model.unet)
             move_towards(changed["unet"], unet.tensors, weight)
     adapter = fuse(terms)
     for part in adapter.keys() - changed.keys():
-        changed[part] = copy.deepcopy(getattr(models, part))
-    return apply(replace(models, **changed), adapter)
+        changed[part] = copy.deepcopy(getattr(model, part))
+    return apply(replace(model, **changed), adapter)
 
 
-def load_adapters(models: Models, specs: Sequence[str], scale: float = 1.0) -> Models:
+def load_adapters(model: Model, specs: Sequence[str], scale: float = 1.0) -> Model:
     """Put the sum of adapters, each PATH or PATH:WEIGHT, times a scale, on models as LoRA that can be switched off.
 
     Raises:
-        FileNotFoundError, ValueError, ArtifactError: as `read_terms` and `apply`.
+        NotFoundError, InputError, ArtifactError: as `read_terms` and `apply`.
     """
-    return apply(models, fuse(read_terms([(path, weight * scale) for path, weight in map(parse_weighted, specs)], models)))
+    return apply(model, fuse(read_terms([(path, weight * scale) for path, weight in map(parse_weighted, specs)], model)))
 
 
-def read_terms(weighted: Sequence[tuple[str, float]], models: Any) -> list[tuple[Adapter, float]]:
+def read_terms(weighted: Sequence[tuple[str, float]], model: Any) -> list[tuple[Adapter, float]]:
     """Adapters, each given as path and weight.
 
     Raises:
-        FileNotFoundError, ArtifactError: as `read_adapter`; or one changes nothing.
+        NotFoundError, ArtifactError: as `read_adapter`; or one changes nothing.
     """
     terms = []
     for path, weight in weighted:
-        adapter = read_adapter(path, models)
+        adapter = read_adapter(path, model)
         check_changes(adapter, path)
         terms.append((adapter, weight))
     return terms
@@ -129,17 +476,17 @@ def check_changes(adapter: Adapter, path: str | Path) -> None:
             raise ArtifactError(f"{path}: it changes nothing in the {part}")
 
 
-def apply(models: Models, adapter: Adapter) -> Models:
+def apply(model: Model, adapter: Adapter) -> Model:
     """Put an adapter on models as LoRA that can be switched off.
 
     Raises:
         ArtifactError: the embedding of a prompt does not change.
     """
-    check_embeddings(models, adapter)
-    return replace(models, **{part: _add_lora(getattr(models, part), layers) for part, layers in adapter.items()})
+    check_embeddings(model, adapter)
+    return replace(model, **{part: _add_lora(getattr(model, part), layers) for part, layers in adapter.items()})
 
 
-def check_embeddings(models: Any, adapter: Adapter) -> None:
+def check_embeddings(model: Any, adapter: Adapter) -> None:
     """See that an adapter changes what each text encoder that it is for says.
 
     Raises:
@@ -147,7 +494,7 @@ def check_embeddings(models: Any, adapter: Adapter) -> None:
     """
     for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if part in adapter:
-            check_embedding(getattr(models, tokenizer), getattr(models, part), adapter[part])
+            check_embedding(getattr(model, tokenizer), getattr(model, part), adapter[part])
 
 
 @torch.no_grad()
@@ -159,7 +506,7 @@ def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Laye
     """
     tuned = copy.deepcopy(text_encoder)
     bake(tuned, layers)
-    prompt_ids = pipelines.tokenize(tokenizer, [PROBE]).to(text_encoder.device)
+    prompt_ids = tokenize(tokenizer, [PROBE]).to(text_encoder.device)
     base, changed = (encoder(input_ids=prompt_ids).last_hidden_state for encoder in (text_encoder, tuned))
     if torch.equal(base, changed):
         raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
@@ -216,25 +563,25 @@ class TunedUNet:
     tensors: dict[str, Tensor]
 
 
-def read_unet(path: str | Path, models: Any) -> TunedUNet:
+def read_unet(path: str | Path, model: Any) -> TunedUNet:
     """LoRA as in `read_adapter`, a diffusers U-Net (a file, its folder, a pipeline's) or a single-file checkpoint.
 
     Raises:
-        FileNotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
+        NotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
             another U-Net's, or all equal to this one's.
     """
     path = Path(path)
     for folder in (path, path / "unet"):
         if file := unet_file(folder):
-            return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), models.unet, file))
+            return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), model.unet, file))
     for found in find_files(path):
         if found.config is None:
             tensors = read_finite(found.path, "a U-Net")
             if any(key.startswith(ldm.UNET) for key in tensors):
-                return TunedUNet({}, _whole_unet(ldm.unet_tensors(tensors, models.unet), models.unet, found.path))
+                return TunedUNet({}, _whole_unet(ldm.unet_tensors(tensors, model.unet), model.unet, found.path))
             if "conv_in.weight" in tensors:
-                return TunedUNet({}, _whole_unet(tensors, models.unet, found.path))
-    adapter = read_adapter(path, models)
+                return TunedUNet({}, _whole_unet(tensors, model.unet, found.path))
+    adapter = read_adapter(path, model)
     if foreign := [part for part in adapter if part != "unet"]:
         raise ArtifactError(f"{path}: it holds LoRA for the {foreign[0]}; give it with --adapter")
     check_changes(adapter, path)

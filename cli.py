@@ -1,4 +1,7 @@
-"""The command line: options in, text and exit codes out. Results go to stdout, progress to stderr."""
+"""The command line: options in, text and exit codes out. Results go to stdout, progress to stderr.
+
+Read top to bottom: exit codes, options, the commands, progress, tables.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +16,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-import texforce
-from texforce import interrupts
-from texforce.config import (
+from . import interrupts
+from .config import (
+    BASE,
     PRESETS,
-    TrainConfig,
-    read_json,
-    resolve,
-)
-from texforce.config_inference import (
     EvalConfig,
     MergeConfig,
     SampleConfig,
+    TrainConfig,
+    resolve,
     resolve_eval,
     resolve_merge,
     resolve_sample,
 )
-from texforce.prompt_sets import read_prompts
-from texforce.terminal import (
-    EpochView,
-    StageView,
-    evaluation_table,
-    output,
-    printable,
-    progress,
-    results_table,
-    rows_table,
-    warn,
-)
+from .errors import InputError, NotFoundError, OutOfMemory, ProcessLost, RewardError, StorageError, expected
+from .files import read_json
+from .prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
 EXIT_CODES += "6 reward failed; 130/143 interrupted"
-OUT_OF_MEMORY = "out of memory; lower --{} or --resolution ({})"
+output, progress = Console(), Console(stderr=True)
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
@@ -56,38 +50,25 @@ app = typer.Typer(
 )
 
 
+# --- exit codes ---
+
+
 @contextmanager
 def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
-    """Turn expected errors into a message without traceback and the documented exit code."""
-    from texforce.checkpoints import ArtifactError
-    from texforce.processes import ProcessLost
-    from texforce.scorers import RewardError
-
+    """Turn expected errors into a message without traceback and the documented exit code; others are bugs."""
     try:
         with interrupts.handled():
             yield
-    except (RuntimeError, MemoryError) as error:
-        if not texforce.is_out_of_memory(error):
-            raise
-        _fail(OUT_OF_MEMORY.format(batch_option, str(error).partition("\n")[0]), 5)
-    except ValueError as error:
-        _fail(error, 2)
-    except ArtifactError as error:
-        _fail(error, 3)
-    except texforce.DivergedError as error:
-        _fail(error, 4)
-    except ProcessLost as error:
-        _fail(error, 5)
-    except RewardError as error:
-        _fail(error, 6)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: the system's own have a number
-            _fail(error, 2)
-        _fail(f"storage: {error.strerror or error}: {error.filename or ''}", 5)
     except interrupts.Terminated:
         _fail("terminated", 143)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:
+        known = expected(error)
+        if known is None:
+            raise
+        advice = f"; lower --{batch_option} or --resolution" if isinstance(known, OutOfMemory) else ""
+        _fail(f"{known}{advice}", known.exit_code)
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
@@ -95,7 +76,16 @@ def _fail(error: object, code: int) -> typing.NoReturn:
     raise typer.Exit(code)
 
 
-# --- train ---
+def printable(text: str) -> str:
+    """Text that cannot drive the terminal: control characters other than line ends become spaces."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+def warn(message: str) -> None:
+    progress.print(Text(printable(message)), soft_wrap=True)
+
+
+# --- options ---
 
 
 def with_options(config_class: type, command: Callable[..., None]) -> Callable[..., None]:
@@ -147,7 +137,10 @@ def _negation(kind: Any, name: str) -> str:
     return f"/--no-{name.replace('_', '-')}" if bool in (kind, *typing.get_args(kind)) else ""
 
 
-def train(
+# --- train ---
+
+
+def train_command(
     given: dict[str, Any],
     config: Annotated[
         Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")
@@ -165,26 +158,24 @@ def train(
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
     with exit_codes("sample-batch-size and --micro-batch-size"):
-        from texforce import processes
+        from . import processes
 
         options = merge_options(read_config(config), given)
         if force_resume and not resume:
-            raise ValueError("force_resume: it is about a run to go on with; give --resume")
+            raise InputError("force_resume: it is about a run to go on with; give --resume")
         if resume:
             options = resumed_options(resume, options)
         settings = resolve(TrainConfig(**options))
         if processes.is_first():
             progress.print(Text(f"model: {settings.model} ({_why(options)})"))
+        from . import train
+
         if dry_run:
-            from texforce import plan
-
             if processes.is_first():
-                output.print(rows_table("plan", plan.plan(settings, go_on=resume is not None)))
+                output.print(rows_table("plan", train.plan(settings, resume is not None)))
             return
-        with told_how_to_go_on(settings), EpochView(settings) as view:
-            from texforce import training
-
-            result = training.train(settings, view, warn, go_on=resume is not None, changed=force_resume)
+        with hint_to_resume(settings), EpochView(settings) as view:
+            result = train.train(settings, view, warn, resume is not None, force_resume)
         if not processes.is_first():
             return
         output.print(results_table(result))
@@ -195,40 +186,39 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run in a folder, with those given over them.
 
     Raises:
-        FileNotFoundError: there is no run, and no option to begin one with. ValueError: another output folder is given.
+        NotFoundError: there is no run, and no option to begin one with. InputError: another output folder is given.
     """
     if Path(given.get("output_dir") or folder) != folder:
-        raise ValueError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
+        raise InputError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
     saved = folder / "config.json"
     if folder.is_file():
-        raise ValueError(f"resume: {str(folder)!r} is a file; give the output folder of a training")
+        raise InputError(f"resume: {str(folder)!r} is a file; give the output folder of a training")
     if not saved.is_file() and not given:
-        raise FileNotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
+        raise NotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
     return merge_options(read_config(saved) if saved.is_file() else {}, given) | {"output_dir": str(folder)}
 
 
 @contextmanager
-def told_how_to_go_on(config: TrainConfig) -> Iterator[None]:
-    """Say, when a training is stopped by what is not its own fault, how it can go on."""
-    import torch
-
-    from texforce import processes, resume
-    from texforce.scorers import RewardError
+def hint_to_resume(config: TrainConfig) -> Iterator[None]:
+    """Say how a training can go on that was stopped by a signal, the disk, memory, a scorer or a lost process."""
+    from . import processes, run
 
     try:
         with interrupts.recognised():
             yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError, OSError, RewardError, processes.ProcessLost):
-        with interrupts.deferred():  # as in the saving before it
-            if processes.is_first() and resume.newest(Path(config.output_dir, resume.CHECKPOINTS)):
-                warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
-            raise
+    except (KeyboardInterrupt, Exception) as error:
+        passing = StorageError | OutOfMemory | RewardError | ProcessLost
+        if isinstance(error, KeyboardInterrupt) or isinstance(expected(error), passing):
+            with interrupts.deferred():  # as in the saving before it
+                if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
+                    warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+        raise
 
 
 def _why(options: dict[str, Any]) -> str:
     if options.get("model") is not None:
         return "as asked"
-    from texforce.config import default_device
+    from .config import default_device
 
     return "no GPU found, so the embedded model" if default_device() == "cpu" else "a GPU was found"
 
@@ -237,11 +227,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
     """Options of train from a JSON file.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there, not JSON, or has fields that are no options.
+        NotFoundError, InputError: the file is not there, not JSON, or has fields that are no options.
     """
     content = read_json(path) if path else {}
     if foreign := sorted(set(content) - {item.name for item in dataclasses.fields(TrainConfig)}):
-        raise ValueError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
+        raise InputError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
     return content
 
 
@@ -251,13 +241,13 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     A run's config.json holds everything. What in it follows from other options follows anew from those of the command line.
 
     Raises:
-        ValueError: a preset over a file that decides all that a preset would, so that it would change nothing.
+        InputError: a preset over a file that decides all that a preset would, so that it would change nothing.
     """
     preset = saved.get("preset", "default")
     if given.get("preset", preset) != preset and all(saved.get(name) is not None for name in PRESETS["tiny", "default"]):
-        raise ValueError("preset: the config file decides all that a preset would; give --preset or --config, not both")
+        raise InputError("preset: the config file decides all that a preset would; give --preset or --config, not both")
     for name in set(FOLLOWING_OPTIONS) & set(saved) - set(given):
-        with suppress(ValueError):  # the file alone may be unusable, without what is given
+        with suppress(InputError):  # the file alone may be unusable, without what is given
             if getattr(resolve(TrainConfig(**saved | {name: None})), name) == saved[name]:
                 saved = saved | {name: None}
     return saved | given
@@ -269,15 +259,15 @@ FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt")
 # --- sample ---
 
 
-def sample(given: dict[str, Any]) -> None:
+def sample_command(given: dict[str, Any]) -> None:
     """Draw images, with or without an adapter."""
     with exit_codes():
-        from texforce import evaluate, record
+        from . import evaluate, files, run
 
         config = resolve_sample(SampleConfig(**given))
         progress.print(Text(f"model: {config.model}"))
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
-        record.check_writable(Path(config.output_dir))
+        files.check_writable(Path(config.output_dir))
         prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
         seeds = [config.seed + i for i in range(len(prompts))]
         images = evaluate.sample(config, prompts, seeds)
@@ -289,35 +279,35 @@ def sample(given: dict[str, Any]) -> None:
         }  # fmt: skip
         for name, drawn in images.items():
             labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
-            paths = record.write_images(folder, drawn, labels)
+            paths = files.write_images(folder, drawn, labels)
             output.print(Text(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else "")))
-        record.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
+        run.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
         output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
 
 
 # --- merge ---
 
 
-def merge(given: dict[str, Any]) -> None:
+def merge_command(given: dict[str, Any]) -> None:
     """Join adapters and a U-Net with a base model, and write them for other tools."""
     with exit_codes():
-        from texforce import export
+        from . import merge
 
         config = resolve_merge(MergeConfig(**given))
         progress.print(Text(printable(f"model: {config.model}")))
-        folder = export.merge(config)
+        folder = merge.merge(config)
         output.print(Text(printable(f"{config.format}: {folder}")), soft_wrap=True)
 
 
 # --- eval ---
 
 
-def evaluate(given: dict[str, Any]) -> None:
+def eval_command(given: dict[str, Any]) -> None:
     """Measure adapters and U-Nets against the base model on a benchmark, and write a report."""
     with exit_codes():
         config = resolve_eval(EvalConfig(**given))
         progress.print(Text(printable(f"model: {config.model}; benchmark: {config.benchmark}")))
-        from texforce import evaluate
+        from . import evaluate
 
         try:
             with StageView() as view:
@@ -337,20 +327,20 @@ def evaluate(given: dict[str, Any]) -> None:
 # --- rewards ---
 
 
-def list_rewards() -> None:
+def rewards_command() -> None:
     """Show the rewards there are, what they need, and whether it is here."""
-    from texforce.checkpoints import HUB, is_fetched
-    from texforce.rewards import CATALOGUE, missing_packages
+    from .rewards import CATALOGUE, missing_packages
+    from .weights import HUB, is_fetched
 
     table = Table(Column("reward", no_wrap=True), show_lines=True)
-    for title in ("measures", "range; higher is better", "gradients", "needs", "licence", "here"):
+    for title in ("measures", "range; higher is better", "needs", "licence", "here"):
         table.add_column(title, overflow="fold")
     for name, entry in CATALOGUE.items():
         needs = "\n".join(HUB[item].repository for item in entry.weights) or "-"
         if entry.packages:
             needs = f"pip install 'texforce[{name}]'"
         here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
-        cells = (name, entry.measures, entry.scale, "yes" if entry.gradients else "no", needs, entry.licence)
+        cells = (name, entry.measures, entry.scale, needs, entry.licence)
         tiny = "for tiny" if "hps" in name else "no"
         table.add_row(*(Text(cell) for cell in cells), "yes" if here else tiny)
     output.print(table)
@@ -362,11 +352,185 @@ def list_rewards() -> None:
     output.print("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.", soft_wrap=True)
 
 
-app.command("train")(with_options(TrainConfig, train))
-app.command("sample")(with_options(SampleConfig, sample))
-app.command("merge")(with_options(MergeConfig, merge))
-app.command("eval")(with_options(EvalConfig, evaluate))
-app.command("rewards")(list_rewards)
+# --- serve ---
+
+
+def serve_command(
+    reward: Annotated[str, typer.Argument(help="what --reward of train takes")],
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in, and asks no password")] = "127.0.0.1",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")] = None,
+    reward_checkpoint: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH, weights of a scorer; repeatable; as in train")
+    ] = None,
+) -> None:
+    """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
+    with exit_codes():
+        from . import rewards
+        from .config import default_device
+
+        if not 0 <= port < 65536:
+            raise InputError(f"port: must be from 0 to 65535, not {port}")
+        checkpoints = rewards.parse_checkpoints(reward_checkpoint or (), [reward])
+        scorer = rewards.load_reward(reward, device or default_device(), checkpoints)
+        try:
+            server = rewards.make_server(scorer, port, host)
+        except OSError as error:
+            raise InputError(f"port: {host}:{port} cannot be listened at: {error.strerror or error}") from error
+        output.print(Text(printable(f"{reward} at http://{host}:{server.server_port}/score")), soft_wrap=True)
+        server.serve_forever()
+
+
+# --- progress ---
+
+
+class EpochView:
+    """Progress on stderr: on a terminal a table of the last epochs, drawn anew; elsewhere a line an epoch."""
+
+    def __init__(self, config: TrainConfig, num_rows: int = 12) -> None:
+        self.num_epochs = config.num_epochs or 0
+        self.num_rows = num_rows
+        self.rows: list[dict[str, Any]] = []
+        self.heldout: dict[str, float] = {}
+        self.live = Live(console=progress, auto_refresh=False) if progress.is_terminal else None
+
+    def __enter__(self) -> EpochView:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, measures: dict[str, Any]) -> None:
+        self.rows.append(measures)
+        self.heldout = measures.get("heldout", self.heldout)
+        for dropped in measures.get("dropped", ()):
+            progress.print(
+                Text(printable(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")),
+                soft_wrap=True,
+            )
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+        else:
+            progress.print(Text(printable(self.line(measures))), soft_wrap=True)
+
+    def line(self, measures: dict[str, Any]) -> str:
+        parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
+        parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
+        parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
+        parts += [f"held-out {name} {value:.4f}" for name, value in measures.get("heldout", {}).items()]
+        return "  ".join(parts + self.time_left())
+
+    def table(self) -> Table:
+        """The last epochs, a row each."""
+        shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
+        title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
+        caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
+        parts = self.rows[-1].get("parts", {})
+        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(printable(caption)))
+        for name in parts:
+            table.add_column(Text(printable(name)))
+        for row in self.rows[-self.num_rows :]:
+            cells = [f"{row[name]:{form}}" if name in row else "" for name, _, form in shown]
+            cells += [f"{row['parts'][name]:.4f}" if "parts" in row else "" for name in parts]
+            table.add_row(str(row["epoch"]), *cells)
+        return table
+
+    def time_left(self) -> list[str]:
+        epoch, seconds = self.rows[-1]["epoch"], self.rows[-1]["seconds"] - self.rows[0]["seconds"]
+        done = epoch - self.rows[0]["epoch"]  # in this process
+        return [f"{seconds / done * (self.num_epochs - epoch):.0f} s left"] if done else []
+
+
+EPOCH_COLUMNS = (
+    ("reward_mean", "reward", ".4f"),
+    ("reward_std", "spread", ".4f"),
+    ("max_ratio_deviation", "ratio-1 at first", ".1e"),
+    ("ratio_deviation", "at most", ".1e"),
+    ("clip_fraction", "clipped", ".2f"),
+    ("kl", "KL", ".2e"),
+    ("images_per_s", "images/s", ".0f"),
+)
+
+
+class StageView:
+    """Progress on stderr: on a terminal a bar for each stage; elsewhere a line at the end of each."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=progress, disable=not progress.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageView:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(printable(stage), total=total)
+        self.bars.update(self.tasks[stage], completed=done)
+        if done == total and self.bars.disable:
+            progress.print(Text(printable(f"{stage}: done")), soft_wrap=True)
+
+
+# --- tables ---
+
+
+def rows_table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+def results_table(result: dict[str, Any]) -> Table:
+    table = Table("held-out", "base", "tuned", "change", title=f"{result['num_images']} images in {result['seconds']:.0f} s")
+    for name, value in result["heldout"].items():
+        table.add_row(
+            Text(printable(name)), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}"
+        )
+    return table
+
+
+def evaluation_table(results: dict[str, Any]) -> Table:
+    """Means, changes and win rates of an evaluation, with their intervals."""
+    from . import report
+
+    about = results["benchmark"]
+    told_of = f" of {about['num_prompts']}" if results["strengths"] else ""
+    title = f"{about['name']}: {results['num_prompts_told']}{told_of} prompts, {results['num_images']} images each"
+    table = Table(
+        "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
+    )
+    for measure, base in results["systems"][BASE]["measures"].items():
+        table.add_row(Text(printable(measure), style="bold"))
+        table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
+        for name in list(results["systems"])[1:]:
+            system = results["systems"][name]
+            told = system["measures"][measure]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(told["paired"])]
+            change = Text(report.interval(told["paired"], "+"), style=style)
+            cells = (
+                f" {report.label(name, system)}",
+                report.interval(told) + report.dropped(told),
+                change,
+                report.interval(told["win_rate"], "%"),
+            )
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    return table
+
+
+app.command("train")(with_options(TrainConfig, train_command))
+app.command("sample")(with_options(SampleConfig, sample_command))
+app.command("merge")(with_options(MergeConfig, merge_command))
+app.command("eval")(with_options(EvalConfig, eval_command))
+app.command("rewards")(rewards_command)
+app.command("serve")(serve_command)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Configuration of a training: what it is decided by, with its defaults, presets and checks.
+"""Configuration of the commands: what each is decided by, with its defaults, presets and checks.
 
 This file imports nothing heavy, so that the command line can show its help at once.
 """
@@ -6,12 +6,15 @@ This file imports nothing heavy, so that the command line can show its help at o
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
+from .files import read_json
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
@@ -72,10 +75,6 @@ class TrainConfig:
     timestep_fraction: float = option(None, "share of the steps in the window that is trained on, drawn anew for each image")
     deterministic_elsewhere: bool = option(
         False, "training samples the steps outside the window without randomness; held-out images are drawn as ever"
-    )
-    num_shared_steps: int = option(
-        0,
-        "first steps that the images of a prompt share, to save U-Net calls; they branch after that, and train what is left",
     )
     resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
     learning_rate: float = option(None, "of AdamW")
@@ -228,7 +227,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what is None, and check every value.
 
     Raises:
-        ValueError: an option has a value that cannot be used; names the option, the rule and the value.
+        InputError: an option has a value that cannot be used; names the option, the rule and the value.
     """
     device = default_device()
     check_types(config)
@@ -251,7 +250,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         shortened = min(config.lr_warmup_steps, num_updates // 10)
         config = replace(config, lr_warmup_steps=shortened if shortened > 1 else 0)  # a single step's rate would be 0
     elif config.lr_warmup_steps >= num_updates:
-        raise ValueError(
+        raise InputError(
             f"lr_warmup_steps: must be below the run's {num_updates} optimizer steps, not {config.lr_warmup_steps}"
         )
     _check_together(config)
@@ -289,35 +288,35 @@ def check_types(config: Any) -> None:
         foreign = isinstance(value, list) and not all(isinstance(element, str) for element in value)  # no others are known
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or foreign:
             wanted = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in kinds)
-            raise ValueError(f"{item.name}: must be {wanted}, not {value!r}")
+            raise InputError(f"{item.name}: must be {wanted}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{item.name}: must be a finite number, not {value}")
+            raise InputError(f"{item.name}: must be a finite number, not {value}")
 
 
 def check_precision(config: Any, device: str) -> None:
-    """Raise ValueError for a type that the device does not compute in."""
+    """Raise InputError for a type that the device does not compute in."""
     if config.mixed_precision == "fp16" and device == "cpu":
-        raise ValueError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
+        raise InputError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
 def check_seed(config: Any) -> None:
-    """Raise ValueError for a seed that not every generator takes."""
+    """Raise InputError for a seed that not every generator takes."""
     if not 0 <= config.seed < MAX_SEED:
-        raise ValueError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
+        raise InputError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
 
 
 def check_timeout(config: Any) -> None:
-    """Raise ValueError for seconds that no clock can wait for."""
+    """Raise InputError for seconds that no clock can wait for."""
     if not 0 < config.reward_timeout <= MAX_TIMEOUT:
-        raise ValueError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
+        raise InputError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError for a value that is none of its option's."""
+    """Raise InputError for a value that is none of its option's."""
     for name, choices in CHOICES.items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:
-            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
+            raise InputError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
 
 
 COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
@@ -326,88 +325,348 @@ COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkp
 def _check_together(config: TrainConfig) -> None:
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     if config.num_updates_per_epoch > num_images:
-        raise ValueError(
+        raise InputError(
             f"num_updates_per_epoch: an epoch of {num_images} images cannot be shared out to {config.num_updates_per_epoch}"
         )
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise ValueError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
+        raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
     if config.null_prompt == "base" and config.target != "text-encoder":
-        raise ValueError(
+        raise InputError(
             "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
         )
     if config.normalise_rewards and config.advantages == "per-prompt":
-        raise ValueError(
+        raise InputError(
             "normalise_rewards: the units of a reward change over a run, which per-prompt statistics compare; "
             "use advantages leave-one-out"
         )
-    if config.num_shared_steps >= window_end(config):
-        raise ValueError(
-            f"num_shared_steps: of {config.num_inference_steps} steps the first {window_end(config)} may be trained "
-            f"(timestep_window {config.timestep_window:g}), but not the first {config.num_shared_steps}, which are shared; "
-            "lower it or raise timestep_window"
-        )
-    if config.num_shared_steps and config.num_samples_per_prompt == 1:
-        raise ValueError("num_shared_steps: with num_samples_per_prompt 1 there is nobody to share them with; make it 0")
-    if config.num_shared_steps and config.sample_batch_size % config.num_samples_per_prompt:
-        raise ValueError(
-            f"num_shared_steps: they need whole groups in a batch; make sample_batch_size, {config.sample_batch_size}, "
-            f"a multiple of num_samples_per_prompt, {config.num_samples_per_prompt}"
-        )
     if config.advantages == "leave-one-out" and config.num_samples_per_prompt == 1:
-        raise ValueError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
+        raise InputError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
 
 
 def _check_ranges(config: TrainConfig) -> None:
     for item in fields(config):
         value = getattr(config, item.name)
         if item.name.startswith("num_") or item.name in COUNTS:
-            least = 0 if item.name == "num_shared_steps" else 1
-            if value < least:
-                raise ValueError(f"{item.name}: must be at least {least}, not {value}")
+            if value < 1:
+                raise InputError(f"{item.name}: must be at least 1, not {value}")
         elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
-            raise ValueError(f"{item.name}: must be above 0, not {value}")
+            raise InputError(f"{item.name}: must be above 0, not {value}")
         elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
             rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
-            raise ValueError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
+            raise InputError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
         elif (
             item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale", "max_reward_drop")
             and not value >= 0
         ):
-            raise ValueError(f"{item.name}: must not be negative, not {value}")
+            raise InputError(f"{item.name}: must not be negative, not {value}")
     check_seed(config)
     check_timeout(config)
     if config.rank > MAX_RANK:
-        raise ValueError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
+        raise InputError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
     if config.max_kl is not None and not config.max_kl > 0:
-        raise ValueError(f"max_kl: must be above 0, not {config.max_kl}")
+        raise InputError(f"max_kl: must be above 0, not {config.max_kl}")
     if not 0 <= (config.ema_decay or 0) < 1:
-        raise ValueError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
+        raise InputError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+# --- sampling, merging ---
+
+SETTINGS = "texforce.json"  # what `texforce merge` says of how its output is to be sampled
+ADAPTER_HELP = (
+    "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
+)
+UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
+UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
+MODEL_HELP = "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)"
+
+
+@dataclass(frozen=True)
+class System:
+    """Adapters and a U-Net on a base model, each as path and weight."""
+
+    name: str
+    adapters: tuple[tuple[str, float], ...] = ()
+    unets: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How images are drawn, by `sample` and by `eval`."""
+
+    model: str = option(None, MODEL_HELP)
+    num_inference_steps: int = option(None, "DDIM steps (default: the adapter's)")
+    eta: float = option(None, "randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
+    guidance_scale: float = option(None, "classifier-free guidance (default: the adapter's)")
+    resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
+    batch_size: int = option(16, "images drawn at a time")
+    mixed_precision: str = option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
+    compile: bool | None = option(None, "compile the U-Net (default: on CUDA)")
+    null_prompt: str = option(None, "adapted or base (default: the adapter's)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawConfig):
+    """Everything that decides what `texforce sample` draws."""
+
+    adapter: list[str] | None = option(None, ADAPTER_HELP)
+    unet: str | None = option(None, UNET_HELP)
+    unet_scale: float = option(1.0, UNET_SCALE_HELP)
+    prompt: list[str] | None = option(None, "what to draw; repeatable")
+    prompts: str | None = option(None, "a file, one prompt a line, or the name of a shipped set")
+    output_dir: str = option("samples", "where the images go; their numbers go on from those already there")
+    num_images: int = option(4, "images for each prompt")
+    seed: int = option(0, "of the first image; the next has the next seed")
+    scale: float = option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
+    compare: bool = option(False, "also draw the base model's images from the same noise")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is drawn besides the base model: one, or none."""
+        return _one_system(self.adapter, self.unet, self.scale, self.unet_scale)
+
+
+def _one_system(adapter: list[str] | None, unet: str | None, scale: float, unet_scale: float) -> list[System]:
+    adapters = tuple((path, weight * scale) for path, weight in map(parse_weighted, adapter or ()))
+    unets = ((unet, unet_scale),) if unet else ()
+    return [System("tuned", adapters, unets)] if adapters or unets else []
+
+
+def parse_weighted(spec: str) -> tuple[str, float]:
+    """Path and weight of PATH:0.7; without a weight it is 1.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there, or holds no JSON object.
+        InputError: the weight is not finite.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    path, colon, text = spec.rpartition(":")
+    if not colon or Path(spec).exists():
+        return spec, 1.0
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return content
+        weight = float(text)
+    except ValueError:
+        return spec, 1.0  # a colon in a path
+    if not math.isfinite(weight):
+        raise InputError(f"adapter: the weight in {spec!r} must be a finite number")
+    return path, weight
 
 
-def read_text(path: Path, option_name: str) -> str:
-    """The text of a file that an option names.
+def resolve_sample(config: SampleConfig) -> SampleConfig:
+    """Fill in what is None from the adapter's run, or else from the model's defaults, and check every value.
 
     Raises:
-        ValueError: it is not UTF-8 text.
+        InputError, NotFoundError: an option has a value that cannot be used.
     """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option_name}: {str(path)!r} is not UTF-8 text (byte {error.start})") from error
+    check_types(config)
+    if not config.prompt and not config.prompts:
+        raise InputError("prompt: give --prompt or --prompts")
+    if not config.adapter and config.scale != 1:
+        raise InputError("adapter: --scale is about an adapter; give --adapter")
+    if not config.unet and config.unet_scale != 1:
+        raise InputError("unet_scale: it is about a U-Net; give --unet")
+    if not config.adapter and not config.unet and config.compare:
+        raise InputError("adapter: --compare needs something to compare; give --adapter or --unet")
+    return _resolve_drawing(config)
+
+
+def _resolve_drawing(config: Drawing) -> Drawing:
+    """Fill in how images are drawn, and check it."""
+    run = sampling_settings(config)
+    device = default_device()
+    model = config.model or run.get("model") or default_model(device)
+    preset = PRESETS[family(model), "default"]
+    defaults: dict[str, Any] = {name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale")}
+    defaults |= {"model": model, "resolution": run.get("resolution"), "eta": run.get("eta", 1.0)}
+    defaults |= {"null_prompt": run.get("null_prompt", "adapted"), "mixed_precision": "no" if device == "cpu" else "fp16"}
+    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: must be at least 1, not {getattr(config, name)}")
+    if config.guidance_scale < 0:
+        raise InputError(f"guidance_scale: must not be negative, not {config.guidance_scale}")
+    check_seed(config)
+    check_choices(config)
+    check_precision(config, device)
+    return config
+
+
+def sampling_settings(config: SampleConfig | MergeConfig | EvalConfig) -> dict[str, Any]:
+    """How adapters, a U-Net and a model were trained, or merged, to be sampled, as far as their folders say it.
+
+    Raises:
+        InputError: a file is nonsense, or runs disagree in what the command line does not decide.
+    """
+    paths = [path for system in config.systems for path, _ in (*system.adapters, *system.unets)]
+    paths += [config.model] if config.model else []
+    runs: dict[str, Any] = {}
+    for path in (Path(path) / name for path in paths for name in ("config.json", SETTINGS)):
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        names = ["model", "num_inference_steps", "guidance_scale", "eta"]
+        if content.get("target") != "unet":  # the null prompt goes through the text encoder
+            names.append("null_prompt")
+        run = {name: content[name] for name in names if content.get(name) is not None}
+        if "resolution" in content:
+            run["resolution"] = content["resolution"]  # null says something: what the U-Net was made for
+        try:
+            check_types(TrainConfig(**run))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        for name, value in run.items():
+            if runs.setdefault(name, value) != value and getattr(config, name, value) is None:
+                raise InputError(f"{name}: the adapters were trained with {runs[name]!r} and {value!r}; say which to use")
+    return runs
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Everything that decides what `texforce merge` writes."""
+
+    adapter: list[str] | None = option(None, ADAPTER_HELP)
+    unet: str | None = option(None, UNET_HELP)
+    unet_scale: float = option(1.0, UNET_SCALE_HELP)
+    model: str = option(None, MODEL_HELP)
+    format: str = option(
+        "pipeline",
+        "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
+    )
+    output: str = option("merged", "the folder to write")
+    overwrite: bool = option(False, "replace the output if it exists")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is merged: one, or none."""
+        return _one_system(self.adapter, self.unet, 1.0, self.unet_scale)
+
+
+def resolve_merge(config: MergeConfig) -> MergeConfig:
+    """Fill in the model, and check every value.
+
+    Raises:
+        InputError: an option has a value that cannot be used.
+    """
+    check_types(config)
+    check_choices(config)
+    if not config.adapter and not config.unet:
+        raise InputError("adapter: there is nothing to merge; give --adapter, --unet or both")
+    if config.unet_scale != 1 and not config.unet:
+        raise InputError("unet_scale: it is about a U-Net; give --unet")
+    if not config.output.strip("./ "):
+        raise InputError(f"output: must name a folder to be made, not {config.output!r}")
+    model = config.model or sampling_settings(config).get("model") or default_model(default_device())
+    return replace(config, model=model)
+
+
+# --- evaluation ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(DrawConfig):
+    """Everything that decides what `texforce eval` measures."""
+
+    benchmark: str = option(
+        None,
+        "drawbench, parti, hps, imagereward, world, another shipped prompt set, or a file with `prompt` and perhaps "
+        "`category` in each row: .txt, .jsonl, .json, .csv, .tsv, .parquet (default: world for tiny, else drawbench)",
+    )
+    adapter: list[str] | None = option(
+        None, "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together"
+    )
+    unet: list[str] | None = option(None, "[NAME=]PATH[:SCALE], likewise; " + UNET_HELP)
+    reward: list[str] | None = option(
+        None,
+        "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best strength "
+        "(default: hps; for world alignment too)",
+    )
+    reward_checkpoint: list[str] | None = option(None, "NAME=PATH, weights of a scorer; repeatable; as in train")
+    reward_timeout: float = option(600.0, "seconds after which a function or a server that gives no scores is given up")
+    strength: str | None = option(
+        None, "strengths to try of every system, as 0,0.5,1: the best of one half of the prompts is told on the other half"
+    )
+    num_images: int = option(4, "images for each prompt")
+    limit: int | None = option(None, "so many of the prompts, from all over the benchmark")
+    seed: int = option(0, "of the noise; every system gets the same, prompt by prompt")
+    output_dir: str = option("eval", "where images, results and the report go; an interrupted evaluation there goes on")
+
+    @property
+    def systems(self) -> list[System]:
+        """What is compared with the base model, by the names given.
+
+        Raises:
+            InputError: a name is missing or unusable, or comes twice without having been given.
+        """
+        parts: dict[str, System] = {}
+        given: dict[str, bool] = {}
+        for kind, specs in (("adapters", self.adapter), ("unets", self.unet)):
+            for spec in specs or ():
+                name, path, scale = parse_named(spec)
+                own = name or Path(path).absolute().name.removesuffix(".safetensors")
+                if not NAME.fullmatch(own) or own.lower() == BASE:
+                    raise InputError(f"adapter: give a name, of letters, digits, - and _, as NAME={path}; not {own!r}")
+                if own in parts and not (name and given[own]):
+                    raise InputError(f"adapter: {own!r} comes twice; give names, as NAME={path}")
+                given[own] = bool(name)
+                system = parts.get(own, System(own))
+                terms: dict[str, Any] = {kind: (*getattr(system, kind), (path, scale))}
+                parts[own] = replace(system, **terms)
+        return list(parts.values())
+
+    @property
+    def strengths(self) -> list[float]:
+        """Strengths to try; none where they are as given.
+
+        Raises:
+            InputError: not numbers, or one twice.
+        """
+        if self.strength is None:
+            return []
+        try:
+            strengths = [float(text) for text in self.strength.split(",")]
+        except ValueError:
+            strengths = [math.nan]
+        if not all(map(math.isfinite, strengths)) or len({f"{strength:g}" for strength in strengths}) < len(strengths):
+            raise InputError(f"strength: must be different numbers, as 0,0.5,1; not {self.strength!r}")
+        return strengths
+
+    @property
+    def measures(self) -> list[str]:
+        """The rewards that are measured, each as `rewards.load_reward` takes it."""
+        specs = [part for spec in self.reward or () for part in ([spec] if "=" in spec else spec.split(","))]
+        return [spec.strip() for spec in specs]
+
+
+BASE = "base"  # the name of the base model among the systems
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Drawing = typing.TypeVar("Drawing", SampleConfig, EvalConfig)
+
+
+def parse_named(spec: str) -> tuple[str, str, float]:
+    """Name, path and weight of [NAME=]PATH[:WEIGHT]; the name is empty where it is not given."""
+    name, equals, rest = spec.partition("=")
+    path, weight = parse_weighted(spec)
+    if equals and NAME.fullmatch(name) and not Path(path).exists():
+        return name, *parse_weighted(rest)
+    return "", path, weight
+
+
+def resolve_eval(config: EvalConfig) -> EvalConfig:
+    """Fill in what is None from the adapters' runs, or else from the model's defaults, and check every value.
+
+    Raises:
+        InputError, NotFoundError: an option has a value that cannot be used.
+    """
+    check_types(config)
+    for system in config.systems:
+        if len(system.unets) > 1:
+            raise InputError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
+    if config.strengths and not config.systems:
+        raise InputError("strength: it is about adapters and U-Nets; give --adapter or --unet")
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit: must be at least 1, not {config.limit}")
+    config = _resolve_drawing(config)
+    check_timeout(config)
+    benchmark = config.benchmark or ("world" if config.model == "tiny" else "drawbench")
+    usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
+    config = replace(config, benchmark=benchmark, reward=config.reward or usual)
+    if "" in config.measures or len(set(config.measures)) < len(config.measures):
+        raise InputError(f"reward: must be different names, as hps,clip; not {','.join(config.measures)!r}")
+    return config

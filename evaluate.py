@@ -1,7 +1,7 @@
-"""Base and tuned from the same noise: images of any prompts, and benchmarks with what is measured on them.
+"""texforce sample and texforce eval: base and tuned from the same noise, and benchmarks with what is measured on them.
 
-`texforce eval` reads top to bottom: images, scores, statistics, results. Whatever is finished lies in the output folder, and
-an evaluation that is started there again goes on from it.
+`texforce eval` reads top to bottom: the evaluation and its folder, images, scores, statistics, results. Whatever is finished
+lies in the output folder, and an evaluation that is started there again goes on from it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import texforce
-from texforce import adapters, evaluation, experience, measures, pipelines, record, report, rewards, sampler, scorers
-from texforce.config import default_device
-from texforce.config_inference import BASE, DrawConfig, EvalConfig, SampleConfig, System
-from texforce.evaluation import Evaluation, ScoreFile
-from texforce.prompt_sets import read_benchmark
+from . import Policy, __version__, adapters, check_finite, files, measures, models, report, rewards, run, scorers
+from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
+from .errors import InputError, RewardError
+from .files import read_json
+from .prompt_sets import Benchmark, read_benchmark
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-Scores = dict[str, dict[str, np.ndarray]]  # (P, K) by system and measure; of the diversity (P, 1)
+SETTINGS, SCORES = "settings.json", "scores.jsonl"
+BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
 DIVERSITY = "diversity"
+Progress = Callable[[str, int, int], None]  # the stage, how much of it is done, of how much
+Scores = dict[str, dict[str, np.ndarray]]  # (P, K) by system and measure; of the diversity (P, 1)
 
 
 # --- images ---
@@ -37,36 +41,209 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     """Images (N, 3, H, W) in [0, 1] of N prompts and seeds by a resolved configuration: `tuned`, and `base` for comparison.
 
     Raises:
-        FileNotFoundError, ValueError: bad input. ArtifactError: a refused adapter. DivergedError: no image is finite.
+        NotFoundError, InputError: bad input. ArtifactError: a refused adapter. DivergedError: no image is finite.
     """
     for system in config.systems:
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
-    models = load_models(config)
-    prompt_ids = pipelines.tokenize_for(models, prompts)
-    systems = {system.name: adapters.put_on(models, system) for system in config.systems}
+    model = load_model(config)
+    prompt_ids = models.tokenize_for(model, prompts)
+    systems = {system.name: adapters.put_on(model, system) for system in config.systems}
     if config.compare or not systems:
-        systems = {BASE: models} | systems
-    return {name: experience.check_finite(painter(put, config)(prompt_ids, seeds)) for name, put in systems.items()}
+        systems = {BASE: model} | systems
+    policies = {name: Policy(tuned, config) for name, tuned in systems.items()}
+    return {name: check_finite(draw(policy, prompt_ids, seeds, config.batch_size)) for name, policy in policies.items()}
 
 
-def load_models(config: DrawConfig) -> pipelines.Models:
-    """The models of a resolved configuration, on its device and in its precision; raises as `pipelines.load_models`."""
-    return pipelines.load_models(config.model, default_device(), getattr(torch, pipelines.DTYPES[config.mixed_precision]))
+def load_model(config: DrawConfig) -> models.Model:
+    """The model of a resolved configuration, on its device and in its precision; raises as `models.load_model`."""
+    return models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
 
 
-def painter(models: pipelines.Models, config: DrawConfig) -> Callable[[Tensor, Sequence[int]], Tensor]:
-    """A function that draws images (N, 3, H, W) of prompt ids (N, L) and N seeds.
+def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] of prompt ids (N, L) and N seeds; each depends on its own prompt and seed alone."""
+    images, device = [], policy.model.device
+    for start in range(0, len(seeds), batch_size):
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        images.append(policy.draw(prompt_ids[start : start + batch_size].to(device), generators).cpu())
+    return torch.cat(images)
+
+
+# --- an evaluation and its folder ---
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is drawn and measured, and where it lies."""
+
+    config: EvalConfig
+    benchmark: Benchmark
+    systems: list[System]  # the base first; of a sweep, every system at every strength
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def chunks(self) -> list[range]:
+        """Prompts, by index, that are drawn and scored together."""
+        num_prompts, size = len(self.benchmark.prompts), max(1, self.config.batch_size // self.config.num_images)
+        return [range(start, min(start + size, num_prompts)) for start in range(0, num_prompts, size)]
+
+    def seed(self, i: int, k: int) -> int:
+        """Of the noise of prompt i's image k, for every system; other prompts and --limit have no say in it."""
+        text = f"{self.config.seed} {k} {self.benchmark.prompts[i]}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])  # JavaScript's numbers hold 53 bits
+
+    def images(self, chunk: range) -> Iterator[tuple[int, int]]:
+        """Prompt and number of each image of a chunk."""
+        return itertools.product(chunk, range(self.config.num_images))
+
+    def repeated_prompts(self, chunk: range) -> list[str]:
+        """The prompt of each image of a chunk."""
+        return [self.benchmark.prompts[i] for i, _ in self.images(chunk)]
+
+    def image(self, system: System, i: int, k: int) -> Path:
+        """Where an image lies in the folder."""
+        return Path("images", system.name, f"{i:05d}_{k}.png")
+
+    def is_drawn(self, system: System, chunk: range) -> bool:
+        return all((self.folder / self.image(system, i, k)).is_file() for i, k in self.images(chunk))
+
+    def read_images(self, system: System, chunk: range) -> Tensor:
+        """Images (N, 3, H, W) of a chunk, as they lie in the folder: NaN where what was drawn is not finite.
+
+        Raises:
+            ArtifactError: one is damaged.
+        """
+        images = []
+        for i, k in self.images(chunk):
+            pixels, labels = files.read_image(self.folder / self.image(system, i, k))
+            images.append(torch.full_like(pixels, torch.nan) if BROKEN in labels else pixels)
+        return torch.stack(images)
+
+
+def at_strengths(config: EvalConfig) -> list[System]:
+    """The systems, or each of them at each strength that is tried."""
+    if not config.strengths:
+        return config.systems
+    return [scaled(system, strength) for system in config.systems for strength in config.strengths]
+
+
+def scaled(system: System, strength: float) -> System:
+    """A system with all its weights times a strength, and a name that says so."""
+    adapters, unets = (
+        tuple((path, weight * strength) for path, weight in terms) for terms in (system.adapters, system.unets)
+    )
+    return System(f"{system.name}@{strength:g}", adapters, unets)
+
+
+# --- the folder ---
+
+
+def check_folder(folder: Path) -> None:
+    """Check that an evaluation can begin, or go on, in a folder.
 
     Raises:
-        ValueError: the model's scheduler cannot take such steps.
+        InputError: something else is in it.
     """
-    policy = texforce.Policy(models, config.null_prompt)
-    schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta).to(models.device)
-    pooled = pipelines.pooled_text(models)
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled)
-    return lambda prompt_ids, seeds: sampler.sample_images(
-        models, denoiser, prompt_ids, seeds, config.batch_size, config.resolution, policy.null_embeds
-    )
+    ours = (files.LOCK, files.HOLDER)
+    if folder.is_dir() and not (folder / SETTINGS).is_file() and any(path.name not in ours for path in folder.iterdir()):
+        raise InputError(f"output_dir: {str(folder)!r} is not empty and holds no evaluation; choose another folder")
+
+
+def write_settings(evaluation: Evaluation) -> dict[str, Any]:
+    """Write down what decides the images, or see that those in the folder are of the same; returns it.
+
+    Raises:
+        InputError: the folder holds images of something else. OSError: storage.
+    """
+    path, settings = evaluation.folder / SETTINGS, describe(evaluation)
+    kept = read_json(path) if path.is_file() else settings
+    for name, value in settings.items():
+        if name != "systems" and kept.get(name) != value:
+            old, new = _where_they_differ(kept.get(name), value)
+            raise InputError(
+                f"output_dir: {str(evaluation.folder)!r} holds another evaluation, of {name} {old} and not {new}; choose "
+                "another folder"
+            )
+    systems = dict(kept.get("systems", {}))
+    for name, system in settings["systems"].items():
+        if _without_paths(systems.setdefault(name, system)) != _without_paths(system):
+            raise InputError(
+                f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
+            )
+    files.write_json(path, settings | {"systems": systems})
+    for folder in (evaluation.folder, *(evaluation.folder / "images").glob("*/")):
+        files.remove_temporaries(folder)
+    return settings
+
+
+def _where_they_differ(old: Any, new: Any) -> tuple[str, str]:
+    """Two values, or of two objects the parts that differ, to be shown."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in new if old.get(name) != new[name]]
+        old, new = ({name: item.get(name) for name in names} for item in (old, new))
+    return json.dumps(old)[:120], json.dumps(new)[:120]
+
+
+def describe(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything that decides the images."""
+    config, benchmark = evaluation.config, evaluation.benchmark
+    names = (
+        "model", "num_inference_steps", "eta", "guidance_scale", "null_prompt", "resolution", "mixed_precision", "compile",
+        "num_images", "batch_size", "seed",
+    )  # fmt: skip
+    about = {"name": benchmark.name, "num_prompts": len(benchmark.prompts), "sha256": benchmark.sha256}
+    return {
+        "benchmark": about | benchmark.source,
+        **{name: getattr(config, name) for name in names},
+        "model_revision": models.revision(config.model),
+        "device": default_device(),
+        "versions": run.versions(),
+        "systems": describe_systems(evaluation.systems),
+    }
+
+
+def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
+    """Of each system by name, what is on the base model: paths as they were given, weights, and SHA-256 of the files."""
+    sums: dict[tuple[str, str], list[str]] = {}  # a sweep has the same files in every system
+    readers = {"adapters": adapters.adapter_files, "unets": adapters.unet_files}
+
+    def terms(kind: str, given: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+        for path, _ in given:
+            if (kind, path) not in sums:
+                sums[kind, path] = [files.sha256(file) for file in readers[kind](Path(path))]
+        return [{"path": path, "weight": weight, "sha256": sums[kind, path]} for path, weight in given]
+
+    return {
+        system.name: {"adapters": terms("adapters", system.adapters), "unets": terms("unets", system.unets)}
+        for system in systems
+    }
+
+
+def _without_paths(described: dict[str, Any]) -> Any:
+    """What must stay the same of a system: a folder may be named otherwise, or have moved."""
+    return {kind: [term | {"path": ""} for term in terms] for kind, terms in described.items()}
+
+
+class ScoreFile:
+    """The scores there are, by system, measure and first prompt of a chunk: a line of the file for each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scores = {(line["system"], line["measure"], line["start"]): line["scores"] for line in files.read_lines(path)}
+
+    def __contains__(self, key: tuple[str, str, int]) -> bool:
+        return key in self.scores
+
+    def add(self, system: str, measure: str, start: int, scores: Tensor) -> None:
+        values = self.scores[system, measure, start] = measures.to_json(scores)
+        files.append_line(self.path, {"system": system, "measure": measure, "start": start, "scores": values})
+
+    def table(self, system: str, measure: str, chunks: Sequence[range]) -> np.ndarray:
+        """All scores (P, K) of a system by a measure."""
+        scores = itertools.chain.from_iterable(self.scores[system, measure, chunk.start] for chunk in chunks)
+        return measures.to_numpy(list(scores)).reshape(chunks[-1].stop, -1)
 
 
 # --- evaluation ---
@@ -78,91 +255,82 @@ def evaluate(config: EvalConfig, progress: Progress = lambda stage, done, total:
     Returns the results, which `results.json` holds; `report.html` shows them.
 
     Raises:
-        FileNotFoundError, ValueError: bad input. ArtifactError: a refused file. RewardError: a scorer failed.
+        NotFoundError, InputError: bad input. ArtifactError: a refused file. RewardError: a scorer failed.
         OSError: storage.
     """
     start = time.perf_counter()
     benchmark = read_benchmark(config.benchmark).limited(config.limit)
-    run = Evaluation(config, benchmark, [System(BASE), *evaluation.at_strengths(config)])
-    sources = check(run)
-    with record.held(run.folder, lambda: evaluation.check_folder(run.folder)):
-        settings = evaluation.write_settings(run)
-        speeds = draw(run, progress)
-        scores = score(run, sources, progress)
-        results = settings | {"commit": record.commit(), "rewards": sources} | summarise(run, scores, settings["systems"])
-        results["timings"] = {"images_per_s": speeds, "seconds": time.perf_counter() - start}
-        record.write_json(run.folder / "results.json", results)
-        write_csv(run, scores)
-        report.write(run.folder, results)
+    evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
+    sources = check(evaluation)
+    with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
+        settings = write_settings(evaluation)
+        draw_missing(evaluation, progress)
+        scores = score(evaluation, sources, progress)
+        about = {"commit": run.commit(), "rewards": sources}
+        results = settings | about | summarise(evaluation, scores, settings["systems"])
+        results["timings"] = {"seconds": time.perf_counter() - start}
+        files.write_json(evaluation.folder / "results.json", results)
+        write_csv(evaluation, scores)
+        report.write(evaluation.folder, results)
     return results
 
 
-def check(run: Evaluation) -> dict[str, Any]:
+def check(evaluation: Evaluation) -> dict[str, Any]:
     """Find bad input before anything is drawn; returns which weights each reward takes.
 
     Raises:
-        FileNotFoundError, ValueError: what is there to find.
+        NotFoundError, InputError: what is there to find.
     """
-    config = run.config
+    config = evaluation.config
     for spec in config.measures:
         rewards.check_reward(spec)
-    rewards.check_prompts(config.measures, run.benchmark.prompts)
+    rewards.check_prompts(config.measures, evaluation.benchmark.prompts)
     for system in config.systems:
         adapters.check_inputs(system)
-    if config.strengths and len(run.benchmark.prompts) < 2:
-        raise ValueError("strength: the best is told on another half of the prompts, so there must be two at least")
-    evaluation.check_folder(run.folder)
-    record.check_writable(run.folder)
+    if config.strengths and len(evaluation.benchmark.prompts) < 2:
+        raise InputError("strength: the best is told on another half of the prompts, so there must be two at least")
+    check_folder(evaluation.folder)
+    files.check_writable(evaluation.folder)
     given = rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
-    pipelines.find_model(config.model)
+    models.find_model(config.model)
     return {spec: rewards.locate(spec, given, config.model == "tiny") for spec in config.measures}
 
 
 # --- drawing ---
 
 
-def draw(run: Evaluation, progress: Progress) -> dict[str, float | None]:
-    """Draw what is not there yet; images a second of each system, writing included, over all that the folder saw drawn."""
-    path, models = run.folder / evaluation.SPEED, None
-    spent = evaluation.read_lines(path)
-    for system in run.systems:
-        missing = [chunk for chunk in run.chunks if not run.is_drawn(system, chunk)]
+def draw_missing(evaluation: Evaluation, progress: Progress) -> None:
+    """Draw the images that are not there yet."""
+    model = None
+    for system in evaluation.systems:
+        missing = [chunk for chunk in evaluation.chunks if not evaluation.is_drawn(system, chunk)]
         if missing:
-            models = models or load_models(run.config)
-            paint = painter(adapters.put_on(models, system), run.config)
+            model = model or load_model(evaluation.config)
+            policy = Policy(adapters.put_on(model, system), evaluation.config)
             for n, chunk in enumerate(missing):
-                progress(f"drawing {system.name}", len(run.chunks) - len(missing) + n, len(run.chunks))
-                start = time.perf_counter()
-                _draw_chunk(run, system, chunk, models, paint)
-                line = {"system": system.name, "images": len(chunk) * run.config.num_images}
-                spent.append(line | {"seconds": time.perf_counter() - start})
-                evaluation.append_line(path, spent[-1])
-        progress(f"drawing {system.name}", len(run.chunks), len(run.chunks))
-    speeds: dict[str, float | None] = {}
-    for system in run.systems:
-        own = [line for line in spent if line["system"] == system.name]
-        speeds[system.name] = sum(line["images"] for line in own) / sum(line["seconds"] for line in own) if own else None
-    return speeds
+                progress(f"drawing {system.name}", len(evaluation.chunks) - len(missing) + n, len(evaluation.chunks))
+                _draw_chunk(evaluation, system, chunk, policy)
+        progress(f"drawing {system.name}", len(evaluation.chunks), len(evaluation.chunks))
 
 
-def _draw_chunk(
-    run: Evaluation, system: System, chunk: range, models: pipelines.Models, paint: Callable[..., Tensor]
-) -> None:
+def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Policy) -> None:
     """Draw the images of some prompts, always the same ones at once, since their number decides how sums are rounded."""
-    prompts, seeds = run.repeated_prompts(chunk), [run.seed(i, k) for i, k in run.images(chunk)]
-    drawn = paint(pipelines.tokenize_for(models, prompts, truncation=True), seeds)
-    for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, run.images(chunk), strict=True):
-        path = run.folder / run.image(system, i, k)
+    prompts = evaluation.repeated_prompts(chunk)
+    seeds = [evaluation.seed(i, k) for i, k in evaluation.images(chunk)]
+    prompt_ids = models.tokenize_for(policy.model, prompts, truncation=True)
+    drawn = draw(policy, prompt_ids, seeds, evaluation.config.batch_size)
+    for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, evaluation.images(chunk), strict=True):
+        path = evaluation.folder / evaluation.image(system, i, k)
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            broken = {} if image.isfinite().all() else {evaluation.BROKEN: "yes"}
-            record.write_image(path, image, {"system": system.name, "prompt": prompt, "seed": seed} | broken)
+            broken = {} if image.isfinite().all() else {BROKEN: "yes"}
+            files.write_image(path, image, {"system": system.name, "prompt": prompt, "seed": seed} | broken)
 
 
 # --- scoring ---
 
 
-def score(run: Evaluation, sources: dict[str, Any], progress: Progress) -> Scores:
+def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -> Scores:
     """The scores of every system by measure; where a prompt has several images, their diversity as well.
 
     The diversity is that of the image features of the first reward that has such.
@@ -170,36 +338,36 @@ def score(run: Evaluation, sources: dict[str, Any], progress: Progress) -> Score
     Raises:
         RewardError: a scorer failed, or gave no finite score.
     """
-    kept = ScoreFile(run.folder / evaluation.SCORES)
-    scores: Scores = {system.name: {} for system in run.systems}
-    featured = [spec for spec in sources if rewards.has_features(spec)] if run.config.num_images > 1 else []
+    kept = ScoreFile(evaluation.folder / SCORES)
+    scores: Scores = {system.name: {} for system in evaluation.systems}
+    featured = [spec for spec in sources if rewards.has_features(spec)] if evaluation.config.num_images > 1 else []
     keys = {spec: _key(spec, source) for spec, source in sources.items()}
     for spec in sources:
         reward = None
-        for system in run.systems:
-            for n, chunk in enumerate(run.chunks):
-                progress(f"{spec} of {system.name}", n, len(run.chunks))
+        for system in evaluation.systems:
+            for n, chunk in enumerate(evaluation.chunks):
+                progress(f"{spec} of {system.name}", n, len(evaluation.chunks))
                 wanted = [keys[spec], *([f"{DIVERSITY} {keys[spec]}"] if spec in featured[:1] else [])]
                 missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
                 if missing:
-                    reward = reward or _load_reward(run.config, spec)
-                    images = run.read_images(system, chunk).to(default_device())
+                    reward = reward or _load_reward(evaluation.config, spec)
+                    images = evaluation.read_images(system, chunk).to(default_device())
                     for key in missing:
                         values = _diversity if key.startswith(DIVERSITY) else scorers.score
-                        kept.add(system.name, key, chunk.start, values(reward, images, run.repeated_prompts(chunk)))
-            progress(f"{spec} of {system.name}", len(run.chunks), len(run.chunks))
-            scores[system.name][spec] = kept.table(system.name, keys[spec], run.chunks)
+                        kept.add(system.name, key, chunk.start, values(reward, images, evaluation.repeated_prompts(chunk)))
+            progress(f"{spec} of {system.name}", len(evaluation.chunks), len(evaluation.chunks))
+            scores[system.name][spec] = kept.table(system.name, keys[spec], evaluation.chunks)
             if not np.isfinite(scores[system.name][spec]).any():
-                raise scorers.RewardError(f"reward: {spec} gave no finite score for any image of {system.name}")
+                raise RewardError(f"reward: {spec} gave no finite score for any image of {system.name}")
     for spec in featured[:1]:
         for name in scores:
-            scores[name][DIVERSITY] = kept.table(name, f"{DIVERSITY} {keys[spec]}", run.chunks)
+            scores[name][DIVERSITY] = kept.table(name, f"{DIVERSITY} {keys[spec]}", evaluation.chunks)
     return scores
 
 
 def _key(spec: str, source: dict[str, Any]) -> str:
     """What a reward's scores are called in the file, so that those of other weights are not taken."""
-    text = json.dumps([source, texforce.__version__])
+    text = json.dumps([source, __version__])
     return f"{spec} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -217,15 +385,14 @@ def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) 
 # --- results ---
 
 
-def summarise(run: Evaluation, scores: Scores, described: dict[str, Any]) -> dict[str, Any]:
+def summarise(evaluation: Evaluation, scores: Scores, described: dict[str, Any]) -> dict[str, Any]:
     """What is told of each system; of a sweep at its best strength, on the half of the prompts that did not choose it."""
-    config, categories = run.config, run.benchmark.categories
+    config, categories = evaluation.config, evaluation.benchmark.categories
     validation = measures.split_halves(categories) if config.strengths else np.zeros(len(categories), bool)
-    sweeps = _sweep(run, scores, validation) if config.strengths else {}
+    sweeps = _sweep(evaluation, scores, validation) if config.strengths else {}
     strengths = {BASE: 1.0} | {system.name: sweeps[system.name]["best"] if sweeps else 1.0 for system in config.systems}
     drawn = {BASE: BASE} | {
-        system.name: evaluation.scaled(system, strengths[system.name]).name if sweeps else system.name
-        for system in config.systems
+        system.name: scaled(system, strengths[system.name]).name if sweeps else system.name for system in config.systems
     }
     told = _on_prompts({name: scores[drawn[name]] for name in drawn}, ~validation, categories, config.seed)
     systems = {
@@ -241,8 +408,8 @@ def summarise(run: Evaluation, scores: Scores, described: dict[str, Any]) -> dic
         "systems": systems,
         "strengths": sweeps,
         "prompts": [
-            {"prompt": run.benchmark.prompts[i], "category": categories[i], "validation": bool(validation[i])}
-            | {"seeds": [run.seed(i, k) for k in range(config.num_images)]}
+            {"prompt": evaluation.benchmark.prompts[i], "category": categories[i], "validation": bool(validation[i])}
+            | {"seeds": [evaluation.seed(i, k) for k in range(config.num_images)]}
             for i in range(len(categories))
         ],
     }
@@ -258,13 +425,13 @@ def _on_prompts(scores: Scores, rows: np.ndarray, categories: Sequence[str], see
     return measures.summarise(chosen, BASE, [category for category, row in zip(categories, rows, strict=True) if row], seed)
 
 
-def _sweep(run: Evaluation, scores: Scores, validation: np.ndarray) -> dict[str, Any]:
+def _sweep(evaluation: Evaluation, scores: Scores, validation: np.ndarray) -> dict[str, Any]:
     """Every strength's figures on the validation half, and the best by the first reward, for each system."""
-    config, first = run.config, run.config.measures[0]
+    config, first = evaluation.config, evaluation.config.measures[0]
     told = _on_prompts(scores, validation, [""] * len(validation), config.seed)
     sweeps: dict[str, Any] = {}
     for system in config.systems:
-        names = [evaluation.scaled(system, strength).name for strength in config.strengths]
+        names = [scaled(system, strength).name for strength in config.strengths]
         curve = [
             {"strength": strength, "measures": told[name], "scores": scores_to_json(scores[name])}
             for strength, name in zip(config.strengths, names, strict=True)
@@ -275,17 +442,17 @@ def _sweep(run: Evaluation, scores: Scores, validation: np.ndarray) -> dict[str,
     return sweeps
 
 
-def write_csv(run: Evaluation, scores: Scores) -> None:
+def write_csv(evaluation: Evaluation, scores: Scores) -> None:
     """`results.csv`: a row for every image, with its scores."""
     text = io.StringIO()
     names = list(scores[BASE])
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["system", "prompt", "category", "seed", "image", *names])
-    for system in run.systems:
-        for i, k in run.images(range(len(run.benchmark.prompts))):
+    for system in evaluation.systems:
+        for i, k in evaluation.images(range(len(evaluation.benchmark.prompts))):
             own = [scores[system.name][name] for name in names]
             cells = [values[i, min(k, values.shape[1] - 1)] for values in own]  # diversity has one number a prompt
-            about = [system.name, run.benchmark.prompts[i], run.benchmark.categories[i], run.seed(i, k)]
-            image = run.image(system, i, k).as_posix()
+            about = [system.name, evaluation.benchmark.prompts[i], evaluation.benchmark.categories[i], evaluation.seed(i, k)]
+            image = evaluation.image(system, i, k).as_posix()
             table.writerow([*about, image, *("" if np.isnan(cell) else repr(float(cell)) for cell in cells)])
-    record.write_text(run.folder / "results.csv", text.getvalue())
+    files.write_text(evaluation.folder / "results.csv", text.getvalue())

@@ -1,19 +1,32 @@
-"""Lays the flat checkout out as the package `texforce` in a wheel."""
+"""Lays the flat checkout out as the package `texforce`: in a wheel, and for an editable install."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-DATA = ("prompts", "tiny", "report.html")
+# What is shipped; another file that lies in the checkout is not.
+MODULES = (
+    "adapters", "cli", "config", "errors", "evaluate", "files", "interrupts", "ldm", "measures", "merge", "models",
+    "processes", "prompt_sets", "report", "rewards", "run", "sampler", "scorers", "texforce", "train", "weights", "world",
+)  # fmt: skip
+DATA = ("prompts", "tiny", "report.html", "py.typed")
+EDITABLE = ".editable"  # on the path of an editable install, so that `texforce` is importable and nothing else
 
 
 class FlatLayout(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if version == "editable":  # dev-mode-dirs serves the live files
-            return
         root = Path(self.root)
-        modules = [path.name for path in root.glob("*.py") if path.name != Path(__file__).name]
-        for name in (*modules, *DATA):
-            target = "__init__.py" if name == "texforce.py" else name
-            build_data["force_include"][str(root / name)] = f"texforce/{target}"
+        places = {name: f"texforce/{'__init__.py' if name == 'texforce.py' else name}" for name in files()}
+        if version != "editable":
+            build_data["force_include"] |= {str(root / name): place for name, place in places.items()}
+            return
+        shutil.rmtree(root / EDITABLE, ignore_errors=True)
+        (root / EDITABLE / "texforce").mkdir(parents=True)
+        for name, place in places.items():  # editors follow the links; Python goes by texforce.__path__
+            (root / EDITABLE / place).symlink_to(root / name)
+
+
+def files() -> tuple[str, ...]:
+    return (*(f"{name}.py" for name in MODULES), *DATA)

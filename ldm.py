@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+
 UNET = "model.diffusion_model."
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -33,11 +35,11 @@ def unet_name(name: str, config: Any) -> str:
         if name == ours or name.startswith(ours + "."):
             return theirs + name[len(ours) :]
     if not isinstance(config.layers_per_block, int):
-        raise ValueError("a U-Net whose blocks differ in length has no single-file layout")
+        raise InputError("a U-Net whose blocks differ in length has no single-file layout")
     step = config.layers_per_block + 1  # of numbers a block
     match = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
     if match is None or (match[3] == "resnets" and match[5].partition(".")[0] not in _RESNET):
-        raise ValueError(f"a U-Net with {name} has no single-file layout")
+        raise InputError(f"a U-Net with {name} has no single-file layout")
     side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
         first, _, last = rest.partition(".")
@@ -115,22 +117,22 @@ def text_tensors(text_encoder: nn.Module) -> dict[str, Tensor]:
 # --- the whole file ---
 
 
-def checkpoint_tensors(models: Any) -> dict[str, Tensor]:
+def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
     """All tensors of a pipeline's U-Net, VAE and text encoders by the names of a single-file checkpoint."""
-    named = {UNET + unet_name(name, models.unet.config): tensor for name, tensor in models.unet.state_dict().items()}
-    num_blocks = len(models.vae.config.up_block_types)
-    for name, tensor in models.vae.state_dict().items():
+    named = {UNET + unet_name(name, model.unet.config): tensor for name, tensor in model.unet.state_dict().items()}
+    num_blocks = len(model.vae.config.up_block_types)
+    for name, tensor in model.vae.state_dict().items():
         theirs = vae_name(name, num_blocks)
         if ".attn_1." in theirs and tensor.ndim == 2:  # convolutions of 1 x 1 there
             tensor = tensor[:, :, None, None]
         named["first_stage_model." + theirs] = tensor
-    second = getattr(models, "text_encoder_2", None)
-    first = text_tensors(models.text_encoder)
+    second = getattr(model, "text_encoder_2", None)
+    first = text_tensors(model.text_encoder)
     if second is not None:
         prefix = "conditioner.embedders."
         named |= {f"{prefix}0.transformer.text_model.{name}": tensor for name, tensor in first.items()}
         named |= {f"{prefix}1.model.{name}": tensor for name, tensor in open_clip_tensors(text_tensors(second)).items()}
-    elif models.text_encoder.config.hidden_act == "gelu":  # Stable Diffusion 2.x has open_clip's encoder, 1.x OpenAI's
+    elif model.text_encoder.config.hidden_act == "gelu":  # Stable Diffusion 2.x has open_clip's encoder, 1.x OpenAI's
         named |= {f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip_tensors(first).items()}
     else:
         named |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in first.items()}

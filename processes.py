@@ -19,17 +19,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from texforce import interrupts
+from . import interrupts
+from .errors import ProcessLost
 
 T = TypeVar("T")
 # How long one process waits for another. One that dies is known at once, by its closed connection; only one that hangs, or
 # whose machine is cut off, takes this long. But one that is merely slower, by a scorer that takes longer for its share
 # than this above the others' time, is given up too.
 TIMEOUT = timedelta(hours=1)
-
-
-class ProcessLost(Exception):
-    """Another process of the run has ended, or cannot be reached any more."""
 
 
 def rank() -> int:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texforce.config import TrainConfig, read_text
+from .config import TrainConfig
+from .errors import InputError, NotFoundError, reading
+from .files import read_text
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
@@ -22,8 +24,8 @@ def read_prompts(source: str) -> list[str]:
     """The prompts of a file, or of a set shipped in prompts/; `world` is the four sets of the tiny world.
 
     Raises:
-        FileNotFoundError: there is neither such a file nor such a set.
-        ValueError: it holds no prompt, or is not UTF-8 text.
+        NotFoundError: there is neither such a file nor such a set.
+        InputError: it holds no prompt, or is not UTF-8 text.
     """
     known = sorted(path.stem for path in PROMPTS.glob("*.txt"))
     if source.startswith("world"):
@@ -32,13 +34,13 @@ def read_prompts(source: str) -> list[str]:
             return [prompt for part in parts for prompt in read_prompts(part)]
     path = PROMPTS / f"{source}.txt" if source in known else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"prompts: there is no file {source!r} and no set of that name; sets are world, {', '.join(known)}"
         )
     lines = read_text(path, "prompts").splitlines()
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise ValueError(f"prompts: {source!r} holds no prompt; write one a line")
+        raise InputError(f"prompts: {source!r} holds no prompt; write one a line")
     return prompts
 
 
@@ -46,7 +48,7 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
     """Training and held-out prompts; no sentence is in both, but for a file with a single prompt, which is both.
 
     Raises:
-        FileNotFoundError, ValueError: a file is not there or unusable, or every prompt is held out.
+        NotFoundError, InputError: a file is not there or unusable, or every prompt is held out.
     """
     prompts = read_prompts(config.prompts)
     if config.heldout_prompts:
@@ -59,7 +61,7 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
         heldout = prompts[:: min(10, len(prompts))][:64]
     train = [prompt for prompt in prompts if prompt not in set(heldout)]
     if not train:
-        raise ValueError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
+        raise InputError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
     return train, heldout
 
 
@@ -119,8 +121,8 @@ def read_benchmark(name: str) -> Benchmark:
     a list of texts has the file's name as its category. A prompt that comes twice is taken once.
 
     Raises:
-        FileNotFoundError: there is no such benchmark, or the hub cannot be reached.
-        ValueError: a file is malformed, or a prompt holds control characters; names file and line.
+        NotFoundError: there is no such benchmark, or the hub cannot be reached.
+        InputError: a file is malformed, or a prompt holds control characters; names file and line.
     """
     if name in BENCHMARKS:
         rows, source = _fetch(name)
@@ -131,17 +133,17 @@ def read_benchmark(name: str) -> Benchmark:
     if path.suffix.lower() in FORMATS or (name and path.is_dir()):
         return _benchmark(path.stem, _read_files(path), {})
     if path.is_file():
-        raise ValueError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")
+        raise InputError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")
     shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
     if name not in shipped:
         known = ", ".join([*BENCHMARKS, "world", *sorted(shipped)])
-        raise FileNotFoundError(f"benchmark: there is no file {name!r} and no benchmark of that name; known are {known}")
+        raise NotFoundError(f"benchmark: there is no file {name!r} and no benchmark of that name; known are {known}")
     return _benchmark(name, ((f"line {i}", {"prompt": prompt}) for i, prompt in enumerate(read_prompts(name), 1)), {})
 
 
 def _world() -> Benchmark:
     """The held-out prompts of the tiny world, by kind and by whether they hold a rare word."""
-    from texforce import world
+    from . import world
 
     rows = [(kind, prompt) for kind in KINDS for prompt in read_prompts(f"{kind}-heldout")]
     categories = [f"{kind}, {'rare' if world.has_rare_word(prompt) else 'common'} words" for kind, prompt in rows]
@@ -157,7 +159,7 @@ def _benchmark(name: str, rows: Rows, source: dict[str, str]) -> Benchmark:
         prompt, category = _prompt_and_category(where, row)
         categories.setdefault(prompt, category)
     if not categories:
-        raise ValueError(f"benchmark: {name!r} holds no prompt")
+        raise InputError(f"benchmark: {name!r} holds no prompt")
     return Benchmark(name, list(categories), list(categories.values()), source)
 
 
@@ -166,11 +168,11 @@ def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     prompt = next((columns[column] for column in PROMPT_COLUMNS if column in columns), None)
     if not isinstance(prompt, str):
         seen = "no column `prompt`" if prompt is None else f"{type(prompt).__name__} for a prompt"
-        raise ValueError(f"benchmark: {where}: it has {seen}")
+        raise InputError(f"benchmark: {where}: it has {seen}")
     category = next((columns[column] for column in CATEGORY_COLUMNS if columns.get(column) is not None), "")
     prompt, category = (_one_line(text, where) for text in (prompt, str(category)))
     if not prompt:
-        raise ValueError(f"benchmark: {where}: the prompt is empty")
+        raise InputError(f"benchmark: {where}: the prompt is empty")
     return prompt, category
 
 
@@ -179,47 +181,39 @@ def _one_line(text: str, where: str) -> str:
     text = re.sub(r"[ \t\r\n]+", " ", text).strip()
     for letter in text:
         if unicodedata.category(letter) in ("Cc", "Cs"):  # control characters, halves of characters
-            raise ValueError(f"benchmark: {where}: it holds the control character U+{ord(letter):04X}")
+            raise InputError(f"benchmark: {where}: it holds the control character U+{ord(letter):04X}")
     return text
 
 
 def _fetch(name: str) -> tuple[Rows, dict[str, str]]:
-    from texforce.checkpoints import describe
-
     published = BENCHMARKS[name]
-    try:
+    advice = f"fetch its prompts elsewhere and give their file with --benchmark FILE ({', '.join(FORMATS)})"
+    with reading(f"benchmark: {published.repository} could not be had from the hub; {advice}", NotFoundError):
         if published.files:
             from huggingface_hub import hf_hub_download
 
-            files = [
+            paths = [
                 Path(hf_hub_download(published.repository, file, revision=published.revision, repo_type="dataset"))
                 for file in published.files
             ]
             levels = len(Path(published.files[0]).parents)
-            rows: Rows = [row for file in files for row in _read_file(file)]
-            revision = published.revision or files[0].parents[levels - 1].name  # snapshots/REVISION/FILE
+            rows: Rows = [row for path in paths for row in _read_file(path)]
+            revision = published.revision or paths[0].parents[levels - 1].name  # snapshots/REVISION/FILE
         else:
             from datasets import load_dataset
 
             dataset = load_dataset(published.repository, split="train", revision=published.revision)
             rows = [(f"{name}, row {i}", row) for i, row in enumerate(dataset, 1)]
             revision = str(published.revision)
-    except Exception as error:  # of the hub's two clients, whose errors have no class in common
-        if isinstance(error, ValueError) and str(error).startswith("benchmark: "):
-            raise
-        raise FileNotFoundError(
-            f"benchmark: {published.repository} could not be had from the hub; fetch its prompts elsewhere and give their "
-            f"file with --benchmark FILE ({', '.join(FORMATS)}; {describe(error)[:100]})"
-        ) from error
     return rows, {"repository": published.repository, "revision": revision}
 
 
 def _read_files(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.exists():
-        raise FileNotFoundError(f"benchmark: there is no file {str(path)!r}")
+        raise NotFoundError(f"benchmark: there is no file {str(path)!r}")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
+        raise InputError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
     for file in files:
         yield from _read_file(file)
 
@@ -236,11 +230,11 @@ def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
-            raise ValueError(f"benchmark: {path.name}, line {reader.line_num}: {error}") from error
+            raise InputError(f"benchmark: {path.name}, line {reader.line_num}: {error}") from error
     elif kind == ".json":
         rows = _parse_json(text, path.name)
         if not isinstance(rows, list):
-            raise ValueError(f"benchmark: {path.name}: must hold a JSON list")
+            raise InputError(f"benchmark: {path.name}: must hold a JSON list")
         yield from ((f"{path.name}, entry {i}", _as_row(row, path, f"entry {i}")) for i, row in enumerate(rows, 1))
     else:
         for i, line in enumerate(text.split("\n"), 1):
@@ -253,7 +247,7 @@ def _as_row(row: Any, path: Path, where: str) -> Mapping[str, Any]:
     if isinstance(row, str):  # a text alone; a list of them is of one category, as in HPDv2
         return {"prompt": row} | ({"category": path.stem} if path.suffix.lower() == ".json" else {})
     if not isinstance(row, dict):
-        raise ValueError(f"benchmark: {path.name}, {where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
+        raise InputError(f"benchmark: {path.name}, {where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
     return row
 
 
@@ -261,17 +255,13 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"benchmark: {where}: not JSON: {error}") from error
+        raise InputError(f"benchmark: {where}: not JSON: {error}") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with reading(f"benchmark: {path.name}: not a parquet file", InputError):
         names = parquet.read_schema(path).names
         wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
         return parquet.read_table(path, columns=wanted).to_pylist()
-    except (ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
-            raise
-        raise ValueError(f"benchmark: {path.name}: not a parquet file: {error}") from error

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from texforce import record
-from texforce.config_inference import BASE
+from . import files
+from .config import BASE
 
 TEMPLATE = Path(__file__).parent / "report.html"
 COLOURS = ("#0969da", "#d4691e", "#8250df", "#1a9a8f", "#bf3989", "#7d8590")  # of the systems, seen on light and dark
@@ -53,7 +53,7 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
     for piece in pieces:  # in one pass, so that nothing that is filled in is looked at again
         name, _, rest = piece.partition("}}")
         page += [parts[name], rest]
-    record.write_text(folder / "report.html", "".join(page))
+    files.write_text(folder / "report.html", "".join(page))
 
 
 def _data(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,16 +63,16 @@ def _data(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     num_shown = max(1, min(results["num_images"], MAX_IMAGES // (len(rows) * len(systems))))
     shown = []
     for i, prompt in rows:
-        files = [[folder / system["images"] / f"{i:05d}_{k}.png" for k in range(num_shown)] for system in systems.values()]
+        paths = [[folder / system["images"] / f"{i:05d}_{k}.png" for k in range(num_shown)] for system in systems.values()]
         shown.append(
             {"index": i, "prompt": prompt["prompt"], "category": prompt["category"], "seeds": prompt["seeds"]}
             | {"scores": [[scores[i] for scores in system["scores"].values()] for system in systems.values()]}
-            | {"images": [[_thumbnail(file) for file in own] for own in files]}
+            | {"images": [[_thumbnail(file) for file in own] for own in paths]}
         )
     return {
         "systems": [label(name, system) for name, system in systems.items()],
         "measures": list(systems[BASE]["scores"]),
-        "pixelated": record.open_image(files[0][0]).width <= MAX_PIXELS // 2,
+        "pixelated": files.open_image(paths[0][0]).width <= MAX_PIXELS // 2,
         "rows": shown,
     }
 
@@ -88,7 +88,7 @@ def _thumbnail(path: Path) -> str:
     Raises:
         ArtifactError: it is damaged.
     """
-    image = record.open_image(path)
+    image = files.open_image(path)
     if max(image.size) <= MAX_PIXELS:
         kind, content = "png", path.read_bytes()
     else:

@@ -1,17 +1,20 @@
 """Rewards: what `--reward` names. A published scorer, a weighted sum of several, a function of yours, or a server of yours.
 
-Run as a program, this file serves a scorer over HTTP: `python -m texforce.rewards --serve hps --port 8000`.
+Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, the HTTP client and server.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import base64
+import http.server
 import importlib.util
+import io
+import json
 import math
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +24,16 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from texforce import detectors, remote, scorers, world
-from texforce.checkpoints import ArtifactError, describe, describe_files, describe_source, find_weights
-from texforce.scorers import EMBEDDED_HPS, RewardError, Scorer, score
+from . import scorers, world
+from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory
+from .files import describe_files
+from .scorers import EMBEDDED_HPS, Scorer, score, to_bytes
+from .weights import describe_source, find_weights
 
 URL = ("http://", "https://")
 TIMEOUT = 600.0  # seconds
+MAX_RESPONSE_BYTES = 2**24
+MAX_REQUEST_BYTES = 2**30
 
 
 # --- what there is ---
@@ -39,48 +46,47 @@ class Entry:
     make: Callable[..., Scorer]  # of the paths of its weights, and the device
     measures: str
     scale: str  # higher is better for all
-    weights: tuple[str, ...] = ()  # names that checkpoints.HUB and --reward-checkpoint know
+    weights: tuple[str, ...] = ()  # names that weights.HUB and --reward-checkpoint know
     licence: str = "-"  # of the weights, or of what must be installed besides
     packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
-    gradients: bool = False  # whether its `with_gradients` carries them to the images
     features: bool = False  # whether it has `image_features`
-    check_prompt: Callable[[str], object] = lambda prompt: None  # raises ValueError for a prompt it cannot judge
+    check_prompt: Callable[[str], object] = lambda prompt: None  # raises InputError for a prompt it cannot judge
 
 
 CATALOGUE = {
     "hps": Entry(
         scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
-        gradients=True, features=True,
+        features=True,
     ),
     "hps-v2": Entry(
         scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
-        gradients=True, features=True,
+        features=True,
     ),
     "imagereward": Entry(
         scorers.ImageReward, "human preference", "mean 0, deviation 1 on its data",
-        ("imagereward", "imagereward-tokenizer"), "Apache-2.0", gradients=True,
+        ("imagereward", "imagereward-tokenizer"), "Apache-2.0",
     ),
     "pickscore": Entry(
-        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT", gradients=True,
+        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT",
         features=True,
     ),
     "aesthetic": Entry(
         scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
-        "Apache-2.0, MIT", gradients=True, features=True,
+        "Apache-2.0, MIT", features=True,
     ),
     "clip": Entry(
         scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
-        gradients=True, features=True,
+        features=True,
     ),
     "ocr": Entry(
-        lambda device: detectors.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
-        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=detectors.quoted,
+        lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
+        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=scorers.quoted,
     ),
     "face": Entry(
-        detectors.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
+        scorers.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
         packages=("pyiqa",),
     ),
-    "hand": Entry(detectors.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
+    "hand": Entry(scorers.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
     "alignment": Entry(
         lambda device: world.alignment, "the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse
     ),
@@ -104,7 +110,7 @@ def parse_mixture(spec: str) -> dict[str, float]:
     """Names and weights of `hps=1,aesthetic=0.1`; a name, a file's function or a URL alone has weight 1.
 
     Raises:
-        ValueError: a name is unknown or comes twice, or a weight is no finite number other than 0.
+        InputError: a name is unknown or comes twice, or a weight is no finite number other than 0.
     """
     if "," not in spec and ("=" not in spec or spec.startswith(URL)):
         parts = [(spec, "1")]
@@ -117,9 +123,9 @@ def parse_mixture(spec: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not name or not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"reward: a mixture is NAME=WEIGHT,NAME=WEIGHT with numbers other than 0, not {spec!r}")
+            raise InputError(f"reward: a mixture is NAME=WEIGHT,NAME=WEIGHT with numbers other than 0, not {spec!r}")
         if name in weights:
-            raise ValueError(f"reward: {name!r} comes twice in {spec!r}")
+            raise InputError(f"reward: {name!r} comes twice in {spec!r}")
         weights[name] = weight
     return weights
 
@@ -128,8 +134,8 @@ def check_reward(spec: str) -> None:
     """See whether there is such a reward, without loading it.
 
     Raises:
-        ValueError: a name is unknown, a weight unusable, or a package is missing.
-        FileNotFoundError: the file of a function is not there.
+        InputError: a name is unknown, a weight unusable, or a package is missing.
+        NotFoundError: the file of a function is not there.
     """
     for name in parse_mixture(spec):
         if name.startswith(URL):
@@ -137,14 +143,12 @@ def check_reward(spec: str) -> None:
         elif ":" in name:
             path = name.rpartition(":")[0]
             if not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function"
-                )
+                raise NotFoundError(f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function")
         elif name not in CATALOGUE:
             known = ", ".join(CATALOGUE)
-            raise ValueError(f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and http://...")
+            raise InputError(f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and http://...")
         elif missing := missing_packages(name):
-            raise ValueError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
+            raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
 
 
 def _check_url(url: str) -> None:
@@ -154,14 +158,14 @@ def _check_url(url: str) -> None:
     except ValueError:  # of the port
         usable = False
     if not usable:
-        raise ValueError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
+        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
 
 
 def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str]:
     """Paths by name of NAME=PATH, for the rewards given; a path alone is that of the only scorer, "hub" the hub's.
 
     Raises:
-        ValueError: a name that reads no checkpoint, or a path alone where there are several scorers.
+        InputError: a name that reads no checkpoint, or a path alone where there are several scorers.
     """
     names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
     known = [weights for spec in specs for weights in weights_of(spec)]
@@ -172,13 +176,13 @@ def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, s
             name, path = known[0], item
         if name not in known or not path:
             wanted = f"NAME is one of {', '.join(known)}" if known else f"{', '.join(names)} reads none"
-            raise ValueError(f"reward_checkpoint: give NAME=PATH; {wanted}, not {item!r}")
+            raise InputError(f"reward_checkpoint: give NAME=PATH; {wanted}, not {item!r}")
         paths[name] = path
     return paths
 
 
 def weights_of(spec: str) -> list[str]:
-    """The names, of checkpoints.HUB, of the weights that the parts of a reward take."""
+    """The names, of weights.HUB, of the weights that the parts of a reward take."""
     return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
 
 
@@ -192,13 +196,13 @@ def load_reward(
 ) -> Mixture:
     """Load a reward: a name of CATALOGUE, `path/to/file.py:function`, a server's URL, or `hps=1,aesthetic=0.1`.
 
-    Weights are those of `checkpoints`, by the names of checkpoints.HUB, and otherwise come from the hub; but with
+    Weights are those of `checkpoints`, by the names of weights.HUB, and otherwise come from the hub; but with
     `embedded` (by default: on the CPU) `hps` is the scorer of the tiny world. The timeout, in seconds, is that of one call
     of a function or server.
 
     Raises:
-        ValueError: what `check_reward` raises, or a file has no such function.
-        FileNotFoundError: weights, or the file of the function, are not there.
+        InputError: what `check_reward` raises, or a file has no such function.
+        NotFoundError: weights, or the file of the function, are not there.
         ArtifactError: weights are damaged or foreign.
     """
     check_reward(spec)
@@ -216,7 +220,7 @@ def _given_paths(checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[
 
 def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: float) -> Scorer:
     if name.startswith(URL):
-        return Supervised(remote.Remote(name, timeout), name, timeout)
+        return Supervised(Remote(name, timeout), name, timeout)
     if ":" in name:
         return Supervised(_load_function(name), name, timeout)
     entry = CATALOGUE[name]
@@ -224,14 +228,14 @@ def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: 
     try:
         return entry.make(*found, device=device)
     except ImportError as error:  # of what a package itself needs, as OpenCV a system's library
-        raise ValueError(f"reward: {name} cannot be used: {describe(error)}") from error
+        raise InputError(f"reward: {name} cannot be used: {describe(error)}") from error
 
 
 def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
     """See that rewards can judge prompts.
 
     Raises:
-        ValueError: one cannot; `alignment` knows the tiny world's sentences only, `ocr` needs a quoted text.
+        InputError: one cannot; `alignment` knows the tiny world's sentences only, `ocr` needs a quoted text.
     """
     for name in {name for spec in specs for name in parse_mixture(spec)} & CATALOGUE.keys():
         for prompt in prompts:
@@ -247,7 +251,7 @@ def locate(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> 
     """What `load_reward` takes for the parts of a reward: repository and revision, or files and their SHA-256.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or a file has no such function.
+        NotFoundError, InputError: it is not there, or a file has no such function.
     """
     paths, told = _given_paths(checkpoints, embedded), dict[str, Any]()
     for weights in weights_of(spec):
@@ -280,7 +284,7 @@ class Mixture:
         """The scores (N,) of each part for images (N, 3, H, W), as `scorers.score` gives them.
 
         Raises:
-            RewardError: a part failed, or broke the protocol. ValueError: one does not take such a prompt or image.
+            RewardError: a part failed, or broke the protocol. InputError: one does not take such a prompt or image.
         """
         return {name: score(part, images, prompts) for name, part in self.parts.items()}
 
@@ -303,6 +307,13 @@ class Mixture:
         """Let scores (N,) enter the running deviations."""
         for name, part in scores.items():
             self.spreads[name].add(part)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: dict(vars(spread)) for name, spread in self.spreads.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, numbers in state.items():
+            vars(self.spreads[name]).update(numbers)
 
     def _unit(self, name: str) -> float:
         return self.spreads[name].std if self.normalise else 1.0
@@ -356,7 +367,7 @@ class Supervised:
             if not isinstance(error, queue.Empty):
                 raise
             raise RewardError(f"reward: {self.name} gave no scores within {self.timeout:g} s") from None
-        if isinstance(result, RewardError | torch.OutOfMemoryError):
+        if isinstance(result, BaseException) and (isinstance(result, RewardError) or is_out_of_memory(result)):
             raise result
         if isinstance(result, BaseException):
             raise RewardError(f"reward: {self.name} raised {describe(result)}") from result
@@ -380,45 +391,165 @@ def _load_function(spec: str) -> Scorer:
     module_name = f"texforce_reward_{path.stem}"  # a file may be called like a package
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"reward: {name!r} is not a Python file")
+        raise InputError(f"reward: {name!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise ValueError(f"reward: {name!r} could not be imported: {describe(error)}") from error
+        raise InputError(f"reward: {name!r} could not be imported: {describe(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"reward: {name!r} has no function {attribute!r}")
+        raise InputError(f"reward: {name!r} has no function {attribute!r}")
     return function
 
 
-# --- serving ---
+# --- scorers elsewhere: the client ---
+#
+# One POST of JSON, {"prompts": [text, ...], "images": [PNG in base64, ...]}, answered by {"scores": [number or null, ...]},
+# one an image; null drops the image.
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve the reward that the command line names, until interrupted; bad input ends with 2, a refused file with 3."""
-    parser = argparse.ArgumentParser(
-        description="Serve a scorer over HTTP, for texforce train --reward http://HOST:PORT/score"
-    )
-    parser.add_argument("--serve", required=True, metavar="REWARD", help="what --reward takes")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, and asks no password")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--reward-checkpoint", action="append", default=[], metavar="NAME=PATH")
-    options = parser.parse_args(arguments)
+class Remote:
+    """A scorer behind HTTP.
+
+    What may pass (no connection, a reset, half an answer, the statuses 429 and 5xx) is tried again, after growing pauses.
+    Redirects are not followed.
+    """
+
+    def __init__(self, url: str, timeout: float, num_retries: int = 4, backoff: float = 0.5) -> None:
+        import requests
+
+        self.url, self.timeout, self.num_retries, self.backoff = url, timeout, num_retries, backoff
+        self.session = requests.Session()
+        if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
+            self.session.trust_env = False  # a proxy of the environment does not know this machine
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        answer = self._post({"prompts": list(prompts), "images": [encode_png(image) for image in images]})
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list) or len(scores) != len(images):
+            seen = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
+            raise RewardError(f"reward: {self.url} must answer with {len(images)} scores, but gave {seen}")
+        return torch.tensor([math.nan if item is None else self._number(item) for item in scores])
+
+    def _number(self, item: Any) -> float:
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            try:
+                return float(item)
+            except OverflowError:
+                return math.inf
+        raise RewardError(f"reward: {self.url} gave {str(item)[:50]!r} for a score")
+
+    def _post(self, content: dict[str, Any]) -> Any:
+        """The answer as JSON.
+
+        Raises:
+            RewardError: the server refuses, or fails every time, or its answer is not JSON.
+        """
+        from requests import RequestException
+        from urllib3.exceptions import HTTPError
+
+        for attempt in range(self.num_retries + 1):
+            try:
+                status, body = self._try(content)
+                failure = f"answered with status {status}: {' '.join(body[:300].decode(errors='replace').split())}"
+            except (RequestException, HTTPError, OSError) as error:
+                status, failure = 0, f"failed: {describe(error)}"
+            if status not in (0, 429) and status < 500:
+                break
+            if attempt < self.num_retries:
+                time.sleep(self.backoff * 2**attempt)
+        if status != 200:
+            raise RewardError(f"reward: {self.url} {failure}")
+        if len(body) > MAX_RESPONSE_BYTES:
+            raise RewardError(f"reward: the answer of {self.url} is longer than {MAX_RESPONSE_BYTES} bytes")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RewardError(f"reward: the answer of {self.url} is not JSON: {describe(error)}") from error
+
+    def _try(self, content: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and content of one answer, of which not more is read than may be."""
+        options: dict[str, Any] = {"timeout": self.timeout, "stream": True, "allow_redirects": False}
+        with self.session.post(self.url, json=content, **options) as response:
+            return response.status_code, response.raw.read(MAX_RESPONSE_BYTES + 1, decode_content=True)
+
+
+def encode_png(image: Tensor) -> str:
+    """An image (3, H, W) in [0, 1] as PNG in base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(to_bytes(image[None])[0].numpy()).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decode_png(text: str) -> Tensor:
+    """The image (3, H, W) in [0, 1] of a PNG in base64.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from PIL import Image
+
     try:
-        checkpoints = parse_checkpoints(options.reward_checkpoint, [options.serve])
-        server = remote.make_server(load_reward(options.serve, options.device, checkpoints), options.port, options.host)
-    except (ValueError, OSError, OverflowError) as error:
-        parser.error(str(error))
-    except ArtifactError as error:
-        parser.exit(3, f"{error}\n")
-    print(f"{options.serve} at http://{options.host}:{server.server_port}/score", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a PNG in base64: {error}") from error
+    width, height = image.size
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1) / 255
 
 
-if __name__ == "__main__":
-    main()
+# --- scorers elsewhere: the server ---
+
+
+def answer(scorer: Scorer, body: bytes) -> tuple[int, dict[str, Any]]:
+    """HTTP status and content for a request to a scorer's server."""
+    try:
+        content = json.loads(body)
+        prompts, images = content["prompts"], [decode_png(text) for text in content["images"]]
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("prompts must be a list of texts")
+        if not images or len(prompts) != len(images) or len({image.shape for image in images}) > 1:
+            raise ValueError("there must be as many images as prompts, at least one, and all of one size")
+        scores = score(scorer, torch.stack(images), prompts)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return 400, {"error": f"{type(error).__name__}: {error}"}
+    except (RewardError, torch.OutOfMemoryError) as error:
+        return 500, {"error": str(error)}
+    return 200, {"scores": [value if math.isfinite(value) else None for value in scores.tolist()]}
+
+
+def make_server(scorer: Scorer, port: int, host: str = "127.0.0.1") -> http.server.ThreadingHTTPServer:
+    """A server of a scorer at /score, which scores one request at a time; `serve_forever` runs it."""
+    lock = threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 60  # seconds for a client to send what it announced
+
+        def do_POST(self) -> None:
+            size = self.headers.get("Content-Length", "")
+            if self.path != "/score":
+                self.reply(404, {"error": "the scorer is at /score"})
+            elif not size.isdecimal() or int(size) > MAX_REQUEST_BYTES:
+                self.reply(413, {"error": f"Content-Length must be given, and be at most {MAX_REQUEST_BYTES}"})
+            else:
+                body = self.rfile.read(int(size))
+                with lock:
+                    status, content = answer(scorer, body)
+                self.reply(status, content)
+
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            """Say nothing of what went well: the training may share the terminal."""
+
+        def reply(self, status: int, content: dict[str, Any]) -> None:
+            data = json.dumps(content, allow_nan=False).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    return http.server.ThreadingHTTPServer((host, port), Handler)

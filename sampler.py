@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from texforce.pipelines import Conditioning, Models, PooledText, encode_distinct, latent_shape
+from .errors import InputError
+from .models import Conditioning, PooledText
 
 MAX_DECODED = 16  # images at a time of 512x512 or less, 64x64 in latents; fewer of larger ones
 MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable density
@@ -55,19 +56,19 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     """
     config = scheduler.config
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta: must be from 0 to 1, not {eta}")
+        raise InputError(f"eta: must be from 0 to 1, not {eta}")
     if not 1 <= num_inference_steps <= config.num_train_timesteps:
-        raise ValueError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
+        raise InputError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
     if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
+        raise InputError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
     if config.clip_sample or config.thresholding:
-        raise ValueError("model: schedulers with clip_sample or thresholding are not supported")
+        raise InputError("model: schedulers with clip_sample or thresholding are not supported")
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.long().cpu()
     if len(timesteps) != num_inference_steps or timesteps.min() < 0:  # diffusers' rounding of the trailing spacing, as of 61
-        raise ValueError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
+        raise InputError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
     if timesteps.max() >= config.num_train_timesteps:
-        raise ValueError(
+        raise InputError(
             f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} lead "
             f"past its {config.num_train_timesteps} training timesteps; take fewer"
         )
@@ -212,7 +213,7 @@ class Trajectory:
             shapes["null_outputs"] = (num_samples, num_steps, *self.latents.shape[2:])
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+                raise InputError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
 
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
@@ -228,48 +229,19 @@ def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
 Generators = torch.Generator | list[torch.Generator]  # one for all samples, or one a sample
 
 
-@dataclass(frozen=True)
-class SharedSteps:
-    """The noise and the first num_steps steps are the same for each num_samples samples of a prompt, in a row.
-
-    Their trajectories branch after that (BranchGRPO, arXiv:2509.06040). By default every sample is on its own.
-    """
-
-    num_steps: int = 0
-    num_samples: int = 1
-
-
-NOTHING_SHARED = SharedSteps()
-
-
 def draw_noise(
-    num_steps: int,
-    num_samples: int,
-    shape: tuple[int, int, int],
-    generator: Generators,
-    device: torch.device,
-    shared: SharedSteps = NOTHING_SHARED,
+    num_steps: int, num_samples: int, shape: tuple[int, int, int], generator: Generators, device: torch.device
 ) -> Iterator[Tensor]:
-    """The initial latents (N, C, H, W) and then the noise of every step, as diffusers' pipeline draws them.
-
-    While steps are shared, there is one of a group.
-    """
+    """The initial latents (N, C, H, W) and then the noise of every step, as diffusers' pipeline draws them."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    for k in range(-1, num_steps):
-        number = num_samples // shared.num_samples if max(k, 0) < shared.num_steps else num_samples
-        yield randn_tensor((number, *shape), generator=generator, device=device)
+    for _ in range(1 + num_steps):
+        yield randn_tensor((num_samples, *shape), generator=generator, device=device)
 
 
-def skip_rollout(
-    denoiser: Denoiser,
-    num_samples: int,
-    shape: tuple[int, int, int],
-    generator: torch.Generator,
-    shared: SharedSteps = NOTHING_SHARED,
-) -> None:
+def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, int], generator: torch.Generator) -> None:
     """Leave a generator as a rollout of N prompts, which another process makes, leaves it."""
-    for _ in draw_noise(len(denoiser.schedule.timesteps), num_samples, shape, generator, generator.device, shared):
+    for _ in draw_noise(len(denoiser.schedule.timesteps), num_samples, shape, generator, generator.device):
         pass
 
 
@@ -285,12 +257,12 @@ def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
     layers = [layer for module in attentions for layer in (module.to_k, module.to_v)]
 
     def kept(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        results: dict[int, Tensor] = {}  # by the number of rows, which is another one while steps are shared
+        results: list[Tensor] = []
 
         def forward(embeds: Tensor) -> Tensor:
-            if len(embeds) not in results:
-                results[len(embeds)] = project(embeds)
-            return results[len(embeds)]
+            if not results:
+                results.append(project(embeds))
+            return results[0]
 
         return forward
 
@@ -311,31 +283,20 @@ def rollout(
     shape: tuple[int, int, int],
     generator: Generators,
     keep_null_outputs: bool = False,
-    shared: SharedSteps = NOTHING_SHARED,
 ) -> Trajectory:
     """Denoise N prompts from noise, all at once; with one generator, or with one a sample."""
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     timesteps = denoiser.schedule.timesteps
-    noises = draw_noise(len(timesteps), num_samples, shape, generator, device, shared)
-    group = Conditioning(conditioning.prompt_embeds[:: shared.num_samples], conditioning.null_embeds)
-
-    def each(tensor: Tensor) -> Tensor:
-        """A row of each sample, of one of each sample or group."""
-        return tensor if len(tensor) == num_samples else tensor.repeat_interleave(shared.num_samples, dim=0)
-
-    current = next(noises)
-    latents, log_probs, null_outputs = [each(current)], [], []
+    noises = draw_noise(len(timesteps), num_samples, shape, generator, device)
+    latents, log_probs, null_outputs = [next(noises)], [], []
     with text_projected_once(denoiser):
         for k, noise in enumerate(noises):
-            told = group
-            if len(noise) == num_samples:
-                current, told = each(current), conditioning
-            steps = torch.full((len(noise),), k, device=device)
-            current, log_prob, null_output = denoiser.step(current, steps, told, noise)
-            latents.append(each(current))
-            log_probs.append(each(log_prob))
+            steps = torch.full((num_samples,), k, device=device)
+            next_latents, log_prob, null_output = denoiser.step(latents[-1], steps, conditioning, noise)
+            latents.append(next_latents)
+            log_probs.append(log_prob)
             if keep_null_outputs and null_output is not None:
-                null_outputs.append(each(null_output))
+                null_outputs.append(null_output)
     return Trajectory(
         prompt_ids=prompt_ids,
         timesteps=timesteps.expand(num_samples, -1),
@@ -352,29 +313,3 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     batch_size = min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
     chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
     return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)
-
-
-@torch.no_grad()
-def sample_images(
-    models: Models,
-    denoiser: Denoiser,
-    prompt_ids: Tensor,
-    seeds: Sequence[int],
-    batch_size: int = 16,
-    resolution: int | None = None,
-    null_embeds: Tensor | None = None,
-) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of prompt ids (N, L) and N seeds; each depends on its own prompt and seed alone.
-
-    The null prompt goes through the models' text encoder unless its embedding (1, L, D) is given.
-    """
-    shape = latent_shape(models, resolution)
-    images = []
-    for start in range(0, len(seeds), batch_size):
-        chunk = prompt_ids[start : start + batch_size].to(models.device)
-        embeds, rows = encode_distinct(models, chunk, null_embeds)
-        generators = [torch.Generator(models.device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        conditioning = Conditioning(embeds[rows], embeds[:1])
-        trajectory = rollout(denoiser, chunk, conditioning, shape, generators)
-        images.append(decode(models.vae, trajectory.latents[:, -1]).cpu())
-    return torch.cat(images)

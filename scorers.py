@@ -1,7 +1,7 @@
-"""The scorers, each by its published recipe, in batches: preference, aesthetics, agreement with the prompt, size.
+"""The scorers, each by its published recipe, in batches: preference, aesthetics, agreement with the prompt, size, detectors.
 
 Every scorer takes images (N, 3, H, W) in [0, 1] and N prompts and returns (N,) float32, higher is better. Read top to
-bottom: the protocol, preprocessing, networks, file size. Those that look for something in the image are in detectors.py.
+bottom: the protocol, preprocessing, networks, file size, detectors of text, faces and hands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from texforce.checkpoints import ArtifactError, build_empty, describe, fill, load_pretrained, read_tensors, refused
+from .errors import ArtifactError, InputError, NotFoundError, RewardError, describe, is_out_of_memory
+from .weights import build_empty, fill, load_pretrained, read_tensors, refused
 
 EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
 EMBEDDED_MAX_SIZE = 64  # pixels; beyond it an image is not of the tiny world
@@ -35,10 +36,6 @@ class Scorer(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-class RewardError(Exception):
-    """A scorer failed or broke the protocol."""
-
-
 def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
 
@@ -46,16 +43,18 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Raises:
         RewardError: the scorer raised, or returned something other than one number an image.
-        ValueError: the scorer does not take such a prompt or image.
+        InputError: the scorer does not take such a prompt or image.
     """
     finite = are_finite(images)
     if not finite.any():
         return torch.full((len(images),), torch.nan)
     try:
         scores = scorer(images, prompts)
-    except (RewardError, ValueError, torch.OutOfMemoryError):
+    except (RewardError, InputError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RewardError(f"reward: the scorer raised {describe(error)}") from error
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -151,7 +150,7 @@ class HPS(NetworkScorer):
     def image_features(self, images: Tensor) -> Tensor:
         """Features (N, D) of length 1 of images (N, 3, H, W)."""
         if self.max_size and max(images.shape[-2:]) > self.max_size:
-            raise ValueError(
+            raise InputError(
                 f"reward: the embedded hps scorer knows the tiny world's images of 32x32 pixels only, not "
                 f"{images.shape[-1]}x{images.shape[-2]}; give HPSv2's checkpoint with --reward-checkpoint"
             )
@@ -393,3 +392,103 @@ def jpeg(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def incompress(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Incompressibility (arXiv:2305.13301): kB as JPEG."""
     return jpeg_kilobytes(images)
+
+
+# --- detectors ---
+
+
+class OCR:
+    """Text in the image against the text that the prompt quotes, read by RapidOCR: 0 to 1.
+
+    1 - d / n, with d the edit distance to the n quoted letters, at most n; upper case and spaces do not count, and a text
+    that stands within what was read has distance 0 (arXiv:2505.05470).
+    """
+
+    def __init__(self) -> None:
+        from rapidocr import RapidOCR
+
+        self.engine: Any = RapidOCR(params={"Global.log_level": "error"})
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor(
+            [text_similarity(quoted(prompt), self.read(image)) for image, prompt in zip(images, prompts, strict=True)]
+        )
+
+    def read(self, image: Tensor) -> str:
+        """The text in an image (3, H, W), line after line."""
+        pixels = to_bytes(image[None])[0].flip(-1).numpy()  # OpenCV's order of the colours
+        return " ".join(self.engine(pixels).txts or ())
+
+
+def quoted(prompt: str) -> str:
+    """The text in a prompt's quotation marks.
+
+    Raises:
+        InputError: it has none.
+    """
+    texts = [group for match in re.findall(r'"([^"]+)"|“([^”]+)”|(?<!\w)\'([^"]+?)\'(?!\w)', prompt) for group in match]
+    text = " ".join(filter(str.strip, texts))
+    if not text:
+        raise InputError(f"prompts: the ocr reward needs the text to be drawn in quotation marks, which {prompt!r} lacks")
+    return text
+
+
+def text_similarity(wanted: str, found: str) -> float:
+    from rapidfuzz.distance import Levenshtein
+
+    wanted, found = ("".join(text.split()).casefold() for text in (wanted, found))
+    distance = 0 if wanted in found else Levenshtein.distance(wanted, found)
+    return 1 - min(distance / len(wanted), 1)
+
+
+class Face:
+    """Quality of the face in the image (pyiqa's topiq_nr-face, arXiv:2308.03060), 0 to 1; 0 where there is no face."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        import pyiqa
+
+        try:
+            self.metric = pyiqa.create_metric("topiq_nr-face", device=torch.device(device))
+        except OSError as error:
+            raise NotFoundError(f"reward: pyiqa could not fetch the weights of face: {error}") from error
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([self.quality(image) for image in images.float().clamp(0, 1)])
+
+    def quality(self, image: Tensor) -> float:
+        try:
+            return self.metric(image[None]).item()
+        except AssertionError as error:
+            if "No face" not in str(error):
+                raise
+            return 0.0
+
+
+class Hand(FrozenNetwork):
+    """Confidence of the surest hand in the image, 0 to 1, by OWLv2 (arXiv:2306.09683), asked for "a human hand".
+
+    The paper (arXiv:2311.15657) takes the surest box of a YOLO trained on hands; OWLv2 is free to use, and in transformers.
+    """
+
+    QUERY, MAX_BATCH = "a human hand", 16  # of 960 x 960 pixels
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        from transformers import Owlv2ForObjectDetection, Owlv2Processor
+
+        super().__init__(device)
+        with refused(folder):
+            self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
+        self.model: Any = self.freeze(load_pretrained(Owlv2ForObjectDetection, folder))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.cat([self.confidence(chunk) for chunk in images.split(self.MAX_BATCH)])
+
+    def confidence(self, images: Tensor) -> Tensor:
+        """(N,) of images (N, 3, H, W)."""
+        inputs = self.processor(
+            text=[[self.QUERY]] * len(images), images=list(to_bytes(images).numpy()), return_tensors="pt"
+        )
+        logits = self.model(**inputs.to(self.device, self.dtype)).logits
+        return logits.float().sigmoid().flatten(1).amax(dim=1)

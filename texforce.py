@@ -1,169 +1,569 @@
 """TexForce (arXiv:2311.15657): reinforcement learning of the text encoder of a text-to-image diffusion model.
 
 The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps. Read top to
-bottom: policy, loss, update. The images come from experience.py, their advantages from advantages.py, and training.py
-repeats it all for a run. This file is also the package `texforce`.
+bottom: the policy, experience (prompts, images, scores), advantages, the loss, the learner, the update. train.py repeats it
+epoch by epoch. This file is also the package `texforce`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 __version__ = "0.1.0"
-__path__ = [str(Path(__file__).parent)]
+
+if __name__ == "__main__":
+    raise SystemExit("texforce.py is the package texforce; run `texforce train --reward hps` or `python -m texforce.cli`")
+
+# This file is a package: its modules lie beside it. Editors and type checkers go by the spec and by __package__.
+__path__ = [str(Path(__file__).resolve().parent)]
+__package__ = __name__
+if __spec__ is not None:
+    __spec__.submodule_search_locations = __path__
+
+from . import files, interrupts
+from .config import DrawConfig, TrainConfig, num_optimizer_steps, rounds_by_batch, window_end
+from .errors import DivergedError, InputError, RewardError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from texforce import pipelines, sampler
-    from texforce.batches import Batch, MicroBatch
-    from texforce.learner import Learner
+    from . import models, processes, rewards, sampler, scorers
 else:
 
-    class _Torch:
-        """torch, imported when it is first used: `texforce --help` must not wait for it.
+    class _Lazy:
+        """A module that is imported when it is first used: `texforce --help` must not wait for torch.
 
         Not by importlib's LazyLoader: torch looks at all modules while it loads, and wakes those that wait too early.
         """
 
+        def __init__(self, name: str) -> None:
+            self.__dict__["_name"] = name
+
+        def _module(self) -> Any:
+            return importlib.import_module(self._name, __package__)
+
         def __getattr__(self, attribute: str) -> Any:
-            globals()["torch"] = importlib.import_module("torch")
-            return getattr(torch, attribute)
+            return getattr(self._module(), attribute)
 
-    torch = _Torch()
+        def __setattr__(self, attribute: str, value: Any) -> None:
+            setattr(self._module(), attribute, value)
 
-from texforce import interrupts
-from texforce.config import TrainConfig, rounds_by_batch, window_end
+        def __delattr__(self, attribute: str) -> None:
+            delattr(self._module(), attribute)
 
+    torch = _Lazy("torch")
+    models, processes, rewards, sampler, scorers = (
+        _Lazy(f".{name}") for name in ("models", "processes", "rewards", "sampler", "scorers")
+    )
+
+T = TypeVar("T")
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-# Of the ratio before the first update. Sampling and training in batches of one size leave 0 to 1e-6; kernels round
-# differently for batches of other sizes, which came to 2e-6 (tests), and must not stop a run.
+# Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
 FLOAT32_TOLERANCE = 5e-6
-# In half precision and on a GPU batches of one size leave 0, others what depends on the number of steps, the guidance and
-# the kernels. It is no part of a loss (see `update`); above this what was sampled is too far from what is trained.
+# The same in half precision and on a GPU, where unequal batch sizes give what depends on the number of steps, the guidance
+# and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
-
-
-class DivergedError(Exception):
-    """Training went wrong numerically and was stopped."""
+MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
 
 # --- the policy ---
 
 
-def add_lora(models: pipelines.Models, config: TrainConfig) -> pipelines.Models:
-    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoder (SDXL's two), the U-Net or both."""
+def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
+    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoders, the U-Net or both."""
     from peft import LoraConfig, get_peft_model
 
-    text = tuple(models.text_encoders)
-    wanted = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
+    text = tuple(base.text_encoders)
+    targets = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
     adapted = {}
-    with torch.random.fork_rng([models.device] if models.device.type == "cuda" else []):
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        for part in wanted:
+        for part in targets:
             layers = UNET_LAYERS if part == "unet" else TEXT_ENCODER_LAYERS
             lora = LoraConfig(
                 r=config.rank, lora_alpha=config.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
             )
-            adapted[part] = get_peft_model(getattr(models, part), lora)
-    return replace(models, **adapted)
+            adapted[part] = get_peft_model(getattr(base, part), lora)
+    return replace(base, **adapted)
 
 
 class Policy:
-    """A pipeline whose text encoders, U-Net or both carry LoRA; only LoRA is trained, in float32."""
+    """A pipeline with its denoiser, whose text encoders, U-Net or both may carry LoRA; only LoRA is trained, in float32.
 
-    def __init__(self, models: pipelines.Models, null_prompt: str = "adapted") -> None:
-        from texforce import pipelines
+    One class serves training, sampling, evaluation and benchmarks. `null_embeds` (1, L, D) is the null prompt's embedding
+    if it stays that of the base text encoder, and None if the null prompt goes through the adapted one.
 
-        self.models = models
-        parts = models.policy_parts.values()
+    Raises:
+        InputError: the model's scheduler or resolution does not fit the configuration.
+    """
+
+    def __init__(self, model: models.Model, config: TrainConfig | DrawConfig) -> None:
+        self.model = model
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
-        self.parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        self.null_embeds = None  # of the base text encoder, if the null prompt stays there: its branch learns nothing
-        if null_prompt == "base" or (models.zero_null and not hasattr(models.unet, "peft_config")):
+        self.named_parameters = {
+            f"{part}.{name}": parameter
+            for part, module in model.policy_parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.parameters = list(self.named_parameters.values())
+        self.latent_shape = models.latent_shape(model, config.resolution)
+        self.rounds_by_batch = rounds_by_batch(config.mixed_precision, model.device.type)
+        self.null_embeds: Tensor | None = None
+        if config.null_prompt == "base" or (model.zero_null and not hasattr(model.unet, "peft_config")):
             with self.base(), torch.no_grad():
-                self.null_embeds = pipelines.encode_null(models)
+                self.null_embeds = models.encode_null(model)
+        self.denoiser = self._make_denoiser(config)
+        # Users sample every step with noise, so held-out images do too, whatever training does.
+        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config))
+
+    def _make_denoiser(self, config: TrainConfig | DrawConfig) -> sampler.Denoiser:
+        trained = isinstance(config, TrainConfig)
+        return sampler.Denoiser(
+            unet=self.model.unet,
+            schedule=_schedule(self.model, config, training_schedule=True) if trained else _schedule(self.model, config),
+            guidance_scale=config.guidance_scale,
+            compile=config.compile,
+            pooled=models.pooled_text(self.model),
+            branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
+            text_trained=config.target != "unet" if trained else None,
+        )
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,)."""
-        from texforce import pipelines
+        """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,)."""
+        return models.encode_distinct(self.model, prompt_ids, self.null_embeds)
 
-        return pipelines.encode_distinct(self.models, prompt_ids, self.null_embeds)
-
-    def conditioning(self, prompt_ids: Tensor) -> pipelines.Conditioning:
-        """What the U-Net is told of prompt ids (N, L)."""
-        from texforce import pipelines
-
+    def conditioning(self, prompt_ids: Tensor) -> models.Conditioning:
+        """The U-Net's conditioning for prompt ids (N, L)."""
         embeds, rows = self.encode_distinct(prompt_ids)
-        return pipelines.Conditioning(embeds[rows], embeds[:1])
+        return models.Conditioning(embeds[rows], embeds[:1])
 
     def base_embeds(self, prompt_ids: Tensor) -> Tensor:
-        """Of the base model, what `encode_distinct` gives (1+U, L, D)."""
+        """What `encode_distinct` gives with the base model, (1+U, L, D)."""
         with self.base(), torch.no_grad():
             return self.encode_distinct(prompt_ids)[0]
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """Within it, the policy is the base model."""
-        from texforce import pipelines
-
-        with pipelines.adapters_disabled(self.models):
+        """Switch the adapters off, so that the policy is the base model."""
+        with models.adapters_disabled(self.model):
             yield
+
+    def draw(self, prompt_ids: Tensor, generator: sampler.Generators) -> Tensor:
+        """Images (N, 3, H, W) float32 in [0, 1] of prompt ids (N, L); with one generator, or with one a sample."""
+        with torch.no_grad():
+            conditioning = self.conditioning(prompt_ids)
+        trajectory = sampler.rollout(self.drawing_denoiser, prompt_ids, conditioning, self.latent_shape, generator)
+        return sampler.decode(self.model.vae, trajectory.latents[:, -1])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """LoRA's parameters by name."""
+        return dict(self.named_parameters)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over LoRA's parameters.
+
+        Raises:
+            InputError: they are of other layers or of another rank.
+        """
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters.items()}
+        if shapes != {name: tensor.shape for name, tensor in state.items()}:
+            raise InputError("resume: the checkpoint's adapter has other layers or another rank than this run's")
+        with torch.no_grad():
+            for name, parameter in self.named_parameters.items():
+                parameter.copy_(state[name])
 
     def save(self, output_dir: Path) -> None:
         """Write peft adapters: the text encoder's into the folder itself, others into subfolders of the part's name."""
-        from texforce import record
-
-        for name, part in self.models.policy_parts.items():
+        for name, part in self.model.policy_parts.items():
             folder = output_dir if name == "text_encoder" else output_dir / name
-            if hasattr(part, "peft_config"):
-                with tempfile.TemporaryDirectory(dir=output_dir, prefix=record.ADAPTER, suffix=".tmp") as written:
-                    with record.storage_errors(folder):
-                        part.save_pretrained(
-                            written, save_embedding_layers=False
-                        )  # "auto" asks the hub about the base model
-                    folder.mkdir(exist_ok=True)
-                    for file in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
-                        record.open_to_umask(Path(written, file))
-                        record.sync(Path(written, file))
-                        Path(written, file).replace(folder / file)
+            if not hasattr(part, "peft_config"):
+                continue
+            with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.", suffix=files.TEMPORARY) as written:
+                with files.storage_errors(folder):
+                    part.save_pretrained(written, save_embedding_layers=False)  # "auto" asks the hub about the base model
+                folder.mkdir(exist_ok=True)
+                for file in ("adapter_config.json", "adapter_model.safetensors"):  # not peft's template of a model card
+                    with files.replacing(folder / file) as temporary:
+                        Path(written, file).rename(temporary)
 
 
-def make_policy(models: pipelines.Models, config: TrainConfig) -> tuple[Policy, sampler.Denoiser]:
-    """Put LoRA on models, and set up the denoiser that samples and trains with them."""
-    from texforce import batches, pipelines, sampler
+def _schedule(model: models.Model, config: TrainConfig | DrawConfig, training_schedule: bool = False) -> sampler.Schedule:
+    """The transitions of a configuration; those of a training may be deterministic outside the window."""
+    random_steps = None
+    if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
+        random_steps = window_end(config)
+    schedule = sampler.ddim_schedule(model.scheduler, config.num_inference_steps, config.eta, random_steps)
+    return schedule.to(model.device)
 
-    schedule = sampler.ddim_schedule(
-        models.scheduler,
-        config.num_inference_steps,
-        config.eta,
-        window_end(config) if config.deterministic_elsewhere else None,
-    ).to(models.device)
-    if len(batches.window(schedule, config)) == 0:
-        raise ValueError(
-            f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps that are not shared "
-            "is random enough to have a density to train on; raise one of them"
+
+def make_policy(model: models.Model, config: TrainConfig) -> Policy:
+    """Put LoRA on the models of a resolved configuration, and make the policy that is trained.
+
+    Raises:
+        InputError: no step of the schedule can be trained on, or as `Policy`.
+    """
+    policy = Policy(add_lora(model, config), config)
+    if len(trainable_steps(policy.denoiser.schedule, config)) == 0:
+        raise InputError(
+            f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
+            "have a density to train on; raise one of them"
         )
-    models = add_lora(models, config)
     if config.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
-        models.unet.train()  # diffusers recomputes in training mode only; these U-Nets have neither dropout nor batch norm
-    policy, pooled = Policy(models, config.null_prompt), pipelines.pooled_text(models)
-    apart = policy.null_embeds is not None and rounds_by_batch(config.mixed_precision, models.device.type)
-    text_trained = config.target != "unet"
-    denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale, config.compile, pooled, apart, text_trained)
-    return policy, denoiser
+        policy.model.unet.enable_gradient_checkpointing()
+        policy.model.unet.train()  # diffusers recomputes in training mode only; these U-Nets have no dropout
+    return policy
 
 
-# --- the update ---
+def trainable_steps(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
+    """Indices of the steps that may be trained on: those of the first timestep_window that have a density.
+
+    The last steps of a short schedule have a small deviation, so that their log-probability has a steep gradient, though
+    they decide little of what an image shows: in a plain sum they drown the others in noise.
+    """
+    steps = schedule.trainable_steps
+    return steps[steps < window_end(config)]
+
+
+# --- experience ---
+
+
+class PromptOrder:
+    """The training prompts over and over, shuffled anew each time."""
+
+    def __init__(self, prompts: list[str], generator: torch.Generator) -> None:
+        self.prompts, self.generator = prompts, generator
+        self.waiting: list[int] = []  # indices of the prompts that are still to come before the next shuffle
+
+    def take(self, number: int) -> list[str]:
+        """The next prompts."""
+        taken = []
+        for _ in range(number):
+            if not self.waiting:
+                self.waiting = torch.randperm(len(self.prompts), generator=self.generator).tolist()
+            taken.append(self.prompts[self.waiting.pop(0)])
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"waiting": list(self.waiting)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.waiting = list(state["waiting"])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One epoch's N images with their scores: num_samples_per_prompt of each prompt, side by side."""
+
+    prompts: list[str]  # (N,)
+    trajectory: sampler.Trajectory  # of this process's images
+    rewards: Tensor  # (N,) float32, NaN where the sample was dropped
+    parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
+    local_indices: Tensor  # (n,) int64, which of the N images the trajectory holds
+
+
+def collect(
+    policy: Policy, reward: rewards.Mixture, prompts: Sequence[str], config: TrainConfig, generator: torch.Generator
+) -> Samples:
+    """Sample num_samples_per_prompt images for each prompt, and score them.
+
+    Raises:
+        DivergedError: no image is finite. RewardError: a scorer failed, or no image has a finite reward. An error in one
+            process is every process's.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
+    trajectories, scored = processes.agreed(_sample_and_score, policy, reward, repeated, config, generator)
+    parts = gather_scores(scored)
+    reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
+    values = reward.combine(parts)
+    values = values.where(values.isfinite(), torch.nan)
+    if values.isnan().all():
+        raise RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
+    indices = torch.arange(len(repeated)).split(config.sample_batch_size)
+    local_indices = torch.cat([indices[number] for number in trajectories])
+    return Samples(repeated, sampler.concatenate(list(trajectories.values())), values, parts, local_indices)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a batch of N images."""
+
+    finite: Tensor  # (N,) bool, whether the image is
+    scores: dict[str, Tensor]  # (N,) float32 of each part; NaN where the image is not finite
+
+
+def gather_scores(scored: Mapping[int, Scored]) -> dict[str, Tensor]:
+    """Scores (N,) of all processes' images by each part, from the batches of this process by their numbers.
+
+    Raises:
+        DivergedError: no image is finite.
+    """
+    batches = list(processes.merged(scored).values())
+    check_some_finite(torch.cat([batch.finite for batch in batches]))
+    return {name: torch.cat([batch.scores[name] for batch in batches]) for name in batches[0].scores}
+
+
+def num_rollout_calls(policy: Policy, config: TrainConfig) -> int:
+    """U-Net calls of an epoch's rollouts, one for each image, step and branch of guidance."""
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    return num_images * config.num_inference_steps * (2 if policy.denoiser.guided else 1)
+
+
+def _sample_and_score(
+    policy: Policy, reward: rewards.Mixture, prompts: Sequence[str], config: TrainConfig, generator: torch.Generator
+) -> tuple[dict[int, sampler.Trajectory], dict[int, Scored]]:
+    """Trajectories and scores of this process's batches of prompts, by the batches' numbers.
+
+    While a batch is decoded and scored, the next one is sampled. A batch of another process draws its noise here too.
+    """
+    trajectories: dict[int, sampler.Trajectory] = {}
+    scored: dict[int, Scored] = {}
+    waiting: dict[int, Future[Scored]] = {}
+    try:
+        for number, start in enumerate(range(0, len(prompts), config.sample_batch_size)):
+            interrupts.check()
+            chunk = prompts[start : start + config.sample_batch_size]
+            if not processes.share(number):
+                sampler.skip_rollout(policy.denoiser, len(chunk), policy.latent_shape, generator)
+                continue
+            trajectory = trajectories[number] = _rollout(policy, chunk, generator)
+            scored |= {number: future.result() for number, future in waiting.items()}
+            waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
+        scored |= {number: future.result() for number, future in waiting.items()}
+    finally:
+        wait(waiting.values(), timeout=2)  # a thread that is at work when the process ends can bring it down
+    return trajectories, scored
+
+
+def _rollout(policy: Policy, prompts: Sequence[str], generator: torch.Generator) -> sampler.Trajectory:
+    prompt_ids = models.tokenize_for(policy.model, prompts).to(policy.model.device)
+    conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
+    keep = policy.null_embeds is not None
+    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator, keep)
+
+
+def _decode_and_score(
+    policy: Policy, reward: rewards.Mixture, trajectory: sampler.Trajectory, prompts: Sequence[str]
+) -> Scored:
+    if policy.model.device.type == "cuda":
+        torch.cuda.set_device(policy.model.device)  # a thread inherits neither this nor the grad mode
+    with torch.no_grad():
+        images = sampler.decode(policy.model.vae, trajectory.latents[:, -1])
+        return Scored(scorers.are_finite(images), reward.score(images, prompts))
+
+
+def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call a function in a thread of its own, for which no process waits at its end."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as they are.
+
+    Raises:
+        DivergedError: none of them is finite, so that it is not for the scorer to judge them.
+    """
+    check_some_finite(scorers.are_finite(images))
+    return images
+
+
+def check_some_finite(finite: Tensor) -> None:
+    """Check that at least one image is finite, given which are, (N,) bool.
+
+    Raises:
+        DivergedError: none is.
+    """
+    if not finite.any():
+        raise DivergedError(
+            "the images are not finite; lower --learning-rate (or --scale, in sampling), or try --mixed-precision no"
+        )
+
+
+def finite_mean(scores: Tensor) -> float:
+    """Mean of the finite ones among scores (N,)."""
+    return scores[scores.isfinite()].mean().item()
+
+
+# --- advantages ---
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Advantage of each sample over the mean of its group's others (arXiv:2402.14740); rewards (P, K), NaN where dropped.
+
+    A dropped sample gets 0, and so does a group that is all equal or has one sample left.
+    """
+    valid = rewards.isfinite()
+    values = rewards.where(valid, rewards.new_zeros(()))
+    num_others = valid.sum(dim=1, keepdim=True) - 1
+    others = (values.sum(dim=1, keepdim=True) - values) / num_others.clamp(min=1)
+    # The sum of equal rewards is rounded, and what that leaves would be made large by the normalisation.
+    differ = rewards.where(valid, -math.inf).amax(dim=1) > rewards.where(valid, math.inf).amin(dim=1)
+    return torch.where(valid & differ[:, None], values - others, 0)
+
+
+class PromptStatistics:
+    """Advantages by running statistics for each prompt (DDPO, arXiv:2305.13301 section 4.3).
+
+    A prompt seen fewer than min_count times uses the mean and deviation of the whole batch.
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+        self.min_count = min_count
+        self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+        """Normalised rewards (N,); 0 where the reward is not finite."""
+        valid = rewards.isfinite()
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            if math.isfinite(reward):
+                self.history[prompt].append(reward)
+        advantages = torch.zeros_like(rewards)
+        for i in torch.nonzero(valid).flatten().tolist():
+            history = self.history[prompts[i]]
+            seen = torch.tensor(history) if len(history) >= self.min_count else rewards[valid]
+            if seen.amax() > seen.amin():  # the mean of equal rewards is rounded: what that leaves is no advantage
+                advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + 1e-6)
+        return advantages
+
+    def state_dict(self) -> dict[str, Any]:
+        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.history.clear()
+        for prompt, rewards in state.items():
+            self.history[prompt].extend(rewards)
+
+
+def compute_advantages(samples: Samples, config: TrainConfig, statistics: PromptStatistics) -> Tensor:
+    """Advantages (N,) of an epoch's images, in standard deviations and clipped; 0 for dropped samples."""
+    rewards = samples.rewards
+    if config.advantages == "per-prompt":
+        advantages = statistics.advantages(samples.prompts, rewards)
+    else:
+        advantages = leave_one_out(rewards.reshape(-1, config.num_samples_per_prompt)).flatten()
+        advantages = advantages / (advantages[rewards.isfinite()].std(correction=0) + 1e-8)
+    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
+
+
+# --- what an optimizer step learns from ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An epoch's N images as the update needs them."""
+
+    trajectory: sampler.Trajectory  # of this process's images
+    advantages: Tensor  # (N,) float32 on the device, 0 where nothing is to be learned
+    rewards: Tensor  # (N,) float32, NaN where the sample was dropped
+    local_indices: Tensor  # (n,) int64, which of the N images the trajectory holds: all, unless there are other processes
+
+    @property
+    def local_advantages(self) -> Tensor:
+        """Advantages (n,) of the trajectory's images."""
+        return self.advantages[self.local_indices.to(self.advantages.device)]
+
+    def local_pairs(self, pairs: Tensor) -> Tensor:
+        """The (image, step) pairs (M, 2) whose image is in the trajectory, by its row there."""
+        rows = torch.full((len(self.advantages),), -1).scatter(0, self.local_indices, torch.arange(len(self.local_indices)))
+        local = torch.stack([rows[pairs[:, 0]], pairs[:, 1]], dim=1)
+        return local[local[:, 0] >= 0].to(self.advantages.device)
+
+
+def make_batch(samples: Samples, advantages: Tensor, device: torch.device) -> Batch:
+    """Samples and their advantages (N,), with the advantages on a device."""
+    return Batch(samples.trajectory, advantages.to(device), samples.rewards, samples.local_indices)
+
+
+def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement.
+
+    Images without advantage have no gradient and are left out, unless the KL term wants them.
+    """
+    num_steps = max(1, round(config.timestep_fraction * len(steps)))
+    order = torch.rand(len(advantages), len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
+    wanted = torch.nonzero((advantages != 0).cpu() | (config.kl_weight > 0)).flatten()
+    return torch.stack([wanted.repeat_interleave(num_steps), steps.cpu()[order[wanted]].flatten()], dim=1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a batch that one optimizer step learns from."""
+
+    batch: Batch
+    pairs: Tensor  # (M, 2) of image and step
+    on_policy: bool = False  # nothing was learned since the sampling: the loss takes the ratio for 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """(image, step) pairs (M, 2) of this process that go through the U-Net at once; the first `number` count."""
+
+    denoiser: sampler.Denoiser
+    share: Share
+    pairs: Tensor
+    rows: Tensor  # (M,) of the prompts' embeddings
+    number: int
+
+    @property
+    def own(self) -> Tensor:
+        """The pairs (number, 2) that are learned from; the others fill the micro-batch up."""
+        return self.pairs[: self.number]
+
+    @property
+    def num_unet_calls(self) -> int:
+        """U-Net calls of one forward pass, one for each pair and branch of guidance."""
+        both = self.denoiser.guided and self.share.batch.trajectory.null_outputs is None
+        return len(self.pairs) * (2 if both else 1)
+
+    def means(self, embeds: Tensor) -> Tensor:
+        """Means (number, C, H, W) of the transitions, with the update's embeddings (1+U, L, D)."""
+        samples, steps = self.pairs.unbind(1)
+        trajectory = self.share.batch.trajectory
+        null_outputs = None if trajectory.null_outputs is None else trajectory.null_outputs[samples, steps]
+        conditioning = models.Conditioning(embeds[self.rows], embeds[:1])
+        return self.denoiser.mean(trajectory.latents[samples, steps], steps, conditioning, null_outputs)[0][: self.number]
+
+    def log_probs(self, means: Tensor) -> Tensor:
+        """Log-probabilities (number,) of the sampled transitions under these means."""
+        samples, steps = self.own.unbind(1)
+        latents = self.share.batch.trajectory.latents
+        return sampler.gaussian_log_prob(latents[samples, steps + 1], means, self.denoiser.std(steps))
+
+
+def micro_batch(policy: Policy, share: Share, rows: Tensor, start: int, size: int) -> MicroBatch:
+    """The micro-batch of up to `size` pairs that starts at `start` of a share's local pairs, with prompts in rows (M,).
+
+    Where rounding depends on a batch's size the last one is filled up with its own pairs, so that all are of one size. A
+    compiled U-Net would be compiled anew for a smaller one.
+    """
+    number = min(size, len(share.pairs) - start)
+    filled = policy.denoiser.compiled or policy.rounds_by_batch
+    chunk = start + torch.arange(size if filled else number, device=share.pairs.device) % number
+    return MicroBatch(policy.denoiser, share, share.pairs[chunk], rows[chunk], number)
+
+
+# --- the loss ---
 
 
 def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -195,94 +595,36 @@ class UpdateStatistics:
             self.first_ratio_deviation = other.ratio_deviation
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings (1+U, L, D) of the null prompt and an update's distinct prompts."""
+
+    policy: Tensor  # detached from the text encoder: micro-batches gather their gradients here
+    base: Tensor | None  # of the base model, if the loss compares with it
+
+
 def wants_kl(config: TrainConfig) -> bool:
     """Whether the divergence from the base policy is computed, which takes its predictions too."""
     return config.kl_weight > 0 or config.max_kl is not None
 
 
-def accumulate_gradients(
-    policy: Policy,
-    denoiser: sampler.Denoiser,
-    batch: Batch,
-    pairs: Tensor,
-    config: TrainConfig,
-    learner: Learner,
-    on_policy: bool = False,
-) -> UpdateStatistics:
-    """Add the gradient of the PPO loss, averaged over (image, step) pairs (M, 2), to LoRA's parameters.
-
-    With `on_policy` nothing was learned since the sampling, and the loss takes the ratio for 1; what rounding makes of it is
-    measured. The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is
-    gathered on its embeddings, and one backward pass takes it through the text encoder: the U-Net's activations grow with
-    the micro-batch alone, the text encoder's with the distinct prompts. Of several processes each adds its images' part.
+def ppo_micro_batch(
+    policy: Policy, micro_batch: MicroBatch, embeds: Embeddings, config: TrainConfig
+) -> tuple[Tensor, UpdateStatistics]:
+    """The mean PPO loss of a micro-batch's own pairs, and what was measured.
 
     Raises:
         DivergedError: the loss is not finite.
     """
-    from texforce import batches
-
-    total, mine = UpdateStatistics(), batch.local_pairs(pairs)
-    if len(mine) == 0:
-        return total
-    prompt_ids = batch.trajectory.prompt_ids[mine[:, 0]]
-    embeds, rows = policy.encode_distinct(prompt_ids)
-    leaf = embeds.detach().requires_grad_(embeds.requires_grad)
-    base_embeds = policy.base_embeds(prompt_ids) if wants_kl(config) else None
-    inputs = [tensor for tensor in (leaf, *policy.models.unet.parameters()) if tensor.requires_grad]
-
-    def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
-        """In a frame of its own, which keeps no activations for the retry when memory runs out."""
-        loss, measured = _pair_losses(policy, micro_batch, leaf, base_embeds, config, on_policy)
-        loss = learner.scaler.scale(loss * (micro_batch.number / len(pairs)))
-        return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
-
-    while total.num_pairs < len(mine):
-        interrupts.check()
-        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, total.num_pairs, learner.micro_batch_size, config)
-        try:
-            gradients, measured = gradients_of(micro_batch)
-        except (RuntimeError, MemoryError) as error:
-            learner.micro_batch_size = _halved(len(micro_batch.pairs), error, config)
-            continue
-        for tensor, gradient in zip(inputs, gradients, strict=True):
-            tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
-        total.add(measured)
-    if leaf.grad is not None:
-        embeds.backward(leaf.grad)
-    return total
-
-
-def _halved(size: int, error: BaseException, config: TrainConfig) -> int:
-    """What to try after a micro-batch of a size raised an error; the error again, if it is none that less would help."""
-    if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
-        raise error
-    return size // 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU, and in a GPU's libraries, torch has no class for that."""
-    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
-
-
-def _pair_losses(
-    policy: Policy,
-    micro_batch: MicroBatch,
-    embeds: Tensor,
-    base_embeds: Tensor | None,
-    config: TrainConfig,
-    on_policy: bool,
-) -> tuple[Tensor, UpdateStatistics]:
-    """The mean loss of a micro-batch's own pairs, and what was measured."""
-    samples, steps = micro_batch.own.unbind(1)
+    share, (samples, steps) = micro_batch.share, micro_batch.own.unbind(1)
     base_means = None
-    if base_embeds is not None:
+    if embeds.base is not None:
         with policy.base(), torch.no_grad():
-            base_means = micro_batch.means(base_embeds)  # first, while there are no activations to keep
-    means = micro_batch.means(embeds)
-    log_probs, old_log_probs = micro_batch.log_probs(means), micro_batch.batch.trajectory.log_probs[samples, steps]
-    old = log_probs.detach() if on_policy else old_log_probs
-    loss = ppo_loss(log_probs, old, micro_batch.batch.local_advantages[samples], config.clip_range)
+            base_means = micro_batch.means(embeds.base)  # first, while there are no activations to keep
+    means = micro_batch.means(embeds.policy)
+    log_probs, old_log_probs = micro_batch.log_probs(means), share.batch.trajectory.log_probs[samples, steps]
+    old = log_probs.detach() if share.on_policy else old_log_probs
+    loss = ppo_loss(log_probs, old, share.batch.local_advantages[samples], config.clip_range)
     calls = micro_batch.num_unet_calls
     measured = UpdateStatistics(micro_batch.number, calls if base_means is None else 2 * calls)
     if base_means is not None:
@@ -294,51 +636,126 @@ def _pair_losses(
     if not (loss.isfinite() and deviation.isfinite().all()):
         raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     measured.ratio_deviation = deviation.max().item()
-    measured.num_clipped = 0 if on_policy else int((deviation > config.clip_range).sum())
+    measured.num_clipped = 0 if share.on_policy else int((deviation > config.clip_range).sum())
     return loss, measured
 
 
-def with_log_probs_anew(
-    policy: Policy, denoiser: sampler.Denoiser, batch: Batch, pairs: Tensor, config: TrainConfig, learner: Learner
-) -> tuple[Batch, int]:
-    """The batch with the log-probabilities of (image, step) pairs (M, 2) that an update would compute now; U-Net calls."""
-    from texforce import batches
-
-    mine, log_probs, num_calls = batch.local_pairs(pairs), batch.trajectory.log_probs.clone(), 0
-    if len(mine) == 0:
-        return batch, 0
-    embeds, rows = policy.encode_distinct(batch.trajectory.prompt_ids[mine[:, 0]])  # with gradients: it rounds as in updates
-    embeds = embeds.detach()
-    for start in range(0, len(mine), learner.micro_batch_size):
-        interrupts.check()
-        micro_batch = batches.micro_batch(denoiser, batch, mine, rows, start, learner.micro_batch_size, config)
-        with torch.no_grad():
-            samples, steps = micro_batch.own.unbind(1)
-            log_probs[samples, steps] = micro_batch.log_probs(micro_batch.means(embeds))
-        num_calls += micro_batch.num_unet_calls
-    return replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)), num_calls
+# --- the learner ---
 
 
-def _draw_shares(denoiser: sampler.Denoiser, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[Tensor]:
-    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps."""
-    from texforce import batches
+def finds_micro_batch(config: TrainConfig, device: torch.device) -> bool:
+    """Whether micro-batches begin at the size of sampling's batches, and are halved whenever memory runs out.
 
-    pairs = batches.draw_pairs(batch.advantages, batches.window(denoiser.schedule, config), config, generator)
-    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
-    shares = []
-    for _ in range(config.num_inner_epochs):
-        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
-        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
-    return shares
+    On a CPU a lack of memory is no error, it kills the process.
+    """
+    return config.micro_batch == "auto" and device.type == "cuda"
+
+
+class Learner:
+    """The optimizer with its learning rate schedule, loss scaling for fp16, and the running average of the adapter."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: TrainConfig) -> None:
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        self.lr_scheduler = get_scheduler(
+            name,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=num_optimizer_steps(config),
+        )
+        self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
+        self.num_skipped = 0  # steps in a row
+        self.finds_micro_batch = finds_micro_batch(config, parameters[0].device)
+        self.micro_batch_size = config.sample_batch_size if self.finds_micro_batch else config.micro_batch_size
+        self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
+
+    def step(self) -> float:
+        """One optimizer step with the gradients accumulated; returns their norm.
+
+        Raises:
+            DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, as
+                often as lowering it can help.
+        """
+        # The first loss that it scales sets it up, and a process whose pairs are all another's has none.
+        self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.num_skipped = 0 if norm.isfinite() else self.num_skipped + 1
+        if self.num_skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
+            raise DivergedError("the gradient is not finite; lower --learning-rate")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if not self.num_skipped:
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        return norm.item()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the running average into the parameters, if one is kept, and take it out again at the end."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": {str(i): dict(self.optimizer.state[item]) for i, item in enumerate(self.parameters)},
+            "num_steps": self.lr_scheduler.last_epoch,
+            "scaler": self.scaler.state_dict(),
+            "num_skipped": self.num_skipped,
+            "micro_batch_size": self.micro_batch_size,
+            "ema": None
+            if self.ema is None
+            else {"step": self.ema.optimization_step, **{str(i): item for i, item in enumerate(self.ema.shadow_params)}},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as it was; rates and decay are the configuration's, which may have been changed by force."""
+        self.optimizer.state.clear()
+        for i, parameter in enumerate(self.parameters):
+            moments = state["optimizer"].get(str(i))
+            if moments:  # none before the first step; the step count stays on the CPU, as AdamW has it
+                self.optimizer.state[parameter] = {
+                    name: tensor.clone() if name == "step" else tensor.to(parameter.device, copy=True)
+                    for name, tensor in moments.items()
+                }
+        if self.ema is not None and state["ema"] is not None:
+            for i, average in enumerate(self.ema.shadow_params):
+                average.copy_(state["ema"][str(i)])
+            self.ema.optimization_step = state["ema"]["step"]
+        self._set_num_steps(state["num_steps"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.num_skipped = state["num_skipped"]
+        if self.finds_micro_batch:  # as it was found before: another size rounds otherwise
+            self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+
+    def _set_num_steps(self, number: int) -> None:
+        """Go on with the learning rate as it is after so many optimizer steps."""
+        self.lr_scheduler.last_epoch = number
+        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        self.lr_scheduler._last_lr = [base * factor(number) for base, factor in rates]
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+
+# --- the update ---
 
 
 def update(
-    policy: Policy,
-    denoiser: sampler.Denoiser,
-    batch: Batch,
-    learner: Learner,
-    config: TrainConfig,
-    generator: torch.Generator,
+    policy: Policy, batch: Batch, learner: Learner, config: TrainConfig, generator: torch.Generator
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
 
@@ -348,32 +765,111 @@ def update(
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
     """
-    from texforce import processes
-
-    total, shares = UpdateStatistics(), _draw_shares(denoiser, batch, config, generator)
-    rounds = rounds_by_batch(config.mixed_precision, policy.models.device.type)
-    tolerance = COARSE_TOLERANCE if rounds else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
+    total, shares = UpdateStatistics(), _draw_shares(policy, batch, config, generator)
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
-    for number, share in enumerate(shares):
+    for number, pairs in enumerate(shares):
         first = number == 0
-        statistics = UpdateStatistics()
-        done = processes.agreed(accumulate_gradients, policy, denoiser, batch, share, config, learner, first and rounds)
-        for part in processes.gather(done):
+        share, statistics = Share(batch, pairs, on_policy=first and policy.rounds_by_batch), UpdateStatistics()
+        for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
             statistics.add(part)
         processes.sum_gradients(policy.parameters)
-        if first and statistics.ratio_deviation > tolerance:
-            raise DivergedError(
-                f"the ratio deviates from 1 by {statistics.ratio_deviation:.2e} before the first update, which is more than "
-                f"{tolerance:.0e}: sampling and training do not compute the same; try --no-compile, --mixed-precision no, "
-                f"or a --micro-batch-size equal to --sample-batch-size ({config.sample_batch_size}) and images that fill "
-                "such batches"
-            )
+        if first:
+            _check_ratio(statistics.ratio_deviation, policy, config)
         apart = statistics.ratio_deviation > config.clip_range / 10 or not filled
-        if first and rounds and apart and len(shares) > 1:
-            later = torch.cat(shares[1:]).unique(dim=0)
-            batch, calls = processes.agreed(with_log_probs_anew, policy, denoiser, batch, later, config, learner)
+        if share.on_policy and apart and len(shares) > 1:
+            later = Share(batch, torch.cat(shares[1:]).unique(dim=0))
+            batch, calls = processes.agreed(recompute_log_probs, policy, later, learner)
             statistics.num_unet_calls += sum(processes.gather(calls))
         total.add(statistics, first)
         total.last_kl = statistics.kl / max(1, statistics.num_pairs)
-        total.grad_norm = learner.step(policy.parameters, config.max_grad_norm)
+        total.grad_norm = learner.step()
     return total
+
+
+def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[Tensor]:
+    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps."""
+    pairs = draw_pairs(batch.advantages, trainable_steps(policy.denoiser.schedule, config), config, generator)
+    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
+    shares = []
+    for _ in range(config.num_inner_epochs):
+        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
+        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
+    return shares
+
+
+def _check_ratio(deviation: float, policy: Policy, config: TrainConfig) -> None:
+    """Check that sampling and training compute the same, by the largest |ratio - 1| before the first update."""
+    tolerance = COARSE_TOLERANCE if policy.rounds_by_batch else max(FLOAT32_TOLERANCE, config.clip_range / 1000)
+    if deviation > tolerance:
+        raise DivergedError(
+            f"the ratio deviates from 1 by {deviation:.2e} before the first update, which is more than {tolerance:.0e}: "
+            "sampling and training do not compute the same; try --no-compile, --mixed-precision no, or a "
+            f"--micro-batch-size equal to --sample-batch-size ({config.sample_batch_size}) and images that fill such batches"
+        )
+
+
+def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config: TrainConfig) -> UpdateStatistics:
+    """Add the gradient of the loss, averaged over the share's pairs, to LoRA's parameters.
+
+    The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is gathered
+    on the embeddings, and one backward pass takes it through the text encoder: the U-Net's activations grow with the
+    micro-batch alone, the text encoder's with the distinct prompts. Of several processes each adds its images' part.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    total, local = UpdateStatistics(), replace(share, pairs=share.batch.local_pairs(share.pairs))
+    if len(local.pairs) == 0:
+        return total
+    prompt_ids = share.batch.trajectory.prompt_ids[local.pairs[:, 0]]
+    encoded, rows = policy.encode_distinct(prompt_ids)
+    leaf = encoded.detach().requires_grad_(encoded.requires_grad)
+    embeds = Embeddings(leaf, policy.base_embeds(prompt_ids) if wants_kl(config) else None)
+    inputs = [tensor for tensor in (leaf, *policy.model.unet.parameters()) if tensor.requires_grad]
+
+    def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
+        """In a frame of its own, which keeps no activations for the retry when memory runs out."""
+        loss, measured = ppo_micro_batch(policy, micro_batch, embeds, config)
+        loss = learner.scaler.scale(loss * (micro_batch.number / len(share.pairs)))
+        return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
+
+    while total.num_pairs < len(local.pairs):
+        interrupts.check()
+        chunk = micro_batch(policy, local, rows, total.num_pairs, learner.micro_batch_size)
+        try:
+            gradients, measured = gradients_of(chunk)
+        except (RuntimeError, MemoryError) as error:
+            learner.micro_batch_size = _halved(len(chunk.pairs), error, config)
+            continue
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+        total.add(measured)
+    if leaf.grad is not None:
+        encoded.backward(leaf.grad)
+    return total
+
+
+def _halved(size: int, error: BaseException, config: TrainConfig) -> int:
+    """What to try after a micro-batch of a size raised an error; the error again if a smaller one would not help."""
+    if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
+        raise error
+    return size // 2
+
+
+def recompute_log_probs(policy: Policy, share: Share, learner: Learner) -> tuple[Batch, int]:
+    """The share's batch with the log-probabilities that an update would compute now for its pairs; U-Net calls."""
+    batch = share.batch
+    local, log_probs, num_calls = replace(share, pairs=batch.local_pairs(share.pairs)), batch.trajectory.log_probs.clone(), 0
+    if len(local.pairs) == 0:
+        return batch, 0
+    prompt_ids = batch.trajectory.prompt_ids[local.pairs[:, 0]]
+    embeds, rows = policy.encode_distinct(prompt_ids)  # with gradients: it rounds as in updates
+    embeds = embeds.detach()
+    for start in range(0, len(local.pairs), learner.micro_batch_size):
+        interrupts.check()
+        chunk = micro_batch(policy, local, rows, start, learner.micro_batch_size)
+        with torch.no_grad():
+            samples, steps = chunk.own.unbind(1)
+            log_probs[samples, steps] = chunk.log_probs(chunk.means(embeds))
+        num_calls += chunk.num_unet_calls
+    return replace(batch, trajectory=replace(batch.trajectory, log_probs=log_probs)), num_calls

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 IMAGE_SIZE = 32
 KINDS = ("colour", "composition", "position", "count")
 COLOURS = {  # common word: (rare synonym, RGB)
@@ -71,7 +73,7 @@ def parse(prompt: str) -> Scene:
     """The scene that a prompt describes.
 
     Raises:
-        ValueError: the prompt is not a sentence of the tiny world.
+        InputError: the prompt is not a sentence of the tiny world.
     """
     text = " ".join(prompt.lower().split())
     if match := _ONE.match(text):
@@ -85,7 +87,7 @@ def parse(prompt: str) -> Scene:
         count, colour, shape = match.groups()
         number = next(n for n, word in COUNTS.items() if word == count)
         return Scene("count", ((_COLOUR_INDEX[colour], _PLURAL_INDEX[shape]),) * number)
-    raise ValueError(
+    raise InputError(
         f"prompt {prompt!r} is not a sentence of the tiny world, so alignment cannot be judged; "
         "it knows sentences such as 'a red circle left of a blue square' and 'three red circles'"
     )
@@ -145,7 +147,7 @@ def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) 
     Sentences of common words alone would teach little: the model draws them right already.
 
     Raises:
-        ValueError: the kind has fewer sentences than that.
+        InputError: the kind has fewer sentences than that.
     """
     rng = random.Random(f"{seed} {kind} {heldout}")
     prompts: dict[str, None] = {}
@@ -155,7 +157,7 @@ def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) 
             prompts[prompt] = None
         if len(prompts) == num_prompts:
             return list(prompts)
-    raise ValueError(f"num_prompts: the tiny world has fewer than {num_prompts} sentences of the kind {kind!r}")
+    raise InputError(f"num_prompts: the tiny world has fewer than {num_prompts} sentences of the kind {kind!r}")
 
 
 # --- drawing ---
@@ -331,7 +333,7 @@ def alignment(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The detector's score of images (N, 3, H, W) in [0, 1] for N prompts: (N,) float32, 1 is fully right.
 
     Raises:
-        ValueError: a prompt is not a sentence of the tiny world.
+        InputError: a prompt is not a sentence of the tiny world.
     """
     scenes = [parse(prompt) for prompt in prompts]
     return torch.tensor([judge(found, scene) for found, scene in zip(detect(images), scenes, strict=True)])
@@ -346,5 +348,5 @@ def is_world(prompts: Sequence[str]) -> bool:
     """Whether every prompt is a sentence of the tiny world."""
     try:
         return all(parse(prompt) for prompt in prompts)
-    except ValueError:
+    except InputError:
         return False

@@ -1,25 +1,28 @@
 """What is shipped: texforce as an installed package, the same from the checkout, a wheel and an sdist."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import jedi
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILES = [path for path in ROOT.glob("*.py") if path.name != "hatch_build.py"]
 SOURCES = {
-    **{f"texforce/{path.name}": path for path in ROOT.glob("*.py") if path.name != "hatch_build.py"},
+    **{f"texforce/{path.name}": path for path in FILES},
     **{
         f"texforce/{path.relative_to(ROOT)}": path
         for folder in ("prompts", "tiny")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     },
+    **{f"texforce/{name}": ROOT / name for name in ("report.html", "py.typed")},
 }
-SOURCES["texforce/report.html"] = ROOT / "report.html"
 SOURCES["texforce/__init__.py"] = SOURCES.pop("texforce/texforce.py")
 
 
@@ -29,6 +32,17 @@ def build(target: str, folder: Path, root: Path = ROOT) -> Path:
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (file,) = folder.iterdir()
     return file
+
+
+def copy_checkout(folder: Path) -> Path:
+    """The files that are shipped, and what builds them, in a folder of their own."""
+    for name in ("LICENSE", "README.md", "hatch_build.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for path in SOURCES.values():
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -107,11 +121,43 @@ def test_an_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert contents(build("wheel", tmp_path / "wheel", root)) == contents(wheel)
 
 
-def test_an_editable_install_serves_the_live_files(tmp_path):
-    files = {name: data for name, data in contents(build("wheel:editable", tmp_path)).items() if ".dist-info/" not in name}
+def test_a_stray_file_in_the_checkout_does_not_land_in_the_wheel(wheel, tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (copy_checkout(checkout) / "mine.py").write_text("def brightness(images, prompts): ...\n")
+    assert sorted(contents(build("wheel", tmp_path / "wheel", checkout))) == sorted(contents(wheel))
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that an editable install of a checkout puts on the path."""
+    folder = tmp_path_factory.mktemp("editable")
+    (folder / "checkout").mkdir()
+    wheel = build("wheel:editable", folder / "wheel", copy_checkout(folder / "checkout"))
+    files = {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
     (path_file,) = files
     assert path_file.endswith(".pth")
-    assert files[path_file].decode().strip() == str(ROOT)
+    return Path(files[path_file].decode().strip())
+
+
+def run_in(folder: Path, code: str, path: Path) -> list[str]:
+    """The lines that a program prints which is run in a folder, with another one on its path."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_editable_install_serves_the_live_files_of_its_checkout(editable, tmp_path):
+    code = "import texforce, texforce.rewards; print(*texforce.__path__, texforce.rewards.__file__, sep='\\n')"
+    checkout = editable.parent
+    assert run_in(tmp_path, code, editable) == [str(checkout), str(checkout / "rewards.py")]
+
+
+def test_an_editable_install_makes_nothing_but_texforce_importable(editable, tmp_path):
+    names = [path.stem for path in FILES if path.stem != "texforce"]
+    code = f"import importlib.util; print([name for name in {names} if 'checkout' in str(importlib.util.find_spec(name))])"
+    assert run_in(tmp_path, code, editable) == ["[]"]
 
 
 def test_modules_import_from_the_checkout_without_an_install():
@@ -119,3 +165,26 @@ def test_modules_import_from_the_checkout_without_an_install():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(ROOT), str(ROOT / "rewards.py")]
+
+
+def test_the_package_run_as_a_program_says_in_one_line_how_to_run_it():
+    done = subprocess.run([sys.executable, ROOT / "texforce.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "texforce train" in line
+
+
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_an_editor_finds_the_definition_of_an_imported_name(where, site, tmp_path):
+    """Asked of jedi, in a module of the package and in a program that uses it."""
+    package = ROOT if where == "checkout" else site / "texforce"
+    (tmp_path / "program.py").write_text("from texforce.rewards import load_reward\n")
+    project = jedi.Project(tmp_path, added_sys_path=[str(package if where == "checkout" else site)])
+    for path, name, file in (
+        (tmp_path / "program.py", "load_reward", "rewards.py"),
+        (package / "rewards.py", "RewardError", "errors.py"),
+    ):
+        lines = path.read_text().splitlines()
+        row = next(i for i, line in enumerate(lines) if "import" in line and name in line)
+        (found,) = jedi.Script(path=path, project=project).goto(row + 1, lines[row].index(name) + 1, follow_imports=True)
+        assert Path(found.module_path) == package / file

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import pickle
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import NotFoundError, reading
+from .files import sha256
+
 SCORER = "a scorer's checkpoint"
-MIN_CACHED_BYTES = 2**24  # a smaller pickle is read in no time
-
-
-class ArtifactError(Exception):
-    """A file of weights that is damaged, foreign or unsafe, and was refused."""
 
 
 # --- where they are ---
@@ -69,25 +63,19 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
     """The file or folder given for a name of HUB, or else what the hub has.
 
     Raises:
-        FileNotFoundError: it is not there, or the hub cannot be reached.
+        NotFoundError: it is not there, or the hub cannot be reached.
     """
     source = HUB[name]
     if name in checkpoints:
         path = Path(checkpoints[name])
         if not (path.is_file() if isinstance(source, HubFile) else path.is_dir()):
             kind = "a file" if isinstance(source, HubFile) else "a folder"
-            raise FileNotFoundError(f"reward: there is no checkpoint {str(path)!r}; for {name} it must be {kind}")
+            raise NotFoundError(f"reward: there is no checkpoint {str(path)!r}; for {name} it must be {kind}")
         return path
-    try:
+    what = source.name if isinstance(source, HubFile) else "the model"
+    advice = f"give it with --reward-checkpoint {name}=PATH"
+    with reading(f"reward: {what} of {source.repository} could not be had from the hub; {advice}", NotFoundError):
         return _fetch(source)
-    except Exception as error:  # the hub's client has changed its HTTP library, and their errors have no class in common
-        if isinstance(error, OSError) and error.errno is not None:  # the disk is full, or may not be written to
-            raise
-        what = source.name if isinstance(source, HubFile) else "the model"
-        raise FileNotFoundError(
-            f"reward: {what} of {source.repository} could not be had from the hub; give it with "
-            f"--reward-checkpoint {name}=PATH ({describe(error)[:120]})"
-        ) from error
 
 
 def _fetch(source: HubFile | HubFolder) -> Path:
@@ -105,14 +93,6 @@ def _fetch(source: HubFile | HubFolder) -> Path:
 def describe_source(name: str) -> dict[str, Any]:
     """What the hub has for a name of HUB, for the record."""
     return {"repository": HUB[name].repository, "revision": HUB[name].revision}
-
-
-def describe_files(path: Path) -> dict[str, Any]:
-    """A file's or folder's name, and the SHA-256 of what is in it, for the record."""
-    if path.is_file():
-        return {"name": path.name, "sha256": sha256(path)}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): sha256(file) for file in files}}
 
 
 def is_fetched(name: str) -> bool:
@@ -133,49 +113,51 @@ def is_fetched(name: str) -> bool:
 # --- reading them ---
 
 
-def read_tensors(path: Path, kind: str = SCORER, keep: bool = True) -> dict[str, Tensor]:
-    """A checkpoint's tensors by name, from safetensors or from a pickle, plain or in a `state_dict`; no code is run.
+def refused(path: Path, kind: str = SCORER) -> contextlib.AbstractContextManager[None]:
+    """Raise ArtifactError, with the file and what it was to be, for whatever goes wrong with its content."""
+    return reading(f"{path}: refused as {kind}")
 
-    With `keep`, a large pickle is read once and kept as safetensors in the cache, under its SHA-256; the copy's lies beside.
-    What kind of file it was to be is told to who gave another.
+
+def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
+    """A file's tensors by name, from safetensors or from a pickle, plain or in a `state_dict`; no code is run.
+
+    `kind` says in messages what the file was to be.
 
     Raises:
-        FileNotFoundError: the file is not there.
+        NotFoundError: the file is not there.
         ArtifactError: the file is damaged, unsafe, or holds something else.
     """
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise FileNotFoundError(f"reward: there is no checkpoint {str(path)!r}")
+        raise NotFoundError(f"reward: there is no checkpoint {str(path)!r}")
     with refused(path, kind):
         if path.suffix == ".safetensors":
             return load_file(path)
-        digest = _checked_sha256(path)
-        if not keep or path.stat().st_size < MIN_CACHED_BYTES:
-            return _unpickle(path)
-        copy, note = (cache_folder() / f"{digest}.{ending}" for ending in ("safetensors", "sha256"))
-        if copy.is_file() and note.is_file() and note.read_bytes() == sha256(copy).encode():
-            return load_file(copy)
-        tensors = _unpickle(path)
-        try:
-            _keep(tensors, copy, note)
-        except OSError as error:
-            warnings.warn(f"{path} was read, but no copy could be kept in {copy.parent}: {error}", stacklevel=2)
+        check_cached(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+        if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+        ):
+            raise ValueError("it holds no tensors by name")
         return tensors
 
 
-def describe(error: BaseException) -> str:
-    """Kind and words of an error, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def check_cached(path: Path) -> None:
+    """Check a file of the hub's cache, which names a large file by its SHA-256; raises ValueError."""
+    blob = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", blob) and (digest := sha256(path)) != blob:
+        raise ValueError(f"its SHA-256 is {digest}; delete it, so that it is fetched anew")
 
 
 def read_finite(path: Path, kind: str) -> dict[str, Tensor]:
-    """As `read_tensors`, all of them plain and finite; nothing is kept, and 8-bit numbers become 16-bit ones.
+    """As `read_tensors`, all of them plain and finite; 8-bit numbers become 16-bit ones.
 
     Raises:
-        FileNotFoundError, ArtifactError: as `read_tensors`, or a tensor is something else.
+        NotFoundError, ArtifactError: as `read_tensors`, or a tensor is something else.
     """
-    tensors = read_tensors(path, kind, keep=False)
+    tensors = read_tensors(path, kind)
     with refused(path, kind):
         for name, tensor in tensors.items():
             if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
@@ -185,64 +167,6 @@ def read_finite(path: Path, kind: str) -> dict[str, Tensor]:
             if not tensors[name].isfinite().all():
                 raise ValueError(f"the tensor {name} holds values that are not finite")
     return tensors
-
-
-@contextlib.contextmanager
-def refused(path: Path, kind: str = SCORER) -> Iterator[None]:
-    """Within it, what goes wrong with a file's content is an ArtifactError that names the file."""
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to run whatever code is in the file
-        raise ArtifactError(f"{path}: refused as {kind}: not a file of tensors alone") from error
-    except Exception as error:  # what a damaged file can make its reader do is without end
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-            isinstance(error, OSError) and error.errno is not None
-        ):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"{path}: refused as {kind}: {reason[:300]}") from error
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
-        raise ValueError("it holds no tensors by name")
-    return tensors
-
-
-def _checked_sha256(path: Path) -> str:
-    digest, blob = sha256(path), path.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", blob) and blob != digest:  # the hub's cache names a large file by its SHA-256
-        raise ValueError(f"its SHA-256 is {digest}; delete it, so that it is fetched anew")
-    return digest
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _keep(tensors: Mapping[str, Tensor], copy: Path, note: Path) -> None:
-    from safetensors.torch import save_file
-
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary)
-        digest = sha256(temporary)
-        temporary.replace(copy)
-    finally:
-        temporary.unlink(missing_ok=True)
-    note.write_text(digest)
-
-
-def cache_folder() -> Path:
-    """Where copies of checkpoints are kept: $XDG_CACHE_HOME/texforce, or ~/.cache/texforce."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "texforce"
 
 
 # --- using them ---

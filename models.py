@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines: their parts, loaded strictly, and what their text encoders make of prompts."""
+"""Base model: Stable Diffusion pipelines, their parts loaded strictly, and prompts encoded by their text encoders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from texforce.checkpoints import describe_files
+from .errors import InputError, NotFoundError, reading
+from .files import describe_files
 
 TINY = Path(__file__).parent / "tiny"
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
 NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
 
 
@@ -22,7 +23,7 @@ NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and targe
 
 
 @dataclass(frozen=True)
-class Models:
+class Model:
     """The parts of a Stable Diffusion 1.x, 2.x or XL pipeline, frozen and in inference precision."""
 
     name: str
@@ -51,30 +52,30 @@ class Models:
         return self.text_encoders | {"unet": self.unet}
 
 
-def load_models(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """Load a pipeline's parts: `tiny`, a folder in diffusers' format, or a name on the hub.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
+        NotFoundError: there is no such model.
+        InputError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
     """
     from transformers import CLIPTokenizer
 
     source = find_model(name)
-    with named(name):
+    with reading_model(name):
         second, zero_null = pipeline_kind(source)
         parts = {"scheduler": load_scheduler(source)}
         for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
             parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
         parts |= load_parts(source, dtype, second)
-    models = Models(name, zero_null=zero_null, **parts)
-    _check_kind(models)
-    for part in (*models.policy_parts.values(), models.vae):
+    model = Model(name, zero_null=zero_null, **parts)
+    _check_kind(model)
+    for part in (*model.policy_parts.values(), model.vae):
         part.to(device)
     if torch.device(device).type == "cuda":
-        models.unet.to(memory_format=torch.channels_last)
-        models.vae.to(memory_format=torch.channels_last)
-    return models
+        model.unet.to(memory_format=torch.channels_last)
+        model.vae.to(memory_format=torch.channels_last)
+    return model
 
 
 def pipeline_kind(source: str) -> tuple[bool, bool]:
@@ -88,7 +89,7 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
     index: Any = DiffusionPipeline.load_config(source)
     second, first = ((index.get(part) or [None])[-1] is not None for part in ("text_encoder_2", "text_encoder"))
     if second and not first:
-        raise ValueError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
+        raise InputError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
     return second, second and index.get("force_zeros_for_empty_prompt", True)
 
 
@@ -117,10 +118,8 @@ def find_model(name: str) -> str:
     source = str(TINY) if name == "tiny" else name
     if not Path(source).is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise FileNotFoundError(
-                f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub"
-            )
-        with named(name):  # one question to the hub before dozens, each tried again for a while
+            raise NotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
+        with reading_model(name):  # one question to the hub before dozens, each tried again for a while
             hf_hub_download(source, "model_index.json")
     return source
 
@@ -137,20 +136,9 @@ def revision(name: str) -> Any:
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
 
 
-@contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
-    """Within it, what goes wrong with a model's files is told with its name."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"model: the files of {name!r} are damaged or of another model: {str(error).splitlines()[0]}"
-        ) from error
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"model: {name!r} could not be loaded as a diffusers pipeline: {reason[:200]}") from error
+def reading_model(name: str) -> contextlib.AbstractContextManager[None]:
+    """Raise InputError, with the model's name, for whatever goes wrong while its files are read."""
+    return reading(f"model: {name!r} could not be loaded as a diffusers pipeline", InputError)
 
 
 def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = False) -> dict[str, Any]:
@@ -171,21 +159,21 @@ def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = F
     return parts
 
 
-def _check_kind(models: Models) -> None:
+def _check_kind(model: Model) -> None:
     """Refuse what Stable Diffusion 1.x, 2.x and XL are not: refiners, inpainting, parts of different models."""
-    name, unet, vae, second = models.name, models.unet.config, models.vae.config, models.text_encoder_2
-    pairs = [(models.tokenizer, models.text_encoder)] + ([] if second is None else [(models.tokenizer_2, second)])
+    name, unet, vae, second = model.name, model.unet.config, model.vae.config, model.text_encoder_2
+    pairs = [(model.tokenizer, model.text_encoder)] + ([] if second is None else [(model.tokenizer_2, second)])
     for tokenizer, text_encoder in pairs:
         # transformers makes an empty tokenizer, of no length limit, where its files are missing.
         if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
-            raise ValueError(
+            raise InputError(
                 f"model: a tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
             )
     if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
-        raise ValueError(f"model: the two tokenizers of {name!r} differ in length")
+        raise InputError(f"model: the two tokenizers of {name!r} differ in length")
     width = sum(text_encoder.config.hidden_size for _, text_encoder in pairs)
     if unet.addition_embed_type != (None if second is None else "text_time"):
-        raise ValueError(
+        raise InputError(
             f"model: the U-Net of {name!r} wants {unet.addition_embed_type} conditioning beside the prompt's embeddings, "
             f"which {len(pairs)} text encoder(s) do not go with"
         )
@@ -193,20 +181,20 @@ def _check_kind(models: Models) -> None:
         wanted = unet.projection_class_embeddings_input_dim
         given = second.config.projection_dim + NUM_TIME_IDS * unet.addition_time_embed_dim
         if wanted != given:
-            raise ValueError(
+            raise InputError(
                 f"model: the U-Net of {name!r} takes {wanted} numbers of pooled text and sizes, as SDXL's refiner does or "
                 f"with another text encoder; here there are {given}"
             )
         if second.config.projection_dim > width:
-            raise ValueError(f"model: the pooled text of {name!r} is wider than its embeddings")
+            raise InputError(f"model: the pooled text of {name!r} is wider than its embeddings")
     if unet.in_channels != vae.latent_channels:
-        raise ValueError(
+        raise InputError(
             f"model: the U-Net of {name!r} takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
         )
     if vae.latents_mean is not None:
-        raise ValueError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
+        raise InputError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
     if unet.cross_attention_dim != width:
-        raise ValueError(
+        raise InputError(
             f"model: the U-Net of {name!r} takes embeddings of {unet.cross_attention_dim}, its text encoder makes {width}"
         )
 
@@ -216,7 +204,7 @@ def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) ->
     model, info = cls.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
     missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
     if missing:
-        raise ValueError(f"model: {source}/{subfolder} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
+        raise InputError(f"model: {source}/{subfolder} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
     return model
 
 
@@ -231,27 +219,27 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -
     """
     length = tokenizer.model_max_length
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
-        raise ValueError("prompt: it holds a lone surrogate, which is not text")
+        raise InputError("prompt: it holds a lone surrogate, which is not text")
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=truncation).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
-            raise ValueError(
+            raise InputError(
                 f"prompt {prompt[:60]!r}... has {len(row)} tokens with its start and end, but the text encoder reads "
                 f"{length}; shorten it"
             )
     return torch.tensor(ids)
 
 
-def tokenize_for(models: Models, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+def tokenize_for(model: Model, prompts: Sequence[str], truncation: bool = False) -> Tensor:
     """Prompt ids (N, L) for `encode`, as of `tokenize`; for SDXL (N, 2L), those of both tokenizers side by side.
 
     The two differ in how they pad.
     """
-    tokenizers = [models.tokenizer] if models.tokenizer_2 is None else [models.tokenizer, models.tokenizer_2]
+    tokenizers = [model.tokenizer] if model.tokenizer_2 is None else [model.tokenizer, model.tokenizer_2]
     return torch.cat([tokenize(tokenizer, prompts, truncation) for tokenizer in tokenizers], dim=1)
 
 
-def encode(models: Models, prompt_ids: Tensor) -> Tensor:
+def encode(model: Model, prompt_ids: Tensor) -> Tensor:
     """Prompt embeddings (N, L, D) float32 of ids (N, L); for SDXL (N, L+1, D) of ids (N, 2L).
 
     SDXL's U-Net reads what the last but one layers of both text encoders say, joined along D, and apart from that the
@@ -261,45 +249,45 @@ def encode(models: Models, prompt_ids: Tensor) -> Tensor:
     In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
     sampling and training, whose batches differ, must read the same.
     """
-    alone = next(models.unet.parameters()).dtype != torch.float32 or prompt_ids.device.type != "cpu"
-    return torch.cat([_encode(models, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
+    alone = next(model.unet.parameters()).dtype != torch.float32 or prompt_ids.device.type != "cpu"
+    return torch.cat([_encode(model, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
 
 
-def _encode(models: Models, prompt_ids: Tensor) -> Tensor:
-    if models.text_encoder_2 is None:
-        return models.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
+def _encode(model: Model, prompt_ids: Tensor) -> Tensor:
+    if model.text_encoder_2 is None:
+        return model.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
     ids, ids_2 = prompt_ids.chunk(2, dim=1)
-    first = models.text_encoder(input_ids=ids, output_hidden_states=True)
-    second = models.text_encoder_2(input_ids=ids_2, output_hidden_states=True)
+    first = model.text_encoder(input_ids=ids, output_hidden_states=True)
+    second = model.text_encoder_2(input_ids=ids_2, output_hidden_states=True)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     pooled = nn.functional.pad(second.text_embeds, (0, embeds.shape[-1] - second.text_embeds.shape[-1]))
     return torch.cat([embeds, pooled[:, None]], dim=1).float()
 
 
-def encode_null(models: Models) -> Tensor:
+def encode_null(model: Model) -> Tensor:
     """The null prompt's embedding (1, L, D)."""
-    embeds = encode(models, tokenize_for(models, [""]).to(models.device))
-    return torch.zeros_like(embeds) if models.zero_null else embeds
+    embeds = encode(model, tokenize_for(model, [""]).to(model.device))
+    return torch.zeros_like(embeds) if model.zero_null else embeds
 
 
-def encode_distinct(models: Models, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode_distinct(model: Model, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,).
 
     The null prompt is encoded too unless its embedding (1, L, D) is given or zeros.
     """
     distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
-    if null_embeds is None and not models.zero_null:
-        null_ids = tokenize_for(models, [""]).to(prompt_ids.device)
-        return encode(models, torch.cat([null_ids, distinct])), 1 + rows
-    embeds = encode(models, distinct)
+    if null_embeds is None and not model.zero_null:
+        null_ids = tokenize_for(model, [""]).to(prompt_ids.device)
+        return encode(model, torch.cat([null_ids, distinct])), 1 + rows
+    embeds = encode(model, distinct)
     return torch.cat([torch.zeros_like(embeds[:1]) if null_embeds is None else null_embeds, embeds]), 1 + rows
 
 
 @contextlib.contextmanager
-def adapters_disabled(models: Models) -> Iterator[None]:
+def adapters_disabled(model: Model) -> Iterator[None]:
     """Within it, the models are the base ones: the peft adapters that they carry are switched off."""
     with contextlib.ExitStack() as stack:
-        for part in models.policy_parts.values():
+        for part in model.policy_parts.values():
             if hasattr(part, "disable_adapter"):
                 stack.enter_context(part.disable_adapter())
         yield
@@ -330,11 +318,11 @@ class PooledText:
         return embeds[:, :-1], {"text_embeds": embeds[:, -1, : self.width], "time_ids": time_ids}
 
 
-def pooled_text(models: Models) -> PooledText | None:
+def pooled_text(model: Model) -> PooledText | None:
     """How the U-Net takes the pooled embedding; None for all but SDXL, which have none."""
-    if models.text_encoder_2 is None:
+    if model.text_encoder_2 is None:
         return None
-    return PooledText(models.text_encoder_2.config.projection_dim, pixels_per_latent(models.vae))
+    return PooledText(model.text_encoder_2.config.projection_dim, pixels_per_latent(model.vae))
 
 
 def pixels_per_latent(vae: Any) -> int:
@@ -342,15 +330,15 @@ def pixels_per_latent(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_shape(models: Models, resolution: int | None = None) -> tuple[int, int, int]:
+def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
 
     Raises:
         ValueError: the resolution is not a multiple of what the models need.
     """
-    factor = pixels_per_latent(models.vae)
-    levels = 2 ** (len(models.unet.config.block_out_channels) - 1)
-    size = models.unet.config.sample_size if resolution is None else resolution / factor
+    factor = pixels_per_latent(model.vae)
+    levels = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    size = model.unet.config.sample_size if resolution is None else resolution / factor
     if size < levels or size % levels:
-        raise ValueError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
-    return models.unet.config.in_channels, int(size), int(size)
+        raise InputError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
+    return model.unet.config.in_channels, int(size), int(size)

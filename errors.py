@@ -1,0 +1,117 @@
+"""The errors that texforce expects, each with the exit code of the command line; anything else is a bug with a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+# Error numbers of the disk and of the process, which no other file would mend.
+STORAGE = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE", "ENOSPC", "EPERM", "EROFS", "ESTALE")
+    if hasattr(errno, name)
+}
+SAFETY_SWITCHES = ("weights_only", "trust_remote_code", "allow_pickle", "use_safetensors", "serious vulnerability")
+
+
+class TexforceError(Exception):
+    """An expected error; its message names what the user can change."""
+
+    exit_code = 1
+
+
+class InputError(TexforceError, ValueError):
+    """Bad input or usage: an option, a file or a prompt that cannot be used."""
+
+    exit_code = 2
+
+
+class NotFoundError(InputError, FileNotFoundError):
+    """What an option names is not there: a file, a folder, a model, or the hub."""
+
+
+class ArtifactError(TexforceError):
+    """A file of weights or images that is damaged, foreign or unsafe, and was refused."""
+
+    exit_code = 3
+
+
+class DivergedError(TexforceError):
+    """Training went wrong numerically and was stopped."""
+
+    exit_code = 4
+
+
+class StorageError(TexforceError):
+    """The disk refused to read or write."""
+
+    exit_code = 5
+
+
+class OutOfMemory(TexforceError):
+    """The device or the machine has no memory left."""
+
+    exit_code = 5
+
+
+class ProcessLost(TexforceError):
+    """Another process of the run has ended, or cannot be reached any more."""
+
+    exit_code = 5
+
+
+class RewardError(TexforceError):
+    """A scorer failed or broke the protocol."""
+
+    exit_code = 6
+
+
+@contextlib.contextmanager
+def reading(what: object, kind: type[TexforceError] = ArtifactError) -> Iterator[None]:
+    """Raise `kind` for whatever a library raises while it reads a file or asks a service of others.
+
+    The message is `what`, a colon and the cause's first line. Lists of exception classes do not do: what a damaged file can
+    make its reader raise is without end. Expected errors, errors of the disk and a lack of memory pass unchanged.
+    """
+    try:
+        yield
+    except TexforceError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in STORAGE):
+            raise
+        raise kind(f"{what}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what an exception says, but never a library's advice to switch a safety off."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(switch in line for line in lines for switch in SAFETY_SWITCHES):
+        return "it is not a file of tensors alone, and reading it could run code"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return lines[0][:300] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {' '.join(lines)[:300]}"
+
+
+def describe(error: BaseException) -> str:
+    """Class and message of an exception, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; on the CPU, and in a GPU's libraries, torch has no class for that."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's; this file does not import torch
+    return named or isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def expected(error: BaseException) -> TexforceError | None:
+    """The expected error that an exception is or stands for; None for a bug."""
+    if isinstance(error, TexforceError):
+        return error
+    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+        return OutOfMemory(f"out of memory ({str(error).partition(chr(10))[0]})")
+    if isinstance(error, OSError) and error.errno is not None:
+        return StorageError(f"storage: {error.strerror or error}: {error.filename or ''}")
+    return None

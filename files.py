@@ -1,0 +1,291 @@
+"""Files and folders: read, locked, and written so that they are there whole or not at all; images with their labels."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, NotFoundError, reading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
+TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
+
+
+# --- reading ---
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        NotFoundError, InputError: the file is not there, or holds no JSON object.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {str(path)!r}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object")
+    return content
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        InputError: it is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option}: {str(path)!r} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; removes a last line that was cut off."""
+    if not path.is_file():
+        return []
+    content, lines = path.read_bytes(), []
+    for text in content.split(b"\n"):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    if whole.encode() != content:
+        write_text(path, whole)
+    return lines
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(path: Path) -> dict[str, Any]:
+    """A file's or folder's name, and the SHA-256 of what is in it."""
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256(path)}
+    contents = sorted(file for file in path.rglob("*") if file.is_file())
+    return {"name": path.name, "sha256": {file.relative_to(path).as_posix(): sha256(file) for file in contents}}
+
+
+# --- writing ---
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, whatever happens to the machine."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add an object to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; the file or folder that is written there takes its place at the end.
+
+    The new content is on the disk before it is moved. After an error `path` is as it was, and nothing is left beside it.
+
+    Raises:
+        OSError: storage.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY) as folder:
+        temporary = Path(folder, path.name)
+        with storage_errors(path):
+            yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            open_to_umask(written)
+            sync(written)
+        take_place(temporary, path)
+    sync(path.parent)
+
+
+def take_place(temporary: Path, path: Path) -> None:
+    """Move a file or folder to `path`; what was there is moved aside first if it is a folder, and comes back on failure."""
+    if not path.is_dir():
+        temporary.rename(path)
+        return
+    aside = temporary.with_name(f"{path.name}.old")
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writings that were cut off have left in a folder."""
+    for orphan in folder.glob(f".*{TEMPORARY}"):
+        if orphan.is_dir() and not orphan.is_symlink():
+            shutil.rmtree(orphan)
+        else:
+            orphan.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a removal that is cut off leaves nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.old{TEMPORARY}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def open_to_umask(path: Path) -> None:
+    """Give a new file or folder the permissions of the umask; safetensors and tempfile make theirs the owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = path.stat().st_mode
+    path.chmod(((0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask) | (mode & stat.S_ISGID))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors says of the disk into an OSError, as every other writer raises.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+# --- images ---
+
+
+def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
+    paths = [folder / f"{first + i:05d}.png" for i in range(len(images))]
+    for path, image, label in zip(paths, images, labels, strict=True):
+        write_image(path, image, label)
+    return paths
+
+
+def write_image(path: Path, image: Tensor, label: Mapping[str, Any]) -> None:
+    """Write an image (3, H, W) in [0, 1] as PNG, with a label in its metadata."""
+    from PIL import Image, PngImagePlugin
+
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in label.items():
+        metadata.add_itxt(name, str(value))
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "png", pnginfo=metadata)
+
+
+def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """An image (3, H, W) in [0, 1], and its label.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    import numpy as np
+    import torch
+
+    image = open_image(path)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return pixels, dict(getattr(image, "text", {}))  # only PNG has it
+
+
+def open_image(path: Path) -> Image:
+    """PIL's image of a file, read whole.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    from PIL import Image
+
+    with reading(f"{path}: not an image that can be read; remove it, and it is drawn again"), Image.open(path) as image:
+        image.load()
+        return image
+
+
+# --- folders ---
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made and written to, without making it.
+
+    Raises:
+        OSError: a part of its path is a file, or not to be written to.
+    """
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+@contextlib.contextmanager
+def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is missing and `check` passes.
+
+    `check` runs before anything is written into a folder that holds no lock yet, and again with the lock held.
+
+    Raises:
+        InputError: another process works in it. Whatever the check raises.
+    """
+    from filelock import FileLock, Timeout
+
+    if not (folder / LOCK).exists():
+        check()
+        folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = (folder / HOLDER).read_text() if (folder / HOLDER).is_file() else "another process"
+        raise InputError(f"output_dir: {str(folder)!r} is in use by {holder}") from None
+    try:
+        write_text(folder / HOLDER, f"process {os.getpid()} on {platform.node()}")
+        check()
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,426 @@
+"""What a run leaves: its folder, its state in checkpoints, metrics, figures, the model card and what describes it.
+
+A checkpoint is a folder of safetensors and JSON, no pickle. It is written beside its place, with the SHA-256 of every file
+in a manifest, and moved there whole; so one that was cut off, or has changed since, is recognised and passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import Learner, Policy, PromptOrder, PromptStatistics, __version__, files
+from .config import TrainConfig
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .rewards import Mixture
+
+RESULT = "result.json"
+CHECKPOINTS = "checkpoints"  # their folder in that of a run
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+STATE_FORMAT = 2  # of a checkpoint's state; another one was written by another version
+# Options that a run may go on with though they have changed: none of them decides the adapter.
+FREE_OPTIONS = (
+    "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
+    "micro_batch", "micro_batch_size", "gradient_checkpointing",  # but for the rounding of sums
+)  # fmt: skip
+# Options that cannot change in the middle: earlier epochs were measured by them.
+LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")
+
+
+# --- the folder ---
+
+
+def check_folder(name: str, go_on: bool = False) -> Path:
+    """Check that a training can make its output folder, or go on in it, without making it.
+
+    Raises:
+        InputError: it is not empty and holds no run to go on with. OSError: it cannot be made or written to.
+    """
+    folder = Path(name)
+    files.check_writable(folder)
+    ours = go_on and (folder / "config.json").is_file()
+    foreign = [
+        path for path in folder.glob("*") if path.name not in (files.LOCK, files.HOLDER) and path.suffix != files.TEMPORARY
+    ]
+    if foreign and not ours:
+        raise InputError(
+            f"output_dir: {name!r} is not empty; choose another folder, or go on with the run in it by --resume {name}"
+        )
+    return folder
+
+
+def check_room(folder: Path, config: TrainConfig) -> None:
+    """Check that there is room for a checkpoint, before any model is loaded.
+
+    Raises:
+        OSError: there is not.
+    """
+    probe = folder / ".room.tmp"
+    try:
+        probe.write_bytes(bytes(checkpoint_size(config)))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def checkpoint_size(config: TrainConfig) -> int:
+    """Estimated bytes of a checkpoint, without knowing the model: at rank 16 one MiB for tiny, else 16 or 64."""
+    return config.rank * 2**16 * (1 if config.model == "tiny" else 16 if config.target == "text-encoder" else 64)
+
+
+# --- the state ---
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two epochs: tensors on the CPU by dotted names, and everything else as JSON."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def epoch(self) -> int:
+        """The number of the last epoch."""
+        return self.state["epochs"][-1]["epoch"]
+
+
+@dataclass
+class Run:
+    """All that changes while a training runs."""
+
+    policy: Policy
+    learner: Learner
+    reward: Mixture
+    statistics: PromptStatistics
+    order: PromptOrder
+    generators: dict[str, torch.Generator]
+    epochs: list[dict[str, Any]]  # the measures of each, the first before training
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all of it."""
+        parts = {name: getattr(self, name).state_dict() for name in ("policy", "learner", "reward", "statistics", "order")}
+        generators = {name: generator.get_state() for name, generator in self.generators.items()}
+        state = parts | {"generator": generators, "epochs": list(self.epochs), "device": self.policy.model.device.type}
+        tensors: dict[str, Tensor] = {}
+        return Snapshot(tensors, {"format": STATE_FORMAT} | _without_tensors(state, "", tensors))
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put everything as it was.
+
+        Raises:
+            InputError: the snapshot is of other parameters, or of another kind of device, whose random numbers differ.
+        """
+        state = _with_tensors(snapshot)
+        if state["device"] != self.policy.model.device.type:
+            raise InputError(f"resume: the run was on {state['device']}, and goes on there only")
+        for name in ("policy", "learner", "reward", "statistics", "order"):
+            getattr(self, name).load_state_dict(state[name])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generator"][name])
+        self.epochs[:] = state["epochs"]
+
+
+def _without_tensors(state: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A nested state with copies of its tensors moved to `tensors`, by dotted names."""
+    rest: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{name}"] = value.detach().cpu().clone()
+        else:
+            rest[name] = _without_tensors(value, f"{prefix}{name}.", tensors) if isinstance(value, dict) else value
+    return rest
+
+
+def _with_tensors(snapshot: Snapshot) -> dict[str, Any]:
+    """The nested state that a snapshot was made of; names of LoRA's parameters hold dots themselves."""
+    state = json.loads(json.dumps(snapshot.state))
+    for name, tensor in snapshot.tensors.items():
+        *path, last = name.split(".", 1) if name.startswith("policy.") else name.split(".")
+        place = state
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = tensor
+    return state
+
+
+# --- checkpoints ---
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequence[str]) -> Path:
+    """Write a checkpoint into a run's folder of them, and remove all but the newest checkpoints_to_keep; returns its place.
+
+    Raises:
+        OSError: storage. What was there before is as it was.
+    """
+    from safetensors.torch import save_file
+
+    place = folder / f"epoch_{snapshot.epoch:06d}"
+    content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
+    if place.is_dir() and is_valid(place) and read_checkpoint(place).state["config"] == content["config"]:
+        return place
+    if not folder.exists():
+        folder.mkdir()
+        files.sync(folder.parent)
+    files.remove_temporaries(folder)
+    with files.replacing(place) as temporary:  # instead of one that is broken, or of a run that was changed by force
+        temporary.mkdir()
+        save_file(snapshot.tensors, temporary / TENSORS)
+        (temporary / STATE).write_text(json.dumps(content, allow_nan=False))
+        (temporary / MANIFEST).write_text(manifest(temporary))
+    later = [other for other in checkpoints(folder) if other.name > place.name]  # broken: the run goes on from before them
+    for other in (*later, *checkpoints(folder)[len(later) + config.checkpoints_to_keep :]):
+        files.remove_folder(other)
+    return place
+
+
+def manifest(folder: Path) -> str:
+    """The SHA-256 of each of a checkpoint's files, as the manifest's own text: any other text is not it."""
+    sums = {path.name: files.sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+    return json.dumps(dict(sorted(sums.items())), indent=2) + "\n"
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of prompts in their order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest first, valid or not."""
+    return sorted(folder.glob("epoch_" + 6 * "[0-9]"), reverse=True)
+
+
+def is_valid(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is the one that was written, and none is missing; raises OSError."""
+    try:
+        names = {path.name for path in checkpoint.iterdir()}
+        return names == {TENSORS, STATE, MANIFEST} and (checkpoint / MANIFEST).read_bytes() == manifest(checkpoint).encode()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+
+def newest_checkpoint(folder: Path, passed_over: Callable[[Path], None] = lambda checkpoint: None) -> Path | None:
+    """The newest valid checkpoint, if there is one; `passed_over` gets each broken one before it. Raises OSError."""
+    for checkpoint in checkpoints(folder):
+        if is_valid(checkpoint):
+            return checkpoint
+        passed_over(checkpoint)
+    return None
+
+
+def read_checkpoint(checkpoint: Path) -> Snapshot:
+    """The content of a valid checkpoint.
+
+    Raises:
+        InputError: another version wrote it.
+    """
+    from safetensors.torch import load_file
+
+    state = json.loads((checkpoint / STATE).read_text())
+    if state.get("format") != STATE_FORMAT:
+        raise InputError(
+            f"resume: {checkpoint} was written by another version of texforce; train with that version, or anew"
+        )
+    return Snapshot(load_file(checkpoint / TENSORS), state)
+
+
+def check_same(saved: Mapping[str, Any], config: TrainConfig, snapshot: Snapshot | None, prompts: Sequence[str]) -> None:
+    """Check that a run goes on as it began, by the options that were saved with it and the prompts in its checkpoint.
+
+    Raises:
+        InputError: an option or the prompts have changed; names them, with their old and new values.
+    """
+    changes = differences(saved, asdict(config))
+    if snapshot and snapshot.state["prompts"] != digest(prompts):
+        changes.append("the prompts")
+    if changes:
+        raise InputError(f"resume: changed since the checkpoint: {'; '.join(changes)}; --force-resume goes on with the new")
+
+
+def check_lasting(saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Check that what measures a run stays the same, which --force-resume cannot change either.
+
+    Raises:
+        InputError: a reward has changed.
+    """
+    lasting = [change for change in differences(saved, asdict(config)) if change.partition(":")[0] in LASTING_OPTIONS]
+    if lasting:
+        raise InputError(f"resume: what measures a run cannot change in it: {'; '.join(lasting)}; begin another")
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Options that decide a run and differ, as `name: old -> new`; a missing option had its default."""
+    saved = {item.name: item.default for item in fields(TrainConfig)} | dict(saved)
+    names = [name for name in given if name not in FREE_OPTIONS and saved.get(name) != given[name]]
+    return [f"{name}: {saved.get(name)} -> {given[name]}" for name in names]
+
+
+# --- metrics and figures ---
+
+
+def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
+    """The reward curve, the model card and the result of a finished run; the last one says that it is."""
+    write_curve(output_dir / "curve.png", epochs, config.reward)
+    files.write_text(output_dir / "README.md", model_card(config, result))
+    files.write_json(output_dir / RESULT, result)
+
+
+@contextlib.contextmanager
+def metrics(
+    config: TrainConfig, output_dir: Path, epochs: Sequence[Mapping[str, Any]]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker that --report-to names.
+
+    The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
+    """
+    path = output_dir / "metrics.jsonl"
+    files.write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in epochs))
+    with path.open("a") as file, tracker(config, output_dir) as track:
+
+        def log(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            track(record)
+
+        yield log
+
+
+@contextlib.contextmanager
+def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """accelerate's tracker, as a function of an epoch's record."""
+    if config.report_to == "none":
+        yield lambda record: None
+        return
+    from accelerate import tracking
+
+    name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
+    arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
+    kept = getattr(tracking, name)("texforce", **arguments)
+    kept.start()
+
+    def track(record: dict[str, Any]) -> None:
+        flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        for group in ("heldout", "parts"):
+            flat |= {f"{group}/{name}": value for name, value in record.get(group, {}).items()}
+        kept.log(flat, step=record["epoch"])
+
+    try:
+        yield track
+    finally:
+        kept.finish()
+
+
+def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:
+    """What one needs to repeat a run."""
+    return {
+        "seed": config.seed,
+        "model": config.model,
+        "reward": config.reward,
+        "target": config.target,
+        "preset": config.preset,
+        "device": device,
+        "num_parameters": num_parameters,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this project and of what decides its numbers."""
+    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
+    own = {"texforce": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The commit of this checkout; None where the package is installed from a wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
+    """README.md of the adapter, in the hub's format."""
+    rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result["heldout"].items()]
+    return "\n".join(
+        [
+            "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
+            f"# TexForce adapter for {config.model}", "",
+            f"LoRA (rank {config.rank}) on the {config.target}, trained by PPO (arXiv:2311.15657) on "
+            f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, "
+            f"{result['seconds']:.0f} s on {result['device']}.",
+            "", "Held-out prompts, base and tuned from the same noise:", "",
+            "| measure | base | tuned |", "|---|---|---|", *rows, "",
+            "Every setting is in `config.json`, every figure in `result.json` and `metrics.jsonl`.", "",
+        ]
+    )  # fmt: skip
+
+
+def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor], cell: int = 128) -> None:
+    """A PNG with a row for each of N prompts and a column for each system's images (N, 3, H, W) in [0, 1]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, label = ImageFont.load_default(13), 18
+    width = len(columns) * (cell + 4) + 4
+    per_side = max(1, (len(prompts) + 3) // 4)  # four blocks side by side
+    canvas = Image.new("RGB", (4 * (width + 12), label + per_side * (cell + label + 6)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, prompt in enumerate(prompts):
+        left, top = (i // per_side) * (width + 12) + 6, label + (i % per_side) * (cell + label + 6)
+        draw.text((left + 4, top), _shorten(prompt, font, width), fill="black", font=font)
+        for k, (name, images) in enumerate(columns.items()):
+            pixels = (images[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            method = Image.Resampling.NEAREST if pixels.shape[0] < cell else Image.Resampling.LANCZOS
+            x = left + 4 + k * (cell + 4)
+            canvas.paste(Image.fromarray(pixels).resize((cell, cell), method), (x, top + label))
+            if i % per_side == 0:
+                draw.text((x, 2), name, fill="grey", font=font)
+    canvas.save(path)
+
+
+def _shorten(text: str, font: Any, width: int) -> str:
+    """What of a text fits into a width, without control characters."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n]) <= width)
+    return text[:length]
+
+
+def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
+    """A PNG of the training reward over images, and of the held-out reward where it was measured, first before training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
+    images, means = zip(*((record["num_images"], record["reward_mean"]) for record in epochs[1:]), strict=True)
+    axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
+    measured = [record for record in epochs if "heldout" in record]
+    axes.plot(
+        [record["num_images"] for record in measured],
+        [record["heldout"][reward] for record in measured],
+        "o-", color="tab:orange", label="held-out prompts",
+    )  # fmt: skip
+    if measured and "alignment_exact" in measured[0]["heldout"]:
+        right = axes.twinx()
+        right.set(ylabel="held-out prompts fully right", ylim=(0, 1))
+        right.plot(
+            [record["num_images"] for record in measured],
+            [record["heldout"]["alignment_exact"] for record in measured],
+            "s--", color="tab:green", label="held-out, fully right",
+        )  # fmt: skip
+        right.legend(loc="lower right")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,623 @@
+"""A training, top to bottom: prepare, the run, its epochs, held-out prompts, guards, and the plan of a dry run.
+
+One epoch collects, computes advantages and updates (texforce.py); run.py holds what the run leaves in its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import (
+    Learner,
+    Policy,
+    PromptOrder,
+    PromptStatistics,
+    Scored,
+    check_finite,
+    collect,
+    compute_advantages,
+    files,
+    finds_micro_batch,
+    finite_mean,
+    gather_scores,
+    interrupts,
+    make_batch,
+    make_policy,
+    models,
+    num_rollout_calls,
+    processes,
+    rewards,
+    run,
+    scorers,
+    trainable_steps,
+    update,
+    wants_kl,
+    world,
+)
+from .config import TrainConfig, default_device, resolve
+from .errors import DivergedError, InputError, RewardError
+from .files import read_json
+from .prompt_sets import split_prompts
+from .run import Run, Snapshot
+from .scorers import Scorer
+
+Report = Callable[[dict[str, Any]], None]  # of an epoch's measures
+# One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
+HELDOUT_SEED = 20_231_115
+
+
+# --- prepare ---
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The policy and the rewards of a training."""
+
+    policy: Policy
+    reward: rewards.Mixture
+    eval_rewards: dict[str, rewards.Mixture]  # only measured
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Load the model and the rewards of a resolved configuration, and put LoRA on the model."""
+    device, names = default_device(), [config.reward, *(config.eval_reward or ())]
+    for name in names:
+        rewards.check_reward(name)  # a typing error must not wait for a model
+    checkpoints = rewards.parse_checkpoints(config.reward_checkpoint or (), names)
+    # The model first: a mistyped folder must not wait for the download of a scorer.
+    model = models.load_model(config.model, device, models.DTYPES[config.mixed_precision])
+
+    def load(name: str, normalise: bool = False) -> rewards.Mixture:
+        return rewards.load_reward(name, device, checkpoints, config.model == "tiny", normalise, config.reward_timeout)
+
+    reward = load(config.reward, config.normalise_rewards)
+    eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
+    return Setup(make_policy(model, config), reward, eval_rewards)
+
+
+def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -> None:
+    """Find a prompt that cannot be used before the training, and not in its fortieth epoch.
+
+    Raises:
+        InputError: a prompt is too long, or a scorer cannot judge it.
+    """
+    models.tokenize_for(policy.model, prompts)
+    rewards.check_prompts([config.reward, *(config.eval_reward or ())], prompts)
+
+
+# --- the run ---
+
+
+def train(
+    config: TrainConfig,
+    report: Report = lambda measures: None,
+    warn: Callable[[str], None] = lambda message: None,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
+
+    `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With
+    `resume` a run that lies in the output folder goes on from its newest checkpoint, exactly as if it had never stopped,
+    and a finished one gives its result; with `force` too though options or prompts differ from it.
+
+    Raises:
+        InputError: bad input. OSError: storage. ArtifactError: a refused checkpoint. RewardError: the scorer failed.
+        DivergedError: training went wrong; the adapter of the last measurement is kept.
+        Anything else that comes in the middle of the training is passed on after the last epoch's end was saved.
+    """
+    config = resolve(config)
+    train_prompts, heldout_prompts = split_prompts(config)
+    prompts, output_dir = [*train_prompts, *heldout_prompts], Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.joined())
+        check_shares(config)
+        if not processes.is_first():
+            report, warn = (lambda measures: None), (lambda message: None)
+        opening = _Opening(config, prompts, warn, resume, force)
+        finished, snapshot = processes.from_first(lambda: opening.open(stack))
+        if finished:
+            return finished
+        setup = processes.agreed(prepare, config)
+        check_prompts(setup.policy, config, prompts)
+        current = _begin(setup, config, train_prompts)
+        if snapshot:
+            current.restore(snapshot)
+        if processes.is_first():
+            files.write_json(output_dir / "config.json", asdict(config))
+            for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
+                (output_dir / name).unlink(missing_ok=True)
+        start = time.perf_counter()
+        heldout = Heldout(setup, heldout_prompts, config)
+        if not current.epochs:
+            spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
+            current.epochs.append({"epoch": 0, "heldout": heldout.base} | spent)
+        if force:  # perhaps with other held-out prompts than those that it began with
+            current.epochs[0] = current.epochs[0] | {"heldout": heldout.base}
+        log = stack.enter_context(run.metrics(config, output_dir, current.epochs)) if processes.is_first() else report
+        _Training(current, setup, config, heldout, prompts).train(log, report, warn)
+        return _finish(current, config)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Check that every process has a batch of an epoch's images to sample.
+
+    Raises:
+        InputError: there are fewer batches than processes.
+    """
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    num_batches = math.ceil(num_images / config.sample_batch_size)
+    if num_batches < processes.count():
+        raise InputError(
+            f"sample_batch_size: {num_images} images an epoch in batches of {config.sample_batch_size} are too few batches "
+            f"({num_batches}) for {processes.count()} processes; lower it"
+        )
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """The opening of an output folder, for a run that begins or goes on."""
+
+    config: TrainConfig
+    prompts: Sequence[str]
+    warn: Callable[[str], None]
+    resume: bool
+    force: bool
+
+    def open(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any] | None, Snapshot | None]:
+        """Lock the folder for as long as a stack is open; the result of a finished run, or where to go on from."""
+        config, output_dir = self.config, Path(self.config.output_dir)
+        stack.enter_context(files.locked(output_dir, lambda: run.check_folder(config.output_dir, self.resume)))
+        snapshot = None
+        if self.resume and (output_dir / "config.json").is_file():
+            saved = read_json(output_dir / "config.json")
+            snapshot = self._newest(output_dir)
+            if self.force and snapshot:
+                run.check_lasting(saved, config)
+            if not self.force:
+                run.check_same(saved, config, snapshot, self.prompts)
+            if (output_dir / run.RESULT).is_file() and not run.differences(saved, asdict(config)):
+                self.warn(f"the run in {config.output_dir} is finished; nothing is left to do")
+                return read_json(output_dir / run.RESULT), None
+        run.check_room(output_dir, config)
+        return None, snapshot
+
+    def _newest(self, output_dir: Path) -> Snapshot | None:
+        """The newest valid checkpoint of a run; warns of each that is broken, and if there is none."""
+        files.remove_temporaries(output_dir)
+        checkpoint = run.newest_checkpoint(
+            output_dir / run.CHECKPOINTS, lambda path: self.warn(f"{path} is damaged or incomplete, and is passed over")
+        )
+        if checkpoint is None and not (output_dir / run.RESULT).is_file():
+            self.warn(f"the run in {output_dir} has no checkpoint to go on from, and starts over")
+        return run.read_checkpoint(checkpoint) if checkpoint else None
+
+
+def _begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> Run:
+    """A run before its first epoch."""
+    noise = torch.Generator(setup.policy.model.device).manual_seed(config.seed)
+    choice = torch.Generator().manual_seed(config.seed)
+    return Run(
+        policy=setup.policy,
+        learner=Learner(setup.policy.parameters, config),
+        reward=setup.reward,
+        statistics=PromptStatistics(),
+        order=PromptOrder(prompts, choice),
+        generators={"noise": noise, "choice": choice},
+        epochs=[],
+    )
+
+
+def _finish(current: Run, config: TrainConfig) -> dict[str, Any]:
+    """Write the figures and the result of a run that is over."""
+    num_parameters = sum(parameter.numel() for parameter in current.policy.parameters)
+    epochs = [_in_final_units(measures, config.reward, current.reward) for measures in current.epochs]
+    provenance = run.describe_run(config, str(current.policy.model.device), num_parameters)
+    result = provenance | _summary(epochs) | {"seconds": current.epochs[-1]["seconds"]}
+    if processes.is_first():
+        run.write_result(Path(config.output_dir), config, epochs, result)
+    return result
+
+
+def _summary(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = [measures["heldout"] for measures in epochs if "heldout" in measures]
+    base, tuned = measured[0], measured[-1]
+    return {
+        "num_images": epochs[-1]["num_images"],
+        "num_unet_calls": epochs[-1]["num_unet_calls"],
+        "max_ratio_deviation": max(measures["max_ratio_deviation"] for measures in epochs[1:]),
+        "num_dropped": sum(len(measures.get("dropped", ())) for measures in epochs),
+        "heldout": {name: {"base": base[name], "tuned": tuned[name]} for name in base},
+    }
+
+
+def _in_final_units(measures: dict[str, Any], name: str, reward: rewards.Mixture) -> dict[str, Any]:
+    """An epoch's measures with a normalised reward in the units of the end, so that epochs compare."""
+    if not reward.normalise:
+        return measures
+    measures = dict(measures)
+    if "parts" in measures:
+        measures["reward_mean"] = reward.combine_means(measures["parts"])
+    if "heldout" in measures:
+        measures["heldout"] = measures["heldout"] | {name: reward.combine_means(measures["heldout"])}
+    return measures
+
+
+# --- epochs ---
+
+
+@dataclass(frozen=True)
+class _Training:
+    """The epochs of a run, and how it ends."""
+
+    run: Run
+    setup: Setup
+    config: TrainConfig
+    heldout: Heldout
+    prompts: Sequence[str]  # of the training and held out
+
+    def train(self, log: Report, report: Report, warn: Callable[[str], None]) -> None:
+        """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
+        epochs, config = self.run.epochs, self.config
+        start = time.perf_counter() - epochs[-1]["seconds"]
+        report(epochs[-1])
+        snapshot = self.run.snapshot()
+        try:
+            for epoch in range(epochs[-1]["epoch"] + 1, config.num_epochs + 1):
+                measures = _totals(epochs[-1], self._train_and_measure(epoch), time.perf_counter() - start)
+                check_guards([*epochs, measures], config, self.setup.reward)
+                with interrupts.deferred():  # an epoch is over when all of this is done
+                    if "heldout" in measures:
+                        self._save_adapter()
+                    epochs.append(measures)
+                    log(measures)
+                    snapshot = self.run.snapshot()
+                    if epoch % config.checkpoint_every == 0 or epoch == config.num_epochs:
+                        self._save_checkpoint(snapshot)
+                report(measures)
+            interrupts.check()
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {_last_good(epochs, config)}") from error
+        except BaseException:
+            self._save_before_the_end(snapshot, warn)
+            raise
+
+    def _train_and_measure(self, epoch: int) -> dict[str, Any]:
+        config = self.config
+        measures = {"epoch": epoch} | train_epoch(self.run, config)
+        if epoch % config.eval_every == 0 or epoch == config.num_epochs:
+            with self.run.learner.averaged():
+                measures["heldout"] = self.heldout.measure(epoch)
+        return measures
+
+    def _save_before_the_end(self, snapshot: Snapshot, warn: Callable[[str], None]) -> None:
+        """Save a run that something stops in the middle of an epoch, which will begin anew."""
+        # A launcher that has lost a process terminates the others: that must not hide the error that stopped this one.
+        with interrupts.deferred():
+            try:
+                self._save_checkpoint(snapshot)  # first, as it needs nothing of the device
+                warn(f"saved as it was after epoch {snapshot.epoch}")
+                if not _measured_epochs(self.run.epochs):  # else the adapter that was last measured stays
+                    self.run.restore(snapshot)
+                    self._save_adapter()
+            except OSError as failure:  # the error that stopped the run is raised all the same
+                warn(f"what was reached after epoch {snapshot.epoch} could not be saved: {failure}")
+
+    def _save_checkpoint(self, snapshot: Snapshot) -> None:
+        if processes.is_first():
+            run.write_checkpoint(Path(self.config.output_dir, run.CHECKPOINTS), snapshot, self.config, self.prompts)
+
+    def _save_adapter(self) -> None:
+        if processes.is_first():
+            with self.run.learner.averaged():
+                self.run.policy.save(Path(self.config.output_dir))
+
+
+def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
+    """Sample, score and update once; the measures of the epoch."""
+    begin, policy = time.perf_counter(), current.policy
+    prompts = current.order.take(config.num_prompts_per_epoch)
+    samples = collect(policy, current.reward, prompts, config, current.generators["noise"])
+    batch = make_batch(samples, compute_advantages(samples, config, current.statistics), policy.model.device)
+    sampled = time.perf_counter()
+    updated = update(policy, batch, current.learner, config, current.generators["choice"])
+    dropped = torch.nonzero(samples.rewards.isnan()).flatten().tolist()
+    num_images, num_pairs = len(samples.rewards), max(1, updated.num_pairs)
+    measures: dict[str, Any] = {
+        "reward_mean": finite_mean(samples.rewards),
+        "reward_std": samples.rewards[samples.rewards.isfinite()].std(correction=0).item(),
+        "num_images": num_images,
+        "num_unet_calls": num_rollout_calls(policy, config) + updated.num_unet_calls,
+        "max_ratio_deviation": updated.first_ratio_deviation,
+        "ratio_deviation": updated.ratio_deviation,
+        "clip_fraction": updated.num_clipped / num_pairs,
+        "images_per_s": num_images / (time.perf_counter() - begin),
+        "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
+    }
+    if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
+        measures["grad_norm"] = updated.grad_norm
+    if wants_kl(config):
+        measures["kl"] = updated.last_kl
+    if len(samples.parts) > 1:
+        measures["parts"] = {name: finite_mean(scores) for name, scores in samples.parts.items()}
+    if dropped:
+        measures["dropped"] = [{"prompt": samples.prompts[i], "seed": config.seed, "image": i} for i in dropped]
+    return measures
+
+
+def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """An epoch's measures with the counts of the whole run up to its end, given the last epoch's."""
+    counts = {name: last[name] + measures[name] for name in ("num_images", "num_unet_calls")}
+    return measures | counts | {"seconds": seconds}
+
+
+# --- held-out prompts ---
+
+
+class Heldout:
+    """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
+
+    def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig) -> None:
+        self.setup, self.prompts, self.config = setup, prompts, config
+        self.shown = torch.linspace(0, len(prompts) - 1, min(16, len(prompts))).long().tolist()
+        self.folder = Path(config.output_dir, "grids")
+        if processes.is_first():
+            self.folder.mkdir(exist_ok=True)
+        with setup.policy.base():
+            self.base, self.base_images = self._draw_and_score()
+
+    def measure(self, epoch: int) -> dict[str, float]:
+        """Scores of the policy as it is now, the same in every process; writes the grid of base and tuned images."""
+        measures, images = self._draw_and_score()
+        if processes.is_first():
+            columns = {"base": self._column(self.base_images), "tuned": self._column(images)}
+            run.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in self.shown], columns)
+        return measures
+
+    def _draw_and_score(self) -> tuple[dict[str, float], dict[int, Tensor]]:
+        """Means of the reward, its parts and what is only measured; the shown images (3, H, W), in the first process only.
+
+        Each process scores the images that it draws; what a guard decides by the means it decides in all of them.
+        """
+        reward = self.setup.reward
+        scored, drawn = processes.agreed(self._draw_and_score_share)
+        measures = means(gather_scores(scored), self.prompts)
+        if self.config.reward not in reward.parts:
+            measures = {self.config.reward: reward.combine_means(measures)} | measures
+        return measures, {i: image for images in processes.to_first(drawn) for i, image in images.items()}
+
+    def _draw_and_score_share(self) -> tuple[dict[int, Scored], dict[int, Tensor]]:
+        setup, prompts = self.setup, self.prompts
+        images = draw_share(setup.policy, prompts, self.config.sample_batch_size)
+        scored = score_share(images, prompts, {**setup.reward.parts, **setup.eval_rewards}, setup.policy.model.device)
+        rows = {start + i: image for start, batch in images.items() for i, image in enumerate(batch)}
+        return scored, {i: rows[i].clone() for i in self.shown if i in rows}  # a row alone would be sent with its batch
+
+    def _column(self, images: Mapping[int, Tensor]) -> Tensor:
+        """The shown images (n, 3, H, W) of a grid."""
+        return torch.stack([images[i] for i in self.shown])
+
+
+def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[int, Tensor]:
+    """One image (n, 3, H, W) in [0, 1] for each prompt of this process's batches, by the number of a batch's first prompt.
+
+    They come from the same noise for every policy.
+    """
+    images = {}
+    for start in range(0, len(prompts), batch_size):
+        interrupts.check()
+        if processes.share(start // batch_size):
+            prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
+            generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)
+            images[start] = policy.draw(prompt_ids, generator).cpu()
+    return images
+
+
+def heldout_images(policy: Policy, prompts: Sequence[str], batch_size: int) -> Tensor:
+    """The images (N, 3, H, W) of `draw_share` for all prompts, of every process.
+
+    Raises:
+        DivergedError: no image is finite.
+    """
+    images = processes.merged(processes.agreed(draw_share, policy, prompts, batch_size))
+    return check_finite(torch.cat(list(images.values())))
+
+
+def score_share(
+    images: Mapping[int, Tensor],
+    prompts: Sequence[str],
+    measured_by: Mapping[str, Scorer],
+    device: torch.device | str = "cpu",
+) -> dict[int, Scored]:
+    """Scores of batches of images (n, 3, H, W), by the number of a batch's first prompt, on a device as in training."""
+    if world.is_world(prompts):
+        measured_by = {**measured_by, "alignment": world.alignment}
+    scored = {}
+    for start, batch in images.items():
+        chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
+        scores = {name: scorers.score(scorer, batch.to(device), chunk) for name, scorer in measured_by.items()}
+        scored[start] = Scored(finite, scores)
+    return scored
+
+
+def measure(
+    images: Tensor,
+    prompts: Sequence[str],
+    measured_by: Mapping[str, Scorer],
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The `means` of the scores of images (N, 3, H, W) by some scorers.
+
+    Raises:
+        RewardError: one failed or gave no finite score. DivergedError: no image is finite.
+    """
+    batches = dict(zip(range(0, len(images), batch_size), images.split(batch_size), strict=True))
+    return means(gather_scores(score_share(batches, prompts, measured_by, device)), prompts)
+
+
+def means(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, float]:
+    """Mean of each measure's scores (N,) for prompts, over the finite ones.
+
+    For prompts of the tiny world also `alignment_exact`, the share of prompts that are fully right by `alignment`, over all
+    and over those with common words only and with rare ones.
+
+    Raises:
+        RewardError: a measure is nowhere finite.
+    """
+    measures = {}
+    for name, values in scores.items():
+        if not values.isfinite().any():
+            raise RewardError(f"reward: {name} gave no finite score for any of the held-out prompts")
+        measures[name] = finite_mean(values)
+    if world.is_world(prompts):
+        finite, exact = scores["alignment"].isfinite(), (scores["alignment"] == 1).float()
+        rare = torch.tensor([world.has_rare_word(prompt) for prompt in prompts])
+        for name, rows in (("", finite), ("_common", finite & ~rare), ("_rare", finite & rare)):
+            if rows.any():
+                measures[f"alignment_exact{name}"] = exact[rows].mean().item()
+    return measures
+
+
+# --- guards ---
+
+
+def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: rewards.Mixture) -> None:
+    """Check that the last epoch is one to go on from.
+
+    Raises:
+        DivergedError: the policy is too far from the base one, or the held-out reward has collapsed.
+    """
+    last = epochs[-1]
+    if broken := [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise DivergedError(f"{', '.join(broken)} of epoch {last['epoch']} is not finite; lower --learning-rate")
+    if config.max_kl is not None and last["kl"] > config.max_kl:
+        raise DivergedError(
+            f"the KL divergence from the base policy is {last['kl']:.2e}, above --max-kl {config.max_kl:g}; lower "
+            "--learning-rate or raise --kl-weight"
+        )
+    if config.max_reward_drop and "heldout" in last:
+        measured = (_in_final_units(measures, config.reward, reward) for measures in (epochs[0], last))
+        base, tuned = (measures["heldout"][config.reward] for measures in measured)
+        spread = epochs[1]["reward_std"]  # of images of the base model, but for the epoch's own updates
+        if spread > 0 and base - tuned > config.max_reward_drop * spread:
+            raise DivergedError(
+                f"the held-out {config.reward} has collapsed from {base:.4f} to {tuned:.4f} (--max-reward-drop); lower "
+                "--learning-rate"
+            )
+
+
+def _last_good(epochs: Sequence[dict[str, Any]], config: TrainConfig) -> str:
+    """Which adapter lies in the output folder."""
+    measured = _measured_epochs(epochs)
+    return (
+        f"the adapter of epoch {measured[-1]} is kept in {config.output_dir}" if measured else "no adapter was measured yet"
+    )
+
+
+def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
+    """Those after which the adapter was measured, and saved."""
+    return [measures["epoch"] for measures in epochs[1:] if "heldout" in measures]
+
+
+# --- the plan ---
+
+
+def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+    """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
+
+    Raises:
+        What `train` raises before it samples.
+    """
+    run.check_folder(config.output_dir, resume)
+    train_prompts, heldout_prompts = split_prompts(config)
+    policy = prepare(config).policy
+    check_prompts(policy, config, train_prompts + heldout_prompts)
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    num_steps = max(1, round(config.timestep_fraction * len(trainable_steps(policy.denoiser.schedule, config))))
+    num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
+    if finds_micro_batch(config, policy.model.device):
+        config = replace(config, micro_batch_size=config.sample_batch_size)
+    unet, text_encoder = activation_bytes(policy, config, num_distinct)
+    return {
+        "model": config.model,
+        "device": str(policy.model.device),
+        "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
+        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out",
+        "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
+        "images in all": num_images * config.num_epochs,
+        "images an optimizer step": num_images / config.num_updates_per_epoch,
+        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
+        "U-Net calls an epoch": num_rollout_calls(policy, config) + num_images * num_steps * _calls_per_pair(policy, config),
+        "weights, MiB": mebibytes(_weight_bytes(policy.model)),
+        "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
+        "U-Net activations of a micro-batch, MiB": mebibytes(unet),
+        "text encoder activations, MiB": mebibytes(text_encoder),
+    }
+
+
+def mebibytes(num_bytes: int) -> float:
+    """Bytes in MiB, with one decimal."""
+    return round(num_bytes / 2**20, 1)
+
+
+def _calls_per_pair(policy: Policy, config: TrainConfig) -> int:
+    """U-Net calls of all passes over an (image, step) pair."""
+    branches = 2 if policy.denoiser.guided and policy.null_embeds is None else 1
+    return config.num_inner_epochs * branches * (2 if wants_kl(config) else 1)
+
+
+def _weight_bytes(model: models.Model) -> int:
+    parts = (*model.policy_parts.values(), model.vae)
+    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+
+
+def _trajectory_bytes(policy: Policy, config: TrainConfig) -> int:
+    """Bytes of an image's latents, and of the null prompt's predictions if they are kept."""
+    keeps_null_outputs = policy.null_embeds is not None and policy.denoiser.guided
+    num_kept = config.num_inference_steps * (2 if keeps_null_outputs else 1) + 1
+    return num_kept * math.prod(policy.latent_shape) * 4
+
+
+def activation_bytes(policy: Policy, config: TrainConfig, num_prompts: int) -> tuple[int, int]:
+    """Bytes that autograd keeps in an update: of the U-Net for a micro-batch, of the text encoder for distinct prompts.
+
+    Both are measured on one row and multiplied.
+    """
+    model = policy.model
+    latents = torch.zeros(1, *policy.latent_shape, device=model.device)
+    prompt_ids = models.tokenize_for(model, [""]).to(model.device)
+    embeds = models.encode(model, prompt_ids).detach().requires_grad_()
+    conditioning = models.Conditioning(embeds, embeds)
+    null_outputs = latents if policy.null_embeds is not None and policy.denoiser.guided else None
+    steps = torch.zeros(1, dtype=torch.long, device=model.device)
+    denoiser = replace(policy.denoiser, compile=False)  # what a compiled one keeps is less
+    unet = saved_bytes(model, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
+    text_encoder = saved_bytes(model, lambda: models.encode(model, prompt_ids))
+    num_null = int(policy.null_embeds is None and not model.zero_null)
+    return config.micro_batch_size * unet, (num_prompts + num_null) * text_encoder
+
+
+def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward one; weights do not count."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    for part in model.policy_parts.values():
+        for tensor in part.parameters():
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
