@@ -1,4 +1,4 @@
-"""The errors that texforce expects, each with the exit code of the command line; anything else is a bug with a traceback."""
+"""The errors that texforce expects, each with its exit code; anything else is a bug, and shows its traceback."""
 
 from __future__ import annotations
 

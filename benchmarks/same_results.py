@@ -1,7 +1,7 @@
 """Whether two commits compute the same bytes: `python benchmarks/same_results.py BEFORE [AFTER]`.
 
-Each commit is checked out into a folder of its own, and runs the same commands there with one thread. Compared are all
-files that the commands write; of JSON everything but times, versions, paths and the options that only one of the commits
+Each commit is checked out into a folder of its own, and trains, samples, evaluates and merges there with one thread. All
+files that the commands write are compared; of JSON everything but times, versions, paths and the options that only one of the commits
 has; of safetensors the tensors and the metadata without its date. The page report.html is compared by its data alone.
 Ends with 1 if anything differs.
 """
@@ -21,6 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    *("--model", "tiny", "--num-epochs", "2", "--num-prompts-per-epoch", "4", "--eval-every", "1", "--seed", "3"),
+    *("--micro-batch-size", "16"),
+]
     "--model",
     "tiny",
     "--num-epochs",
@@ -34,20 +37,20 @@ SMALL = [
     "--micro-batch-size",
     "16",
 ]
+MIXTURE = ["--reward", "hps=1,jpeg=0.1", "--normalise-rewards", "--target", "both", "--kl-weight", "0.1"]
+STRENGTHS = ["--strength", "0.5,1", "--reward", "hps,jpeg", "--limit", "6", "--num-images", "1"]
 COMMANDS = {
     "train": ["train", *SMALL, "--reward", "hps", "--eval-reward", "jpeg", "--output-dir", "out"],
-    "mixture": ["train", *SMALL, "--reward", "hps=1,jpeg=0.1", "--normalise-rewards", "--target", "both", "--kl-weight", "0.1",
-                "--output-dir", "mixture"],
+    "mixture": ["train", *SMALL, *MIXTURE, "--output-dir", "mixture"],
     "paper": ["train", *SMALL, "--preset", "paper", "--reward", "jpeg", "--target", "unet", "--output-dir", "unet"],
     "sample": ["sample", "--adapter", "out", "--prompt", "a crimson disc", "--compare", "--output-dir", "samples"],
     "eval": ["eval", "--adapter", "out", "--unet", "ddpo=unet", "--limit", "8", "--num-images", "2", "--output-dir", "eval"],
-    "strength": ["eval", "--adapter", "out", "--strength", "0.5,1", "--reward", "hps,jpeg", "--limit", "6", "--num-images", "1",
-                 "--output-dir", "strength"],
+    "strength": ["eval", "--adapter", "out", *STRENGTHS, "--output-dir", "strength"],
     **{
         kind: ["merge", "--adapter", "out:0.8", "--unet", "unet", "--format", kind, "--output", f"merged-{kind}"]
         for kind in ("pipeline", "checkpoint", "peft", "diffusers", "kohya")
     },
-}  # fmt: skip
+}
 VOLATILE = {
     "seconds", "images_per_s", "sampling_share", "commit", "versions", "timings", "date", "modelspec.date", "sha256",
     "modelspec.description",
