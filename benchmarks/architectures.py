@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from texforce import pipelines
+from texforce import models
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SCHEDULER = DIFFUSION | {"set_alpha_to_one": False, "steps_offset": 1}
@@ -41,16 +41,16 @@ SDXL_UNET = {
 }
 
 
-def build(model: str, device: str, precision: str) -> pipelines.Models:
+def build(model: str, device: str, precision: str) -> models.Model:
     """The tiny model, or a published architecture with random weights; its prompts are read by the tiny one's tokenizer."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    dtype = getattr(torch, pipelines.DTYPES[precision])
+    dtype = getattr(torch, models.DTYPES[precision])
     if model == "tiny":
-        return pipelines.load_models("tiny", device, dtype)
+        return models.load_model("tiny", device, dtype)
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(models.TINY / "tokenizer", model_max_length=77)
     ends = {"eos_token_id": tokenizer.eos_token_id}
     more: dict[str, Any] = {}
     with torch.device(device):
@@ -67,4 +67,4 @@ def build(model: str, device: str, precision: str) -> pipelines.Models:
         part.requires_grad_(False).eval().to(torch.float32 if full else dtype)
         if device == "cuda" and name in ("unet", "vae"):
             part.to(memory_format=torch.channels_last)
-    return pipelines.Models(model, tokenizer, scheduler=DDIMScheduler(**SCHEDULER), **parts, **more)
+    return models.Model(model, tokenizer, scheduler=DDIMScheduler(**SCHEDULER), **parts, **more)

@@ -31,11 +31,11 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import experience, pipelines, record, sampler  # noqa: E402
-from texforce.advantages import PromptStatistics  # noqa: E402
-from texforce.batches import Batch  # noqa: E402
+from texforce import models, run, sampler  # noqa: E402
+from texforce import PromptStatistics  # noqa: E402
+from texforce import Batch  # noqa: E402
 from texforce.config import STABLE_DIFFUSION, default_device, default_precision, resolve  # noqa: E402
-from texforce.learner import Learner  # noqa: E402
+from texforce import Learner  # noqa: E402
 
 # What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
@@ -85,7 +85,7 @@ class Bench:
         """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
         reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
         memory = PromptStatistics()
-        batch = experience.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
+        batch = texforce.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
         advantages = 1.0 - 2.0 * (torch.arange(len(prompts), device=self.device) % 2)
         return replace(batch, advantages=advantages), torch.cat(reward.images)
 
@@ -122,8 +122,8 @@ class Bench:
     def first_step(self) -> None:
         """One step of sampling, of one sample batch; the first one compiles."""
         prompts = self.prompts[: self.config.sample_batch_size]
-        prompt_ids = pipelines.tokenize_for(self.policy.models, prompts).to(self.device)
-        shape = (len(prompts), *pipelines.latent_shape(self.policy.models, self.config.resolution))
+        prompt_ids = models.tokenize_for(self.policy.model, prompts).to(self.device)
+        shape = (len(prompts), *models.latent_shape(self.policy.model, self.config.resolution))
         steps = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         with torch.no_grad():
             conditioning, noise = self.policy.conditioning(prompt_ids), torch.randn(shape, device=self.device)
@@ -226,7 +226,7 @@ def all_pairs(batch: Batch) -> Tensor:
 
 def scaled_gradient(policy: texforce.Policy, work: Callable[[torch.amp.GradScaler], None]) -> Tensor:
     """The gradient on LoRA that the work leaves; in float16 at the largest of some loss scales that it does not overflow."""
-    half = policy.models.unet.dtype == torch.float16
+    half = policy.model.unet.dtype == torch.float16
     for scale in (2.0**16, 2.0**12, 2.0**8):
         work(torch.amp.GradScaler("cuda", init_scale=scale, enabled=half))
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters if parameter.grad is not None])
@@ -291,7 +291,7 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
     """Exactness, memory and speed without the textbook loop, after one rollout and update that do not count."""
     bench.our_update(bench.our_rollout())
     batches: list[Batch] = []
-    rollout = meters.seconds(lambda: batches.append(bench.our_rollout()), bench.device)
+    rollout = meters.seconds(lambda: texforce.append(bench.our_rollout()), bench.device)
     update = meters.seconds(lambda: bench.our_update(batches[0]), bench.device)
     rates = {"images_per_s": bench.num_images / rollout, "pairs_per_s": batches[0].trajectory.timesteps.numel() / update}
     return rates | exactness(bench) | memory(bench, ours_alone=True) | {"config": dict(vars(bench.config))}
@@ -312,7 +312,7 @@ def count_flops(bench: Bench) -> tuple[float, float]:
     share = bench.num_images / len(prompts)
     rollout = meters.flops(lambda: bench.rollout(prompts, bench.generator(), eager))
     # Decoding runs in a thread, where FLOPs are not counted.
-    rollout += meters.flops(lambda: sampler.decode(bench.policy.models.vae, some.trajectory.latents[:, -1]))
+    rollout += meters.flops(lambda: sampler.decode(bench.policy.model.vae, some.trajectory.latents[:, -1]))
     update = meters.flops(lambda: bench.our_gradients(some, all_pairs(some), scaler, 1, eager))
     for parameter in bench.policy.parameters:
         parameter.grad = None
@@ -321,7 +321,7 @@ def count_flops(bench: Bench) -> tuple[float, float]:
 
 def fresh_start(device: str) -> float:
     """Seconds of a new process that imports everything and loads the tiny model."""
-    code = f"from texforce import pipelines; import diffusers, transformers, peft; pipelines.load_models('tiny', {device!r})"
+    code = f"from texforce import pipelines; import diffusers, transformers, peft; models.load_model('tiny', {device!r})"
     command = [sys.executable, "-c", f"import texforce; {code}"]
     return meters.seconds(lambda: subprocess.run(command, check=True, cwd=Path(texforce.__file__).parent), "cpu")  # noqa: S603
 
@@ -387,7 +387,7 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
     machine = torch.cuda.get_device_name() if options.device == "cuda" else meters.processor()
     return {
         "command": " ".join(sys.argv),
-        "commit": record.commit(),
+        "commit": run.commit(),
         "torch": torch.__version__,
         "machine": machine,
         "num_threads": torch.get_num_threads(),
@@ -407,9 +407,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=int, help="default: 8 for tiny, 2 on a CPU, else 10")
     parser.add_argument("--sample-batch-size", type=int)
     parser.add_argument("--micro-batch-size", type=int)
-    parser.add_argument("--mixed-precision", choices=tuple(pipelines.DTYPES), help="default: the training's")
+    parser.add_argument("--mixed-precision", choices=tuple(models.DTYPES), help="default: the training's")
     parser.add_argument(
-        "--textbook-precision", choices=tuple(pipelines.DTYPES), help="default: the same, but no for sd15 on a CPU"
+        "--textbook-precision", choices=tuple(models.DTYPES), help="default: the same, but no for sd15 on a CPU"
     )
     parser.add_argument("--compile", action=switch, help="our U-Net (default: on CUDA)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in our update")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import training
+from texforce import train
 
 LEARNING_RATES, CLIP_RANGES = (1e-3, 3e-3), (1e-4, 5e-3)
 PAPER = {"preset": "paper", "num_prompts_per_epoch": 250, "num_epochs": 64, "eval_every": 8}
@@ -47,7 +47,7 @@ def run(folder: Path, **options: Any) -> Epochs:
     if not (folder / "result.json").is_file() and not diverged.is_file():
         config = texforce.TrainConfig(model="tiny", output_dir=str(folder), **options)
         try:
-            training.train(config, lambda told: print(folder.name, told["epoch"], told.get("heldout", "")), go_on=True)
+            train.train(config, lambda told: print(folder.name, told["epoch"], told.get("heldout", "")), go_on=True)
         except texforce.DivergedError as error:
             diverged.write_text(f"{error}\n")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

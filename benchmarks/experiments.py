@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, heldout, pipelines, prompt_sets, rewards, sampler, training
+from texforce import adapters, models, prompt_sets, rewards, sampler, train
 from texforce.config import resolve
 
 BOTH = ("text-encoder", "unet")
@@ -29,23 +29,23 @@ def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
     """Held-out measures, base and tuned, of one training."""
     result = output_dir / "result.json"
     if not result.is_file():
-        training.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
+        train.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
     return json.loads(result.read_text())["heldout"]
 
 
 def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
     """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
     options = resolve(texforce.TrainConfig(model="tiny"))
-    models = pipelines.load_models("tiny")
+    models = models.load_model("tiny")
     models = adapters.load_adapters(models, [str(folder) for folder in folders], scale)
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     policy = texforce.Policy(models, options.null_prompt)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
     prompts = prompt_sets.read_prompts("world-heldout")
     scorers = {"hps": rewards.load_reward("hps")}
-    tuned = heldout.measure(heldout.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+    tuned = train.measure(train.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
     with policy.base():
-        base = heldout.measure(heldout.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+        base = train.measure(train.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
     return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
 
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import batches, experience, prompt_sets, training
-from texforce.advantages import PromptStatistics
-from texforce.batches import Batch
+from texforce import prompt_sets, train
+from texforce import PromptStatistics
+from texforce import Batch
 from texforce.config import resolve
-from texforce.learner import Learner
+from texforce import Learner
 
 
 class Probe:
@@ -26,7 +26,7 @@ class Probe:
 
     def __init__(self, seed: int) -> None:
         self.config = resolve(texforce.TrainConfig(model="tiny", seed=seed))
-        setup = training.prepare(self.config)
+        setup = train.prepare(self.config)
         self.policy, self.denoiser, self.reward = setup.policy, setup.denoiser, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
         self.learner = Learner(self.policy.parameters, self.config)
@@ -34,7 +34,7 @@ class Probe:
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> Batch:
         options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
         statistics = PromptStatistics()
-        return experience.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
+        return texforce.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
 
     def gradient(self, batch: Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""
@@ -68,7 +68,7 @@ def main() -> None:
         table.add_row(f"{step + 1}", f"{cosine(one, other):.2f}", f"{(one + other).norm().item() / 2:.1e}")
     Console().print(table)
 
-    steps = batches.window(probe.denoiser.schedule, probe.config).tolist()
+    steps = texforce.window(probe.denoiser.schedule, probe.config).tolist()
     table = Table("prompts", "cosine of the halves", title=f"each kind, 2 x {options.num_images} images, steps {steps}")
     for kind in prompt_sets.KINDS:
         prompts = prompt_sets.read_prompts(kind)[: options.num_images // 8]

@@ -12,13 +12,13 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import adapters, config, config_inference, export, heldout, pipelines, prompt_sets, rewards, sampler
+from texforce import adapters, config, merge, models, prompt_sets, rewards, sampler, train
 
 
-def heldout_images(models: pipelines.Models, options: config.TrainConfig, prompts: list[str]) -> Tensor:
+def heldout_images(models: models.Model, options: config.TrainConfig, prompts: list[str]) -> Tensor:
     schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
     denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
-    return heldout.heldout_images(texforce.Policy(models), denoiser, prompts, options)
+    return train.heldout_images(texforce.Policy(models), denoiser, prompts, options)
 
 
 def main() -> None:
@@ -27,14 +27,14 @@ def main() -> None:
     folders = parser.parse_args().folders
     options = config.resolve(texforce.TrainConfig(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
-    drawn = {"base": heldout_images(pipelines.load_models("tiny"), options, prompts)}
-    drawn["side by side"] = heldout_images(adapters.load_adapters(pipelines.load_models("tiny"), folders), options, prompts)
+    drawn = {"base": heldout_images(models.load_model("tiny"), options, prompts)}
+    drawn["side by side"] = heldout_images(adapters.load_adapters(models.load_model("tiny"), folders), options, prompts)
     with tempfile.TemporaryDirectory() as place:
         merging = config_inference.MergeConfig(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
-        merged = export.merge(config_inference.resolve_merge(merging))
-        drawn["merged"] = heldout_images(pipelines.load_models(str(merged)), options, prompts)
+        merged = merge.merge(config_inference.resolve_merge(merging))
+        drawn["merged"] = heldout_images(models.load_model(str(merged)), options, prompts)
     hps = {"hps": rewards.load_reward("hps")}
-    results = {name: heldout.measure(images, prompts, hps) for name, images in drawn.items()}
+    results = {name: train.measure(images, prompts, hps) for name, images in drawn.items()}
     table = Table("measure", *results)
     for name in results["base"]:
         table.add_row(name, *(f"{result[name]:.4f}" for result in results.values()))

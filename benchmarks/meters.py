@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch, _pytree
 
-from texforce import pipelines
+from texforce import models
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -76,7 +76,7 @@ def held_bytes(device: str) -> int:
 
 def matrix_rate(device: str, precision: str) -> float:
     """FLOP/s of products of large square matrices, the best of several sizes and tries; on a GPU of ten in a row."""
-    dtype, best = getattr(torch, pipelines.DTYPES[precision]), 0.0
+    dtype, best = getattr(torch, models.DTYPES[precision]), 0.0
     number = 10 if device == "cuda" else 1
     for size in (4096, 8192, 16384) if device == "cuda" else (512, 1024, 2048):
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

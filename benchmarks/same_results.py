@@ -1,8 +1,8 @@
 """Whether two commits compute the same bytes: `python benchmarks/same_results.py BEFORE [AFTER]`.
 
-Each commit is checked out into a folder of its own, and trains, samples, evaluates and merges there with one thread. All
-files that the commands write are compared; of JSON everything but times, versions, paths and the options that only one of the commits
-has; of safetensors the tensors and the metadata without its date. The page report.html is compared by its data alone.
+Each commit is checked out into a folder of its own, where it trains, samples, evaluates and merges with one thread. All
+files that the commands write are compared: of JSON everything but times, versions, paths and the options that only one of
+the commits has; of safetensors the tensors and the metadata without its date; of the page report.html its data.
 Ends with 1 if anything differs.
 """
 
@@ -23,19 +23,6 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--model", "tiny", "--num-epochs", "2", "--num-prompts-per-epoch", "4", "--eval-every", "1", "--seed", "3"),
     *("--micro-batch-size", "16"),
-]
-    "--model",
-    "tiny",
-    "--num-epochs",
-    "2",
-    "--num-prompts-per-epoch",
-    "4",
-    "--eval-every",
-    "1",
-    "--seed",
-    "3",
-    "--micro-batch-size",
-    "16",
 ]
 MIXTURE = ["--reward", "hps=1,jpeg=0.1", "--normalise-rewards", "--target", "both", "--kl-weight", "0.1"]
 STRENGTHS = ["--strength", "0.5,1", "--reward", "hps,jpeg", "--limit", "6", "--num-images", "1"]

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from texforce import resume, training
+from texforce import run, train
 from texforce.config import TrainConfig, resolve
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -29,14 +29,14 @@ def timed(name, function):
     return run
 
 
-resume.Run.snapshot = timed("snapshot", resume.Run.snapshot)
-resume.write = timed("checkpoint", resume.write)
+run.Run.snapshot = timed("snapshot", run.Run.snapshot)
+run.write_checkpoint = timed("checkpoint", run.write_checkpoint)
 with tempfile.TemporaryDirectory() as place:
     # Prompts and batches are those of the command; so many checkpoints only to have many times.
     config = TrainConfig(
         model="tiny", num_epochs=options.num_epochs, checkpoint_every=1, output_dir=str(Path(place) / "out")
     )
-    seconds = training.train(config)["seconds"] - sum(sum(times) for times in spent.values())
+    seconds = train.train(config)["seconds"] - sum(sum(times) for times in spent.values())
     size = sum(
         path.stat().st_size for path in (Path(place) / "out" / "checkpoints" / f"epoch_{options.num_epochs:06d}").iterdir()
     )

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from texforce import checkpoints, rewards, scorers
+from texforce import rewards, scorers, weights
 
 NAMES = [name for name in rewards.CATALOGUE if name not in ("face", "alignment")]
 CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision tower, text tower, width of the features
@@ -68,7 +68,7 @@ def random_fill(model: nn.Module, tensors: object, path: Path) -> None:
 
 
 def random_model(name: str) -> Callable[..., nn.Module]:
-    """Stands in for checkpoints.load_pretrained."""
+    """Stands in for weights.load_pretrained."""
 
     def load(cls: Any, folder: Path) -> Any:
         from transformers import CLIPConfig
@@ -76,7 +76,7 @@ def random_model(name: str) -> Callable[..., nn.Module]:
         if name == "hand":
             return cls(cls.config_class(vision_config={"image_size": 960}))
         vision, text, width = CLIP_SIZES[name]
-        model = checkpoints.build_empty(cls, CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
+        model = weights.build_empty(cls, CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
         random_fill(model, None, folder)
         return model
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, heldout, pipelines, prompt_sets, sampler, world
+from texforce import adapters, models, prompt_sets, sampler, train, world
 from texforce.config import resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
@@ -30,12 +30,12 @@ def main() -> None:
     scenes = [world.parse(prompt) for prompt in prompts]
     systems = {"exact renderings": world.render(scenes, random.Random(0))}
     for folder in (None, *sys.argv[1:]):
-        models = pipelines.load_models("tiny")
+        models = models.load_model("tiny")
         models = adapters.load_adapters(models, [folder]) if folder else models
         schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
         policy = texforce.Policy(models, options.null_prompt)
-        systems[folder or "base"] = heldout.heldout_images(policy, denoiser, prompts, options)
+        systems[folder or "base"] = train.heldout_images(policy, denoiser, prompts, options)
     table = Table("system", *(f"overlap {minimum}" for minimum in MINIMA))
     for name, images in systems.items():
         table.add_row(name, *(f"{exact(images, scenes, minimum):.3f}" for minimum in MINIMA))

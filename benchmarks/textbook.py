@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import pipelines
-from texforce.batches import Batch
+from texforce import models
+from texforce import Batch
 
 BATCH = 4
 CLIP_RANGE = 10.0  # of both loops: rounding is not to be clipped away
@@ -42,7 +42,7 @@ class Textbook:
     def __init__(self, policy: texforce.Policy, config: texforce.TrainConfig) -> None:
         from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        models = policy.models
+        models = policy.model
         self.policy, self.config, self.device = policy, config, models.device
         # Double: in float32 the variance of the last step, a difference of almost equal numbers, is off by 1e-4.
         self.scheduler = DDIMScheduler.from_config(models.scheduler.config)
@@ -107,7 +107,7 @@ class Textbook:
         """Images (N, 3, H, W) in [0, 1] and log-probabilities (N, T) of their steps."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        shape, images, log_probs = pipelines.latent_shape(self.policy.models, self.config.resolution), [], []
+        shape, images, log_probs = models.latent_shape(self.policy.model, self.config.resolution), [], []
         for start in range(0, len(prompts), BATCH):
             chunk = prompts[start : start + BATCH]
             draw = generators[start : start + BATCH] if isinstance(generators, list) else generators

@@ -20,12 +20,12 @@ def small_options(folder):
     Sampling and training use batches of one size throughout, so that the ratio before an update is 1 to the bit.
     """
     (folder / "prompts.txt").write_text("\n".join(TRAINING_PROMPTS) + "\n")
-    (folder / "heldout.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
+    (folder / "train.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
     return {
         "model": "tiny",
         "reward": "jpeg",
         "prompts": str(folder / "prompts.txt"),
-        "heldout_prompts": str(folder / "heldout.txt"),
+        "heldout_prompts": str(folder / "train.txt"),
         "num_epochs": 1,
         "num_prompts_per_epoch": 2,
         "num_samples_per_prompt": 4,

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from peft import LoraConfig, get_peft_model  # noqa: F401
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-from texforce import cli, record, resume, training  # noqa: F401
+from texforce import cli, files, run, train# noqa: F401
 
 IO_EVENTS = {
     "open",
@@ -41,7 +41,7 @@ IO_EVENTS = {
 
 def limit_file_size(size: int) -> None:
     """That the room is looked for before the training is switched off, so that it ends in the middle of it."""
-    record.checkpoint_size = lambda config: 0
+    run.checkpoint_size = lambda config: 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -67,7 +67,7 @@ def kill_at_io_step(wanted: dict) -> None:
     sys.addaudithook(step)
     fsync = os.fsync
     os.fsync = lambda descriptor: (step("fsync", ()), fsync(descriptor))[1]
-    resume.write = watched(resume.write)
+    run.write_checkpoint = watched(run.write_checkpoint)
 
 
 def main() -> None:

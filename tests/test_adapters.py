@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import texforce
-from texforce import adapters, evaluate, heldout, pipelines, sampler, training
-from texforce.checkpoints import ArtifactError
+from texforce import adapters, evaluate, models, sampler, train
+from texforce.errors import ArtifactError
 from texforce.config import TrainConfig, resolve
-from texforce.config_inference import SampleConfig, resolve_sample
+from texforce.config import SampleConfig, resolve_sample
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -36,8 +36,8 @@ def runs(tmp_path_factory) -> Path:
     """A folder with a training each of the text encoder and of the U-Net, and the images that they last measured."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    (folder / "heldout.txt").write_text("\n".join(PROMPTS))
-    files = {"prompts": str(folder / "prompts.txt"), "heldout_prompts": str(folder / "heldout.txt")}
+    (folder / "train.txt").write_text("\n".join(PROMPTS))
+    files = {"prompts": str(folder / "prompts.txt"), "heldout_prompts": str(folder / "train.txt")}
     for target, options in (("text-encoder", {}), ("unet", {}), ("base-null", {"null_prompt": "base"})):
         drawn = []
 
@@ -47,10 +47,10 @@ def runs(tmp_path_factory) -> Path:
             return images
 
         with pytest.MonkeyPatch.context() as patch:
-            original = heldout.draw_share
+            original = train.draw_share
             patch.setattr(heldout, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
-            training.train(TrainConfig(**OPTIONS | files | target_option | options))
+            train.train(TrainConfig(**OPTIONS | files | target_option | options))
         torch.save(drawn, folder / f"{target}.images")
     return folder
 
@@ -66,17 +66,17 @@ def pipeline():
     """The tiny model as plain diffusers loads it."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(pipelines.TINY)
+    pipeline = StableDiffusionPipeline.from_pretrained(models.TINY)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_adapter(models: pipelines.Models, folder: Path, scale: float = 1.0) -> pipelines.Models:
+def load_adapter(models: models.Model, folder: Path, scale: float = 1.0) -> models.Model:
     return adapters.load_adapters(models, [str(folder)], scale)
 
 
-def load_tiny() -> pipelines.Models:
-    return pipelines.load_models("tiny")
+def load_tiny() -> models.Model:
+    return models.load_model("tiny")
 
 
 def sample(adapters: list[Path], **options) -> dict[str, Tensor]:
@@ -158,9 +158,9 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
     denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
-    assert torch.equal(heldout.heldout_images(policy, denoiser, PROMPTS, config), tuned)
+    assert torch.equal(train.heldout_images(policy, denoiser, PROMPTS, config), tuned)
     with policy.base():
-        assert torch.equal(heldout.heldout_images(policy, denoiser, PROMPTS, config), base)
+        assert torch.equal(train.heldout_images(policy, denoiser, PROMPTS, config), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

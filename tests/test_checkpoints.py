@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from texforce import checkpoints, rewards, scorers
-from texforce.checkpoints import ArtifactError
+from texforce import rewards, scorers, weights
+from texforce.errors import ArtifactError
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def save(path, content) -> None:
 
 
 def load(model, path) -> None:
-    checkpoints.fill(model, checkpoints.read_tensors(path), path)
+    weights.fill(model, weights.read_tensors(path), path)
 
 
 def test_a_checkpoint_fills_the_model(small_model, tmp_path):
@@ -181,7 +181,7 @@ def test_a_hostile_checkpoint_of_any_scorer_is_refused_and_runs_nothing(tmp_path
     save(folder / "pytorch_model.bin", content)
     (folder / "config.json").write_text('{"model_type": "clip"}')
     paths = dict.fromkeys(rewards.CATALOGUE[name].weights, folder)
-    if isinstance(checkpoints.HUB[name], checkpoints.HubFile):
+    if isinstance(weights.HUB[name], weights.HubFile):
         paths[name] = folder / "pytorch_model.bin"
     with recorded() as events, pytest.raises(ArtifactError, match=r"refused as a scorer's checkpoint"):
         rewards.load_reward(name, checkpoints=paths)
@@ -212,22 +212,22 @@ def check_content(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_pickle_is_read_once_and_kept_as_safetensors_under_its_sha256(cache, checkpoint, monkeypatch):
-    check_content(checkpoints.read_tensors(checkpoint))
+    check_content(weights.read_tensors(checkpoint))
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert sorted(path.name for path in cache.iterdir()) == [f"{digest}.safetensors", f"{digest}.sha256"]
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled again"))
-    check_content(checkpoints.read_tensors(checkpoint))
+    check_content(weights.read_tensors(checkpoint))
 
 
 def test_a_small_pickle_is_not_kept(cache, checkpoint, monkeypatch):
     monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 2**20)
-    check_content(checkpoints.read_tensors(checkpoint))
+    check_content(weights.read_tensors(checkpoint))
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["a bit", "its end", "all of it", "its note", "words in its note"])
 def test_a_damaged_copy_is_made_anew(cache, checkpoint, damage):
-    checkpoints.read_tensors(checkpoint)
+    weights.read_tensors(checkpoint)
     copy, note = (next(cache.glob(f"*.{kind}")) for kind in ("safetensors", "sha256"))
     content = bytearray(copy.read_bytes())
     content[-1] ^= 1
@@ -238,7 +238,7 @@ def test_a_damaged_copy_is_made_anew(cache, checkpoint, damage):
         note.unlink()
     else:
         note.write_bytes(b"\xff\xfe")
-    check_content(checkpoints.read_tensors(checkpoint))
+    check_content(weights.read_tensors(checkpoint))
     assert note.read_text() == hashlib.sha256(copy.read_bytes()).hexdigest()
 
 
@@ -249,7 +249,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(cache
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.warns(UserWarning, match="no copy could be kept.*No space left"):
-        check_content(checkpoints.read_tensors(checkpoint))
+        check_content(weights.read_tensors(checkpoint))
     assert list(cache.iterdir()) == []
 
 
@@ -261,20 +261,20 @@ def test_a_file_of_the_hubs_cache_must_have_the_sha256_of_its_name(cache, checkp
         folder.mkdir()
         shutil.copy(checkpoint, folder / blob)
         (folder / "HPS.pt").symlink_to(folder / blob)
-    check_content(checkpoints.read_tensors(good / "HPS.pt"))
+    check_content(weights.read_tensors(good / "HPS.pt"))
     if not large:
         monkeypatch.setattr(checkpoints, "MIN_CACHED_BYTES", 2**20)
     with pytest.raises(ArtifactError, match=rf"HPS\.pt: refused.*SHA-256 is {digest}; delete it"):
-        checkpoints.read_tensors(bad / "HPS.pt")
+        weights.read_tensors(bad / "HPS.pt")
 
 
 def test_safetensors_are_read_as_they_are(cache, tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "c.safetensors")
-    assert checkpoints.read_tensors(tmp_path / "c.safetensors")["a"].tolist() == [1, 1]
+    assert weights.read_tensors(tmp_path / "c.safetensors")["a"].tolist() == [1, 1]
     assert not cache.exists()
     (tmp_path / "c.safetensors").write_bytes(b"\x08" + b"\0" * 20)
     with pytest.raises(ArtifactError, match=r"c\.safetensors: refused"):
-        checkpoints.read_tensors(tmp_path / "c.safetensors")
+        weights.read_tensors(tmp_path / "c.safetensors")
 
 
 # --- the hub ---
@@ -306,16 +306,16 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_every_weight_is_fetched_at_a_pinned_revision(hub):
-    for name, source in checkpoints.HUB.items():
+    for name, source in weights.HUB.items():
         hub.calls.clear()
-        checkpoints.find_weights(name, {})
+        weights.find_weights(name, {})
         for repository, revision, _ in hub.calls:
             assert repository == source.repository
             assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
 def test_each_version_of_hps_is_its_published_file(hub):
-    names = [checkpoints.find_weights(name, {}).name for name in ("hps", "hps-v2")]
+    names = [weights.find_weights(name, {}).name for name in ("hps", "hps-v2")]
     assert names == ["HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"]
 
 
@@ -325,22 +325,22 @@ def test_each_version_of_hps_is_its_published_file(hub):
 ])  # fmt: skip
 def test_a_models_pickle_is_fetched_only_where_there_are_no_safetensors(hub, tmp_path, files, num_calls):
     hub.files = files
-    checkpoints.find_weights("pickscore", {})
+    weights.find_weights("pickscore", {})
     assert len(hub.calls) == num_calls
     assert (tmp_path / "pytorch_model.bin").exists() == (num_calls == 2)
 
 
 def test_a_tokenizer_is_fetched_without_the_model(hub, tmp_path):
     hub.files = ("config.json", "vocab.txt", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
-    checkpoints.find_weights("imagereward-tokenizer", {})
+    weights.find_weights("imagereward-tokenizer", {})
     assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("name", checkpoints.HUB)
+@pytest.mark.parametrize("name", weights.HUB)
 def test_what_the_hub_does_not_give_is_named_with_the_option_that_helps(name):
-    with pytest.raises(FileNotFoundError, match=rf"{checkpoints.HUB[name].repository} .*--reward-checkpoint {name}=PATH"):
-        checkpoints.find_weights(name, {})
-    assert not checkpoints.is_fetched(name)
+    with pytest.raises(FileNotFoundError, match=rf"{weights.HUB[name].repository} .*--reward-checkpoint {name}=PATH"):
+        weights.find_weights(name, {})
+    assert not weights.is_fetched(name)
 
 
 @pytest.mark.parametrize("error", [TimeoutError("read timed out"), RuntimeError("proxy"), ValueError("odd answer")])
@@ -350,7 +350,7 @@ def test_whatever_goes_wrong_on_the_way_to_the_hub_is_named(monkeypatch, error):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=rf"could not be had from the hub; give it .*{error.args[0]}"):
-        checkpoints.find_weights("hps", {})
+        weights.find_weights("hps", {})
 
 
 def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
@@ -359,7 +359,7 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoints.find_weights("hps", {})
+        weights.find_weights("hps", {})
     assert not isinstance(caught.value, FileNotFoundError)
 
 
@@ -374,18 +374,18 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
 ])  # fmt: skip
 def test_what_is_here_is_seen_without_asking(monkeypatch, name, cached, there):
     def look(repository, file, revision):
-        assert (repository, revision) == (checkpoints.HUB[name].repository, checkpoints.HUB[name].revision)
+        assert (repository, revision) == (weights.HUB[name].repository, weights.HUB[name].revision)
         return f"/cache/{file}" if file in cached else None
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
-    assert checkpoints.is_fetched(name) == there
+    assert weights.is_fetched(name) == there
 
 
 @pytest.mark.parametrize(("name", "kind"), [("hps", "a file"), ("clip", "a folder")])
 def test_a_path_of_the_wrong_kind_is_named(tmp_path, name, kind):
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match=f"no checkpoint .*{tmp_path.name}.* for {name} it must be {kind}"):
-        checkpoints.find_weights(name, {name: tmp_path if kind == "a file" else tmp_path / "file"})
+        weights.find_weights(name, {name: tmp_path if kind == "a file" else tmp_path / "file"})
 
 
 # --- models in transformers' format ---
@@ -408,7 +408,7 @@ def test_a_whole_folder_loads(clip_folder, tmp_path, cache, pickled):
     if pickled:
         shutil.copy(clip_folder / "config.json", tmp_path)
         torch.save(load_file(clip_folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    state = checkpoints.load_pretrained(CLIPModel, tmp_path if pickled else clip_folder).state_dict()
+    state = weights.load_pretrained(CLIPModel, tmp_path if pickled else clip_folder).state_dict()
     for name, tensor in load_file(clip_folder / "model.safetensors").items():
         assert torch.equal(state[name], tensor)
     assert cache.exists() == pickled  # the pickle's copy
@@ -420,7 +420,7 @@ def test_a_configuration_of_fewer_layers_than_the_weights_is_refused(clip_folder
     config["vision_config"]["num_hidden_layers"] = 0
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=r"tensors are missing, foreign"):
-        checkpoints.load_pretrained(CLIPModel, folder)
+        weights.load_pretrained(CLIPModel, folder)
 
 
 @pytest.mark.parametrize(
@@ -445,4 +445,4 @@ def test_a_folder_with_a_flaw_is_refused_and_not_filled_at_random(clip_folder, t
     else:
         (weights if flaw == "no weights" else config).unlink()
     with pytest.raises(ArtifactError, match=r"clip.*: refused as a scorer's checkpoint"):
-        checkpoints.load_pretrained(CLIPModel, folder)
+        weights.load_pretrained(CLIPModel, folder)

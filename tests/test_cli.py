@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import DivergedError, cli, pipelines, remote, rewards, sampler, terminal, training
+from texforce import cli, DivergedError, models, rewards, sampler, train
 from texforce.config import PRESETS, TrainConfig, resolve
-from texforce.config_inference import EvalConfig, MergeConfig, SampleConfig, resolve_sample
-from texforce.scorers import RewardError
+from texforce.config import EvalConfig, MergeConfig, SampleConfig, resolve_sample
+from texforce.errors import RewardError
 
 ROOT = Path(texforce.__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -40,8 +40,8 @@ NO_GPU = not torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     """So that a line of output is a line."""
-    monkeypatch.setattr(terminal.progress, "_width", 1000)
-    monkeypatch.setattr(terminal.output, "_width", 1000)
+    monkeypatch.setattr(cli.progress, "_width", 1000)
+    monkeypatch.setattr(cli.output, "_width", 1000)
 
 
 def run(*arguments: object) -> Result:
@@ -189,7 +189,7 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
 def test_the_readmes_python_draws_an_image(adapter):
     code = readme_block("StableDiffusionPipeline")
     names: dict = {}
-    exec(code.replace('"out"', repr(str(adapter))).replace('"tiny"', repr(str(pipelines.TINY))), names)  # noqa: S102
+    exec(code.replace('"out"', repr(str(adapter))).replace('"tiny"', repr(str(models.TINY))), names)  # noqa: S102
     assert names["image"].size == (32, 32)
 
 
@@ -465,7 +465,7 @@ def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_
     with breaking_server(scores) as address, pytest.MonkeyPatch.context() as patch:
         if kind == "server":
             reward = address
-            patch.setattr(remote.Remote.__init__, "__defaults__", (2, 0.01))
+            patch.setattr(rewards.Remote.__init__, "__defaults__", (2, 0.01))
         else:
             patch.setattr(rewards, "_load_function", lambda spec: breaking_function(scores))
         options = {"output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 3, "reward_timeout": 2.0}
@@ -488,7 +488,7 @@ def test_a_function_that_hangs_does_not_keep_the_process(small_run, tmp_path):
 
 @pytest.mark.parametrize("option", ["reward", "eval_reward"])
 def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch, option):
-    monkeypatch.setattr(pipelines, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
     for reward in ("hsp", "absent.py:reward", "face"):
         result = train(small_run | {option: reward}, output_dir=tmp_path / "out")
         check_failure(result, 2, reward.partition(":")[0])
@@ -502,10 +502,10 @@ def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(smal
 
 
 def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
-    content = (pipelines.TINY / "hps.pt").read_bytes()
+    content = (models.TINY / "hps.pt").read_bytes()
     (tmp_path / "hps.pt").write_bytes(content[: len(content) // 2])
-    shutil.copy(pipelines.TINY / "hps.json", tmp_path)
-    shutil.copytree(pipelines.TINY / "tokenizer", tmp_path / "tokenizer")
+    shutil.copy(models.TINY / "hps.json", tmp_path)
+    shutil.copytree(models.TINY / "tokenizer", tmp_path / "tokenizer")
     result = train(small_run, output_dir=tmp_path / "out", reward="hps", reward_checkpoint=tmp_path / "hps.pt")
     check_failure(result, 3, "hps.pt", "refused")
 
@@ -539,7 +539,7 @@ def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
 
 
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
-    original, epochs = training._train_epoch, []
+    original, epochs = train._train_epoch, []
 
     def train_epoch(*args):
         epochs.append(1)
@@ -566,7 +566,7 @@ def check_saved(folder: Path) -> None:
     (OSError(32, "Broken pipe"), 5, "Broken pipe"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
 def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
-    policies, original = [], training.prepare
+    policies, original = [], train.prepare
 
     def prepare(config):
         prepared = original(config)
@@ -635,7 +635,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
         except KeyboardInterrupt as error:
             raise ImportError("initialization failed") from error
 
-    monkeypatch.setattr("texforce.record.write_curve", write_curve)
+    monkeypatch.setattr("texforce.run.write_curve", write_curve)
     result = train(small_run, output_dir=tmp_path / "out")
     check_failure(result, 143, "terminated")
     assert "go on by: texforce train --resume" in result.stderr.replace("\n", " ")
@@ -643,7 +643,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
     def fail(*_):
         raise ImportError("initialization failed")
 
-    monkeypatch.setattr("texforce.record.write_curve", fail)
+    monkeypatch.setattr("texforce.run.write_curve", fail)
     assert isinstance(train(small_run, resume=tmp_path / "out").exception, ImportError)
 
 
@@ -660,7 +660,7 @@ def test_a_mixture_with_a_scorer_that_is_only_measured(small_run, tmp_path):
             assert line["parts"].keys() == {"hps", "jpeg"}
             assert line["reward_mean"] == pytest.approx(line["parts"]["hps"] + 0.1 * line["parts"]["jpeg"], abs=1e-6)
         heldout = line["heldout"]
-        assert {"hps=1,jpeg=0.1", "hps", "jpeg", "incompress"} <= heldout.keys()
+        assert {"hps=1,jpeg=0.1", "hps", "jpeg", "incompress"} <= train.keys()
         assert heldout["hps=1,jpeg=0.1"] == pytest.approx(heldout["hps"] + 0.1 * heldout["jpeg"], abs=1e-6)
         assert heldout["incompress"] == pytest.approx(-heldout["jpeg"])
     final = strict((tmp_path / "out" / "result.json").read_text())["heldout"]
@@ -694,7 +694,7 @@ def test_the_parts_of_a_normalised_mixture_have_unit_spread(small_run, tmp_path)
 
 
 def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, tmp_path):
-    server = remote.make_server(rewards.load_reward("jpeg"), 0)
+    server = rewards.make_server(rewards.load_reward("jpeg"), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/score"
@@ -742,7 +742,7 @@ def view_of_epochs(monkeypatch, **console) -> str:
 
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "progress", Console(file=shown, width=200, **console))
-    with terminal.EpochView(TrainConfig(num_epochs=4)) as view:
+    with cli.EpochView(TrainConfig(num_epochs=4)) as view:
         for measures in EPOCHS:
             view(measures)
     return shown.getvalue()
@@ -1035,7 +1035,7 @@ def test_a_prompt_cannot_drive_the_terminal(adapter, tmp_path, prompt):
 def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
     prompts = ["[/b] a circle", "\x1b[2Ja red circle\x9b2J"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    (tmp_path / "heldout.txt").write_text("[b] a disc\n\x1b[2Ja box\x9b2J", encoding="utf-8")
+    (tmp_path / "train.txt").write_text("[b] a disc\n\x1b[2Ja box\x9b2J", encoding="utf-8")
     drop = "    if len(calls) == 2:\n        scores[::4] = float('nan')\n"
     body = f"    scores = images.mean(dim=(1, 2, 3))\n{drop}    return scores"
     result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
@@ -1104,7 +1104,7 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
 
 
 def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines, "load_models", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     check_failure(run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 5, "storage", "file")
     check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")

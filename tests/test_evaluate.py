@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, measures, pipelines, record, sampler, training
+from texforce import cli, evaluate, files, measures, models, run, sampler, train
 from texforce.config import TrainConfig
-from texforce.config_inference import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
+from texforce.config import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
 
 PROMPTS = [
     ("a red circle", "one"),
@@ -29,7 +29,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def adapter(shared_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "out"
-    training.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
+    train.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
     return folder
 
 
@@ -176,7 +176,7 @@ def test_results_can_be_computed_anew_from_the_scores_they_hold(finished):
 
 def test_scores_are_those_of_the_written_images(finished):
     results, prompt = results_of(finished), PROMPTS[3][0]
-    images = torch.stack([record.read_image(finished / f"images/tuned/00003_{k}.png")[0] for k in range(2)])
+    images = torch.stack([files.read_image(finished / f"images/tuned/00003_{k}.png")[0] for k in range(2)])
     expected = evaluate.rewards.load_reward("alignment")(images, 2 * [prompt])
     assert results["systems"]["tuned"]["scores"]["alignment"][3] == pytest.approx(expected.tolist())
     with (finished / "results.csv").open() as file:
@@ -294,8 +294,8 @@ def test_systems_and_rewards_may_come_in_any_order_into_a_finished_folder(finish
 def test_the_revision_of_a_hub_model_is_known_before_the_first_image(options, tmp_path, monkeypatch):
     """What only the loading would fetch must not look like a change when the evaluation goes on."""
     fetched = []
-    monkeypatch.setattr(pipelines, "find_model", lambda name: fetched.append(name) or str(pipelines.TINY))
-    monkeypatch.setattr(pipelines, "revision", lambda name: "0123abc" if fetched else None)
+    monkeypatch.setattr(models, "find_model", lambda name: fetched.append(name) or str(models.TINY))
+    monkeypatch.setattr(models, "revision", lambda name: "0123abc" if fetched else None)
     options = options | {"adapter": None, "reward": ["jpeg"], "model": "nobody/small"}
     run(options, tmp_path / "eval")
     run(options, tmp_path / "eval")
@@ -331,7 +331,7 @@ def test_of_a_sweep_too_everything_can_be_computed_anew(options, tmp_path):
 
 
 def test_two_evaluations_in_one_folder_exclude_each_other(options, tmp_path):
-    with record.held(tmp_path / "eval", lambda: None):
+    with files.locked(tmp_path / "eval", lambda: None):
         result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
     check_failure(result, 2, "in use by process")
     assert run(options | {"adapter": None, "reward": ["jpeg"]}, tmp_path / "eval")["systems"]

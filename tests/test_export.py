@@ -21,11 +21,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, checkpoints, cli, evaluate, export, heldout, ldm, lora, pipelines, sampler, training
-from texforce.checkpoints import ArtifactError
+from texforce import adapters, cli, evaluate, ldm, merge, models, sampler, train, weights
+from texforce.errors import ArtifactError
 from texforce.config import TrainConfig, resolve
-from texforce.config_inference import MergeConfig, SampleConfig, parse_weighted, resolve_merge, resolve_sample
-from texforce.lora import Layer
+from texforce.config import MergeConfig, SampleConfig, parse_weighted, resolve_merge, resolve_sample
+from texforce.adapters import Layer
 
 PROMPTS = ["a crimson disc", "two blue squares"]
 
@@ -102,7 +102,7 @@ def text_encoder_of_shape(cls, act: str, layers: int, width: int = 32):
 def tiny_tokenizer():
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77)
+    return CLIPTokenizer.from_pretrained(models.TINY / "tokenizer", model_max_length=77)
 
 
 def save_stable_diffusion(folder: Path, version: int) -> Path:
@@ -145,7 +145,7 @@ class Base:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.parts = ("text_encoder", "text_encoder_2", "unet") if name == "sdxl" else ("text_encoder", "unet")
-        self.loaded = quiet(export.load_pipeline(str(folder)))
+        self.loaded = quiet(merge.load_pipeline(str(folder)))
         self.images = draw(self.loaded)
 
     def pipeline(self):
@@ -170,7 +170,7 @@ BASES = ("tiny", "sd15", "sd21", "sdxl")
 def bases(tmp_path_factory) -> dict[str, Base]:
     folder = tmp_path_factory.mktemp("bases")
     return {
-        "tiny": Base("tiny", pipelines.TINY),
+        "tiny": Base("tiny", models.TINY),
         "sd15": Base("sd15", save_stable_diffusion(folder / "sd15", 1)),
         "sd21": Base("sd21", save_stable_diffusion(folder / "sd21", 2)),
         "sdxl": Base("sdxl", save_stable_diffusion_xl(folder / "sdxl")),
@@ -219,7 +219,7 @@ def adapted_by_hand(base: Base, *weighted: tuple[Path, float]):
 
 def merge(base: Base, output: Path, *specs: str, **options) -> Path:
     config = MergeConfig(adapter=list(specs) or None, model=str(base.folder), output=str(output), **options)
-    return export.merge(resolve_merge(config))
+    return merge.merge(resolve_merge(config))
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_a_single_adapter_keeps_its_alpha_in_every_format(bases, pairs, tmp_path
 @pytest.mark.parametrize("name", BASES)
 def test_this_project_reads_every_format_back(bases, fused, merged, name, format):
     base, expected, folder = bases[name], fused(name), merged(name, format)
-    if format in export.FULL_FORMATS:
+    if format in merge.FULL_FORMATS:
         source = folder if format == "pipeline" else folder / "merged.safetensors"
         tensors = adapters.read_unet(source, base.pipeline()).tensors
         for key, tensor in expected.unet.state_dict().items():
@@ -301,7 +301,7 @@ def test_this_project_reads_every_format_back(bases, fused, merged, name, format
         return
     source = folder / "merged.safetensors" if format == "kohya" else folder
     pipeline = base.pipeline()
-    adapter = lora.read_adapter(source, pipeline)
+    adapter = adapters.read_adapter(source, pipeline)
     assert set(adapter) == set(base.parts)
     for part, layers in adapter.items():
         adapters.bake(getattr(pipeline, part), layers)
@@ -311,7 +311,7 @@ def test_this_project_reads_every_format_back(bases, fused, merged, name, format
 
 
 def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_path):
-    """ComfyUI, comfy/lora.py (model_lora_keys_clip): `text_encoder.text_model.encoder.layers.{}.{}` and nothing shorter."""
+    """ComfyUI, comfy/adapters.py (model_lora_keys_clip): `text_encoder.text_model.encoder.layers.{}.{}` and nothing shorter."""
     folder = merge(bases["sd15"], tmp_path / "merged", str(pairs["sd15"][0]), format="diffusers")
     keys = {key for key in load_file(folder / "pytorch_lora_weights.safetensors") if key.startswith("text_encoder.")}
     kinds = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
@@ -320,7 +320,7 @@ def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_
 
 
 def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_path):
-    """ComfyUI, comfy/lora.py: `lora_te_text_model_encoder_layers_{}_{}`, XL `lora_te1_...` and `lora_te2_...`, each with
+    """ComfyUI, comfy/adapters.py: `lora_te_text_model_encoder_layers_{}_{}`, XL `lora_te1_...` and `lora_te2_...`, each with
     `.lora_up.weight`, `.lora_down.weight` and `.alpha`. AUTOMATIC1111, extensions-builtin/Lora/networks.py: the same for
     text, `lora_unet_down_blocks_(d)_attentions_(d)_(.+)` and its likes for the U-Net."""
     ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
@@ -371,7 +371,7 @@ def test_the_published_models_have_their_names(width, base, architecture):
         unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width)),
         scheduler=SimpleNamespace(config={"prediction_type": kind}),
     )
-    assert export.architecture_of(models) == (base, architecture)
+    assert merge.architecture_of(models) == (base, architecture)
 
 
 # --- fusion ---
@@ -379,7 +379,7 @@ def test_the_published_models_have_their_names(width, base, architecture):
 
 def test_the_fusion_of_two_is_the_weighted_sum_of_what_they_change(bases, pairs):
     base = bases["tiny"]
-    one, other = (lora.read_adapter(path, base.pipeline()) for path in pairs["tiny"])
+    one, other = (adapters.read_adapter(path, base.pipeline()) for path in pairs["tiny"])
     fused = adapters.fuse([(one, 0.3), (other, 0.7)])
     for part in base.parts:
         for name, layer in fused[part].items():
@@ -389,15 +389,15 @@ def test_the_fusion_of_two_is_the_weighted_sum_of_what_they_change(bases, pairs)
 
 
 def test_with_weights_one_and_zero_it_is_the_first_bit_for_bit(bases, pairs):
-    one, other = (lora.read_adapter(path, bases["tiny"].pipeline()) for path in pairs["tiny"])
+    one, other = (adapters.read_adapter(path, bases["tiny"].pipeline()) for path in pairs["tiny"])
     for terms in ([(one, 1.0), (other, 0.0)], [(other, 0.0), (one, 1.0)], [(one, 1.0)]):
         assert adapters.fuse(terms) == one
 
 
 def test_the_parts_of_different_adapters_join(bases, tmp_path):
     pipeline = bases["tiny"].pipeline()
-    text = lora.read_adapter(write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",)), pipeline)
-    unet = lora.read_adapter(write_adapter(tmp_path / "unet", pipeline, 2, ("unet",)), pipeline)
+    text = adapters.read_adapter(write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",)), pipeline)
+    unet = adapters.read_adapter(write_adapter(tmp_path / "unet", pipeline, 2, ("unet",)), pipeline)
     fused = adapters.fuse([(text, 1.0), (unet, 1.0)])
     assert fused == text | unet
 
@@ -498,7 +498,7 @@ def test_a_text_encoders_lora_of_every_layout_is_read(bases, tmp_path, layout, e
     assert len(tensors) == len(layers) * (3 if "kohya" in layout else 2)
     path = tmp_path / f"adapter.{ending}"
     save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
-    check_same(lora.read_adapter(path, pipeline)["text_encoder"], layers, "kohya" in layout)
+    check_same(adapters.read_adapter(path, pipeline)["text_encoder"], layers, "kohya" in layout)
 
 
 @pytest.mark.parametrize("layout", ["old peft", "peft"])
@@ -511,7 +511,7 @@ def test_a_peft_folder_of_either_layout_is_read_with_its_alpha(bases, tmp_path, 
     torch.save(tensors, tmp_path / file) if file.endswith("bin") else save_file(tensors, tmp_path / file)
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    check_same(lora.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+    check_same(adapters.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
 
 
 def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(bases, tmp_path):
@@ -525,23 +525,23 @@ def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(bases, tmp_path):
         "rank_pattern": {one: 2}, "alpha_pattern": {"layers.3.self_attn.q_proj": 9},
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    check_same(lora.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+    check_same(adapters.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    found = lora.read_adapter(tmp_path, pipeline)["text_encoder"]
+    found = adapters.read_adapter(tmp_path, pipeline)["text_encoder"]
     assert found[one].scale == pytest.approx(9 / math.sqrt(2))
     assert found[one.replace("3", "4")].scale == pytest.approx(6 / math.sqrt(3))
 
 
 def test_metadata_of_a_diffusers_file_give_its_alphas(bases, pairs, tmp_path):
     pipeline = bases["sd15"].pipeline()
-    adapter = lora.read_adapter(pairs["sd15"][0], pipeline)
+    adapter = adapters.read_adapter(pairs["sd15"][0], pipeline)
     arguments = {f"{part}_lora_layers": adapters.lora_tensors(layers) for part, layers in adapter.items()}
     metadata = {f"{part}_lora_adapter_metadata": adapters.lora_config(layers) for part, layers in adapter.items()}
     pipeline.save_lora_weights(tmp_path, **arguments, **metadata)
-    for part, layers in lora.read_adapter(tmp_path, pipeline).items():
+    for part, layers in adapters.read_adapter(tmp_path, pipeline).items():
         check_same(layers, adapter[part], True)
     pipeline.save_lora_weights(tmp_path, **arguments)
-    for part, layers in lora.read_adapter(tmp_path, pipeline).items():
+    for part, layers in adapters.read_adapter(tmp_path, pipeline).items():
         check_same(layers, adapter[part], False)
 
 
@@ -562,9 +562,9 @@ def test_a_file_of_a_diffusers_unet_alone_has_metadata_without_a_prefix(bases, t
 
 def test_the_file_of_a_peft_folder_has_the_alpha_of_the_folder(bases, pairs):
     pipeline = bases["tiny"].pipeline()
-    whole = lora.read_adapter(pairs["tiny"][0], pipeline)
+    whole = adapters.read_adapter(pairs["tiny"][0], pipeline)
     check_same(
-        lora.read_adapter(pairs["tiny"][0] / "adapter_model.safetensors", pipeline)["text_encoder"],
+        adapters.read_adapter(pairs["tiny"][0] / "adapter_model.safetensors", pipeline)["text_encoder"],
         whole["text_encoder"],
         True,
     )
@@ -626,7 +626,7 @@ def test_factors_of_fewer_or_more_axes_than_the_weight_are_fitted(bases, tmp_pat
     adapter = adapters.read_unet(tmp_path / "odd.safetensors", pipeline).adapter
     assert adapter["unet"][proj].down.shape == (2, 64, 1, 1)
     assert adapter["unet"][linear].up.shape == (64, 2)
-    adapters.apply(pipelines.load_models(str(bases["sd15"].folder)), adapter)
+    adapters.apply(models.load_model(str(bases["sd15"].folder)), adapter)
     folder = merge(bases["sd15"], tmp_path / "merged", unet=str(tmp_path / "odd.safetensors"), format="diffusers")
     read_by_others(bases["sd15"], "diffusers", folder)
 
@@ -652,7 +652,7 @@ def test_a_variant_of_a_unet_is_read_if_it_is_the_only_one(bases, pairs, tmp_pat
 def test_blocks_of_different_lengths_do_not_keep_a_text_encoders_adapter_from_being_read(bases, pairs):
     pipeline = bases["sd15"].pipeline()
     pipeline.unet.register_to_config(layers_per_block=(2, 2, 2, 2))
-    assert "text_encoder" in lora.read_adapter(pairs["sd15"][0], pipeline)
+    assert "text_encoder" in adapters.read_adapter(pairs["sd15"][0], pipeline)
 
 
 def test_a_pickle_leaves_no_copy(bases, tmp_path, monkeypatch):
@@ -660,18 +660,18 @@ def test_a_pickle_leaves_no_copy(bases, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pipeline = bases["tiny"].pipeline()
     torch.save(in_layout("peft", random_layers(pipeline.text_encoder, 1), False), tmp_path / "adapter.bin")
-    lora.read_adapter(tmp_path / "adapter.bin", pipeline)
+    adapters.read_adapter(tmp_path / "adapter.bin", pipeline)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_file_that_names_another_family_is_refused(bases, tmp_path):
     pipeline = bases["sd15"].pipeline()
     tensors = in_layout("kohya", random_layers(pipeline.text_encoder, 1), False)
-    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
-    lora.read_adapter(tmp_path / "lora.safetensors", pipeline)  # of narrow models nothing is known
+    save_file(tensors, tmp_path / "adapters.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    adapters.read_adapter(tmp_path / "adapters.safetensors", pipeline)  # of narrow models nothing is known
     pipeline.unet.register_to_config(cross_attention_dim=768)
     with pytest.raises(ArtifactError, match=r"made for another model: it says sdxl_base_v1-0, and this one is sd_v1"):
-        lora.read_adapter(tmp_path / "lora.safetensors", pipeline)
+        adapters.read_adapter(tmp_path / "adapters.safetensors", pipeline)
 
 
 @pytest.mark.parametrize("origin", ["file", "pickle", "folder", "pipeline", "single file"])
@@ -758,7 +758,7 @@ def test_the_card_says_from_what_and_at_which_weights(bases, pairs, tmp_path):
     one, other = pairs["tiny"]
     folder = merge(bases["tiny"], tmp_path / "merged", f"{one}:0.3", str(other), format="peft")
     card = (folder / "README.md").read_text()
-    for words in (f"| adapter | `{one}` | 0.3 |", f"| adapter | `{other}` | 1 |", "`peft`", str(pipelines.TINY)):
+    for words in (f"| adapter | `{one}` | 0.3 |", f"| adapter | `{other}` | 1 |", "`peft`", str(models.TINY)):
         assert words in card
 
 
@@ -834,50 +834,50 @@ def test_when_nothing_can_be_renamed_any_more_the_old_is_not_deleted(bases, pair
 
 def test_a_trainings_own_folder_keeps_its_permissions(small_run, tmp_path):
     (tmp_path / "out").mkdir(mode=0o700)
-    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    train.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
 def test_a_training_leaves_files_that_the_umask_lets_read(small_run, tmp_path):
-    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    train.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((tmp_path / "out" / "adapter_model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
 def test_the_model_of_the_run_is_the_default(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("texforce.config_inference.default_model", lambda device: "another")
-    training.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
+    monkeypatch.setattr("texforce.config.default_model", lambda device: "another")
+    train.train(TrainConfig(**small_run | {"output_dir": str(tmp_path / "out")}))
     assert resolve_merge(MergeConfig(adapter=[f"{tmp_path / 'out'}:0.5"])).model == "tiny"
     assert resolve_merge(MergeConfig(unet=str(tmp_path / "out"))).model == "tiny"
-    unet = str(pipelines.TINY / "unet")  # whose config.json is diffusers'
+    unet = str(models.TINY / "unet")  # whose config.json is diffusers'
     assert resolve_merge(MergeConfig(unet=unet)).model == "another"
 
 
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(small_run, tmp_path):
     options = small_run | {"learning_rate": 0.03, "num_epochs": 2}
     for target in ("text-encoder", "unet"):
-        training.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
+        train.train(TrainConfig(**options | {"target": target, "output_dir": str(tmp_path / target)}))
     specs = [str(tmp_path / "text-encoder"), str(tmp_path / "unet")]
-    folder = merge(Base("tiny", pipelines.TINY), tmp_path / "merged", *specs)
+    folder = merge(Base("tiny", models.TINY), tmp_path / "merged", *specs)
     config = resolve(TrainConfig(**options))
     drawn = []
-    for models in (pipelines.load_models(str(folder)), adapters.load_adapters(pipelines.load_models("tiny"), specs)):
+    for models in (models.load_model(str(folder)), adapters.load_adapters(models.load_model("tiny"), specs)):
         schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)
         denoiser = sampler.Denoiser(models.unet, schedule, config.guidance_scale)
-        drawn.append(heldout.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
+        drawn.append(train.heldout_images(texforce.Policy(models), denoiser, PROMPTS, config))
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
 
 
 def test_what_is_merged_is_sampled_as_what_it_was_made_of(small_run, tmp_path):
     options = small_run | {"null_prompt": "base", "guidance_scale": 2.0, "learning_rate": 0.03}
-    training.train(TrainConfig(**options | {"output_dir": str(tmp_path / "out")}))
+    train.train(TrainConfig(**options | {"output_dir": str(tmp_path / "out")}))
     expected = evaluate.sample(
         resolve_sample(SampleConfig(adapter=[str(tmp_path / "out")], prompt=PROMPTS)), PROMPTS, [5, 6]
     )
-    for format in export.LORA_FORMATS:
+    for format in merge.LORA_FORMATS:
         config = MergeConfig(adapter=[str(tmp_path / "out")], output=str(tmp_path / format), format=format)
-        config = resolve_sample(SampleConfig(adapter=[str(export.merge(resolve_merge(config)))], prompt=PROMPTS))
+        config = resolve_sample(SampleConfig(adapter=[str(merge.merge(resolve_merge(config)))], prompt=PROMPTS))
         assert (config.model, config.null_prompt, config.guidance_scale, config.num_inference_steps) == (
             "tiny",
             "base",
@@ -886,7 +886,7 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(small_run, tmp_path):
         )
         torch.testing.assert_close(evaluate.sample(config, PROMPTS, [5, 6])["tuned"], expected["tuned"], rtol=0, atol=1e-4)
     config = MergeConfig(adapter=[str(tmp_path / "out")], output=str(tmp_path / "pipeline"))
-    config = resolve_sample(SampleConfig(model=str(export.merge(resolve_merge(config))), prompt=PROMPTS))
+    config = resolve_sample(SampleConfig(model=str(merge.merge(resolve_merge(config))), prompt=PROMPTS))
     assert (config.model, config.null_prompt) == (str(tmp_path / "pipeline"), "adapted")
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import DivergedError, cli, heldout, interrupts, processes, resume, rewards, scorers, training
+from texforce import cli, DivergedError, interrupts, processes, rewards, run, scorers, train
 from texforce.config import TrainConfig, resolve
-from texforce.learner import Learner
+from texforce import Learner
 
 WEIGHTS = "adapter_model.safetensors"
 # Two prompts of four images are two batches, one for each of two processes.
@@ -71,7 +71,7 @@ def said(log: Path) -> str:
 
 
 def train(number: int, options: dict, log: Path, **arguments) -> None:
-    codes = finish(start(number, lambda: training.train(TrainConfig(**options), **arguments), log))
+    codes = finish(start(number, lambda: train.train(TrainConfig(**options), **arguments), log))
     assert codes == [0] * number, said(log)
 
 
@@ -156,7 +156,7 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = training._train_epoch
+    original = train._train_epoch
 
     def dying(run, setup, config):
         if len(run.epochs) == 2 and processes.rank() == victim:
@@ -165,7 +165,7 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
 
     monkeypatch.setattr(training, "_train_epoch", dying)
     begin = time.perf_counter()
-    codes = finish(start(2, lambda: training.train(TrainConfig(**options)), tmp_path / "log"))
+    codes = finish(start(2, lambda: train.train(TrainConfig(**options)), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
@@ -177,7 +177,7 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
 
 def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monkeypatch):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = training._train_epoch
+    original = train._train_epoch
 
     def stopping(run, setup, config):
         if len(run.epochs) == 2:
@@ -185,7 +185,7 @@ def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monke
         return original(run, setup, config)
 
     monkeypatch.setattr(training, "_train_epoch", stopping)
-    assert finish(start(2, lambda: training.train(TrainConfig(**options)), tmp_path / "log")) == [1, 1]
+    assert finish(start(2, lambda: train.train(TrainConfig(**options)), tmp_path / "log")) == [1, 1]
     monkeypatch.undo()
     train(1, options, tmp_path / "log", go_on=True)
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1, 2]
@@ -217,7 +217,7 @@ def ends(work, log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("place", "error", "told"), [
-    ((training.rewards, "load_reward"), FileNotFoundError("no weights"), "FileNotFoundError: no weights"),
+    ((train.rewards, "load_reward"), FileNotFoundError("no weights"), "FileNotFoundError: no weights"),
     ((heldout, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
     ((rewards.Mixture, "score"), scorers.RewardError("reward: broken"), "RewardError: reward: broken"),
     ((texforce, "_pair_losses"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
@@ -235,7 +235,7 @@ def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, t
     monkeypatch.setattr(*place, failing)
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     expected = [told, told] if isinstance(told, str) else list(told)
-    assert ends(lambda: training.train(TrainConfig(**options)), tmp_path / "log") == expected
+    assert ends(lambda: train.train(TrainConfig(**options)), tmp_path / "log") == expected
 
 
 def test_of_two_errors_the_first_processs_is_every_ones(tmp_path):
@@ -268,7 +268,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    first, second = ends(lambda: training.train(TrainConfig(**options)), tmp_path / "log")
+    first, second = ends(lambda: train.train(TrainConfig(**options)), tmp_path / "log")
     assert first.startswith("ValueError: output_dir")
     assert second == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
@@ -276,7 +276,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
 
 def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(small_run, tmp_path, monkeypatch):
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out"), "checkpoint_every": 2}
-    original, write = training._train_epoch, resume.write
+    original, write = train._train_epoch, run.write_checkpoint
 
     def dying(run, setup, config):
         if len(run.epochs) == 2 and processes.rank() == 1:
@@ -289,13 +289,13 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
     def work():
         with interrupts.handled():
-            training.train(TrainConfig(**options))
+            train.train(TrainConfig(**options))
 
     monkeypatch.setattr(training, "_train_epoch", dying)
     monkeypatch.setattr(resume, "write", terminated)
     assert finish(start(2, work, tmp_path / "log")) == [1, -signal.SIGKILL]
     assert said(tmp_path / "log").startswith("ProcessLost: process 0 of 2 has lost another one")
-    assert resume.newest(tmp_path / "out" / "checkpoints").name == "epoch_000001"
+    assert run.newest_checkpoint(tmp_path / "out" / "checkpoints").name == "epoch_000001"
 
 
 # --- held-out prompts, gradients, what is said ---
@@ -303,7 +303,7 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
 def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numbers(small_run, tmp_path, monkeypatch):
     seen = tmp_path / "seen"
-    original, check_guards = scorers.score, training.check_guards
+    original, check_guards = scorers.score, train.check_guards
 
     def note(**entry):
         with seen.open("a") as file:
@@ -359,7 +359,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
-        training.check_shares(resolve(TrainConfig(**small_run | OPTIONS)))
+        train.check_shares(resolve(TrainConfig(**small_run | OPTIONS)))
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -425,4 +425,4 @@ def test_torchrun_trains_and_ends_when_a_process_dies(small_run, tmp_path):
     rest = "".join(heard)
     assert "has lost another one of the run" in rest.replace("\n", " "), rest
     assert "go on by: texforce train --resume" in rest.replace("\n", " ")
-    assert resume.newest(tmp_path / "out" / "checkpoints")
+    assert run.newest_checkpoint(tmp_path / "out" / "checkpoints")

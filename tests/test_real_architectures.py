@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from texforce import checkpoints, rewards, scorers
-from texforce.checkpoints import ArtifactError
+from texforce import rewards, scorers, weights
+from texforce.errors import ArtifactError
 
 PROMPTS = ["a red circle left of a blue square", "An oil painting of two dogs, by the sea!"]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -402,7 +402,7 @@ def test_imagereward_equals_its_recipe(imagereward_files):
 def test_every_tensor_of_imagereward_is_used_but_those_no_score_needs(imagereward_files):
     tensors, files = imagereward_files
     parts = scorers.blip_tensors(tensors, files["imagereward"])
-    for part, model in zip(("vision", "text", "head"), checkpoints.build_empty(scorers.build_blip), strict=True):
+    for part, model in zip(("vision", "text", "head"), weights.build_empty(scorers.build_blip), strict=True):
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         assert {name: tensor.shape for name, tensor in parts[part].items()} == shapes
     unused = {

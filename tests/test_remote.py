@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from texforce import remote, rewards, scorers
-from texforce.scorers import RewardError
+from texforce import rewards, scorers
+from texforce.errors import RewardError
 
 PROMPTS = ["a red circle", "zwei Würfel ☃", "a red circle"]
 
@@ -70,7 +70,7 @@ def answering(respond: Callable) -> Iterator[str]:
 
 
 def ask(url: str, timeout: float = 10.0, backoff: float = 0.01) -> Tensor:
-    return remote.Remote(url, timeout, backoff=backoff)(random_images(3), PROMPTS)
+    return rewards.Remote(url, timeout, backoff=backoff)(random_images(3), PROMPTS)
 
 
 def scores_of(*scores: object) -> bytes:
@@ -118,7 +118,7 @@ def test_null_and_what_is_not_finite_drop_the_image():
     (b"", "is not JSON"),
     (b"\xff\xfe", "is not JSON"),
     (100_000 * b"[", "is not JSON"),
-    (b" " * (remote.MAX_RESPONSE_BYTES + 10), "is longer than 16777216 bytes"),
+    (b" " * (rewards.MAX_RESPONSE_BYTES + 10), "is longer than 16777216 bytes"),
 ], ids=lambda value: None if isinstance(value, str) else f"{value[:20]!r}")  # fmt: skip
 def test_an_answer_that_breaks_the_protocol_is_a_reward_error_at_once(body, words):
     requests = []
@@ -259,7 +259,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.fixture
 def served():
-    with running(remote.make_server(brightness, 0)) as url:
+    with running(rewards.make_server(brightness, 0)) as url:
         yield url
 
 
@@ -279,12 +279,12 @@ def test_a_served_scorer_scores_as_it_does_here(served):
 
 def test_the_embedded_hps_scores_the_same_over_http():
     hps, images = rewards.load_reward("hps"), random_images(3, 32, 32)
-    with running(remote.make_server(hps, 0)) as url:
+    with running(rewards.make_server(hps, 0)) as url:
         torch.testing.assert_close(rewards.load_reward(url)(images, PROMPTS), hps(images, PROMPTS))
 
 
 def test_what_the_served_scorer_raises_reaches_the_client(served):
-    scorer = remote.Remote(served, 10.0, backoff=0.01)
+    scorer = rewards.Remote(served, 10.0, backoff=0.01)
     with pytest.raises(RewardError, match=r"status 500: .*ZeroDivisionError: fail"):
         scorer(random_images(1), ["fail"])
     with pytest.raises(RewardError, match=r"status 400: .*such a prompt"):
@@ -293,7 +293,7 @@ def test_what_the_served_scorer_raises_reaches_the_client(served):
 
 
 def png(width: int = 4, height: int = 4) -> str:
-    return remote.encode_png(torch.rand(3, height, width))
+    return rewards.encode_png(torch.rand(3, height, width))
 
 
 @pytest.mark.parametrize("body", [
@@ -325,7 +325,7 @@ def test_other_pictures_than_png_are_not_opened(served):
 
 def test_a_request_elsewhere_or_too_long_is_refused(served):
     assert post(served.replace("/score", "/other"), b"{}")[0] == 404
-    assert post(served, b"", **{"Content-Length": str(10 * remote.MAX_REQUEST_BYTES)})[0] == 413
+    assert post(served, b"", **{"Content-Length": str(10 * rewards.MAX_REQUEST_BYTES)})[0] == 413
 
 
 def test_a_client_that_keeps_its_connection_open_does_not_stop_the_others(served):
@@ -337,9 +337,9 @@ def test_a_client_that_keeps_its_connection_open_does_not_stop_the_others(served
 
 def test_png_keeps_eight_bits_and_any_shape():
     image = random_images(1, 5, 9)[0]
-    torch.testing.assert_close(remote.decode_png(remote.encode_png(image)), image)
+    torch.testing.assert_close(rewards.decode_png(rewards.encode_png(image)), image)
     assert torch.equal(
-        remote.decode_png(remote.encode_png(2 * image - 0.5)),
+        rewards.decode_png(rewards.encode_png(2 * image - 0.5)),
         scorers.to_bytes((2 * image - 0.5)[None])[0].permute(2, 0, 1) / 255,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from texforce import measures, record, report
+from texforce import files, measures, report, run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='run'\"> & \"quoted\" 'text' </script><script>document.title='run'</script>"
@@ -36,7 +36,7 @@ def write_evaluation(
     for k, name in enumerate(systems):
         (folder / "images" / name).mkdir(parents=True)
         noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(k))
-        record.write_image(folder / "first.png", noise, {})
+        files.write_image(folder / "first.png", noise, {})
         for i in range(num_prompts):
             for j in range(num_images):
                 shutil.copy(folder / "first.png", folder / "images" / name / f"{i:05d}_{j}.png")

@@ -23,11 +23,11 @@ import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import DivergedError, cli, experience, interrupts, record, resume, rewards, training
-from texforce.advantages import PromptStatistics
+from texforce import cli, DivergedError, files, interrupts, rewards, run, train
+from texforce import PromptStatistics
 from texforce.config import TrainConfig, resolve
-from texforce.learner import Learner
-from texforce.scorers import RewardError
+from texforce import Learner
+from texforce.errors import RewardError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -67,7 +67,7 @@ def train(options: dict, folder: Path, stop_in: int | None = None, **arguments: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texforce, "update", update)
         with contextlib.suppress(Stop):
-            return training.train(config, **arguments)
+            return train.train(config, **arguments)
     return {}
 
 
@@ -84,7 +84,7 @@ def check_goes_on_exactly(options: dict, folder: Path, stop_in: int = 3) -> None
     train(options, folder / "parted", go_on=True)
     assert weights(folder / "parted") == weights(folder / "whole")
     told = [
-        [{name: record.get(name) for name in ("epoch", "reward_mean", "heldout")} for record in metrics(folder / name)]
+        [{name: run.get(name) for name in ("epoch", "reward_mean", "heldout")} for record in metrics(folder / name)]
         for name in ("whole", "parted")
     ]
     assert told[0] == told[1]
@@ -212,7 +212,7 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(options, checkpoint)
     (checkpoint.with_name("epoch_000009") / "state.json").unlink()
     train(options | {"checkpoints_to_keep": 1, "checkpoint_every": 1}, folder, stop_in=2, go_on=True)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["epoch_000003"]
-    assert resume.newest(checkpoint.parent)
+    assert run.newest_checkpoint(checkpoint.parent)
 
 
 def test_a_result_that_is_not_this_runs_is_gone(options, tmp_path):
@@ -251,21 +251,21 @@ def test_what_is_measured_stays_when_a_run_is_stopped_and_then_diverges(options,
 def test_a_measure_that_is_not_finite_is_a_divergence():
     told = {"epoch": 3, "ratio_deviation": math.inf, "reward_std": 0.1}
     with pytest.raises(DivergedError, match="ratio_deviation of epoch 3 is not finite"):
-        training.check_guards([*epochs(0.5, 0.5), told], TrainConfig(reward="hps"), REWARD)
+        train.check_guards([*epochs(0.5, 0.5), told], TrainConfig(reward="hps"), REWARD)
 
 
 def test_options_that_decide_nothing_may_change(options, checkpoint):
     free = {"checkpoint_every": 1, "checkpoints_to_keep": 1, "reward_timeout": 5.0}
     train(options | free, checkpoint.parents[1], go_on=True)
     assert [path.name[-1] for path in checkpoint.parent.iterdir()] == ["4"]
-    assert set(free) <= set(resume.FREE_OPTIONS)
+    assert set(free) <= set(run.FREE_OPTIONS)
 
 
 # --- checkpoints ---
 
 
 def test_every_bit_flip_and_every_truncation_is_noticed(checkpoint):
-    assert resume.is_valid(checkpoint)
+    assert run.is_valid(checkpoint)
     files = {path: path.read_bytes() for path in checkpoint.iterdir()}
     assert {path.name for path in files} == {"tensors.safetensors", "state.json", "manifest.json"}
     chance = random.Random(0)
@@ -277,12 +277,12 @@ def test_every_bit_flip_and_every_truncation_is_noticed(checkpoint):
         else:
             del content[chance.randrange(len(content)) :]
         path.write_bytes(content)
-        assert not resume.is_valid(checkpoint), (path.name, number)
+        assert not run.is_valid(checkpoint), (path.name, number)
         path.write_bytes(files[path])
-    assert resume.is_valid(checkpoint)
+    assert run.is_valid(checkpoint)
     for change in (lambda: (checkpoint / "state.json").unlink(), lambda: (checkpoint / "more").write_text("")):
         change()
-        assert not resume.is_valid(checkpoint)
+        assert not run.is_valid(checkpoint)
 
 
 def test_a_broken_checkpoint_is_told_and_passed_over(options, tmp_path):
@@ -308,7 +308,7 @@ def check_save_is_whole(options: dict, folder: Path) -> None:
     """A save that fails at any of its steps leaves the checkpoints as they were, and nothing else."""
     train(options, folder / "run", stop_in=3)
     place = folder / "run" / "checkpoints"
-    snapshot = resume.read(place / "epoch_000002")
+    snapshot = run.read_checkpoint(place / "epoch_000002")
     snapshot.state["epochs"][-1]["epoch"] = 9
     config = resolve(TrainConfig(**options))
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
@@ -317,7 +317,7 @@ def check_save_is_whole(options: dict, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, step, lambda path, *arguments, **options: _fail(path))
             with pytest.raises(OSError, match="No space"):
-                resume.write(place, snapshot, config, [], 2)
+                run.write_checkpoint(place, snapshot, config, [], 2)
         assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
@@ -344,8 +344,8 @@ def _umask() -> int:
 def test_a_run_of_before_there_was_an_option_goes_on_with_its_default():
     config = asdict(TrainConfig(learning_rate=1e-3))
     older = {name: value for name, value in config.items() if name != "num_shared_steps"}
-    assert resume.differences(older, config) == []
-    assert resume.differences(older, config | {"num_shared_steps": 1}) == ["num_shared_steps: 0 -> 1"]
+    assert run.differences(older, config) == []
+    assert run.differences(older, config | {"num_shared_steps": 1}) == ["num_shared_steps: 0 -> 1"]
 
 
 # --- signals ---
@@ -428,13 +428,13 @@ REWARD = rewards.Mixture({"hps": lambda images, prompts: None}, {"hps": 1.0})
 def test_a_held_out_reward_that_collapses_stops_the_run(final, limit, stops):
     config = TrainConfig(reward="hps", max_reward_drop=limit)
     with pytest.raises(DivergedError, match=r"hps has collapsed from 0.5000 to") if stops else contextlib.nullcontext():
-        training.check_guards(epochs(0.5, 0.6, final), config, REWARD)
+        train.check_guards(epochs(0.5, 0.6, final), config, REWARD)
 
 
 def test_a_kl_divergence_above_the_limit_stops_the_run(options, tmp_path):
     with pytest.raises(DivergedError, match=r"above --max-kl 2; lower"):
-        training.check_guards(epochs(0.5, 0.5, kl=3.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
-    training.check_guards(epochs(0.5, 0.5, kl=1.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
+        train.check_guards(epochs(0.5, 0.5, kl=3.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
+    train.check_guards(epochs(0.5, 0.5, kl=1.0), TrainConfig(reward="hps", max_kl=2.0), REWARD)
     with pytest.raises(DivergedError, match=r"KL divergence.*the adapter of epoch 1 is kept in"):
         train(options | {"max_kl": 1e-9, "num_updates_per_epoch": 1, "eval_every": 1}, tmp_path / "run")
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
@@ -486,12 +486,12 @@ def check_folder_is_locked(options: dict, folder: Path) -> None:
     def second(measures: dict) -> None:
         if not refused:
             with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on ") as error:
-                training.train(TrainConfig(**options, output_dir=str(folder / "run")), go_on=True)
+                train.train(TrainConfig(**options, output_dir=str(folder / "run")), go_on=True)
             refused.append(error)
 
-    training.train(TrainConfig(**options | {"num_epochs": 1}, output_dir=str(folder / "run")), second)
+    train.train(TrainConfig(**options | {"num_epochs": 1}, output_dir=str(folder / "run")), second)
     assert refused
-    assert not (folder / "run" / record.HOLDER).exists()
+    assert not (folder / "run" / files.HOLDER).exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_and_told_who_has_it(options, tmp_path):
@@ -516,7 +516,7 @@ def check_failure(result, code: int, *words: str) -> None:
 
 def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, tmp_path, monkeypatch):
     arguments = [*flags(options | {"num_epochs": 2}), "--resume", tmp_path / "out"]
-    original = experience.collect
+    original = texforce.collect
     monkeypatch.setattr(experience, "collect", lambda *given: (_ for _ in ()).throw(RewardError("reward: gone")))
     check_failure(command_line(*arguments), 6, "go on by: texforce train --resume", "reward: gone")
     monkeypatch.setattr(experience, "collect", original)
@@ -543,15 +543,15 @@ def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monk
         check_failure(command_line(*flags(options), "--output-dir", tmp_path / "out"), 5, "storage")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {record.LOCK}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {files.LOCK}
     monkeypatch.undo()
     assert command_line(*flags(options | {"num_epochs": 1}), "--output-dir", tmp_path / "out").exit_code == 0
 
 
 def test_a_micro_batch_size_that_was_found_out_is_kept_and_one_that_is_given_is_not(options):
     config = resolve(TrainConfig(**options))
-    setup = training.prepare(config)
-    run = training._begin(setup, config, ["a red circle"])
+    setup = train.prepare(config)
+    run = train._begin(setup, config, ["a red circle"])
     run.epochs.append({"epoch": 0})
     run.learner.micro_batch_size = 7  # after halving
     snapshot = run.snapshot()
@@ -565,27 +565,27 @@ def test_a_micro_batch_size_that_was_found_out_is_kept_and_one_that_is_given_is_
 
 
 def written_in_place(folder, snapshot, config, prompts, num_kept):
-    """`resume.write` without the renaming."""
+    """`run.write_checkpoint` without the renaming."""
     from safetensors.torch import save_file
 
     place = folder / f"epoch_{snapshot.epoch:06d}"
     place.mkdir(parents=True, exist_ok=True)
-    save_file(snapshot.tensors, place / resume.TENSORS)
-    state = {"config": resume.asdict(config), "prompts": resume.digest(prompts), **snapshot.state}
-    (place / resume.STATE).write_text(json.dumps(state))
-    (place / resume.MANIFEST).write_text(resume.manifest(place))
-    record.sync(place)
+    save_file(snapshot.tensors, place / run.TENSORS)
+    state = {"config": run.asdict(config), "prompts": run.digest(prompts), **snapshot.state}
+    (place / run.STATE).write_text(json.dumps(state))
+    (place / run.MANIFEST).write_text(run.manifest(place))
+    files.sync(place)
     return place
 
 
 def forgets(*starts: str, **state: object) -> Callable:
     """A reading that does not find some of the tensors, or finds something else in the state."""
-    original = resume.Run.restore
+    original = run.Run.restore
 
     def restore(run, snapshot):
         tensors = {name: tensor for name, tensor in snapshot.tensors.items() if not name.startswith(starts)}
         tensors |= {name: tensor for name, tensor in run.snapshot().tensors.items() if name.startswith(starts)}
-        original(run, resume.Snapshot(tensors, snapshot.state | state))
+        original(run, run.Snapshot(tensors, snapshot.state | state))
 
     return restore
 
@@ -621,18 +621,18 @@ def check_bit_flip(options: dict, folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert not resume.is_valid(path.parent)
+    assert not run.is_valid(path.parent)
 
 
 DEFECTS: dict[str, tuple[object, str, Callable, Callable]] = {
     "no renaming": (resume, "write", lambda: written_in_place, check_save_is_whole),
     "no check of the manifest": (resume, "is_valid", lambda: lambda checkpoint: True, check_bit_flip),
-    "generators not saved": (resume.Run, "restore", lambda: forgets("generator."), check_goes_on_exactly),
-    "optimizer not saved": (resume.Run, "restore", lambda: forgets("optimizer."), check_goes_on_exactly),
-    "average not saved": (resume.Run, "restore", lambda: forgets("ema."), check_goes_on_exactly),
-    "statistics not saved": (resume.Run, "restore", lambda: forgets(statistics={}), check_goes_on_exactly),
-    "schedule not saved": (resume.Run, "restore", lambda: forgets(num_steps=0), check_goes_on_exactly),
-    "order not saved": (resume.Run, "restore", lambda: forgets(order=[]), check_goes_on_exactly),
+    "generators not saved": (run.Run, "restore", lambda: forgets("generator."), check_goes_on_exactly),
+    "optimizer not saved": (run.Run, "restore", lambda: forgets("optimizer."), check_goes_on_exactly),
+    "average not saved": (run.Run, "restore", lambda: forgets("ema."), check_goes_on_exactly),
+    "statistics not saved": (run.Run, "restore", lambda: forgets(statistics={}), check_goes_on_exactly),
+    "schedule not saved": (run.Run, "restore", lambda: forgets(num_steps=0), check_goes_on_exactly),
+    "order not saved": (run.Run, "restore", lambda: forgets(order=[]), check_goes_on_exactly),
     "no lock": (record, "held", lambda: unlocked, check_folder_is_locked),
     "NaN let through": (Learner, "step", lambda: steps_without_looking, check_nan_is_stopped),
     "half of the gradients dropped": (

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from texforce import checkpoints, rewards, scorers, world
-from texforce.scorers import RewardError
+from texforce import rewards, scorers, weights, world
+from texforce.errors import RewardError
 
 
 def random_images(num_images: int) -> Tensor:
@@ -101,7 +101,7 @@ def test_the_catalogue_says_of_each_reward_what_one_must_know(name):
     entry = rewards.CATALOGUE[name]
     assert entry.measures
     assert entry.scale
-    assert set(entry.weights) <= checkpoints.HUB.keys()
+    assert set(entry.weights) <= weights.HUB.keys()
     assert (entry.licence != "-") == bool(entry.weights or entry.packages)
     assert entry.gradients == hasattr(entry.make, "with_gradients")
 
@@ -112,7 +112,7 @@ def test_the_rewards_that_carry_gradients_are_the_networks():
 
 
 def test_every_weight_of_the_hub_is_some_rewards():
-    assert {weights for entry in rewards.CATALOGUE.values() for weights in entry.weights} == checkpoints.HUB.keys()
+    assert {weights for entry in rewards.CATALOGUE.values() for weights in entry.weights} == weights.HUB.keys()
 
 
 @pytest.mark.parametrize(("name", "package"), [("ocr", "rapidocr"), ("ocr", "onnxruntime"), ("face", "pyiqa")])

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from texforce import pipelines, sampler
-from texforce.pipelines import Conditioning
+from texforce import models, sampler
+from texforce.models import Conditioning
 from texforce.sampler import Denoiser, Trajectory, ddim_schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -86,7 +86,7 @@ def pipeline():
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     unet = micro_unet()
-    tokenizer = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(models.TINY / "tokenizer")
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -121,9 +121,9 @@ def pipeline():
     return pipeline
 
 
-def models_of(pipeline) -> pipelines.Models:
+def models_of(pipeline) -> models.Model:
     parts = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-    return pipelines.Models("small", **{name: getattr(pipeline, name) for name in parts})
+    return models.Model("small", **{name: getattr(pipeline, name) for name in parts})
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_g
             generator=generator(),
             output_type="latent",
         ).images
-        ids = pipelines.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
+        ids = models.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
         embeds = pipeline.text_encoder(ids).last_hidden_state
         denoiser = Denoiser(pipeline.unet, ddim_schedule(make_scheduler(), 4, eta), guidance_scale)
         cond = Conditioning(embeds[:-1], embeds[-1:])
@@ -599,21 +599,21 @@ def test_concatenate_joins_trajectories_in_their_order(null):
 def test_tokenize_equals_the_tokenizer_with_its_padding(pipeline):
     tokenizer = pipeline.tokenizer
     expected = tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
-    ids = pipelines.tokenize(tokenizer, PROMPTS)
+    ids = models.tokenize(tokenizer, PROMPTS)
     assert ids.dtype == torch.int64
     assert torch.equal(ids, expected)
 
 
 def test_a_prompt_may_fill_the_text_encoder_but_not_exceed_it(pipeline):
     fits = " ".join(["red"] * 22)  # with start and end, 24
-    assert pipelines.tokenize(pipeline.tokenizer, [fits]).shape == (1, 24)
+    assert models.tokenize(pipeline.tokenizer, [fits]).shape == (1, 24)
     with pytest.raises(ValueError, match=r"red red .*25 tokens .* reads 24"):
-        pipelines.tokenize(pipeline.tokenizer, ["a red circle", fits + " red"])
+        models.tokenize(pipeline.tokenizer, ["a red circle", fits + " red"])
 
 
 def test_a_lone_surrogate_is_refused_as_no_text(pipeline):
     with pytest.raises(ValueError, match="surrogate"):
-        pipelines.tokenize(pipeline.tokenizer, ["a red circle", "a \ud800 circle"])
+        models.tokenize(pipeline.tokenizer, ["a red circle", "a \ud800 circle"])
 
 
 def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
@@ -624,20 +624,20 @@ def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
 
 @pytest.mark.parametrize(("resolution", "expected"), [(None, 64), (512, 64), (64, 8), (576, 72), (768, 96)])
 def test_latent_shape_of_stable_diffusion(resolution, expected):
-    assert pipelines.latent_shape(shapes_of(4, 4), resolution) == (4, expected, expected)
+    assert models.latent_shape(shapes_of(4, 4), resolution) == (4, expected, expected)
 
 
 @pytest.mark.parametrize("resolution", [0, -64, 1, 32, 513, 520, 96])
 def test_latent_shape_refuses_what_the_models_cannot_divide(resolution):
     with pytest.raises(ValueError, match=f"resolution: .* multiple of 64 pixels .* not {resolution}"):
-        pipelines.latent_shape(shapes_of(4, 4), resolution)
+        models.latent_shape(shapes_of(4, 4), resolution)
 
 
 # --- loading ---
 
 
 def test_loaded_models_are_the_saved_ones_frozen_and_in_evaluation(saved, pipeline):
-    models = pipelines.load_models(str(saved))
+    models = models.load_model(str(saved))
     for part in ("unet", "vae", "text_encoder"):
         module = getattr(models, part)
         assert not module.training
@@ -645,32 +645,32 @@ def test_loaded_models_are_the_saved_ones_frozen_and_in_evaluation(saved, pipeli
         expected = getattr(pipeline, part).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
     assert models.device.type == "cpu"
-    assert pipelines.latent_shape(models) == (4, 8, 8)
-    assert torch.equal(pipelines.tokenize(models.tokenizer, PROMPTS), pipelines.tokenize(pipeline.tokenizer, PROMPTS))
+    assert models.latent_shape(models) == (4, 8, 8)
+    assert torch.equal(models.tokenize(models.tokenizer, PROMPTS), models.tokenize(pipeline.tokenizer, PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model", ""])
 def test_a_missing_folder_is_named(name):
     with pytest.raises(FileNotFoundError, match="model: .*" + name):
-        pipelines.load_models(name)
+        models.load_model(name)
 
 
 def test_a_hub_name_that_cannot_be_had_is_named():
     with pytest.raises(FileNotFoundError, match="'nobody/nothing'"):
-        pipelines.load_models("nobody/nothing")
+        models.load_model("nobody/nothing")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing of a model")
     with pytest.raises(FileNotFoundError, match=tmp_path.name):
-        pipelines.load_models(str(tmp_path))
+        models.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
 def test_a_pipeline_without_one_of_its_parts_is_refused(copied, part):
     shutil.rmtree(copied / part)
     with pytest.raises((FileNotFoundError, ValueError), match="model: "):
-        pipelines.load_models(str(copied))
+        models.load_model(str(copied))
 
 
 @pytest.mark.parametrize(("part", "file"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model.safetensors")])
@@ -691,7 +691,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, dama
     with pytest.raises(
         (ValueError, FileNotFoundError) if damage == "truncated" else ValueError, match=part if damage == "lacking" else None
     ):
-        pipelines.load_models(str(copied))
+        models.load_model(str(copied))
 
 
 @pytest.mark.parametrize("change", [
@@ -703,13 +703,13 @@ def test_a_unet_of_another_kind_of_pipeline_is_refused(copied, pipeline, change)
     config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")} | change
     type(pipeline.unet)(**config).save_pretrained(copied / "unet")
     with pytest.raises(ValueError, match="model: "):
-        pipelines.load_models(str(copied))
+        models.load_model(str(copied))
 
 
 def test_a_scheduler_that_clips_is_refused(copied):
     path = copied / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
-    models = pipelines.load_models(str(copied))
+    models = models.load_model(str(copied))
     with pytest.raises(ValueError, match="clip_sample"):
         ddim_schedule(models.scheduler, 10, 1.0)
 
@@ -722,11 +722,11 @@ def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
         lambda module, arguments, options: sizes.append(len(options["input_ids"])), with_kwargs=True
     )
     with torch.no_grad():
-        embeds, rows = pipelines.encode_distinct(models, pipelines.tokenize(models.tokenizer, prompts))
+        embeds, rows = models.encode_distinct(models, models.tokenize(models.tokenizer, prompts))
         hook.remove()
         expected, null_embeds = pipeline.encode_prompt(prompts, "cpu", 1, True)
-        given, given_rows = pipelines.encode_distinct(
-            models, pipelines.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16)
+        given, given_rows = models.encode_distinct(
+            models, models.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16)
         )
     assert sizes == [4]  # the null prompt and three distinct ones
     assert embeds.shape == (4, 24, 16)
@@ -740,7 +740,7 @@ def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
 def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline):
     models = models_of(pipeline)
     denoiser = Denoiser(models.unet, ddim_schedule(make_scheduler(), 3, 1.0), 3.0)
-    ids = pipelines.tokenize(models.tokenizer, PROMPTS)
+    ids = models.tokenize(models.tokenizer, PROMPTS)
     whole = sampler.sample_images(models, denoiser, ids, [5, 6, 7], batch_size=3)
     assert whole.shape == (3, 3, 16, 16)
     parted = sampler.sample_images(models, denoiser, ids.flip(0), [7, 6, 5], batch_size=2)
@@ -755,13 +755,13 @@ def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pi
 def test_disabled_adapters_give_the_base_model_and_come_back(pipeline):
     from peft import LoraConfig, get_peft_model
 
-    ids = pipelines.tokenize(pipeline.tokenizer, PROMPTS)
+    ids = models.tokenize(pipeline.tokenizer, PROMPTS)
     base = pipeline.text_encoder
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     tuned = get_peft_model(copy.deepcopy(base), lora)
     with torch.no_grad():
         expected, adapted = base(ids).last_hidden_state, tuned(input_ids=ids).last_hidden_state
-        with pipelines.adapters_disabled(replace(models_of(pipeline), text_encoder=tuned)):
+        with models.adapters_disabled(replace(models_of(pipeline), text_encoder=tuned)):
             disabled = tuned(input_ids=ids).last_hidden_state
         again = tuned(input_ids=ids).last_hidden_state
     assert not torch.allclose(adapted, expected)

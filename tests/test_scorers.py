@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from texforce import detectors, rewards, scorers, world
-from texforce.checkpoints import ArtifactError
-from texforce.scorers import RewardError
+from texforce import rewards, scorers, world
+from texforce.errors import ArtifactError
+from texforce.errors import RewardError
 
 
 def random_images(num_images: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
@@ -408,7 +408,7 @@ def test_an_image_without_text_scores_zero(ocr):
     ("straße", "STRASSE", 1.0),
 ])  # fmt: skip
 def test_the_similarity_of_texts_by_hand(wanted, found, expected):
-    assert detectors.text_similarity(wanted, found) == pytest.approx(expected)
+    assert scorers.text_similarity(wanted, found) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [
@@ -419,13 +419,13 @@ def test_the_similarity_of_texts_by_hand(wanted, found, expected):
     ("the dog's bowl with 'Rex' on it", "Rex"),
 ])  # fmt: skip
 def test_the_text_to_be_drawn_is_the_quoted_one(prompt, expected):
-    assert detectors.quoted(prompt) == expected
+    assert scorers.quoted(prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", ["a sign", "the dog's bowl and the cat's", 'a lone " mark', '""', "'  '"])
 def test_a_prompt_without_a_quoted_text_is_named(prompt):
     with pytest.raises(ValueError, match=r"quotation marks, which .* lacks"):
-        detectors.quoted(prompt)
+        scorers.quoted(prompt)
 
 
 # --- faces and hands ---
@@ -501,7 +501,7 @@ def test_hands_are_owlv2s_surest_box(tmp_path, monkeypatch):
     expected = torch.stack([boxes["scores"].max() for boxes in found])
     assert expected.std() > 1e-5
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
-    monkeypatch.setattr(detectors.Hand, "MAX_BATCH", 2)
+    monkeypatch.setattr(scorers.Hand, "MAX_BATCH", 2)
     torch.testing.assert_close(scorer(images, [""] * 3), scores, rtol=0, atol=1e-6)
 
 

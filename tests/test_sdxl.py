@@ -13,11 +13,11 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, experience, export, pipelines, plan, rewards, sampler, training
-from texforce.advantages import PromptStatistics
+from texforce import cli, evaluate, merge, models, rewards, sampler, train
+from texforce import PromptStatistics
 from texforce.config import PRESETS, TrainConfig, family, resolve
-from texforce.config_inference import MergeConfig, SampleConfig, resolve_merge, resolve_sample
-from texforce.learner import Learner
+from texforce.config import MergeConfig, SampleConfig, resolve_merge, resolve_sample
+from texforce import Learner
 
 PROMPTS = ["a red circle", "two blue squares"]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -74,13 +74,13 @@ def save_pipeline(folder: Path, xl: bool, scheduler) -> Path:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(models.TINY / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {"vae": small_vae(), "tokenizer": tokenizer, "scheduler": scheduler}
         parts["text_encoder"] = small_text_encoder(CLIPTextModel, tokenizer, 16, "quick_gelu")
         if xl:
-            other = CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", pad_token="!")  # noqa: S106
+            other = CLIPTokenizer.from_pretrained(models.TINY / "tokenizer", pad_token="!")  # noqa: S106
             second = small_text_encoder(CLIPTextModelWithProjection, other, 24, "gelu")
             StableDiffusionXLPipeline(
                 **parts, unet=xl_unet(), tokenizer_2=other, text_encoder_2=second
@@ -171,28 +171,28 @@ def test_another_resolution_is_told_to_the_unet(xl):
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_embeddings_equal_those_of_the_pipeline(xl, zeros):
-    models = replace(pipelines.load_models(str(xl)), zero_null=zeros)
+    models = replace(models.load_model(str(xl)), zero_null=zeros)
     pipeline = load_plain(xl)
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
-    prompt_ids = pipelines.tokenize_for(models, PROMPTS)
+    prompt_ids = models.tokenize_for(models, PROMPTS)
     assert prompt_ids.shape == (2, 48)
     assert not torch.equal(*prompt_ids.chunk(2, dim=1))  # padded differently
     with torch.no_grad():
         expected, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS, device="cpu")
-        embeds, rows = pipelines.encode_distinct(models, prompt_ids)
+        embeds, rows = models.encode_distinct(models, prompt_ids)
     assert embeds.shape == (3, 25, 40)
     for ours, theirs in ((embeds[rows], (expected, pooled)), (embeds[:1], (null[:1], null_pooled[:1]))):
         torch.testing.assert_close(ours[:, :-1], theirs[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours[:, -1, :24], theirs[1], rtol=1e-5, atol=1e-5)
         assert not ours[:, -1, 24:].any()
-    torch.testing.assert_close(pipelines.encode_null(models), embeds[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(models.encode_null(models), embeds[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_vae_alone_stays_in_float32_where_it_would_overflow(copied):
     dtypes = {}
     for dtype, upcast in ((torch.float16, True), (torch.bfloat16, True), (torch.float16, False)):
         change(copied / "vae" / "config.json", force_upcast=upcast)
-        models = pipelines.load_models(str(copied), dtype=dtype)
+        models = models.load_model(str(copied), dtype=dtype)
         assert {models.unet.dtype, models.text_encoder.dtype, models.text_encoder_2.dtype} == {dtype}
         dtypes[dtype, upcast] = models.vae.dtype
     assert list(dtypes.values()) == [torch.float32, torch.bfloat16, torch.float16]
@@ -205,7 +205,7 @@ def textbook_gradient(policy, denoiser, config, batch, pairs) -> list[Tensor]:
     """Of PPO's loss, one image and step at a time, everything run anew by diffusers' own pipeline, in float64."""
     from diffusers import StableDiffusionXLPipeline
 
-    models = policy.models
+    models = policy.model
     for part in (*models.policy_parts.values(), models.vae):
         part.double()
     parts = ("vae", "unet", "tokenizer", "tokenizer_2", "scheduler", *TEXT_ENCODERS)
@@ -245,10 +245,10 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
             num_prompts_per_epoch=2, sample_batch_size=4, micro_batch_size=3, rank=4, clip_range=0.1,
         )
     )  # fmt: skip
-    policy, denoiser = texforce.make_policy(replace(pipelines.load_models(str(xl)), zero_null=zeros), config)
+    policy, denoiser = texforce.make_policy(replace(models.load_model(str(xl)), zero_null=zeros), config)
     reward = rewards.Mixture({"brightness": lambda images, prompts: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
     noise, statistics = torch.Generator().manual_seed(0), PromptStatistics()
-    batch = experience.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
+    batch = texforce.collect(policy, denoiser, reward, PROMPTS, config, noise, statistics)
     with torch.no_grad():  # off the start, where half of LoRA has no gradient
         for parameter in policy.parameters:
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
@@ -262,7 +262,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
     references = textbook_gradient(policy, denoiser, config, batch, pairs)
     sizes = [
         sum(parameter.requires_grad for parameter in part.parameters())
-        for part in (policy.models.policy_parts.values() if target == "both" else policy.models.text_encoders.values())
+        for part in (policy.model.policy_parts.values() if target == "both" else policy.model.text_encoders.values())
     ]
     assert sum(sizes) == len(gradients)
     for number in sizes:  # each part on its own
@@ -273,7 +273,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
 
 
 def train(folder: Path, output: Path, options: dict, **more) -> dict:
-    return training.train(TrainConfig(**options | {"model": str(folder), "output_dir": str(output)} | more))
+    return train.train(TrainConfig(**options | {"model": str(folder), "output_dir": str(output)} | more))
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def trained(xl, shared_run, tmp_path_factory) -> Path:
 
 
 def check_loads_plainly(folder: Path, run: Path, parts: tuple[str, ...], guidance_scale: float, steps: int) -> Tensor:
-    """A trained adapter in plain pipelines, from peft's folders, draws the same images as here, which are returned."""
+    """A trained adapter in plain models, from peft's folders, draws the same images as here, which are returned."""
     from peft import PeftModel
 
     base, expected = draw(folder, guidance_scale, steps), draw(folder, guidance_scale, steps, run)
@@ -312,7 +312,7 @@ def test_a_trained_adapter_draws_the_same_images_everywhere(xl, trained, tmp_pat
     assert not (trained / "unet").exists()
     expected = check_loads_plainly(xl, trained, TEXT_ENCODERS, 3.0, 4)
     for format in ("diffusers", "kohya"):
-        export.merge(resolve_merge(MergeConfig(adapter=[str(trained)], output=str(tmp_path / format), format=format)))
+        merge.merge(resolve_merge(MergeConfig(adapter=[str(trained)], output=str(tmp_path / format), format=format)))
         pipeline = load_plain(xl)
         pipeline.load_lora_weights(tmp_path / format / ("kohya.safetensors" if format == "kohya" else ""))
         torch.testing.assert_close(draw_plainly(pipeline, 3.0), expected, rtol=0, atol=1e-4)
@@ -334,8 +334,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_adapter(xl, trained, shared_r
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(config, report=stop)
-    training.train(config, go_on=True)
+        train.train(config, report=stop)
+    train.train(config, go_on=True)
     for place in ("", "text_encoder_2"):
         one, other = (load_file(run / place / "adapter_model.safetensors") for run in (trained, tmp_path / "run"))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -375,7 +375,7 @@ def test_turbo_models_are_trained_at_few_steps_without_guidance(turbo, small_run
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 30])
 def test_every_step_of_a_turbo_schedule_is_diffusers_and_has_a_density(turbo, steps):
-    scheduler = pipelines.load_models(str(turbo)).scheduler
+    scheduler = models.load_model(str(turbo)).scheduler
     schedule = sampler.ddim_schedule(scheduler, steps, 1.0)
     plain = ddim(timestep_spacing="trailing")
     plain.set_timesteps(steps)
@@ -430,10 +430,10 @@ def test_the_plan_counts_both_text_encoders(xl, small_run, tmp_path):
     config = resolve(
         TrainConfig(**small_run | {"model": str(xl), "output_dir": str(tmp_path / "run"), "mixed_precision": "no"})
     )
-    shown = plan.plan(config)
+    shown = train.plan(config)
     layers = 3 * 4 * 2 * config.rank  # of each text encoder, four matrices with two factors
     assert shown["trained parameters"] == layers * (16 + 24)
-    models = pipelines.load_models(str(xl))
+    models = models.load_model(str(xl))
     numbers = [p.numel() for part in (*models.policy_parts.values(), models.vae) for p in part.parameters()]
     assert shown["weights, MiB"] == pytest.approx((sum(numbers) + layers * 40) * 4 / 2**20, abs=0.1)
 
@@ -480,7 +480,7 @@ def test_what_is_not_sdxls_base_pipeline_is_refused(copied, tmp_path, kind):
     damage, word = BAD_MODELS[kind]
     damage(copied)
     with pytest.raises((ValueError, FileNotFoundError), match=f"model: .*{word}"):
-        pipelines.load_models(str(copied))
+        models.load_model(str(copied))
     if kind == "a refiner":
         result = run("sample", "--model", copied, "--prompt", "a red circle", "--output-dir", tmp_path / "samples")
         assert result.exit_code == 2

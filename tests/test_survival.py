@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from texforce import prompt_sets, resume
+from texforce import prompt_sets, run
 
 pytestmark = pytest.mark.slow
 NUM_KILLS = int(os.environ.get("TEXFORCE_KILLS", "20"))
@@ -107,7 +107,7 @@ def check_same(folder: Path, undisturbed: Path) -> None:
     epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(6))
     assert not list(folder.rglob("*.tmp"))
-    same = {path.name: resume.is_valid(path) for path in (folder / "checkpoints").iterdir()}
+    same = {path.name: run.is_valid(path) for path in (folder / "checkpoints").iterdir()}
     assert same == {"epoch_000005": True, "epoch_000004": True}
 
 
@@ -138,7 +138,7 @@ def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server
         if status == 0:  # there are no more steps
             break
         assert status == -signal.SIGKILL, (number, server.said())
-        newest.append(resume.newest(folder / "checkpoints").name)
+        newest.append(run.newest_checkpoint(folder / "checkpoints").name)
         assert server.run(command) == 0, server.said()
         check_same(folder, undisturbed[0])
         shutil.rmtree(folder)
@@ -166,7 +166,7 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
             terms += 1
             said = server.said()
             if (folder / "checkpoints").is_dir():
-                assert resume.newest(folder / "checkpoints")
+                assert run.newest_checkpoint(folder / "checkpoints")
                 assert "go on by: texforce train --resume" in said.replace("\n", " ")
             assert "Traceback" not in said
         assert server.run(["train", *options, "--resume", str(folder)]) == 0
@@ -210,14 +210,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(server, options, u
     at = {"epoch": 3, "number": 0}
     assert server.run(command, "kill_at_io_step", at) == -signal.SIGKILL, server.said()
     for left in (0, 10_000, 300_000, 1_500_000):  # for nothing, a text, the first checkpoint perhaps, everything
-        place = resume.newest(folder / "checkpoints")
+        place = run.newest_checkpoint(folder / "checkpoints")
         before = contents(place)
         free = shutil.disk_usage(small_disk).free
         (small_disk / "filler").write_bytes(bytes(max(0, free - left)))
         status = server.run(command)
         (small_disk / "filler").unlink()
         assert status == (0 if left == 1_500_000 else 5), server.said()
-        newest = resume.newest(folder / "checkpoints")
+        newest = run.newest_checkpoint(folder / "checkpoints")
         assert newest.name > place.name or contents(place) == before
     assert server.run(command) == 0, server.said()
     check_same(folder, undisturbed[0])

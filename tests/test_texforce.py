@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import texforce
-from texforce import DivergedError, batches, experience, heldout, pipelines, plan, rewards, sampler, training, world
-from texforce.advantages import PromptStatistics, leave_one_out, normalised_advantages
-from texforce.batches import Batch
+from texforce import DivergedError, models, rewards, sampler, train, world
+from texforce import leave_one_out, normalised_advantages, PromptStatistics
+from texforce import Batch
 from texforce.config import TrainConfig, resolve
 from texforce.learner import MAX_SKIPPED_STEPS, Learner
-from texforce.scorers import RewardError
+from texforce.errors import RewardError
 
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
@@ -48,7 +48,7 @@ class Rig:
         generator = torch.Generator().manual_seed(0)
         statistics = PromptStatistics()
         reward = rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
-        return experience.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
+        return texforce.collect(self.policy, self.denoiser, reward, prompts, self.config, generator, statistics)
 
     def pairs(self, batch: Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
         """The (image, step) pairs of all images and the steps, in a shuffled order."""
@@ -94,7 +94,7 @@ def make_rig(**options) -> Rig:
         "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
     } | options  # fmt: skip
     config = resolve(TrainConfig(**options))
-    models = pipelines.load_models("tiny", dtype=getattr(torch, pipelines.DTYPES[config.mixed_precision]))
+    models = models.load_model("tiny", dtype=getattr(torch, models.DTYPES[config.mixed_precision]))
     policy, denoiser = texforce.make_policy(replace(models, unet=untrained(models.unet)), config)
     return Rig(policy, denoiser, config)
 
@@ -165,11 +165,11 @@ def test_on_a_gpu_a_policy_that_is_not_compiled_samples_with_gradients_too(text_
             return (super().forward(latents) + embeds.mean(),)
 
     seen = []
-    schedule = sampler.ddim_schedule(pipelines.load_models("tiny").scheduler, 5, 1.0)
+    schedule = sampler.ddim_schedule(models.load_model("tiny").scheduler, 5, 1.0)
     denoiser = sampler.Denoiser(Unet(4, 4, 1), schedule, 1.0, compile=False, text_trained=text_trained)
     latents, embeds = torch.zeros(2, 4, 8, 8).as_subclass(OnGpu), torch.zeros(2, 3, 4)
     with torch.no_grad():
-        means, _ = denoiser.mean(latents, torch.zeros(2, dtype=torch.int64), pipelines.Conditioning(embeds, embeds[:1]))
+        means, _ = denoiser.mean(latents, torch.zeros(2, dtype=torch.int64), models.Conditioning(embeds, embeds[:1]))
     assert seen == [given]
     assert not means.requires_grad
 
@@ -195,7 +195,7 @@ def test_the_ratio_is_one_whatever_the_batch_sizes_of_sampling_and_training(micr
 
 def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, image: int, k: int) -> Tensor:
     """PPO's loss of one image at one step, as one would write it down; everything is run anew, in float64."""
-    models, config = rig.policy.models, rig.config
+    models, config = rig.policy.model, rig.config
     scheduler = models.scheduler
     scheduler.set_timesteps(config.num_inference_steps)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
@@ -235,8 +235,8 @@ def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, im
 
 def textbook_gradient(rig: Rig, batch: Batch, pairs: Tensor) -> Tensor:
     """The gradient of the mean of textbook_loss, one pair at a time; leaves the models in float64."""
-    rig.policy.models.text_encoder.double()
-    rig.policy.models.unet.double()
+    rig.policy.model.text_encoder.double()
+    rig.policy.model.unet.double()
     for parameter in rig.policy.parameters:
         parameter.grad = None
     for image, k in pairs.tolist():
@@ -312,7 +312,7 @@ def test_kept_null_outputs_give_the_same_gradient_for_half_the_unet_calls():
     counts = {}
     for name, variant in (("kept", batch), ("recomputed", recomputed)):
         calls = []
-        hook = rig.policy.models.unet.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(len(inputs[0])))
+        hook = rig.policy.model.unet.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(len(inputs[0])))
         counts[name] = rig.accumulate(variant, pairs).num_unet_calls
         hook.remove()
         assert counts[name] == sum(calls)
@@ -331,7 +331,7 @@ def test_unet_calls_are_counted_as_they_happen(options, calls_a_pair):
     rig = make_rig(**options)
     batch = rig.collect()
     calls = []
-    rig.policy.models.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    rig.policy.model.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     pairs = rig.pairs(batch)
     assert rig.accumulate(batch, pairs).num_unet_calls == sum(calls) == calls_a_pair * len(pairs)
 
@@ -340,7 +340,7 @@ def test_the_text_encoder_runs_once_an_update_whatever_the_number_of_pairs():
     rig = make_rig(num_samples_per_prompt=4, micro_batch_size=2)
     batch = rig.collect()
     rows = []
-    rig.policy.models.text_encoder.register_forward_pre_hook(
+    rig.policy.model.text_encoder.register_forward_pre_hook(
         lambda _, inputs, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     rig.accumulate(batch, rig.pairs(batch))
@@ -465,7 +465,7 @@ def test_a_scorer_that_fails_in_the_background_ends_the_collection():
 
 
 @contextmanager
-def peak_of_saved_bytes(models: pipelines.Models) -> Iterator[list[int]]:
+def peak_of_saved_bytes(models: models.Model) -> Iterator[list[int]]:
     """The largest number of bytes that autograd kept at a time for backward passes; weights do not count."""
     weights = {p.untyped_storage().data_ptr() for part in (models.text_encoder, models.unet) for p in part.parameters()}
     holders: dict[int, int] = {}
@@ -493,7 +493,7 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps():
     def peak(**options) -> int:
         rig = make_rig(**{"micro_batch_size": 4, "num_samples_per_prompt": 4, "num_inference_steps": 2} | options)
         batch = rig.collect()
-        with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
+        with peak_of_saved_bytes(rig.policy.model) as bytes_kept:
             rig.accumulate(batch, rig.pairs(batch, list(range(rig.config.num_inference_steps))))
         return bytes_kept[0]
 
@@ -507,9 +507,9 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps():
 def test_the_plan_foresees_the_memory_of_a_micro_batch():
     rig = make_rig(micro_batch_size=8, num_samples_per_prompt=4)
     batch = rig.collect()
-    with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
+    with peak_of_saved_bytes(rig.policy.model) as bytes_kept:
         rig.accumulate(batch, rig.pairs(batch))
-    planned = plan.activation_bytes(rig.policy, rig.denoiser, rig.config, len(PROMPTS))
+    planned = train.activation_bytes(rig.policy, rig.denoiser, rig.config, len(PROMPTS))
     assert sum(planned) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
@@ -518,25 +518,25 @@ def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image_with_an_advan
     config = resolve(TrainConfig(model="tiny", timestep_fraction=fraction))
     advantages, steps = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([0, 1, 2, 5])
     generator = torch.Generator().manual_seed(0)
-    pairs = batches.draw_pairs(advantages, steps, config, generator).tolist()
+    pairs = texforce.draw_pairs(advantages, steps, config, generator).tolist()
     assert len({tuple(pair) for pair in pairs}) == len(pairs) == 3 * expected
     assert {image for image, _ in pairs} == {0, 2, 3}
     assert {step for _, step in pairs} <= {0, 1, 2, 5}
-    pairs = batches.draw_pairs(advantages, steps, replace(config, kl_weight=0.1), generator).tolist()
+    pairs = texforce.draw_pairs(advantages, steps, replace(config, kl_weight=0.1), generator).tolist()
     assert {image for image, _ in pairs} == {0, 1, 2, 3}
 
 
 def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
     config = resolve(TrainConfig(model="tiny", timestep_fraction=0.25))
-    pairs = batches.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
+    pairs = texforce.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
     assert torch.bincount(pairs[:, 1]).tolist() == pytest.approx([100] * 4, abs=40)
 
 
 @pytest.mark.parametrize(("window", "expected"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 1, 2]), (0.5, [0, 1, 2]), (0.01, [0])])
 def test_the_window_holds_the_first_and_noisiest_steps(window, expected):
     config = resolve(TrainConfig(model="tiny", timestep_window=window, num_inference_steps=5))
-    schedule = sampler.ddim_schedule(pipelines.load_models("tiny").scheduler, 5, 1.0)
-    steps = batches.window(schedule, config)
+    schedule = sampler.ddim_schedule(models.load_model("tiny").scheduler, 5, 1.0)
+    steps = texforce.window(schedule, config)
     assert steps.tolist() == expected
     assert schedule.std[steps].min() >= schedule.std[len(steps) :].max() if len(steps) < 5 else True
 
@@ -554,7 +554,7 @@ def test_a_step_without_density_is_never_trained_on():
     schedule = sampler.ddim_schedule(scheduler, 5, 1.0)
     config = resolve(TrainConfig(model="tiny", timestep_window=1.0, num_inference_steps=5))
     assert schedule.std[-1] == 0
-    assert batches.window(schedule, config).tolist() == [0, 1, 2, 3]
+    assert texforce.window(schedule, config).tolist() == [0, 1, 2, 3]
 
 
 def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
@@ -574,13 +574,13 @@ def test_an_update_trains_on_steps_of_the_window_only(monkeypatch):
 def test_shared_steps_and_those_without_randomness_are_not_trained_on(options, trained):
     rig = make_rig(**options)
     calls = []
-    hook = rig.policy.models.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    hook = rig.policy.model.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     batch = rig.collect()
     hook.remove()
     # Three prompts of two images, with guidance: a row for each image or, on shared steps, for each prompt.
     shared = options.get("num_shared_steps", 0)
     assert sum(calls) == 2 * (6 * (5 - shared) + 3 * shared)
-    steps = batches.window(rig.denoiser.schedule, rig.config)
+    steps = texforce.window(rig.denoiser.schedule, rig.config)
     assert steps.tolist() == trained
     rig.perturb(1e-2)
     pairs = rig.pairs(batch, sorted(set(trained) & set(WIDE_STEPS)))
@@ -612,7 +612,7 @@ def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_
     heldout = {}
     for name, options in {"plain": {}, "other": {"deterministic_elsewhere": True, "timestep_window": 0.5}}.items():
         config = TrainConfig(**small_run | options | {"output_dir": str(tmp_path / name)})
-        heldout[name] = training.train(config)["heldout"]["jpeg"]["base"]
+        heldout[name] = train.train(config)["heldout"]["jpeg"]["base"]
     assert heldout["plain"] == heldout["other"]
 
 
@@ -987,12 +987,12 @@ def test_the_kl_term_pulls_towards_the_base_model():
 
 
 def train(small_run: dict, output_dir, **options) -> dict:
-    return training.train(TrainConfig(**small_run | {"output_dir": str(output_dir)} | options))
+    return train.train(TrainConfig(**small_run | {"output_dir": str(output_dir)} | options))
 
 
 def remember_policies(monkeypatch) -> list[texforce.Policy]:
     policies = []
-    original = training.prepare
+    original = train.prepare
 
     def prepare(config):
         result = original(config)
@@ -1036,7 +1036,7 @@ def test_only_lora_changes_in_a_training_and_it_is_float32(small_run, tmp_path, 
     assert all(after[name].dtype == torch.float32 for name in lora)
 
 
-def all_tensors(models: pipelines.Models) -> Iterator[tuple[str, Tensor]]:
+def all_tensors(models: models.Model) -> Iterator[tuple[str, Tensor]]:
     for part in ("text_encoder", "unet", "vae"):
         module = getattr(models, part)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -1046,11 +1046,11 @@ def all_tensors(models: pipelines.Models) -> Iterator[tuple[str, Tensor]]:
 def test_lora_is_float32_over_a_frozen_model_of_half_precision():
     rig = make_rig(mixed_precision="bf16", target="both")
     assert {parameter.dtype for parameter in rig.policy.parameters} == {torch.float32}
-    frozen = [p for part in ("text_encoder", "unet", "vae") for p in getattr(rig.policy.models, part).parameters()]
+    frozen = [p for part in ("text_encoder", "unet", "vae") for p in getattr(rig.policy.model, part).parameters()]
     assert {parameter.dtype for parameter in frozen if not parameter.requires_grad} == {torch.bfloat16}
 
 
-def wide_models() -> pipelines.Models:
+def wide_models() -> models.Model:
     """Stable Diffusion's widths, in which kernels depend on the batch; random weights in bfloat16, few layers.
 
     An eighth of the widths where the processor does not compute in bfloat16: they would take minutes.
@@ -1060,7 +1060,7 @@ def wide_models() -> pipelines.Models:
 
     share = 1 if torch.cpu._is_avx512_bf16_supported() else 8
     width = 768 // share
-    tiny = pipelines.load_models("tiny", dtype=torch.bfloat16)
+    tiny = models.load_model("tiny", dtype=torch.bfloat16)
     text = CLIPTextConfig(
         vocab_size=len(tiny.tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
         num_attention_heads=12 if share == 1 else 3,
@@ -1177,7 +1177,7 @@ def test_a_micro_batch_that_is_filled_up_has_the_loss_and_gradient_of_its_own_pa
 
 def test_lora_starts_as_the_base_model():
     rig = make_rig(target="both")
-    ids = pipelines.tokenize(rig.policy.models.tokenizer, PROMPTS)
+    ids = models.tokenize(rig.policy.model.tokenizer, PROMPTS)
     with torch.no_grad():
         tuned = rig.policy.conditioning(ids).prompt_embeds
         with rig.policy.base():
@@ -1191,7 +1191,7 @@ def test_lora_starts_as_the_base_model():
 
 def test_the_base_null_prompt_stays_where_it_was():
     rig = make_rig(null_prompt="base")
-    ids = pipelines.tokenize(rig.policy.models.tokenizer, PROMPTS)
+    ids = models.tokenize(rig.policy.model.tokenizer, PROMPTS)
     before = rig.policy.conditioning(ids)
     rig.perturb(1e-2)
     after = rig.policy.conditioning(ids)
@@ -1206,7 +1206,7 @@ def test_the_base_null_prompt_is_refused_where_the_unet_is_trained(target):
 
 
 def without_times(record: dict) -> dict:
-    return {name: value for name, value in record.items() if name not in TIMES}
+    return {name: value for name, value in run.items() if name not in TIMES}
 
 
 def test_the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_does_not(small_run, tmp_path):
@@ -1262,7 +1262,7 @@ def test_a_nan_reward_drops_its_sample_and_training_goes_on(small_run, tmp_path)
     config = TrainConfig(**small_run | {
         "output_dir": str(tmp_path / "out"), "reward": reward_file(tmp_path, body), "num_epochs": 2, "seed": 7,
     })  # fmt: skip
-    result = training.train(config, reports.append)
+    result = train.train(config, reports.append)
     _, first, second = read_metrics(tmp_path / "out")
     assert result["num_dropped"] == 2
     assert "dropped" not in second
@@ -1284,7 +1284,7 @@ def test_the_update_of_an_epoch_with_a_dropped_sample_equals_that_without_it():
     batch = rig.collect()
     assert batch.rewards.isnan().tolist() == [False, True] + [False] * 7
     assert batch.advantages[1] == 0
-    pairs = batches.draw_pairs(
+    pairs = texforce.draw_pairs(
         batch.advantages, rig.denoiser.schedule.trainable_steps, rig.config, torch.Generator().manual_seed(0)
     )
     assert 1 not in pairs[:, 0]
@@ -1333,7 +1333,7 @@ def test_an_epoch_without_a_finite_image_stops_the_run(monkeypatch):
 def test_a_broken_image_counts_in_no_measure():
     images = world.render([world.parse("a red circle")] * 3, random.Random(0))
     images[1] = NAN
-    measures = heldout.measure(images, ["a red circle", "a red circle", "a blue square"], {})
+    measures = train.measure(images, ["a red circle", "a red circle", "a blue square"], {})
     assert measures["alignment_exact"] == 0.5
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], ["a red circle", "a blue square"]).mean())
 
@@ -1347,12 +1347,12 @@ def test_the_measures_of_a_normalised_reward_are_told_in_the_units_of_the_end():
         "parts": {"a": 4.0, "b": 10.0},
         "heldout": {"a=1,b=2": 99.0, "a": 6.0, "b": 20.0, "c": 5.0},
     }
-    told = training._in_final_units(epoch, "a=1,b=2", mixture)
+    told = train._in_final_units(epoch, "a=1,b=2", mixture)
     assert told["reward_mean"] == pytest.approx(4 / 2 + 2 * 10 / 20)
     assert told["heldout"] == pytest.approx({"a=1,b=2": 6 / 2 + 2 * 20 / 20, "a": 6.0, "b": 20.0, "c": 5.0})
     assert epoch["reward_mean"] == epoch["heldout"]["a=1,b=2"] == 99.0
     mixture.normalise = False
-    assert training._in_final_units(epoch, "a=1,b=2", mixture) == epoch
+    assert train._in_final_units(epoch, "a=1,b=2", mixture) == epoch
 
 
 def test_one_unit_holds_for_all_images_that_are_compared():
@@ -1362,7 +1362,7 @@ def test_one_unit_holds_for_all_images_that_are_compared():
         {"a": rig.scorer, "b": lambda images, _: 50 * images[:, 0].mean(dim=(1, 2))}, {"a": 1.0, "b": 1.0}, True
     )
     noise, statistics = torch.Generator().manual_seed(0), PromptStatistics()
-    batch = experience.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
+    batch = texforce.collect(rig.policy, rig.denoiser, reward, PROMPTS, rig.config, noise, statistics)
     expected = sum(part / part.std(correction=0) for part in batch.parts.values())
     torch.testing.assert_close(batch.rewards, expected, rtol=1e-4, atol=1e-5)
 
@@ -1425,7 +1425,7 @@ def filled(build: Callable[[], nn.Module], monkeypatch) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def stable_diffusion(version: str, monkeypatch) -> pipelines.Models:
+def stable_diffusion(version: str, monkeypatch) -> models.Model:
     """A pipeline of the published configuration with random weights: a billion of them."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -1440,9 +1440,9 @@ def stable_diffusion(version: str, monkeypatch) -> pipelines.Models:
         "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     }  # fmt: skip
-    return pipelines.Models(
+    return models.Model(
         name=f"stable-diffusion-{version}",
-        tokenizer=CLIPTokenizer.from_pretrained(pipelines.TINY / "tokenizer", model_max_length=77),
+        tokenizer=CLIPTokenizer.from_pretrained(models.TINY / "tokenizer", model_max_length=77),
         text_encoder=filled(lambda: CLIPTextModel(CLIPTextConfig(**CLIP | shape["text_encoder"])), monkeypatch),
         unet=filled(lambda: UNet2DConditionModel(**unet | shape["unet"]), monkeypatch),
         vae=filled(lambda: AutoencoderKL(**vae), monkeypatch),
@@ -1464,16 +1464,16 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
     models = stable_diffusion(version, monkeypatch)
     assert sum(parameter.numel() for parameter in models.unet.parameters()) == num_unet_parameters
     assert sum(parameter.numel() for parameter in models.text_encoder.parameters()) == num_text_parameters
-    monkeypatch.setattr(pipelines, "load_models", lambda name, device, dtype: models)
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: models)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    (tmp_path / "heldout.txt").write_text("a green cross\n")
+    (tmp_path / "train.txt").write_text("a green cross\n")
     policies = remember_policies(monkeypatch)
     config = TrainConfig(
         model=models.name, reward="jpeg", prompts=str(tmp_path / "prompts.txt"), output_dir=str(tmp_path / "out"),
-        heldout_prompts=str(tmp_path / "heldout.txt"), resolution=64, num_epochs=1, num_inference_steps=2,
+        heldout_prompts=str(tmp_path / "train.txt"), resolution=64, num_epochs=1, num_inference_steps=2,
         num_prompts_per_epoch=2, num_samples_per_prompt=2, num_updates_per_epoch=1,
     )  # fmt: skip
-    result = training.train(config)
+    result = train.train(config)
     assert result["max_ratio_deviation"] <= 1e-6
     assert math.isfinite(result["heldout"]["jpeg"]["tuned"])
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -1516,7 +1516,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     torch.testing.assert_close(checkpointed.collect().trajectory.log_probs, batch.trajectory.log_probs)
     pairs, peaks, gradients = plain.pairs(batch), [], []
     for rig in (plain, checkpointed):
-        with peak_of_saved_bytes(rig.policy.models) as bytes_kept:
+        with peak_of_saved_bytes(rig.policy.model) as bytes_kept:
             gradients.append(rig.gradient(batch, pairs))
         peaks.append(bytes_kept[0])
     assert relative_difference(gradients[1], gradients[0].double()) <= 1e-5
