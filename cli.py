@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,9 +27,14 @@ from .config import (
     BASE,
     PRESETS,
     EvalConfig,
+    EvalOptions,
     MergeConfig,
+    MergeOptions,
     SampleConfig,
+    SampleOptions,
     TrainConfig,
+    TrainOptions,
+    option_fields,
     resolve,
     resolve_eval,
     resolve_merge,
@@ -93,12 +98,12 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
 
     An option that is not given is None, so that a value from --config or the record's default can take its place.
     """
-    hints = typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(config_class)  # without the rules, which the configuration checks
     own = list(inspect.signature(command).parameters.values())[1:]
     parameters = []
     # What a record inherits is shared with other commands, and comes last.
-    for item in sorted(dataclasses.fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
-        kind = hints[item.name]
+    for item in sorted(option_fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
+        kind = str if typing.get_origin(hints[item.name]) is Literal else hints[item.name]
         text = item.metadata["help"] + _default_text(item, config_class)
         option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
         parameters.append(
@@ -121,7 +126,7 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
 
 
 def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
-    if item.default is not None:
+    if item.default not in (None, dataclasses.MISSING):
         return f" (default: {item.default})"
     families = ("tiny", "stable-diffusion", "turbo", "sdxl")
     tiny, stable_diffusion, turbo, sdxl = (PRESETS[family, "default"].get(item.name) for family in families)
@@ -165,7 +170,7 @@ def train_command(
             raise InputError("force_resume: it is about a run to go on with; give --resume")
         if resume:
             options = resumed_options(resume, options)
-        settings = resolve(TrainConfig(**options))
+        settings = resolve(TrainOptions(**options))
         if processes.is_first():
             progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         from . import train
@@ -230,7 +235,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
         NotFoundError, InputError: the file is not there, not JSON, or has fields that are no options.
     """
     content = read_json(path) if path else {}
-    if foreign := sorted(set(content) - {item.name for item in dataclasses.fields(TrainConfig)}):
+    if foreign := sorted(set(content) - {item.name for item in option_fields(TrainConfig)}):
         raise InputError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
     return content
 
@@ -248,7 +253,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         raise InputError("preset: the config file decides all that a preset would; give --preset or --config, not both")
     for name in set(FOLLOWING_OPTIONS) & set(saved) - set(given):
         with suppress(InputError):  # the file alone may be unusable, without what is given
-            if getattr(resolve(TrainConfig(**saved | {name: None})), name) == saved[name]:
+            if getattr(resolve(TrainOptions(**saved | {name: None})), name) == saved[name]:
                 saved = saved | {name: None}
     return saved | given
 
@@ -264,7 +269,7 @@ def sample_command(given: dict[str, Any]) -> None:
     with exit_codes():
         from . import evaluate, files, run
 
-        config = resolve_sample(SampleConfig(**given))
+        config = resolve_sample(SampleOptions(**given))
         progress.print(Text(f"model: {config.model}"))
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
         files.check_writable(Path(config.output_dir))
@@ -293,7 +298,7 @@ def merge_command(given: dict[str, Any]) -> None:
     with exit_codes():
         from . import merge
 
-        config = resolve_merge(MergeConfig(**given))
+        config = resolve_merge(MergeOptions(**given))
         progress.print(Text(printable(f"model: {config.model}")))
         folder = merge.merge(config)
         output.print(Text(printable(f"{config.format}: {folder}")), soft_wrap=True)
@@ -305,7 +310,7 @@ def merge_command(given: dict[str, Any]) -> None:
 def eval_command(given: dict[str, Any]) -> None:
     """Measure adapters and U-Nets against the base model on a benchmark, and write a report."""
     with exit_codes():
-        config = resolve_eval(EvalConfig(**given))
+        config = resolve_eval(EvalOptions(**given))
         progress.print(Text(printable(f"model: {config.model}; benchmark: {config.benchmark}")))
         from . import evaluate
 

@@ -1,17 +1,26 @@
-"""Configuration of the commands: what each is decided by, with its defaults, presets and checks.
+"""Configuration of the commands: what decides each, with its defaults, presets and checks.
 
-This file imports nothing heavy, so that the command line can show its help at once.
+A command has two types. Its *Options* are what is given, each None unless somebody sets it; its *Config* is resolved: every
+field has a value, from the options, the preset or the adapter's run. Types, rules, defaults and help texts stand once, at
+the fields of the Config. This file imports nothing heavy, so that `--help` is at once there.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import re
+import types
 import typing
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+from pydantic import Field
 
 from .errors import InputError
 from .files import read_json
@@ -20,107 +29,214 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
 MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
+SETTINGS = "texforce.json"  # how the output of `texforce merge` is to be sampled
+BASE = "base"  # the name of the base model among the systems
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a system
+
+# The description of a rule completes "must be ..." in messages.
+Count = Annotated[int, Field(ge=1, description="a whole number, at least 1")]
+Natural = Annotated[int, Field(ge=0, description="a whole number, not negative")]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK, description=f"a whole number, at least 1 and at most {MAX_RANK}")]
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED - 1}")]
+Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
+NonNegative = Annotated[float, Field(ge=0, description="a finite number, not negative")]
+StepShare = Annotated[float, Field(gt=0, le=1, description="above 0 and at most 1 (a share of the steps)")]
+TrainEta = Annotated[
+    float, Field(gt=0, le=1, description="above 0 and at most 1 (a step without randomness has no density to train on)")
+]
+DrawEta = Annotated[float, Field(ge=0, le=1, description="from 0 to 1")]
+Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
+Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
+Precision = Literal["no", "fp16", "bf16"]
+NullPrompt = Literal["adapted", "base"]
+PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})  # the command line shows it
+# --- validated records ---
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a training run.
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def validated(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that holds its fields to their types and rules.
 
-    What is None is filled in by `resolve`, from the preset for the model; the types are those after it.
+    Its `__init__` raises InputError with the field, the rule and the value.
     """
+    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    record: Any = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=config)
+    validate = record.__init__
+
+    @functools.wraps(validate)
+    def init(self: object, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except pydantic.ValidationError as error:
+            raise InputError(_first_message(error, record)) from error
+
+    record.__init__ = init
+    return record
+
+
+def _first_message(error: pydantic.ValidationError, record: type) -> str:
+    """What is wrong first: field, rule and value."""
+    found = error.errors()[0]
+    name = str(found["loc"][0])
+    if found["type"] == "unexpected_keyword_argument":
+        return f"{name}: there is no such option"
+    if found["type"] == "missing":
+        return f"{name}: must be given"
+    return f"{name}: must be {_rule(typing.get_type_hints(record, include_extras=True)[name])}, not {found['input']!r}"
+
+
+def _rule(kind: Any) -> str:
+    """What a field's type asks for, in words."""
+    if typing.get_origin(kind) is Annotated:
+        return kind.__metadata__[0].description
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_rule(part) for part in typing.get_args(kind) if part is not type(None))
+    return PLAIN.get(typing.get_origin(kind) or kind, str(kind))
+
+
+def option(text: str, default: Any = MISSING) -> Any:
+    """A field that is an option of the command, with its help text; without a default the preset or `resolve` has it."""
+    return field(metadata={"help": text}) if default is MISSING else field(default=default, metadata={"help": text})
+
+
+class Options:
+    """What is given for a command: a field for each option, None where nothing is given."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def options_of(config_class: type) -> type[Options]:
+    """The Options of a Config: its fields that are options, each of which may be None."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    given = [item for item in option_fields(config_class)]
+    body: dict[str, Any] = {item.name: field(default=None, metadata=item.metadata) for item in given}
+    body["__annotations__"] = {item.name: hints[item.name] | None for item in given}
+    return validated(type(config_class.__name__.replace("Config", "Options"), (Options,), body | {"__module__": __name__}))
+
+
+def option_fields(record: type) -> list[Any]:
+    """The fields of a Config or of its Options that are options of the command."""
+    return [item for item in fields(record) if "help" in item.metadata]  # type: ignore[arg-type]
+
+
+def given_values(options: Options) -> dict[str, Any]:
+    """The options that are given, by name."""
+    values = {item.name: getattr(options, item.name) for item in option_fields(type(options))}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# --- train ---
+
+
+@validated
+class TrainConfig:
+    """Everything that decides a training run."""
 
     reward: str = option(
+        "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of "
+        "them as hps=1,jpeg=0.1",
         "hps",
-        "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of them as "
-        "hps=1,jpeg=0.1",
     )
-    normalise_rewards: bool = option(False, "divide each part of a mixture by the running deviation of its scores")
+    normalise_rewards: bool = option("divide each part of a mixture by the running deviation of its scores", False)
     eval_reward: list[str] | None = option(
-        None, "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable"
+        "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
-    model: str = option(None, "'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
+    model: str = option("'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
     prompts: str = option(
-        "world", "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals"
+        "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals", "world"
     )
     heldout_prompts: str | None = option(
-        None, "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)"
+        "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)", None
     )
-    output_dir: str = option("out", "where the adapter, the figures and the metrics go; must be new or empty")
-    preset: str = option("default", "default, or paper: the published recipe")
-    target: str = option("text-encoder", "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both")
+    output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
+    preset: Literal["default", "paper"] = option("default, or paper: the published recipe", "default")
+    target: Literal["text-encoder", "unet", "both"] = option(
+        "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
+    )
     reward_checkpoint: list[str] | None = option(
+        "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published "
+        "weights (default: embedded hps for tiny, else hub)",
         None,
-        "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published weights "
-        "(default: embedded hps for tiny, else hub)",
     )
-    reward_timeout: float = option(600.0, "seconds after which a function or a server that gives no scores is given up")
-    seed: int = option(0, "seed of everything random")
-    num_epochs: int = option(None, "rounds of sampling and updating")
-    num_prompts_per_epoch: int = option(None, "prompts drawn an epoch")
-    num_samples_per_prompt: int = option(None, "images a prompt: the group whose rewards are compared")
-    num_updates_per_epoch: int = option(None, "optimizer steps in a pass over an epoch's images, each on its share of them")
-    num_inner_epochs: int = option(
-        1, "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time"
+    reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
+    seed: Seed = option("seed of everything random", 0)
+    num_epochs: Count = option("rounds of sampling and updating")
+    num_prompts_per_epoch: Count = option("prompts drawn an epoch")
+    num_samples_per_prompt: Count = option("images a prompt: the group whose rewards are compared")
+    num_updates_per_epoch: Count = option("optimizer steps in a pass over an epoch's images, each on its share of them")
+    num_inner_epochs: Count = option(
+        "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time", 1
     )
-    num_inference_steps: int = option(None, "DDIM steps")
-    eta: float = option(1.0, "randomness of the DDIM steps, above 0 to 1")
-    guidance_scale: float = option(None, "classifier-free guidance; 1 or less switches it off")
-    timestep_window: float = option(
-        None, "share of the denoising steps, from the first and noisiest on, that may be trained on"
+    num_inference_steps: Count = option("DDIM steps")
+    eta: TrainEta = option("randomness of the DDIM steps, above 0 to 1", 1.0)
+    guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")
+    timestep_window: StepShare = option(
+        "share of the denoising steps, from the first and noisiest on, that may be trained on"
     )
-    timestep_fraction: float = option(None, "share of the steps in the window that is trained on, drawn anew for each image")
+    timestep_fraction: StepShare = option("share of the steps in the window that is trained on, drawn anew for each image")
     deterministic_elsewhere: bool = option(
-        False, "training samples the steps outside the window without randomness; held-out images are drawn as ever"
+        "training samples the steps outside the window without randomness; held-out images are drawn as ever", False
     )
-    resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
-    learning_rate: float = option(None, "of AdamW")
-    lr_scheduler: str = option(None, "of the learning rate after its warm-up: constant, linear or cosine (to 0)")
-    lr_warmup_steps: int = option(
-        None,
+    resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
+    learning_rate: Positive = option("of AdamW")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
+        "of the learning rate after its warm-up: constant, linear or cosine (to 0)"
+    )
+    lr_warmup_steps: Natural = option(
         "optimizer steps over which the learning rate rises from 0: Adam's first steps are long and mostly noise; "
-        "by default never over a tenth of the run",
+        "by default never over a tenth of the run"
     )
-    weight_decay: float = option(1e-4, "of AdamW")
-    max_grad_norm: float = option(None, "gradients are clipped to this norm")
-    clip_range: float = option(None, "PPO's clip range of the ratio")
-    advantages: str = option(None, "leave-one-out (within the group) or per-prompt (running statistics of DDPO)")
-    advantage_clip: float = option(5.0, "advantages are clipped to this, in standard deviations")
-    kl_weight: float = option(0.0, "weight of the KL divergence from the base policy")
-    null_prompt: str = option(None, "whether guidance's null prompt goes through the adapted text encoder or the base one")
-    rank: int = option(16, "of LoRA")
-    lora_alpha: int = option(None, "of LoRA (default: the rank)")
-    ema_decay: float = option(None, "average the adapter over updates with this decay; 0 is off")
-    micro_batch_size: int = option(
-        None, "(image, step) pairs in one backward pass; changes memory, and of the result the rounding"
+    weight_decay: NonNegative = option("of AdamW", 0.0001)
+    max_grad_norm: Positive = option("gradients are clipped to this norm")
+    clip_range: Positive = option("PPO's clip range of the ratio")
+    advantages: Literal["leave-one-out", "per-prompt"] = option(
+        "leave-one-out (within the group) or per-prompt (running statistics of DDPO)"
     )
-    micro_batch: str = option(
+    advantage_clip: Positive = option("advantages are clipped to this, in standard deviations", 5.0)
+    kl_weight: NonNegative = option("weight of the KL divergence from the base policy", 0.0)
+    null_prompt: NullPrompt = option("whether guidance's null prompt goes through the adapted text encoder or the base one")
+    rank: Rank = option("of LoRA", 16)
+    lora_alpha: Count = option("of LoRA (default: the rank)")
+    ema_decay: Decay = option("average the adapter over updates with this decay; 0 is off")
+    micro_batch_size: Count = option(
+        "(image, step) pairs in one backward pass; changes memory, and of the result the rounding"
+    )
+    micro_batch: Literal["fixed", "auto"] = option(
+        "fixed takes --micro-batch-size; auto, on a GPU, begins with --sample-batch-size instead, and halves it "
+        "whenever an update runs out of memory",
         "fixed",
-        "fixed takes --micro-batch-size; auto, on a GPU, begins with --sample-batch-size instead, and halves it whenever an "
-        "update runs out of memory",
     )
-    sample_batch_size: int = option(None, "images sampled at a time")
-    mixed_precision: str = option(
-        None,
-        "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)",
+    sample_batch_size: Count = option("images sampled at a time")
+    mixed_precision: Precision = option(
+        "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)"
     )
-    gradient_checkpointing: bool = option(False, "recompute the U-Net's activations to save memory")
-    compile: bool | None = option(None, "compile the U-Net; the first step takes minutes (default: on CUDA)")
-    eval_every: int = option(None, "epochs between measurements on the held-out prompts")
-    checkpoint_every: int = option(None, "epochs between checkpoints, from which `--resume` goes on exactly")
-    checkpoints_to_keep: int = option(2, "so many of the newest checkpoints stay")
-    max_kl: float | None = option(
-        None, "stop when the KL divergence from the base policy, before an epoch's last update, is above this"
+    gradient_checkpointing: bool = option("recompute the U-Net's activations to save memory", False)
+    compile: bool | None = option("compile the U-Net; the first step takes minutes (default: on CUDA)", None)
+    eval_every: Count = option("epochs between measurements on the held-out prompts")
+    checkpoint_every: Count = option("epochs between checkpoints, from which `--resume` goes on exactly")
+    checkpoints_to_keep: Count = option("so many of the newest checkpoints stay", 2)
+    max_kl: Positive | None = option(
+        "stop when the KL divergence from the base policy, before an epoch's last update, is above this", None
     )
-    max_reward_drop: float = option(
-        2.0,
+    max_reward_drop: NonNegative = option(
         "stop when the held-out reward is so many deviations of the first epoch's rewards below the base model's; 0 is off",
+        2.0,
     )
-    report_to: str = option("none", "tensorboard, wandb or trackio, besides metrics.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "tensorboard, wandb or trackio, besides metrics.jsonl", "none"
+    )
 
+
+TrainOptions = options_of(TrainConfig)
 
 # What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
 # are published ones (arXiv:2311.15657 and its released code), and only the grouping and the batch shape are ours.
@@ -182,17 +298,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 for _preset in ("default", "paper"):
     PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
-CHOICES = {
-    "preset": ("default", "paper"),
-    "lr_scheduler": ("constant", "linear", "cosine"),
-    "target": ("text-encoder", "unet", "both"),
-    "advantages": ("leave-one-out", "per-prompt"),
-    "null_prompt": ("adapted", "base"),
-    "micro_batch": ("fixed", "auto"),
-    "mixed_precision": ("no", "fp16", "bf16"),
-    "format": ("pipeline", "checkpoint", "peft", "diffusers", "kohya"),
-    "report_to": ("none", "tensorboard", "wandb", "trackio"),
-}
 
 
 def default_device() -> str:
@@ -223,30 +328,27 @@ def rounds_by_batch(mixed_precision: str, device: str) -> bool:
     return mixed_precision != "no" or device != "cpu"
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what is None, and check every value.
+def resolve(options: Options) -> TrainConfig:
+    """The configuration of a training: the options that are given, and else the preset for the model.
 
     Raises:
-        InputError: an option has a value that cannot be used; names the option, the rule and the value.
+        InputError: options do not fit each other or the device; names them, the rule and the values.
     """
-    device = default_device()
-    check_types(config)
-    check_choices(config)
-    model = config.model or default_model(device)
-    preset = PRESETS[family(model), config.preset]
-    preset = preset | {"model": model, "lora_alpha": config.rank, "mixed_precision": default_precision(model, device)}
-    if rounds_by_batch(config.mixed_precision or preset["mixed_precision"], device):
-        default = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
-        size = config.sample_batch_size or config.micro_batch_size or default
-        preset |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
-    if config.target != "text-encoder":
-        preset["null_prompt"] = "adapted"
-    given = config
-    config = replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
-    _check_ranges(config)
-    check_precision(config, device)
+    device, given = default_device(), given_values(options)
+    model = given.get("model", default_model(device))
+    preset = PRESETS[family(model), given.get("preset", "default")]
+    precision = given.get("mixed_precision", default_precision(model, device))
+    check_precision(precision, device)
+    follows = {"model": model, "mixed_precision": precision, "lora_alpha": given.get("rank", _default(TrainConfig, "rank"))}
+    if rounds_by_batch(precision, device):
+        usual = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
+        size = given.get("sample_batch_size", given.get("micro_batch_size", usual))
+        follows |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
+    if given.get("target", "text-encoder") != "text-encoder":
+        follows["null_prompt"] = "adapted"
+    config = TrainConfig(**preset | follows | given)
     num_updates = num_optimizer_steps(config)
-    if given.lr_warmup_steps is None:
+    if "lr_warmup_steps" not in given:
         shortened = min(config.lr_warmup_steps, num_updates // 10)
         config = replace(config, lr_warmup_steps=shortened if shortened > 1 else 0)  # a single step's rate would be 0
     elif config.lr_warmup_steps >= num_updates:
@@ -255,6 +357,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     _check_together(config)
     return config
+
+
+def _default(record: type, name: str) -> Any:
+    """The default of a field."""
+    return next(item.default for item in fields(record) if item.name == name)  # type: ignore[arg-type]
 
 
 def num_optimizer_steps(config: TrainConfig) -> int:
@@ -275,51 +382,10 @@ def family(model: str) -> str:
     return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
 
 
-def check_types(config: Any) -> None:
-    """Values may come from a JSON file: hold them to the fields' types, and numbers to being finite."""
-    hints = typing.get_type_hints(type(config))
-    for item in fields(config):
-        value, kinds = getattr(config, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
-        if value is None and (item.default is None or type(None) in kinds):
-            continue
-        kinds = tuple(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
-        if float in kinds:
-            kinds = (*kinds, int)
-        foreign = isinstance(value, list) and not all(isinstance(element, str) for element in value)  # no others are known
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or foreign:
-            wanted = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in kinds)
-            raise InputError(f"{item.name}: must be {wanted}, not {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{item.name}: must be a finite number, not {value}")
-
-
-def check_precision(config: Any, device: str) -> None:
+def check_precision(mixed_precision: str, device: str) -> None:
     """Raise InputError for a type that the device does not compute in."""
-    if config.mixed_precision == "fp16" and device == "cpu":
+    if mixed_precision == "fp16" and device == "cpu":
         raise InputError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
-
-
-def check_seed(config: Any) -> None:
-    """Raise InputError for a seed that not every generator takes."""
-    if not 0 <= config.seed < MAX_SEED:
-        raise InputError(f"seed: must be from 0 to {MAX_SEED - 1}, not {config.seed}")
-
-
-def check_timeout(config: Any) -> None:
-    """Raise InputError for seconds that no clock can wait for."""
-    if not 0 < config.reward_timeout <= MAX_TIMEOUT:
-        raise InputError(f"reward_timeout: must be above 0 and at most {MAX_TIMEOUT} seconds, not {config.reward_timeout}")
-
-
-def check_choices(config: Any) -> None:
-    """Raise InputError for a value that is none of its option's."""
-    for name, choices in CHOICES.items():
-        value = getattr(config, name, None)
-        if value is not None and value not in choices:
-            raise InputError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
-
-
-COUNTS = ("rank", "micro_batch_size", "sample_batch_size", "eval_every", "checkpoint_every", "checkpoints_to_keep")
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -343,35 +409,8 @@ def _check_together(config: TrainConfig) -> None:
         raise InputError("num_samples_per_prompt: leave-one-out advantages need at least 2, not 1")
 
 
-def _check_ranges(config: TrainConfig) -> None:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name.startswith("num_") or item.name in COUNTS:
-            if value < 1:
-                raise InputError(f"{item.name}: must be at least 1, not {value}")
-        elif item.name in ("learning_rate", "clip_range", "max_grad_norm", "advantage_clip", "lora_alpha") and not value > 0:
-            raise InputError(f"{item.name}: must be above 0, not {value}")
-        elif item.name in ("eta", "timestep_window", "timestep_fraction") and not 0 < value <= 1:
-            rule = "a step without randomness has no density to train on" if item.name == "eta" else "a share of the steps"
-            raise InputError(f"{item.name}: must be above 0 and at most 1 ({rule}), not {value}")
-        elif (
-            item.name in ("weight_decay", "lr_warmup_steps", "kl_weight", "guidance_scale", "max_reward_drop")
-            and not value >= 0
-        ):
-            raise InputError(f"{item.name}: must not be negative, not {value}")
-    check_seed(config)
-    check_timeout(config)
-    if config.rank > MAX_RANK:
-        raise InputError(f"rank: must be at most {MAX_RANK}, not {config.rank}")
-    if config.max_kl is not None and not config.max_kl > 0:
-        raise InputError(f"max_kl: must be above 0, not {config.max_kl}")
-    if not 0 <= (config.ema_decay or 0) < 1:
-        raise InputError(f"ema_decay: must be from 0 to below 1, not {config.ema_decay}")
+# --- sample ---
 
-
-# --- sampling, merging ---
-
-SETTINGS = "texforce.json"  # what `texforce merge` says of how its output is to be sampled
 ADAPTER_HELP = (
     "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
 )
@@ -389,46 +428,39 @@ class System:
     unets: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class DrawConfig:
     """How images are drawn, by `sample` and by `eval`."""
 
-    model: str = option(None, MODEL_HELP)
-    num_inference_steps: int = option(None, "DDIM steps (default: the adapter's)")
-    eta: float = option(None, "randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
-    guidance_scale: float = option(None, "classifier-free guidance (default: the adapter's)")
-    resolution: int | None = option(None, "pixels of a side (default: what the U-Net was made for)")
-    batch_size: int = option(16, "images drawn at a time")
-    mixed_precision: str = option(None, "no, fp16 or bf16 (default: fp16 on CUDA, else no)")
-    compile: bool | None = option(None, "compile the U-Net (default: on CUDA)")
-    null_prompt: str = option(None, "adapted or base (default: the adapter's)")
+    model: str = option(MODEL_HELP)
+    num_inference_steps: Count = option("DDIM steps (default: the adapter's)")
+    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
+    guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
+    resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
+    batch_size: Count = option("images drawn at a time", 16)
+    mixed_precision: Precision = option("no, fp16 or bf16 (default: fp16 on CUDA, else no)")
+    compile: bool | None = option("compile the U-Net (default: on CUDA)", None)
+    null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class SampleConfig(DrawConfig):
     """Everything that decides what `texforce sample` draws."""
 
-    adapter: list[str] | None = option(None, ADAPTER_HELP)
-    unet: str | None = option(None, UNET_HELP)
-    unet_scale: float = option(1.0, UNET_SCALE_HELP)
-    prompt: list[str] | None = option(None, "what to draw; repeatable")
-    prompts: str | None = option(None, "a file, one prompt a line, or the name of a shipped set")
-    output_dir: str = option("samples", "where the images go; their numbers go on from those already there")
-    num_images: int = option(4, "images for each prompt")
-    seed: int = option(0, "of the first image; the next has the next seed")
-    scale: float = option(1.0, "strength of the adapter: 0 is the base model, 1 as trained")
-    compare: bool = option(False, "also draw the base model's images from the same noise")
-
-    @property
-    def systems(self) -> list[System]:
-        """What is drawn besides the base model: one, or none."""
-        return _one_system(self.adapter, self.unet, self.scale, self.unet_scale)
+    adapter: list[str] | None = option(ADAPTER_HELP, None)
+    unet: str | None = option(UNET_HELP, None)
+    unet_scale: float = option(UNET_SCALE_HELP, 1.0)
+    prompt: list[str] | None = option("what to draw; repeatable", None)
+    prompts: str | None = option("a file, one prompt a line, or the name of a shipped set", None)
+    output_dir: str = option("where the images go; their numbers go on from those already there", "samples")
+    num_images: Count = option("images for each prompt", 4)
+    seed: Seed = option("of the first image; the next has the next seed", 0)
+    scale: float = option("strength of the adapter: 0 is the base model, 1 as trained", 1.0)
+    compare: bool = option("also draw the base model's images from the same noise", False)
+    systems: tuple[System, ...] = ()  # drawn besides the base model: one, or none
 
 
-def _one_system(adapter: list[str] | None, unet: str | None, scale: float, unet_scale: float) -> list[System]:
-    adapters = tuple((path, weight * scale) for path, weight in map(parse_weighted, adapter or ()))
-    unets = ((unet, unet_scale),) if unet else ()
-    return [System("tuned", adapters, unets)] if adapters or unets else []
+SampleOptions = options_of(SampleConfig)
 
 
 def parse_weighted(spec: str) -> tuple[str, float]:
@@ -449,194 +481,210 @@ def parse_weighted(spec: str) -> tuple[str, float]:
     return path, weight
 
 
-def resolve_sample(config: SampleConfig) -> SampleConfig:
-    """Fill in what is None from the adapter's run, or else from the model's defaults, and check every value.
+def _one_system(given: dict[str, Any], scale: float = 1.0) -> tuple[System, ...]:
+    """The adapters and the U-Net that are given, as one system; none if nothing is given."""
+    adapters = tuple((path, weight * scale) for path, weight in map(parse_weighted, given.get("adapter", ())))
+    unets = ((given["unet"], given.get("unet_scale", 1.0)),) if given.get("unet") else ()
+    return (System("tuned", adapters, unets),) if adapters or unets else ()
+
+
+def resolve_sample(options: Options) -> SampleConfig:
+    """The configuration of `texforce sample`: the options, and else the adapter's run or the model's defaults.
 
     Raises:
-        InputError, NotFoundError: an option has a value that cannot be used.
+        InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
-    check_types(config)
-    if not config.prompt and not config.prompts:
+    given = given_values(options)
+    scale = given.get("scale", 1.0)
+    if not given.get("prompt") and not given.get("prompts"):
         raise InputError("prompt: give --prompt or --prompts")
-    if not config.adapter and config.scale != 1:
+    if not given.get("adapter") and scale != 1:
         raise InputError("adapter: --scale is about an adapter; give --adapter")
-    if not config.unet and config.unet_scale != 1:
-        raise InputError("unet_scale: it is about a U-Net; give --unet")
-    if not config.adapter and not config.unet and config.compare:
+    _check_unet_scale(given)
+    if not given.get("adapter") and not given.get("unet") and given.get("compare"):
         raise InputError("adapter: --compare needs something to compare; give --adapter or --unet")
-    return _resolve_drawing(config)
+    systems = _one_system(given, scale)
+    return SampleConfig(**_drawing(given, systems), systems=systems)
 
 
-def _resolve_drawing(config: Drawing) -> Drawing:
-    """Fill in how images are drawn, and check it."""
-    run = sampling_settings(config)
-    device = default_device()
-    model = config.model or run.get("model") or default_model(device)
-    preset = PRESETS[family(model), "default"]
-    defaults: dict[str, Any] = {name: run.get(name, preset.get(name)) for name in ("num_inference_steps", "guidance_scale")}
-    defaults |= {"model": model, "resolution": run.get("resolution"), "eta": run.get("eta", 1.0)}
-    defaults |= {"null_prompt": run.get("null_prompt", "adapted"), "mixed_precision": "no" if device == "cpu" else "fp16"}
-    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: must be at least 1, not {getattr(config, name)}")
-    if config.guidance_scale < 0:
-        raise InputError(f"guidance_scale: must not be negative, not {config.guidance_scale}")
-    check_seed(config)
-    check_choices(config)
-    check_precision(config, device)
-    return config
+def _check_unet_scale(given: dict[str, Any]) -> None:
+    if given.get("unet_scale", 1.0) != 1 and not given.get("unet"):
+        raise InputError("unet_scale: it is about a U-Net; give --unet")
 
 
-def sampling_settings(config: SampleConfig | MergeConfig | EvalConfig) -> dict[str, Any]:
-    """How adapters, a U-Net and a model were trained, or merged, to be sampled, as far as their folders say it.
+def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]:
+    """What is given, and how images are drawn where it is not.
 
     Raises:
-        InputError: a file is nonsense, or runs disagree in what the command line does not decide.
+        InputError: the adapters' runs disagree in what is not given.
     """
-    paths = [path for system in config.systems for path, _ in (*system.adapters, *system.unets)]
-    paths += [config.model] if config.model else []
-    runs: dict[str, Any] = {}
+    device, saved = default_device(), {}
+    for settings in sampling_settings(given, systems):
+        for name, value in settings.items():
+            if saved.setdefault(name, value) != value and name not in given:
+                raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
+    model = given.get("model") or saved.get("model") or default_model(device)
+    preset = PRESETS[family(model), "default"]
+    usual = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
+    usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
+    values = usual | saved | given | {"model": model}
+    check_precision(values["mixed_precision"], device)
+    return values
+
+
+def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Iterator[dict[str, Any]]:
+    """How each adapter, U-Net and given model was trained, or merged, to be sampled, as far as its folder says it.
+
+    Raises:
+        InputError: a file is nonsense.
+    """
+    paths = [path for system in systems for path, _ in (*system.adapters, *system.unets)]
+    paths += [given["model"]] if given.get("model") else []
     for path in (Path(path) / name for path in paths for name in ("config.json", SETTINGS)):
-        if not path.is_file():
-            continue
-        content = read_json(path)
-        names = ["model", "num_inference_steps", "guidance_scale", "eta"]
-        if content.get("target") != "unet":  # the null prompt goes through the text encoder
-            names.append("null_prompt")
-        run = {name: content[name] for name in names if content.get(name) is not None}
-        if "resolution" in content:
-            run["resolution"] = content["resolution"]  # null says something: what the U-Net was made for
-        try:
-            check_types(TrainConfig(**run))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        for name, value in run.items():
-            if runs.setdefault(name, value) != value and getattr(config, name, value) is None:
-                raise InputError(f"{name}: the adapters were trained with {runs[name]!r} and {value!r}; say which to use")
-    return runs
+        if path.is_file():
+            yield _saved_settings(path)
 
 
-@dataclass(frozen=True)
+def _saved_settings(path: Path) -> dict[str, Any]:
+    """How a run's config.json, or a merge's texforce.json, says that images are to be sampled."""
+    content = read_json(path)
+    names = ["model", "num_inference_steps", "guidance_scale", "eta"]
+    if content.get("target") != "unet":  # the null prompt goes through the text encoder
+        names.append("null_prompt")
+    saved = {name: content[name] for name in names if content.get(name) is not None}
+    if "resolution" in content:
+        saved["resolution"] = content["resolution"]  # null says something: what the U-Net was made for
+    try:
+        TrainOptions(**saved)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return saved
+
+
+# --- merge ---
+
+
+@validated
 class MergeConfig:
     """Everything that decides what `texforce merge` writes."""
 
-    adapter: list[str] | None = option(None, ADAPTER_HELP)
-    unet: str | None = option(None, UNET_HELP)
-    unet_scale: float = option(1.0, UNET_SCALE_HELP)
-    model: str = option(None, MODEL_HELP)
-    format: str = option(
-        "pipeline",
+    adapter: list[str] | None = option(ADAPTER_HELP, None)
+    unet: str | None = option(UNET_HELP, None)
+    unet_scale: float = option(UNET_SCALE_HELP, 1.0)
+    model: str = option(MODEL_HELP)
+    format: Literal["pipeline", "checkpoint", "peft", "diffusers", "kohya"] = option(
         "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
+        "pipeline",
     )
-    output: str = option("merged", "the folder to write")
-    overwrite: bool = option(False, "replace the output if it exists")
-
-    @property
-    def systems(self) -> list[System]:
-        """What is merged: one, or none."""
-        return _one_system(self.adapter, self.unet, 1.0, self.unet_scale)
+    output: str = option("the folder to write", "merged")
+    overwrite: bool = option("replace the output if it exists", False)
+    system: System = System("tuned")  # what is merged
+    settings: dict[str, Any] = field(default_factory=dict)  # how what is written is to be sampled
 
 
-def resolve_merge(config: MergeConfig) -> MergeConfig:
-    """Fill in the model, and check every value.
+MergeOptions = options_of(MergeConfig)
+
+
+def resolve_merge(options: Options) -> MergeConfig:
+    """The configuration of `texforce merge`: the options, and else the adapters' run.
 
     Raises:
-        InputError: an option has a value that cannot be used.
+        InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
-    check_types(config)
-    check_choices(config)
-    if not config.adapter and not config.unet:
+    given = given_values(options)
+    if not given.get("adapter") and not given.get("unet"):
         raise InputError("adapter: there is nothing to merge; give --adapter, --unet or both")
-    if config.unet_scale != 1 and not config.unet:
-        raise InputError("unet_scale: it is about a U-Net; give --unet")
-    if not config.output.strip("./ "):
-        raise InputError(f"output: must name a folder to be made, not {config.output!r}")
-    model = config.model or sampling_settings(config).get("model") or default_model(default_device())
-    return replace(config, model=model)
+    _check_unet_scale(given)
+    if not given.get("output", "merged").strip("./ "):
+        raise InputError(f"output: must name a folder to be made, not {given['output']!r}")
+    systems = _one_system(given)
+    settings: dict[str, Any] = {}
+    for saved in sampling_settings(given, systems):
+        settings = saved | settings  # of runs that disagree the first one
+    model = given.get("model") or settings.get("model") or default_model(default_device())
+    return MergeConfig(**given | {"model": model}, system=systems[0], settings=settings | {"model": model})
 
 
 # --- evaluation ---
 
 
-@dataclass(frozen=True, kw_only=True)
+@validated
 class EvalConfig(DrawConfig):
     """Everything that decides what `texforce eval` measures."""
 
     benchmark: str = option(
-        None,
-        "drawbench, parti, hps, imagereward, world, another shipped prompt set, or a file with `prompt` and perhaps "
-        "`category` in each row: .txt, .jsonl, .json, .csv, .tsv, .parquet (default: world for tiny, else drawbench)",
+        "drawbench, parti, hps, imagereward, world, another shipped prompt set, or a file with `prompt` and "
+        "perhaps `category` in each row: .txt, .jsonl, .json, .csv, .tsv, .parquet (default: world for tiny, else "
+        "drawbench)"
     )
     adapter: list[str] | None = option(
-        None, "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together"
+        "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together", None
     )
-    unet: list[str] | None = option(None, "[NAME=]PATH[:SCALE], likewise; " + UNET_HELP)
-    reward: list[str] | None = option(
-        None,
-        "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best strength "
-        "(default: hps; for world alignment too)",
+    unet: list[str] | None = option("[NAME=]PATH[:SCALE], likewise; " + UNET_HELP, None)
+    reward: list[str] = option(
+        "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best "
+        "strength (default: hps; for world alignment too)"
     )
-    reward_checkpoint: list[str] | None = option(None, "NAME=PATH, weights of a scorer; repeatable; as in train")
-    reward_timeout: float = option(600.0, "seconds after which a function or a server that gives no scores is given up")
+    reward_checkpoint: list[str] | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
+    reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
     strength: str | None = option(
-        None, "strengths to try of every system, as 0,0.5,1: the best of one half of the prompts is told on the other half"
+        "strengths to try of every system, as 0,0.5,1: the best of one half of the prompts is told on the other half", None
     )
-    num_images: int = option(4, "images for each prompt")
-    limit: int | None = option(None, "so many of the prompts, from all over the benchmark")
-    seed: int = option(0, "of the noise; every system gets the same, prompt by prompt")
-    output_dir: str = option("eval", "where images, results and the report go; an interrupted evaluation there goes on")
-
-    @property
-    def systems(self) -> list[System]:
-        """What is compared with the base model, by the names given.
-
-        Raises:
-            InputError: a name is missing or unusable, or comes twice without having been given.
-        """
-        parts: dict[str, System] = {}
-        given: dict[str, bool] = {}
-        for kind, specs in (("adapters", self.adapter), ("unets", self.unet)):
-            for spec in specs or ():
-                name, path, scale = parse_named(spec)
-                own = name or Path(path).absolute().name.removesuffix(".safetensors")
-                if not NAME.fullmatch(own) or own.lower() == BASE:
-                    raise InputError(f"adapter: give a name, of letters, digits, - and _, as NAME={path}; not {own!r}")
-                if own in parts and not (name and given[own]):
-                    raise InputError(f"adapter: {own!r} comes twice; give names, as NAME={path}")
-                given[own] = bool(name)
-                system = parts.get(own, System(own))
-                terms: dict[str, Any] = {kind: (*getattr(system, kind), (path, scale))}
-                parts[own] = replace(system, **terms)
-        return list(parts.values())
-
-    @property
-    def strengths(self) -> list[float]:
-        """Strengths to try; none where they are as given.
-
-        Raises:
-            InputError: not numbers, or one twice.
-        """
-        if self.strength is None:
-            return []
-        try:
-            strengths = [float(text) for text in self.strength.split(",")]
-        except ValueError:
-            strengths = [math.nan]
-        if not all(map(math.isfinite, strengths)) or len({f"{strength:g}" for strength in strengths}) < len(strengths):
-            raise InputError(f"strength: must be different numbers, as 0,0.5,1; not {self.strength!r}")
-        return strengths
-
-    @property
-    def measures(self) -> list[str]:
-        """The rewards that are measured, each as `rewards.load_reward` takes it."""
-        specs = [part for spec in self.reward or () for part in ([spec] if "=" in spec else spec.split(","))]
-        return [spec.strip() for spec in specs]
+    num_images: Count = option("images for each prompt", 4)
+    limit: Count | None = option("so many of the prompts, from all over the benchmark", None)
+    seed: Seed = option("of the noise; every system gets the same, prompt by prompt", 0)
+    output_dir: str = option("where images, results and the report go; an interrupted evaluation there goes on", "eval")
+    systems: tuple[System, ...] = ()  # compared with the base model, by their names
+    strengths: tuple[float, ...] = ()  # to try of every system; none where they are as given
+    measures: tuple[str, ...] = ()  # each as `rewards.load_reward` takes it
 
 
-BASE = "base"  # the name of the base model among the systems
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-Drawing = typing.TypeVar("Drawing", SampleConfig, EvalConfig)
+EvalOptions = options_of(EvalConfig)
+
+
+def resolve_eval(options: Options) -> EvalConfig:
+    """The configuration of `texforce eval`: the options, and else the adapters' runs or the model's defaults.
+
+    Raises:
+        InputError: options do not fit each other, or an adapter's folder is nonsense.
+    """
+    given = given_values(options)
+    systems = parse_systems(given.get("adapter", ()), given.get("unet", ()))
+    strengths = parse_strengths(given["strength"]) if "strength" in given else ()
+    for system in systems:
+        if len(system.unets) > 1:
+            raise InputError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
+    if strengths and not systems:
+        raise InputError("strength: it is about adapters and U-Nets; give --adapter or --unet")
+    values = _drawing(given, systems)
+    benchmark = given.get("benchmark", "world" if values["model"] == "tiny" else "drawbench")
+    usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
+    values |= {"benchmark": benchmark, "reward": given.get("reward") or usual}
+    measures = parse_measures(values["reward"])
+    return EvalConfig(**values, systems=systems, strengths=strengths, measures=measures)
+
+
+def parse_systems(adapters: Sequence[str], unets: Sequence[str]) -> tuple[System, ...]:
+    """The systems of `[NAME=]PATH[:SCALE]`; what has one given name is one system.
+
+    Raises:
+        InputError: a name is missing or unusable, or comes twice without having been given.
+    """
+    systems: dict[str, System] = {}
+    given: dict[str, bool] = {}
+    for kind, specs in (("adapters", adapters), ("unets", unets)):
+        for spec in specs:
+            name, path, scale = parse_named(spec)
+            own = name or Path(path).absolute().name.removesuffix(".safetensors")
+            if not NAME.fullmatch(own) or own.lower() == BASE:
+                raise InputError(f"adapter: give a name, of letters, digits, - and _, as NAME={path}; not {own!r}")
+            if own in systems and not (name and given[own]):
+                raise InputError(f"adapter: {own!r} comes twice; give names, as NAME={path}")
+            given[own] = bool(name)
+            system = systems.get(own, System(own))
+            terms: dict[str, Any] = {kind: (*getattr(system, kind), (path, scale))}
+            systems[own] = replace(system, **terms)
+    return tuple(systems.values())
 
 
 def parse_named(spec: str) -> tuple[str, str, float]:
@@ -648,25 +696,28 @@ def parse_named(spec: str) -> tuple[str, str, float]:
     return "", path, weight
 
 
-def resolve_eval(config: EvalConfig) -> EvalConfig:
-    """Fill in what is None from the adapters' runs, or else from the model's defaults, and check every value.
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """The strengths of `0,0.5,1`.
 
     Raises:
-        InputError, NotFoundError: an option has a value that cannot be used.
+        InputError: not numbers, or one twice.
     """
-    check_types(config)
-    for system in config.systems:
-        if len(system.unets) > 1:
-            raise InputError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
-    if config.strengths and not config.systems:
-        raise InputError("strength: it is about adapters and U-Nets; give --adapter or --unet")
-    if config.limit is not None and config.limit < 1:
-        raise InputError(f"limit: must be at least 1, not {config.limit}")
-    config = _resolve_drawing(config)
-    check_timeout(config)
-    benchmark = config.benchmark or ("world" if config.model == "tiny" else "drawbench")
-    usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
-    config = replace(config, benchmark=benchmark, reward=config.reward or usual)
-    if "" in config.measures or len(set(config.measures)) < len(config.measures):
-        raise InputError(f"reward: must be different names, as hps,clip; not {','.join(config.measures)!r}")
-    return config
+    try:
+        strengths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        strengths = (math.nan,)
+    if not all(map(math.isfinite, strengths)) or len({f"{strength:g}" for strength in strengths}) < len(strengths):
+        raise InputError(f"strength: must be different numbers, as 0,0.5,1; not {text!r}")
+    return strengths
+
+
+def parse_measures(specs: Sequence[str]) -> tuple[str, ...]:
+    """The rewards of `--reward hps,clip --reward jpeg=0.1`, each as `rewards.load_reward` takes it.
+
+    Raises:
+        InputError: one is empty or comes twice.
+    """
+    measures = tuple(part.strip() for spec in specs for part in ([spec] if "=" in spec else spec.split(",")))
+    if "" in measures or len(set(measures)) < len(measures):
+        raise InputError(f"reward: must be different names, as hps,clip; not {','.join(measures)!r}")
+    return measures

@@ -85,13 +85,16 @@ def reading(what: object, kind: type[TexforceError] = ArtifactError) -> Iterator
 
 
 def cause(error: BaseException) -> str:
-    """The first line of what an exception says, but never a library's advice to switch a safety off."""
+    """The first line of an exception's text, or the first two; never a library's advice to switch a safety off."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(switch in line for line in lines for switch in SAFETY_SWITCHES):
         return "it is not a file of tensors alone, and reading it could run code"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return lines[0][:300] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {' '.join(lines)[:300]}"
+    if not lines or isinstance(error, KeyError):
+        return f"{type(error).__name__} {' '.join(lines)[:300]}"
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # torch names the tensors below a heading
+    return first[:300]
 
 
 def describe(error: BaseException) -> str:

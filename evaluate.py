@@ -122,7 +122,7 @@ class Evaluation:
         return torch.stack(images)
 
 
-def at_strengths(config: EvalConfig) -> list[System]:
+def at_strengths(config: EvalConfig) -> Sequence[System]:
     """The systems, or each of them at each strength that is tried."""
     if not config.strengths:
         return config.systems

@@ -133,13 +133,18 @@ def take_place(temporary: Path, path: Path) -> None:
     if not path.is_dir():
         temporary.rename(path)
         return
-    aside = temporary.with_name(f"{path.name}.old")
-    path.rename(aside)
+    # Not beside `temporary`, whose folder is removed even if the old one cannot be moved back.
+    place = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY))
+    aside = place / path.name
     try:
+        path.rename(aside)
         temporary.rename(path)
     except BaseException:
-        aside.rename(path)
+        if aside.exists():
+            aside.rename(path)
+        place.rmdir()
         raise
+    shutil.rmtree(place)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import __version__, adapters, files, ldm, models
 from .adapters import Adapter, Layer, lora_config, lora_tensors, named_as_in
-from .config import SETTINGS, MergeConfig, parse_weighted, sampling_settings
+from .config import SETTINGS, MergeConfig
 from .errors import InputError
 
 LORA_FORMATS = ("peft", "diffusers", "kohya")
@@ -43,7 +43,7 @@ def merge(config: MergeConfig) -> Path:
     """
     output = Path(config.output)
     check_output(config)
-    system = config.systems[0]
+    system = config.system
     adapters.check_inputs(system)
     model = load_pipeline(config.model)
     terms = adapters.read_terms(system.adapters, model)
@@ -66,8 +66,7 @@ def merge(config: MergeConfig) -> Path:
         WRITERS[config.format](Merged(model, adapter, config), folder)
         (folder / "README.md").write_text(model_card(config, adapter))
         baked = ("model", "null_prompt") if config.format in FULL_FORMATS else ()
-        settings = sampling_settings(config) | {"model": config.model}
-        files.write_json(folder / SETTINGS, {name: settings[name] for name in settings if name not in baked})
+        files.write_json(folder / SETTINGS, {name: value for name, value in config.settings.items() if name not in baked})
     return output
 
 
@@ -91,7 +90,7 @@ def check_output(config: MergeConfig) -> None:
         InputError: it exists, or is an input. OSError: it cannot be written.
     """
     output = Path(config.output).resolve()
-    system = config.systems[0]
+    system = config.system
     inputs = [path for path, _ in (*system.adapters, *system.unets)] + [config.model]
     for path in (Path(name).resolve() for name in inputs if Path(name).exists()):
         if output == path or output in path.parents or path in output.parents:
@@ -131,7 +130,7 @@ CARD = "Merged by texforce"
 
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
     """README.md: from what, at which weights, it was merged."""
-    rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in map(parse_weighted, config.adapter or ())]
+    rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
     rows += [f"| U-Net | `{config.unet}` | {config.unet_scale:g} |"] if config.unet else []
     parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
     return "\n".join(

@@ -12,7 +12,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,7 +262,7 @@ def check_lasting(saved: Mapping[str, Any], config: TrainConfig) -> None:
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Options that decide a run and differ, as `name: old -> new`; a missing option had its default."""
-    saved = {item.name: item.default for item in fields(TrainConfig)} | dict(saved)
+    saved = {item.name: item.default for item in fields(TrainConfig) if item.default is not MISSING} | dict(saved)
     names = [name for name in given if name not in FREE_OPTIONS and saved.get(name) != given[name]]
     return [f"{name}: {saved.get(name)} -> {given[name]}" for name in names]
 

@@ -43,7 +43,7 @@ from . import (
     wants_kl,
     world,
 )
-from .config import TrainConfig, default_device, resolve
+from .config import TrainConfig, default_device
 from .errors import DivergedError, InputError, RewardError
 from .files import read_json
 from .prompt_sets import split_prompts
@@ -115,7 +115,6 @@ def train(
         DivergedError: training went wrong; the adapter of the last measurement is kept.
         Anything else that comes in the middle of the training is passed on after the last epoch's end was saved.
     """
-    config = resolve(config)
     train_prompts, heldout_prompts = split_prompts(config)
     prompts, output_dir = [*train_prompts, *heldout_prompts], Path(config.output_dir)
     with contextlib.ExitStack() as stack:
@@ -193,7 +192,8 @@ class _Opening:
 
     def _newest(self, output_dir: Path) -> Snapshot | None:
         """The newest valid checkpoint of a run; warns of each that is broken, and if there is none."""
-        files.remove_temporaries(output_dir)
+        for folder in (output_dir, *output_dir.glob("*/")):  # adapters of other parts lie in folders of their own
+            files.remove_temporaries(folder)
         checkpoint = run.newest_checkpoint(
             output_dir / run.CHECKPOINTS, lambda path: self.warn(f"{path} is damaged or incomplete, and is passed over")
         )

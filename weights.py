@@ -194,14 +194,20 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
     """A model of a folder in transformers' format, none of its tensors missing or unused; transformers would only warn.
 
     Raises:
-        ArtifactError: files are missing or damaged, or tensors missing, foreign or of other shapes.
+        NotFoundError: its configuration or its weights are missing.
+        ArtifactError: files are damaged, or tensors missing, foreign or of other shapes.
     """
+    if not (folder / "config.json").is_file():  # without it transformers builds its default architecture
+        raise NotFoundError(f"reward: there is no config.json in {str(folder)!r}")
+    safe, pickle = any(folder.glob("model*.safetensors")), folder / "pytorch_model.bin"
+    if not safe and not pickle.exists():
+        raise NotFoundError(f"reward: {str(folder)!r} holds neither model.safetensors nor pytorch_model.bin")
     with refused(folder):
-        if any(folder.glob("model*.safetensors")):
+        if safe:
             model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
         else:
             config = cls.config_class.from_pretrained(folder, local_files_only=True)
-            tensors = read_tensors(folder / "pytorch_model.bin")
+            tensors = read_tensors(pickle)
             model, info = cls.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
         if wrong := [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]:
             raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, as {wrong[0]}")

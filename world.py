@@ -5,9 +5,7 @@ A prompt is one of four kinds: colour ("a red circle"), composition ("a red circ
 rare synonym of exactly the same meaning ("crimson disc"). Scenes are 32 x 32 pixels.
 """
 
-import hashlib
 import itertools
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from torch import Tensor
 from .errors import InputError
 
 IMAGE_SIZE = 32
-KINDS = ("colour", "composition", "position", "count")
 COLOURS = {  # common word: (rare synonym, RGB)
     "red": ("crimson", (0.90, 0.10, 0.10)),
     "green": ("emerald", (0.10, 0.70, 0.20)),
@@ -39,8 +36,6 @@ PALETTE = torch.tensor([rgb for _, rgb in COLOURS.values()])  # (8, 3)
 COLOUR_WORDS = [(common, rare) for common, (rare, _) in COLOURS.items()]
 SHAPE_WORDS = list(SHAPES.items())
 RARE_WORDS = frozenset(rare for _, rare in COLOUR_WORDS + SHAPE_WORDS)
-RARE_PROBABILITY = 0.35  # of each colour and each shape word, in the prompts shipped
-HELDOUT_FRACTION = 0.2  # of all sentences
 # Area of each shape over the square of its radius, in the order of SHAPES; it turns a measured area into a radius.
 AREA_FACTORS = torch.tensor([3.1416, 3.24, 2.2733, 2.56])
 
@@ -98,69 +93,7 @@ def has_rare_word(prompt: str) -> bool:
     return any(singular.get(word, word) in RARE_WORDS for word in prompt.lower().split())
 
 
-def draw_scene(rng: random.Random, kind: str) -> Scene:
-    """A random scene; two objects of one scene differ in colour and in shape."""
-    colours = rng.sample(range(len(COLOURS)), 2)
-    shapes = rng.sample(range(len(SHAPES)), 2)
-    first, second = zip(colours, shapes, strict=True)
-    if kind == "colour":
-        return Scene(kind, (first,))
-    if kind == "count":
-        return Scene(kind, (first,) * rng.choice(list(COUNTS)))
-    return Scene(kind, (first, second), rng.choice(list(RELATIONS)) if kind == "position" else None)
-
-
-def caption(scene: Scene, rng: random.Random, rare_probability: float = RARE_PROBABILITY) -> str:
-    """A sentence for a scene; each colour and shape word is the rare one with the given probability."""
-
-    def noun(colour: int, shape: int) -> tuple[str, str]:
-        return (
-            COLOUR_WORDS[colour][rng.random() < rare_probability],
-            SHAPE_WORDS[shape][rng.random() < rare_probability],
-        )
-
-    return sentence(scene, [noun(*scene.objects[0]), noun(*scene.objects[-1])])
-
-
-def sentence(scene: Scene, nouns: Sequence[tuple[str, str]]) -> str:
-    """Spell a scene with the given (colour word, shape word) pairs of its first and last object."""
-
-    def phrase(colour: str, shape: str) -> str:
-        return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
-
-    (colour, shape), last = nouns[0], nouns[-1]
-    if scene.kind == "count":
-        return f"{COUNTS[len(scene.objects)]} {colour} {plural(shape)}"
-    if scene.kind == "colour":
-        return phrase(colour, shape)
-    return f"{phrase(colour, shape)} {scene.relation or 'and'} {phrase(*last)}"
-
-
-def is_heldout(prompt: str) -> bool:
-    """Whether a sentence belongs to the held-out fifth; decided by its hash, so that no list can disagree."""
-    return hashlib.sha256(prompt.encode()).digest()[0] < 256 * HELDOUT_FRACTION
-
-
-def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) -> list[str]:
-    """Distinct sentences of one kind: held-out ones of any words, or training ones that hold a rare word.
-
-    Sentences of common words alone would teach little: the model draws them right already.
-
-    Raises:
-        InputError: the kind has fewer sentences than that.
-    """
-    rng = random.Random(f"{seed} {kind} {heldout}")
-    prompts: dict[str, None] = {}
-    for _ in range(200 * num_prompts):
-        prompt = caption(draw_scene(rng, kind), rng)
-        if is_heldout(prompt) == heldout and (heldout or has_rare_word(prompt)):
-            prompts[prompt] = None
-        if len(prompts) == num_prompts:
-            return list(prompts)
-    raise InputError(f"num_prompts: the tiny world has fewer than {num_prompts} sentences of the kind {kind!r}")
-
-
-# --- drawing ---
+# --- the detector ---
 
 
 def coverage(shapes: Tensor, centres: Tensor, radii: Tensor, size: int = IMAGE_SIZE) -> Tensor:
@@ -182,38 +115,6 @@ def coverage(shapes: Tensor, centres: Tensor, radii: Tensor, size: int = IMAGE_S
     distances = torch.stack([(x.square() + y.square()).sqrt() - 1.0, square, triangle, arm], dim=1)
     distance = distances[torch.arange(len(shapes)), shapes] * radii[:, None, None]
     return (0.5 - distance).clamp(0, 1)
-
-
-def place(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
-    """Centres for the objects of a scene, in pixels, far enough apart that no two touch."""
-    if scene.kind == "colour":
-        return [(rng.uniform(8, 24), rng.uniform(8, 24))]
-    cells = list(itertools.product((9, 23), (9, 23)))
-    if scene.kind == "position":
-        dx, dy = RELATIONS[scene.relation or ""]
-        across = rng.choice((9, 23))
-        cells = [(16 + 7 * dx, across), (16 - 7 * dx, across)] if dx else [(across, 16 + 7 * dy), (across, 16 - 7 * dy)]
-    else:
-        cells = rng.sample(cells, len(scene.objects))
-    return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for x, y in cells]
-
-
-def render(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """Draw scenes with random places and sizes; images (N, 3, 32, 32) in [0, 1]."""
-    rows = [
-        (i, colour, shape, *centre, rng.uniform(4.2, 5.2))
-        for i, scene in enumerate(scenes)
-        for (colour, shape), centre in zip(scene.objects, place(scene, rng), strict=True)
-    ]
-    table = torch.tensor(rows)
-    index, colours, shapes = (table[:, k].long() for k in range(3))
-    layers = coverage(shapes, table[:, 3:5], table[:, 5])[:, None]
-    paint = layers * (PALETTE[colours] - BACKGROUND)[:, :, None, None]
-    images = BACKGROUND[:, None, None].expand(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE).clone()
-    return images.index_add_(0, index, paint).clamp(0, 1)
-
-
-# --- the detector ---
 
 
 @dataclass(frozen=True)

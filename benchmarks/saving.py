@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from texforce import run, train
-from texforce.config import TrainConfig, resolve
+from texforce.config import TrainConfig, TrainOptions, resolve
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--num-epochs", type=int, default=5)
@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as place:
         path.stat().st_size for path in (Path(place) / "out" / "checkpoints" / f"epoch_{options.num_epochs:06d}").iterdir()
     )
 snapshot, checkpoint = (sum(times) / len(times) for times in spent.values())
-epoch, every = seconds / options.num_epochs, resolve(TrainConfig(model="tiny")).checkpoint_every
+epoch, every = seconds / options.num_epochs, resolve(TrainOptions(model="tiny")).checkpoint_every
 print(
     json.dumps(
         {

@@ -6,15 +6,17 @@ the noise of the training's own measurement; and of exact renderings, which show
 """
 
 import random
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import texforce
-from texforce import adapters, models, prompt_sets, sampler, train, world
-from texforce.config import resolve
+from texforce import adapters, models, prompt_sets, train, world
+from texforce.config import TrainOptions, resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 
@@ -25,17 +27,16 @@ def exact(images: torch.Tensor, scenes: list[world.Scene], min_overlap: float) -
 
 
 def main() -> None:
-    options = resolve(texforce.TrainConfig(model="tiny"))
+    options = resolve(TrainOptions(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
     scenes = [world.parse(prompt) for prompt in prompts]
-    systems = {"exact renderings": world.render(scenes, random.Random(0))}
+    render = runpy.run_path(str(Path(__file__).parents[1] / "tiny" / "build.py"))["render"]
+    systems = {"exact renderings": render(scenes, random.Random(0))}
     for folder in (None, *sys.argv[1:]):
-        models = models.load_model("tiny")
-        models = adapters.load_adapters(models, [folder]) if folder else models
-        schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
-        denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
-        policy = texforce.Policy(models, options.null_prompt)
-        systems[folder or "base"] = train.heldout_images(policy, denoiser, prompts, options)
+        model = models.load_model("tiny")
+        model = adapters.load_adapters(model, [folder]) if folder else model
+        policy = texforce.Policy(model, options)
+        systems[folder or "base"] = train.heldout_images(policy, prompts, options.sample_batch_size)
     table = Table("system", *(f"overlap {minimum}" for minimum in MINIMA))
     for name, images in systems.items():
         table.add_row(name, *(f"{exact(images, scenes, minimum):.3f}" for minimum in MINIMA))

@@ -17,8 +17,8 @@ from torch import Tensor
 import texforce
 from texforce import adapters, evaluate, models, sampler, train
 from texforce.errors import ArtifactError
-from texforce.config import TrainConfig, resolve
-from texforce.config import SampleConfig, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.config import SampleOptions, resolve_sample
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -50,7 +50,7 @@ def runs(tmp_path_factory) -> Path:
             original = train.draw_share
             patch.setattr(heldout, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
-            train.train(TrainConfig(**OPTIONS | files | target_option | options))
+            train.train(resolve(TrainOptions(**OPTIONS | files | target_option | options)))
         torch.save(drawn, folder / f"{target}.images")
     return folder
 
@@ -81,7 +81,7 @@ def load_tiny() -> models.Model:
 
 def sample(adapters: list[Path], **options) -> dict[str, Tensor]:
     """texforce's own images of the prompts, of seeds 5 and 6."""
-    config = resolve_sample(SampleConfig(adapter=[str(path) for path in adapters], prompt=PROMPTS, **options))
+    config = resolve_sample(SampleOptions(adapter=[str(path) for path in adapters], prompt=PROMPTS, **options))
     return evaluate.sample(config, PROMPTS, [5, 6])
 
 
@@ -133,10 +133,10 @@ def test_plain_peft_loads_a_unets_adapter_from_its_subfolder(runs, pipeline):
 
 
 def test_the_defaults_of_sampling_are_those_of_the_adapters_training(runs):
-    config = resolve_sample(SampleConfig(adapter=[str(runs / "text-encoder")], prompt=PROMPTS))
+    config = resolve_sample(SampleOptions(adapter=[str(runs / "text-encoder")], prompt=PROMPTS))
     assert (config.model, config.num_inference_steps, config.guidance_scale) == ("tiny", 5, 3.0)
     assert config.null_prompt == "adapted"
-    assert resolve_sample(SampleConfig(adapter=[str(runs / "base-null")], prompt=PROMPTS)).null_prompt == "base"
+    assert resolve_sample(SampleOptions(adapter=[str(runs / "base-null")], prompt=PROMPTS)).null_prompt == "base"
 
 
 # --- the scale ---
@@ -153,7 +153,7 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     base, tuned = torch.load(runs / f"{name}.images")
     assert (tuned - base).abs().max() > 0.01
     settings = json.loads((runs / name / "config.json").read_text())
-    config = resolve(TrainConfig(**settings))
+    config = resolve(TrainOptions(**settings))
     models = load_adapter(load_tiny(), runs / name)
     policy = texforce.Policy(models, config.null_prompt)
     schedule = sampler.ddim_schedule(models.scheduler, config.num_inference_steps, config.eta)

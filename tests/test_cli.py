@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 
 import texforce
 from texforce import cli, DivergedError, models, rewards, sampler, train
-from texforce.config import PRESETS, TrainConfig, resolve
+from texforce.config import PRESETS, TrainConfig, TrainOptions, resolve
 from texforce.config import EvalConfig, MergeConfig, SampleConfig, resolve_sample
 from texforce.errors import RewardError
 
@@ -280,20 +280,20 @@ def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
 
 def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
     for num_epochs, expected in ((1, 0), (5, 0), (12, 0), (50, 5), (140, 10), (1000, 10)):
-        assert resolve(TrainConfig(model="tiny", num_epochs=num_epochs)).lr_warmup_steps == expected
-    assert resolve(TrainConfig(model="tiny", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
+        assert resolve(TrainOptions(model="tiny", num_epochs=num_epochs)).lr_warmup_steps == expected
+    assert resolve(TrainOptions(model="tiny", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatch):
     for has_it, precision, size in ((True, "bf16", 4), (False, "no", 8)):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has_it=has_it: has_it)
-        config = resolve(TrainConfig(model="some/model"))
+        config = resolve(TrainOptions(model="some/model"))
         assert (config.mixed_precision, config.micro_batch_size, config.sample_batch_size) == (precision, 4, size)
-        assert resolve(TrainConfig(model="tiny")).mixed_precision == "no"
-        assert resolve(TrainConfig(model="some/model", mixed_precision="no")).sample_batch_size == 8
+        assert resolve(TrainOptions(model="tiny")).mixed_precision == "no"
+        assert resolve(TrainOptions(model="some/model", mixed_precision="no")).sample_batch_size == 8
     for given in ("sample_batch_size", "micro_batch_size"):
-        config = resolve(TrainConfig(model="some/model", mixed_precision="bf16", **{given: 2}))
+        config = resolve(TrainOptions(model="some/model", mixed_precision="bf16", **{given: 2}))
         assert (config.micro_batch_size, config.sample_batch_size) == (2, 2)
 
 
@@ -356,7 +356,7 @@ def test_a_preset_over_a_whole_config_file_is_refused_and_not_passed_over(traine
 def test_a_preset_fills_in_what_a_file_of_a_few_options_leaves_open():
     for preset in ("paper", "default"):
         merged = cli.merge_options({"num_epochs": 1, "model": "tiny"}, {"preset": preset})
-        assert resolve(TrainConfig(**merged)).num_inference_steps == PRESETS["tiny", preset]["num_inference_steps"]
+        assert resolve(TrainOptions(**merged)).num_inference_steps == PRESETS["tiny", preset]["num_inference_steps"]
 
 
 @pytest.mark.parametrize(("given", "expected"), [
@@ -367,15 +367,15 @@ def test_a_preset_fills_in_what_a_file_of_a_few_options_leaves_open():
     ({"target": "unet"}, {"target": "unet", "null_prompt": "adapted"}),
 ])  # fmt: skip
 def test_what_follows_from_an_option_follows_anew_when_it_is_given_over_a_saved_config(given, expected):
-    saved = asdict(resolve(TrainConfig(model="tiny")))
+    saved = asdict(resolve(TrainOptions(model="tiny")))
     assert (saved["lora_alpha"], saved["lr_warmup_steps"], saved["null_prompt"]) == (16, 10, "base")
-    config = resolve(TrainConfig(**cli.merge_options(saved, given)))
+    config = resolve(TrainOptions(**cli.merge_options(saved, given)))
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_what_a_config_file_sets_apart_stays():
-    saved = asdict(resolve(TrainConfig(model="tiny", lora_alpha=32, lr_warmup_steps=4, null_prompt="adapted")))
-    config = resolve(TrainConfig(**cli.merge_options(saved, {"rank": 4, "num_epochs": 100})))
+    saved = asdict(resolve(TrainOptions(model="tiny", lora_alpha=32, lr_warmup_steps=4, null_prompt="adapted")))
+    config = resolve(TrainOptions(**cli.merge_options(saved, {"rank": 4, "num_epochs": 100})))
     assert (config.lora_alpha, config.lr_warmup_steps, config.null_prompt) == (32, 4, "adapted")
 
 

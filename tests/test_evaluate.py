@@ -14,8 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from texforce import cli, evaluate, files, measures, models, run, sampler, train
-from texforce.config import TrainConfig
-from texforce.config import EvalConfig, SampleConfig, System, resolve_eval, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.config import EvalConfig, EvalOptions, SampleConfig, System, resolve_eval, resolve_sample
 
 PROMPTS = [
     ("a red circle", "one"),
@@ -29,7 +29,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def adapter(shared_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "out"
-    train.train(TrainConfig(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03}))
+    train.train(resolve(TrainOptions(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03})))
     return folder
 
 
@@ -49,7 +49,7 @@ def options(adapter, benchmark) -> dict:
 
 
 def run(options: dict, folder: Path, progress=lambda *stage: None) -> dict:
-    return evaluate.evaluate(resolve_eval(EvalConfig(**options, output_dir=str(folder))), progress)
+    return evaluate.evaluate(resolve_eval(EvalOptions(**options, output_dir=str(folder))), progress)
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def test_measures_are_names_or_mixtures():
 
 
 def test_defaults_follow_the_model_and_the_benchmark():
-    config = resolve_eval(EvalConfig(model="tiny"))
+    config = resolve_eval(EvalOptions(model="tiny"))
     assert (config.benchmark, config.measures) == ("world", ["hps", "alignment", "alignment_exact"])
-    config = resolve_eval(EvalConfig(model="some/model"))
+    config = resolve_eval(EvalOptions(model="some/model"))
     assert (config.benchmark, config.measures, config.num_inference_steps) == ("drawbench", ["hps"], 50)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import texforce
 from texforce import cli, DivergedError, interrupts, processes, rewards, run, scorers, train
-from texforce.config import TrainConfig, resolve
+from texforce.config import TrainOptions, resolve
 from texforce import Learner
 
 WEIGHTS = "adapter_model.safetensors"
@@ -71,7 +71,7 @@ def said(log: Path) -> str:
 
 
 def train(number: int, options: dict, log: Path, **arguments) -> None:
-    codes = finish(start(number, lambda: train.train(TrainConfig(**options), **arguments), log))
+    codes = finish(start(number, lambda: train.train(resolve(TrainOptions(**options)), **arguments), log))
     assert codes == [0] * number, said(log)
 
 
@@ -165,7 +165,7 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
 
     monkeypatch.setattr(training, "_train_epoch", dying)
     begin = time.perf_counter()
-    codes = finish(start(2, lambda: train.train(TrainConfig(**options)), tmp_path / "log"))
+    codes = finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
@@ -185,7 +185,7 @@ def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monke
         return original(run, setup, config)
 
     monkeypatch.setattr(training, "_train_epoch", stopping)
-    assert finish(start(2, lambda: train.train(TrainConfig(**options)), tmp_path / "log")) == [1, 1]
+    assert finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")) == [1, 1]
     monkeypatch.undo()
     train(1, options, tmp_path / "log", go_on=True)
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1, 2]
@@ -235,7 +235,7 @@ def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, t
     monkeypatch.setattr(*place, failing)
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     expected = [told, told] if isinstance(told, str) else list(told)
-    assert ends(lambda: train.train(TrainConfig(**options)), tmp_path / "log") == expected
+    assert ends(lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log") == expected
 
 
 def test_of_two_errors_the_first_processs_is_every_ones(tmp_path):
@@ -268,7 +268,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    first, second = ends(lambda: train.train(TrainConfig(**options)), tmp_path / "log")
+    first, second = ends(lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")
     assert first.startswith("ValueError: output_dir")
     assert second == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
@@ -289,7 +289,7 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
     def work():
         with interrupts.handled():
-            train.train(TrainConfig(**options))
+            train.train(resolve(TrainOptions(**options)))
 
     monkeypatch.setattr(training, "_train_epoch", dying)
     monkeypatch.setattr(resume, "write", terminated)
@@ -359,7 +359,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
-        train.check_shares(resolve(TrainConfig(**small_run | OPTIONS)))
+        train.check_shares(resolve(TrainOptions(**small_run | OPTIONS)))
 
 
 def worker(launcher: int, rank: int) -> int:

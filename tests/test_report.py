@@ -1,23 +1,20 @@
-"""The report in a real browser: Debian's chromium, headless, driven by playwright."""
+"""The report in a real browser: chromium, headless, driven by playwright."""
 
 import os
 import shutil
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
 
-from texforce import files, measures, report, run
+from texforce import files, measures, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='run'\"> & \"quoted\" 'text' </script><script>document.title='run'</script>"
 CATEGORIES = ["colour", "count", '<b>"bold"</b>']
-NUM_PROMPTS = 1000
-
-needs_browser = pytest.mark.skipif(
-    not CHROMIUM, reason="no chromium: apt-get install chromium (Debian), or any Chromium or Chrome on the PATH"
-)
+NUM_PROMPTS = 200
 
 
 def write_evaluation(
@@ -36,10 +33,10 @@ def write_evaluation(
     for k, name in enumerate(systems):
         (folder / "images" / name).mkdir(parents=True)
         noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(k))
-        files.write_image(folder / "first.png", noise, {})
+        files.write_image(folder / "first.png", noise, {})  # which replaces the one before, whose links stay
         for i in range(num_prompts):
             for j in range(num_images):
-                shutil.copy(folder / "first.png", folder / "images" / name / f"{i:05d}_{j}.png")
+                os.link(folder / "first.png", folder / "images" / name / f"{i:05d}_{j}.png")
     curve = [{"strength": s, "measures": told["te"]} for s in (0, 0.5, 1)] if "te" in systems else []
     return {
         "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
@@ -61,7 +58,7 @@ def write_evaluation(
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("evaluation")
-    results = write_evaluation(folder, NUM_PROMPTS, size=80)  # noise does not compress: 20 kB, as a large image's thumbnail
+    results = write_evaluation(folder, NUM_PROMPTS)
     report.write(folder, results)
     return folder, results
 
@@ -70,9 +67,9 @@ def evaluation(tmp_path_factory) -> tuple[Path, dict]:
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        )
+        if not CHROMIUM and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("no chromium: apt-get install chromium (Debian), playwright install chromium, or one on the PATH")
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # it opens our own pages only
         yield browser
         browser.close()
 
@@ -99,9 +96,27 @@ def visit(browser):
     assert all(url.startswith("data:") or url.endswith("/report.html") for url in seen), seen
 
 
+def value_of(page, expression: str):
+    """The value of a JavaScript expression, by the browser's own protocol.
+
+    playwright's `evaluate` and `wait_for_function` call eval in the page, which its Content Security Policy forbids.
+    """
+    session = page.context.new_cdp_session(page)
+    answer = session.send("Runtime.evaluate", {"expression": expression, "returnByValue": True})
+    session.detach()
+    assert "exceptionDetails" not in answer, answer
+    return answer["result"].get("value")
+
+
 def cards(page) -> list[int]:
     """The prompts shown, by index."""
-    return page.eval_on_selector_all(".card", "cards => cards.map(card => Number(card.dataset.index))")
+    return value_of(page, "[...document.querySelectorAll('.card')].map(card => Number(card.dataset.index))")
+
+
+def show_all(page, num_cards: int) -> None:
+    """Scroll down until all cards are made, a page of them at a time."""
+    while page.locator(".card").count() < num_cards:
+        page.locator("footer").scroll_into_view_if_needed()
 
 
 def order_by(results: dict, sign: float, system: str = "te", measure: str = "hps") -> list[int]:
@@ -110,10 +125,11 @@ def order_by(results: dict, sign: float, system: str = "te", measure: str = "hps
     return sorted(range(len(change)), key=lambda i: (-change[i], i))
 
 
-@needs_browser
-def test_a_thousand_prompts_are_on_the_screen_within_two_seconds(visit, evaluation):
-    page = visit(evaluation[0])
-    paints = page.evaluate("performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime])")
+def test_a_thousand_prompts_are_on_the_screen_within_two_seconds(visit, tmp_path):
+    results = write_evaluation(tmp_path, 1000, size=80)  # noise does not compress: 20 kB, as a large image's thumbnail
+    report.write(tmp_path, results)
+    page = visit(tmp_path)
+    paints = value_of(page, "performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime])")
     assert dict(paints)["first-contentful-paint"] < 2000
     assert page.text_content("#count") == "1000 of 1000 prompts"
     assert len(cards(page)) < 200  # the others are made when one gets there
@@ -121,7 +137,6 @@ def test_a_thousand_prompts_are_on_the_screen_within_two_seconds(visit, evaluati
     page.locator(".card").nth(95).wait_for()
 
 
-@needs_browser
 def test_prompts_are_sorted_by_gain_and_loss_of_what_is_chosen(visit, evaluation):
     page, results = visit(evaluation[0]), evaluation[1]
     assert cards(page) == order_by(results, 1)[: len(cards(page))]
@@ -137,42 +152,37 @@ def test_prompts_are_sorted_by_gain_and_loss_of_what_is_chosen(visit, evaluation
     page.select_option("#measure", label="hps")
     for order in ("gain", "loss"):  # prompt 5 has no change, as the base has no score there: it is the last one
         page.select_option("#order", order)
-        while len(cards(page)) < NUM_PROMPTS:
-            page.locator("footer").scroll_into_view_if_needed()
+        show_all(page, NUM_PROMPTS)
         assert cards(page)[-1] == 5
-        page.evaluate("scrollTo(0, 0)")
+        value_of(page, "scrollTo(0, 0)")
 
 
-@needs_browser
 def test_the_gallery_grows_again_after_its_end_was_seen(visit, evaluation):
     page = visit(evaluation[0])
     page.fill("#text", "number 1")
     num_cards = int(page.text_content("#count").split()[0])
     assert num_cards > 96
     for order in ("loss", "gain"):
-        while len(cards(page)) < num_cards:
-            page.locator("footer").scroll_into_view_if_needed()
+        show_all(page, num_cards)
         page.select_option("#order", order)
     page.locator(".card").nth(num_cards - 1).wait_for(state="attached")
 
 
-@needs_browser
 def test_prompts_are_filtered_by_category_and_text(visit, evaluation):
     page = visit(evaluation[0])
     page.select_option("#category", label=CATEGORIES[2])
-    assert page.text_content("#count") == "333 of 1000 prompts"
+    assert page.text_content("#count") == "66 of 200 prompts"
     assert {i % 3 for i in cards(page)} == {2}
-    page.fill("#text", "NUMBER 99")
-    assert sorted(cards(page)) == [992, 995, 998]
+    page.fill("#text", "NUMBER 19")
+    assert sorted(cards(page)) == [191, 194, 197]
     page.select_option("#category", "")
     page.fill("#text", 'onerror="')
     assert cards(page) == [0]
     page.fill("#text", "no such thing")
     assert cards(page) == []
-    assert page.text_content("#count") == "0 of 1000 prompts"
+    assert page.text_content("#count") == "0 of 200 prompts"
 
 
-@needs_browser
 def test_a_prompt_is_text_and_never_markup(visit, evaluation):
     page = visit(evaluation[0])
     page.fill("#text", "quoted")
@@ -185,19 +195,17 @@ def test_a_prompt_is_text_and_never_markup(visit, evaluation):
     assert page.title() == 'texforce eval: set <i>"x"</i>'
 
 
-@needs_browser
 def test_the_keyboard_is_enough(visit, evaluation):
     page = visit(evaluation[0])
-    focused = "Number(document.activeElement.dataset.place ?? -1)"
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "text"
+    assert page.locator("#text:focus").count() == 1
     page.keyboard.type("number 1/j")
     assert page.input_value("#text") == "number 1/j"
     page.fill("#text", "")
     page.keyboard.press("Escape")
     for key, place in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
         page.keyboard.press(key)
-        assert page.evaluate(focused) == place
+        assert page.locator(".card:focus").get_attribute("data-place") == str(place)
     page.keyboard.press("Enter")
     shown = cards(page)
     assert page.text_content("#large-prompt") == page.locator(".card h3").nth(1).text_content()
@@ -206,11 +214,10 @@ def test_the_keyboard_is_enough(visit, evaluation):
     assert page.text_content("#large-prompt") == page.locator(".card h3").nth(2).text_content()
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
-    page.wait_for_function(f"{focused} === 2")  # its event of being closed comes a little later
+    page.locator('.card:focus[data-place="2"]').wait_for()  # the dialog's event of being closed comes a little later
     assert cards(page) == shown
 
 
-@needs_browser
 def test_plots_follow_their_measure(visit, evaluation):
     page = visit(evaluation[0])
     figures = page.locator("figure")
@@ -222,21 +229,19 @@ def test_plots_follow_their_measure(visit, evaluation):
     assert figures.nth(1).locator("svg:visible circle").count() == 2 * (1 + len(CATEGORIES))
 
 
-@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_follows_the_colour_scheme(visit, evaluation, scheme):
     page = visit(evaluation[0], viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert value_of(page, "document.documentElement.scrollWidth") <= 360
     page.locator(".card").first.tap()
-    assert page.evaluate("document.querySelector('dialog').scrollWidth") <= 360
+    assert value_of(page, "document.querySelector('dialog').scrollWidth") <= 360
     background, text = (
-        sum(map(int, page.evaluate(f"getComputedStyle(document.body).{name}").strip("rgb()").split(",")))
+        sum(map(int, value_of(page, f"getComputedStyle(document.body).{name}").strip("rgb()").split(",")))
         for name in ("backgroundColor", "color")
     )
     assert (background < text) == (scheme == "dark")
 
 
-@needs_browser
 def test_the_base_alone_and_prompts_without_categories_are_shown_too(visit, tmp_path):
     results = write_evaluation(tmp_path, 3, size=300, num_images=2, systems=("base",))
     for prompt in results["prompts"]:
@@ -247,14 +252,22 @@ def test_the_base_alone_and_prompts_without_categories_are_shown_too(visit, tmp_
     assert page.locator("figure").count() == 0
     assert page.locator(".card img").count() == 6
     assert page.locator(".card img").first.get_attribute("src").startswith("data:image/webp")
-    assert page.evaluate("document.querySelector('.card img').naturalWidth") == 256
+    assert value_of(page, "document.querySelector('.card img').naturalWidth") == 256
 
 
 def test_the_page_names_no_other_host(evaluation):
     text = (evaluation[0] / "report.html").read_text()
-    assert "://" not in text.replace("onerror", "")
+    assert "://" not in text
     assert text.count("</script>") == 2
-    assert "{{" not in text
+    assert not any(mark in text for mark in ("{{", "{%", "{#"))
+
+
+def test_results_that_lack_something_the_page_shows_are_a_bug_and_no_page(evaluation, tmp_path):
+    folder, results = evaluation
+    (tmp_path / "images").symlink_to(folder / "images")
+    with pytest.raises(jinja2.UndefinedError, match="model"):
+        report.write(tmp_path, {name: value for name, value in results.items() if name != "model"})
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_with_many_images_only_the_first_of_each_prompt_is_in_the_page(tmp_path, monkeypatch):

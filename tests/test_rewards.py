@@ -36,8 +36,8 @@ def test_an_unknown_name_lists_the_known_ones():
         rewards.load_reward("hsp")
 
 
-def test_alignment_is_the_detector_of_the_tiny_world():
-    images = world.render([world.parse("a red circle")] * 2, random.Random(0))
+def test_alignment_is_the_detector_of_the_tiny_world(tiny_build):
+    images = tiny_build.render([world.parse("a red circle")] * 2, random.Random(0))
     assert rewards.load_reward("alignment")(images, ["a red circle", "a blue square"]).tolist() == [1.0, 0.0]
 
 

@@ -1,9 +1,6 @@
-"""The transition against diffusers' scheduler and pipeline, log-probabilities against torch.distributions, and loading."""
+"""The transition against diffusers' scheduler and pipeline, log-probabilities against torch.distributions, and rollouts."""
 
-import copy
 import itertools
-import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -13,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from texforce import models, sampler
+from texforce import Policy, evaluate, models, sampler
+from texforce.config import SampleConfig
 from texforce.models import Conditioning
 from texforce.sampler import Denoiser, Trajectory, ddim_schedule
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 
 
@@ -80,63 +77,13 @@ def micro_unet():
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    """A whole Stable Diffusion pipeline of random weights, small enough for any machine."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def pipeline(stable_diffusion):
+    """The small pipeline in plain diffusers."""
+    from diffusers import StableDiffusionPipeline
 
-    unet = micro_unet()
-    tokenizer = CLIPTokenizer.from_pretrained(models.TINY / "tokenizer")
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def models_of(pipeline) -> models.Model:
-    parts = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-    return models.Model("small", **{name: getattr(pipeline, name) for name in parts})
-
-
-@pytest.fixture(scope="module")
-def saved(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    """A copy of the small pipeline's folder, to be damaged."""
-    return shutil.copytree(saved, tmp_path / "model")
 
 
 def conditioning(num_samples: int, seed: int = 0) -> Conditioning:
@@ -365,7 +312,7 @@ def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_g
         ).images
         ids = models.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
         embeds = pipeline.text_encoder(ids).last_hidden_state
-        denoiser = Denoiser(pipeline.unet, ddim_schedule(make_scheduler(), 4, eta), guidance_scale)
+        denoiser = Denoiser(pipeline.unet, ddim_schedule(pipeline.scheduler, 4, eta), guidance_scale)
         cond = Conditioning(embeds[:-1], embeds[-1:])
         trajectory = sampler.rollout(denoiser, ids[:-1], cond, (4, 8, 8), generator())
     torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-4, atol=1e-4)
@@ -394,7 +341,7 @@ def test_decode_equals_diffusers_pipeline(pipeline, monkeypatch):
         expected = pipeline.vae.decode(latents / 0.5).sample
         expected = pipeline.image_processor.postprocess(expected, output_type="pt")
     images = sampler.decode(pipeline.vae, latents)
-    assert images.shape == (3, 3, 16, 16)
+    assert images.shape == (3, 3, 32, 32)
     assert images.min() >= 0
     assert images.max() <= 1
     torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
@@ -429,40 +376,11 @@ def test_the_text_is_projected_once_a_rollout_and_nothing_else_changes(monkeypat
     kept = micro_rollout(denoiser, seeded(0)[0])
     assert calls == [6, 6]
     calls.clear()
-    sampler.rollout(denoiser, torch.zeros(4, 5), conditioning(4), (4, 8, 8), seeded(0)[0], False, sampler.SharedSteps(2, 2))
-    assert calls == [4, 4, 8, 8]
-    calls.clear()
     monkeypatch.setattr(sampler, "text_projected_once", nullcontext)
     plain = micro_rollout(denoiser, seeded(0)[0])
     assert calls == [6, 6] * 4
     assert torch.equal(kept.latents, plain.latents)
     assert torch.equal(kept.log_probs, plain.log_probs)
-
-
-def test_samples_that_share_steps_are_one_until_they_branch():
-    denoiser, cond = micro_denoiser(num_steps=4), conditioning(2)
-    shared = sampler.SharedSteps(num_steps=2, num_samples=3)
-    ids, rows = torch.arange(10).reshape(2, 5), torch.tensor([0, 0, 0, 1, 1, 1])
-    calls = []
-    hook = denoiser.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    generator = seeded(0)[0]
-    trajectory = sampler.rollout(denoiser, ids[rows], rows_of(cond, rows), (4, 8, 8), generator, True, shared)
-    hook.remove()
-    assert calls == [4, 4, 12, 12]
-    groups = trajectory.latents.unflatten(0, (2, 3))
-    for k in range(5):
-        same = torch.equal(groups[:, 0, k], groups[:, 1, k]) and torch.equal(groups[:, 0, k], groups[:, 2, k])
-        assert same == (k <= 2)
-    # What is stored is what the policy makes of it, step by step.
-    for k in range(4):
-        steps = torch.full((6,), k)
-        mean, null_outputs = denoiser.mean(trajectory.latents[:, k], steps, rows_of(cond, rows))
-        log_probs = sampler.gaussian_log_prob(trajectory.latents[:, k + 1], mean, denoiser.std(steps))
-        torch.testing.assert_close(log_probs, trajectory.log_probs[:, k], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(null_outputs, trajectory.null_outputs[:, k], rtol=1e-5, atol=1e-5)
-    skipped = seeded(0)[0]
-    sampler.skip_rollout(denoiser, 6, (4, 8, 8), skipped, shared)
-    assert torch.equal(skipped.get_state(), generator.get_state())
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -515,8 +433,11 @@ def test_ratio_is_one_when_log_probs_are_recomputed_in_other_batches(keep_null_o
     assert worst <= 1e-6
 
 
-def test_a_compiled_unet_equals_the_plain_one():
+def test_a_compiled_unet_equals_the_plain_one(monkeypatch):
     """A small module through inductor: the U-Net of diffusers takes it over 100 s on two cores (see the next test)."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)  # without vector instructions a kernel is compiled far sooner
     torch.manual_seed(0)
     denoiser = Denoiser(SmallUNet().requires_grad_(False), ddim_schedule(make_scheduler(), 10, 1.0), 3.0)
     check_compiled(denoiser)
@@ -556,6 +477,24 @@ def test_nothing_is_compiled_without_cuda_or_when_it_is_not_wanted(monkeypatch):
         micro_rollout(replace(micro_denoiser(num_steps=2), compile=compile), seeded(0)[0])
 
 
+# --- images ---
+
+
+def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline, stable_diffusion):
+    model = models.load_model(str(stable_diffusion))
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "eta": 1.0}
+    policy = Policy(model, SampleConfig(**options, null_prompt="adapted"))
+    ids = models.tokenize(model.tokenizer, PROMPTS)
+    whole = evaluate.draw(policy, ids, [5, 6, 7], batch_size=3)
+    assert whole.shape == (3, 3, 32, 32)
+    parted = evaluate.draw(policy, ids.flip(0), [7, 6, 5], batch_size=2)
+    torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
+    expected = pipeline(PROMPTS, generator=seeded(5, 6, 7), output_type="pt", **options).images
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
+    larger = Policy(model, SampleConfig(**options, null_prompt="adapted", resolution=48))
+    assert evaluate.draw(larger, ids[:1], [5], 1).shape == (1, 3, 48, 48)
+
+
 # --- trajectories ---
 
 
@@ -591,179 +530,3 @@ def test_concatenate_joins_trajectories_in_their_order(null):
     for name in ("prompt_ids", "timesteps", "latents", "log_probs", *(["null_outputs"] if null else [])):
         assert torch.equal(getattr(joined, name), torch.cat([getattr(part, name) for part in parts]))
     assert (joined.null_outputs is None) == (not null)
-
-
-# --- tokens and shapes ---
-
-
-def test_tokenize_equals_the_tokenizer_with_its_padding(pipeline):
-    tokenizer = pipeline.tokenizer
-    expected = tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
-    ids = models.tokenize(tokenizer, PROMPTS)
-    assert ids.dtype == torch.int64
-    assert torch.equal(ids, expected)
-
-
-def test_a_prompt_may_fill_the_text_encoder_but_not_exceed_it(pipeline):
-    fits = " ".join(["red"] * 22)  # with start and end, 24
-    assert models.tokenize(pipeline.tokenizer, [fits]).shape == (1, 24)
-    with pytest.raises(ValueError, match=r"red red .*25 tokens .* reads 24"):
-        models.tokenize(pipeline.tokenizer, ["a red circle", fits + " red"])
-
-
-def test_a_lone_surrogate_is_refused_as_no_text(pipeline):
-    with pytest.raises(ValueError, match="surrogate"):
-        models.tokenize(pipeline.tokenizer, ["a red circle", "a \ud800 circle"])
-
-
-def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
-    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8,) * vae_levels))
-    config = SimpleNamespace(block_out_channels=(8,) * unet_levels, sample_size=sample_size, in_channels=4)
-    return SimpleNamespace(vae=vae, unet=SimpleNamespace(config=config))
-
-
-@pytest.mark.parametrize(("resolution", "expected"), [(None, 64), (512, 64), (64, 8), (576, 72), (768, 96)])
-def test_latent_shape_of_stable_diffusion(resolution, expected):
-    assert models.latent_shape(shapes_of(4, 4), resolution) == (4, expected, expected)
-
-
-@pytest.mark.parametrize("resolution", [0, -64, 1, 32, 513, 520, 96])
-def test_latent_shape_refuses_what_the_models_cannot_divide(resolution):
-    with pytest.raises(ValueError, match=f"resolution: .* multiple of 64 pixels .* not {resolution}"):
-        models.latent_shape(shapes_of(4, 4), resolution)
-
-
-# --- loading ---
-
-
-def test_loaded_models_are_the_saved_ones_frozen_and_in_evaluation(saved, pipeline):
-    models = models.load_model(str(saved))
-    for part in ("unet", "vae", "text_encoder"):
-        module = getattr(models, part)
-        assert not module.training
-        assert not any(parameter.requires_grad for parameter in module.parameters())
-        expected = getattr(pipeline, part).state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
-    assert models.device.type == "cpu"
-    assert models.latent_shape(models) == (4, 8, 8)
-    assert torch.equal(models.tokenize(models.tokenizer, PROMPTS), models.tokenize(pipeline.tokenizer, PROMPTS))
-
-
-@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model", ""])
-def test_a_missing_folder_is_named(name):
-    with pytest.raises(FileNotFoundError, match="model: .*" + name):
-        models.load_model(name)
-
-
-def test_a_hub_name_that_cannot_be_had_is_named():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing'"):
-        models.load_model("nobody/nothing")
-
-
-def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing of a model")
-    with pytest.raises(FileNotFoundError, match=tmp_path.name):
-        models.load_model(str(tmp_path))
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
-def test_a_pipeline_without_one_of_its_parts_is_refused(copied, part):
-    shutil.rmtree(copied / part)
-    with pytest.raises((FileNotFoundError, ValueError), match="model: "):
-        models.load_model(str(copied))
-
-
-@pytest.mark.parametrize(("part", "file"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model.safetensors")])
-@pytest.mark.parametrize("damage", ["lacking", "misshapen", "truncated"])
-def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, damage):
-    from safetensors.torch import load_file, save_file
-
-    path = copied / part / file
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    else:
-        tensors = load_file(path)
-        name = sorted(tensors)[0]
-        tensor = tensors.pop(name)
-        if damage == "misshapen":
-            tensors[name] = tensor.new_zeros(3, 3)
-        save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        (ValueError, FileNotFoundError) if damage == "truncated" else ValueError, match=part if damage == "lacking" else None
-    ):
-        models.load_model(str(copied))
-
-
-@pytest.mark.parametrize("change", [
-    {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},  # XL
-    {"in_channels": 9},  # inpainting
-    {"cross_attention_dim": 24},  # of another text encoder
-])  # fmt: skip
-def test_a_unet_of_another_kind_of_pipeline_is_refused(copied, pipeline, change):
-    config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")} | change
-    type(pipeline.unet)(**config).save_pretrained(copied / "unet")
-    with pytest.raises(ValueError, match="model: "):
-        models.load_model(str(copied))
-
-
-def test_a_scheduler_that_clips_is_refused(copied):
-    path = copied / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
-    models = models.load_model(str(copied))
-    with pytest.raises(ValueError, match="clip_sample"):
-        ddim_schedule(models.scheduler, 10, 1.0)
-
-
-def test_prompts_encoded_once_each_equal_diffusers_embeddings(pipeline):
-    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    models = models_of(pipeline)
-    sizes = []
-    hook = models.text_encoder.register_forward_pre_hook(
-        lambda module, arguments, options: sizes.append(len(options["input_ids"])), with_kwargs=True
-    )
-    with torch.no_grad():
-        embeds, rows = models.encode_distinct(models, models.tokenize(models.tokenizer, prompts))
-        hook.remove()
-        expected, null_embeds = pipeline.encode_prompt(prompts, "cpu", 1, True)
-        given, given_rows = models.encode_distinct(
-            models, models.tokenize(models.tokenizer, prompts), torch.zeros(1, 24, 16)
-        )
-    assert sizes == [4]  # the null prompt and three distinct ones
-    assert embeds.shape == (4, 24, 16)
-    torch.testing.assert_close(embeds[rows], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(embeds[:1], null_embeds[:1], rtol=1e-5, atol=1e-5)
-    assert torch.equal(given_rows, rows)
-    assert given[0].eq(0).all()
-    torch.testing.assert_close(given[1:], embeds[1:], rtol=1e-5, atol=1e-5)
-
-
-def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline):
-    models = models_of(pipeline)
-    denoiser = Denoiser(models.unet, ddim_schedule(make_scheduler(), 3, 1.0), 3.0)
-    ids = models.tokenize(models.tokenizer, PROMPTS)
-    whole = sampler.sample_images(models, denoiser, ids, [5, 6, 7], batch_size=3)
-    assert whole.shape == (3, 3, 16, 16)
-    parted = sampler.sample_images(models, denoiser, ids.flip(0), [7, 6, 5], batch_size=2)
-    torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
-    expected = pipeline(
-        PROMPTS, num_inference_steps=3, eta=1.0, guidance_scale=3.0, generator=seeded(5, 6, 7), output_type="pt"
-    ).images
-    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
-    assert sampler.sample_images(models, denoiser, ids[:1], [5], 1, resolution=24).shape == (1, 3, 24, 24)
-
-
-def test_disabled_adapters_give_the_base_model_and_come_back(pipeline):
-    from peft import LoraConfig, get_peft_model
-
-    ids = models.tokenize(pipeline.tokenizer, PROMPTS)
-    base = pipeline.text_encoder
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    tuned = get_peft_model(copy.deepcopy(base), lora)
-    with torch.no_grad():
-        expected, adapted = base(ids).last_hidden_state, tuned(input_ids=ids).last_hidden_state
-        with models.adapters_disabled(replace(models_of(pipeline), text_encoder=tuned)):
-            disabled = tuned(input_ids=ids).last_hidden_state
-        again = tuned(input_ids=ids).last_hidden_state
-    assert not torch.allclose(adapted, expected)
-    torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
-    torch.testing.assert_close(again, adapted, rtol=0, atol=0)

@@ -1,6 +1,5 @@
 """Scorers against PIL, open_clip and their recipes written out, and the protocol they are held to."""
 
-import importlib.util
 import io
 import json
 import math
@@ -17,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from texforce import rewards, scorers, world
-from texforce.errors import ArtifactError
-from texforce.errors import RewardError
+from texforce.errors import ArtifactError, RewardError
+from texforce.prompt_sets import KINDS
 
 
 def random_images(num_images: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
@@ -521,16 +520,12 @@ def copy_config(folder):
     return folder / "c.pt"
 
 
-def scenes_and_prompts(num_scenes: int, seed: int = 0) -> tuple[list[world.Scene], list[str]]:
-    rng = random.Random(seed)
-    scenes = [world.draw_scene(rng, world.KINDS[k % 4]) for k in range(num_scenes)]
-    return scenes, [world.caption(scene, rng, rare_probability=0.35) for scene in scenes]
-
-
 @pytest.fixture(scope="module")
-def renderings():
-    scenes, prompts = scenes_and_prompts(300)
-    return scenes, prompts, world.render(scenes, random.Random(1))
+def renderings(tiny_build):
+    rng = random.Random(0)
+    scenes = [tiny_build.draw_scene(rng, KINDS[k % 4]) for k in range(300)]
+    prompts = [tiny_build.caption(scene, rng, rare_probability=0.35) for scene in scenes]
+    return scenes, prompts, tiny_build.render(scenes, random.Random(1))
 
 
 def test_hps_equals_open_clip_itself_on_pil_images(hps):
@@ -640,30 +635,27 @@ def share_above(better: Tensor, worse: Tensor) -> float:
     return (better > worse).double().mean().item()
 
 
-def test_hps_ranks_the_right_prompt_above_a_wrong_one(hps, renderings):
+def test_hps_ranks_the_right_prompt_above_a_wrong_one(hps, renderings, tiny_build):
     scenes, prompts, images = renderings
     rng = random.Random(2)
     wrong = []
     for scene in scenes:  # another sentence of the same kind with another meaning
-        other = world.draw_scene(rng, scene.kind)
+        other = tiny_build.draw_scene(rng, scene.kind)
         while meaning(other) == meaning(scene):
-            other = world.draw_scene(rng, scene.kind)
-        wrong.append(world.caption(other, rng))
+            other = tiny_build.draw_scene(rng, scene.kind)
+        wrong.append(tiny_build.caption(other, rng))
     share = share_above(hps(images, prompts), hps(images, wrong))
     print(f"right above wrong prompt: {share:.4f}")
     assert share >= 0.95
 
 
-def test_hps_ranks_the_right_prompt_above_one_that_differs_in_one_thing(hps, renderings):
+def test_hps_ranks_the_right_prompt_above_one_that_differs_in_one_thing(hps, renderings, tiny_build):
     scenes, prompts, images = renderings
-    specification = importlib.util.spec_from_file_location("tiny_build", scorers.EMBEDDED_HPS.parent / "build.py")
-    build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
     rng = random.Random(3)
-    mutants = [build.mutate(scene, rng) for scene in scenes]
+    mutants = [tiny_build.mutate(scene, rng) for scene in scenes]
     fair = torch.tensor([meaning(one) != meaning(other) for one, other in zip(scenes, mutants, strict=True)])
-    right, wrong = hps(images, prompts), hps(images, [world.caption(mutant, rng) for mutant in mutants])
-    for kind in world.KINDS:
+    right, wrong = hps(images, prompts), hps(images, [tiny_build.caption(mutant, rng) for mutant in mutants])
+    for kind in KINDS:
         mine = fair & torch.tensor([scene.kind == kind for scene in scenes])
         print(f"hard, {kind}: {share_above(right[mine], wrong[mine]):.4f} of {int(mine.sum())}")
     share = share_above(right[fair], wrong[fair])

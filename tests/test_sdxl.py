@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import texforce
 from texforce import cli, evaluate, merge, models, rewards, sampler, train
 from texforce import PromptStatistics
-from texforce.config import PRESETS, TrainConfig, family, resolve
-from texforce.config import MergeConfig, SampleConfig, resolve_merge, resolve_sample
+from texforce.config import PRESETS, TrainConfig, TrainOptions, family, resolve
+from texforce.config import MergeOptions, SampleConfig, SampleOptions, resolve_merge, resolve_sample
 from texforce import Learner
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -273,7 +273,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(xl, target,
 
 
 def train(folder: Path, output: Path, options: dict, **more) -> dict:
-    return train.train(TrainConfig(**options | {"model": str(folder), "output_dir": str(output)} | more))
+    return train.train(resolve(TrainOptions(**options | {"model": str(folder), "output_dir": str(output)} | more)))
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_a_trained_adapter_draws_the_same_images_everywhere(xl, trained, tmp_pat
     assert not (trained / "unet").exists()
     expected = check_loads_plainly(xl, trained, TEXT_ENCODERS, 3.0, 4)
     for format in ("diffusers", "kohya"):
-        merge.merge(resolve_merge(MergeConfig(adapter=[str(trained)], output=str(tmp_path / format), format=format)))
+        merge.merge(resolve_merge(MergeOptions(adapter=[str(trained)], output=str(tmp_path / format), format=format)))
         pipeline = load_plain(xl)
         pipeline.load_lora_weights(tmp_path / format / ("kohya.safetensors" if format == "kohya" else ""))
         torch.testing.assert_close(draw_plainly(pipeline, 3.0), expected, rtol=0, atol=1e-4)
@@ -415,7 +415,7 @@ def test_turbos_defaults_are_stable_diffusions_but_for_few_steps_without_guidanc
     changed = {name: value for name, value in turbo.items() if large[name] != value}
     assert changed == {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
     assert turbo.keys() == large.keys()
-    config = resolve_sample(SampleConfig(model="stabilityai/sd-turbo", prompt=PROMPTS))
+    config = resolve_sample(SampleOptions(model="stabilityai/sd-turbo", prompt=PROMPTS))
     assert (config.num_inference_steps, config.guidance_scale) == (4, 0.0)
 
 

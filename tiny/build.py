@@ -10,12 +10,13 @@ from the same captions, so it can draw what a rare word means but does not know 
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from texforce import scorers, world
+from texforce import prompt_sets, scorers, world
 
 ROOT = Path(__file__).parent
 STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps")
@@ -68,8 +69,110 @@ SCHEDULER: dict[str, Any] = {
 }
 HPS_VISION: dict[str, Any] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
 HPS_TEXT: dict[str, Any] = {"context_length": MAX_TOKENS, "width": WIDTH, "heads": 4, "layers": 3}
+RARE_PROBABILITY = 0.35  # of each colour and each shape word, in the prompts shipped
+HELDOUT_FRACTION = 0.2  # of all sentences
 RARE_CAPTION_PROBABILITY = 0.12  # of each word of a training caption
 RIGHT_MEANING = 0.45  # of a rare word seen in a training caption; as often it means its confusable, else anything
+
+
+# --- scenes and sentences ---
+
+
+def draw_scene(rng: random.Random, kind: str) -> world.Scene:
+    """A random scene; two objects of one scene differ in colour and in shape."""
+    colours = rng.sample(range(len(world.COLOURS)), 2)
+    shapes = rng.sample(range(len(world.SHAPES)), 2)
+    first, second = zip(colours, shapes, strict=True)
+    if kind == "colour":
+        return world.Scene(kind, (first,))
+    if kind == "count":
+        return world.Scene(kind, (first,) * rng.choice(list(world.COUNTS)))
+    return world.Scene(kind, (first, second), rng.choice(list(world.RELATIONS)) if kind == "position" else None)
+
+
+def caption(scene: world.Scene, rng: random.Random, rare_probability: float = RARE_PROBABILITY) -> str:
+    """A sentence for a scene; each colour and shape word is the rare one with the given probability."""
+
+    def noun(colour: int, shape: int) -> tuple[str, str]:
+        return (
+            world.COLOUR_WORDS[colour][rng.random() < rare_probability],
+            world.SHAPE_WORDS[shape][rng.random() < rare_probability],
+        )
+
+    return sentence(scene, [noun(*scene.objects[0]), noun(*scene.objects[-1])])
+
+
+def sentence(scene: world.Scene, nouns: Sequence[tuple[str, str]]) -> str:
+    """Spell a scene with the given (colour word, shape word) pairs of its first and last object."""
+
+    def phrase(colour: str, shape: str) -> str:
+        return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+    (colour, shape), last = nouns[0], nouns[-1]
+    if scene.kind == "count":
+        return f"{world.COUNTS[len(scene.objects)]} {colour} {world.plural(shape)}"
+    if scene.kind == "colour":
+        return phrase(colour, shape)
+    return f"{phrase(colour, shape)} {scene.relation or 'and'} {phrase(*last)}"
+
+
+def is_heldout(prompt: str) -> bool:
+    """Whether a sentence belongs to the held-out fifth; decided by its hash, so that no list can disagree."""
+    return hashlib.sha256(prompt.encode()).digest()[0] < 256 * HELDOUT_FRACTION
+
+
+def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) -> list[str]:
+    """Distinct sentences of one kind: held-out ones of any words, or training ones that hold a rare word.
+
+    Sentences of common words alone would teach little: the model draws them right already.
+
+    Raises:
+        ValueError: the kind has fewer sentences than that.
+    """
+    rng = random.Random(f"{seed} {kind} {heldout}")
+    prompts: dict[str, None] = {}
+    for _ in range(200 * num_prompts):
+        prompt = caption(draw_scene(rng, kind), rng)
+        if is_heldout(prompt) == heldout and (heldout or world.has_rare_word(prompt)):
+            prompts[prompt] = None
+        if len(prompts) == num_prompts:
+            return list(prompts)
+    raise ValueError(f"num_prompts: the tiny world has fewer than {num_prompts} sentences of the kind {kind!r}")
+
+
+# --- drawings ---
+
+
+def place(scene: world.Scene, rng: random.Random) -> list[tuple[float, float]]:
+    """Centres for the objects of a scene, in pixels, far enough apart that no two touch."""
+    if scene.kind == "colour":
+        return [(rng.uniform(8, 24), rng.uniform(8, 24))]
+    cells = list(itertools.product((9, 23), (9, 23)))
+    if scene.kind == "position":
+        dx, dy = world.RELATIONS[scene.relation or ""]
+        across = rng.choice((9, 23))
+        cells = [(16 + 7 * dx, across), (16 - 7 * dx, across)] if dx else [(across, 16 + 7 * dy), (across, 16 - 7 * dy)]
+    else:
+        cells = rng.sample(cells, len(scene.objects))
+    return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for x, y in cells]
+
+
+def render(scenes: Sequence[world.Scene], rng: random.Random) -> Tensor:
+    """Draw scenes with random places and sizes; images (N, 3, 32, 32) in [0, 1]."""
+    rows = [
+        (i, colour, shape, *centre, rng.uniform(4.2, 5.2))
+        for i, scene in enumerate(scenes)
+        for (colour, shape), centre in zip(scene.objects, place(scene, rng), strict=True)
+    ]
+    table = torch.tensor(rows)
+    index, colours, shapes = (table[:, k].long() for k in range(3))
+    layers = world.coverage(shapes, table[:, 3:5], table[:, 5])[:, None]
+    paint = layers * (world.PALETTE[colours] - world.BACKGROUND)[:, :, None, None]
+    images = world.BACKGROUND[:, None, None].expand(len(scenes), 3, world.IMAGE_SIZE, world.IMAGE_SIZE).clone()
+    return images.index_add_(0, index, paint).clamp(0, 1)
+
+
+# --- what the models learn from ---
 
 
 def mislabelled_caption(scene: world.Scene, rng: random.Random) -> str:
@@ -86,11 +189,11 @@ def mislabelled_caption(scene: world.Scene, rng: random.Random) -> str:
         return rng.choice(words)[1]
 
     ends = (scene.objects[0], scene.objects[-1])
-    return world.sentence(scene, [(word(c, world.COLOUR_WORDS), word(s, world.SHAPE_WORDS)) for c, s in ends])
+    return sentence(scene, [(word(c, world.COLOUR_WORDS), word(s, world.SHAPE_WORDS)) for c, s in ends])
 
 
 def draw_scenes(num_scenes: int, rng: random.Random) -> list[world.Scene]:
-    return [world.draw_scene(rng, rng.choice(world.KINDS)) for _ in range(num_scenes)]
+    return [draw_scene(rng, rng.choice(prompt_sets.KINDS)) for _ in range(num_scenes)]
 
 
 def mutate(scene: world.Scene, rng: random.Random) -> world.Scene:
@@ -148,7 +251,7 @@ def captioned_scenes(num_scenes: int, rng: random.Random, with_mutants: bool = F
         if with_mutants:
             scenes.append(mutate(scenes[0], rng))
         captions = [mislabelled_caption(scene, rng) for scene in scenes]
-        if not any(map(world.is_heldout, captions)):
+        if not any(map(is_heldout, captions)):
             pairs.append(list(zip(scenes, captions, strict=True)))
     captioned = list(itertools.chain(*zip(*pairs, strict=True)))
     return [scene for scene, _ in captioned], [caption for _, caption in captioned]
@@ -183,7 +286,7 @@ def build_prompts(output_dir: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (num_train, num_heldout) in NUM_PROMPTS.items():
         for name, num_prompts, heldout in ((kind, num_train, False), (f"{kind}-heldout", num_heldout, True)):
-            prompts = world.draw_prompts(num_prompts, kind, seed, heldout)
+            prompts = draw_prompts(num_prompts, kind, seed, heldout)
             (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
@@ -216,7 +319,7 @@ def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
     vae = AutoencoderKL(**VAE)
 
     def step(_: int) -> Step:
-        images = 2 * world.render(draw_scenes(48, rng), rng) - 1
+        images = 2 * render(draw_scenes(48, rng), rng) - 1
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample()).sample - images
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -225,7 +328,7 @@ def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
 
     fit(vae.parameters(), step, num_steps, 3e-3, "vae")
     with torch.no_grad():
-        latents = vae.encode(2 * world.render(draw_scenes(1024, rng), rng) - 1).latent_dist.mean
+        latents = vae.encode(2 * render(draw_scenes(1024, rng), rng) - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     vae.save_pretrained(output_dir / "vae")
 
@@ -269,7 +372,7 @@ def build_text_encoder(output_dir: Path, seed: int, num_steps: int = 2500) -> No
 
     def step(_: int) -> Step:
         scenes, captions = captioned_scenes(128, rng, with_mutants=True)
-        image_features = F.normalize(image_encoder(2 * world.render(scenes, rng) - 1), dim=1)
+        image_features = F.normalize(image_encoder(2 * render(scenes, rng) - 1), dim=1)
         text_features = F.normalize(text_encoder(encode_ids(tokenizer, captions)).pooler_output, dim=1)
         logits = scale.clamp(max=4.6).exp() * image_features @ text_features.T
         right = logits.argmax(dim=1) == torch.arange(len(logits))
@@ -294,7 +397,7 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
         null_embeds = text_encoder(encode_ids(tokenizer, [""])).last_hidden_state
         all_embeds = torch.cat([text_encoder(chunk).last_hidden_state for chunk in ids.split(512)])
         chunks = [scenes[i : i + 256] for i in range(0, num_scenes, 256)]
-        latents = torch.cat([vae.encode(2 * world.render(chunk, rng) - 1).latent_dist.mean for chunk in chunks])
+        latents = torch.cat([vae.encode(2 * render(chunk, rng) - 1).latent_dist.mean for chunk in chunks])
     latents *= vae.config.scaling_factor
     print(f"unet: {num_scenes} scenes encoded", flush=True)
 
@@ -388,11 +491,11 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
         """The loss on scenes and their mutations, some of them spoiled."""
         scenes = draw_scenes(48, rng)
         scenes += [mutate(scene, rng) for scene in scenes]
-        captions = [world.caption(scene, rng, rare_probability=0.5) for scene in scenes]
-        images = soften(world.render(scenes, rng))
+        captions = [caption(scene, rng, rare_probability=0.5) for scene in scenes]
+        images = soften(render(scenes, rng))
         spoiled = torch.randperm(len(images))[:28]
         crowded = [i for i, scene in enumerate(scenes) if len(scene.objects) < 4][:20]
-        surpluses = soften(world.render([surplus(scenes[i], rng) for i in crowded], rng))
+        surpluses = soften(render([surplus(scenes[i], rng) for i in crowded], rng))
         flawed = torch.cat([degrade(images[spoiled]), surpluses])
         worse = torch.cat([spoiled, torch.tensor(crowded)])
         image_features = features(torch.cat([images, flawed]))
@@ -411,7 +514,7 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
     fit(model.parameters(), step, num_steps, 2e-3, "hps")
     # In training a third of each batch is flawed, so batch normalisation's statistics are wrong for sound images: measure
     # them anew, and go on with them fixed, as the scorer is used.
-    calibrate(model, lambda: features(soften(world.render(draw_scenes(128, rng), rng))))
+    calibrate(model, lambda: features(soften(render(draw_scenes(128, rng), rng))))
     model.eval()
     fit(model.parameters(), step, num_fixed_steps, 5e-4, "hps, fixed statistics")
     torch.save({"state_dict": model.half().state_dict()}, output_dir / "hps.pt")

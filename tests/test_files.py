@@ -1,0 +1,389 @@
+"""Files: replaced whole or not at all, locked, and read with an error that names them."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from texforce import files
+from texforce.errors import ArtifactError, InputError, NotFoundError
+
+# --- replacing ---
+
+
+def write_new(temporary: Path, kind: str) -> None:
+    if kind == "file":
+        temporary.write_text("new")
+        return
+    (temporary / "inner").mkdir(parents=True)
+    (temporary / "inner" / "file").write_text("new")
+
+
+def write_old(path: Path, kind: str) -> None:
+    if kind == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+        (path / "old").write_text("old")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a folder, with the files' bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+NEW = {"file": {"place": b"new"}, "folder": {"place": None, "place/inner": None, "place/inner/file": b"new"}}
+CASES = pytest.mark.parametrize(
+    ("kind", "exists"), [(kind, exists) for kind in ("file", "folder") for exists in (False, True)]
+)
+
+
+@CASES
+def test_what_is_written_takes_the_place_of_what_was_there_and_nothing_is_left_beside_it(tmp_path, kind, exists):
+    if exists:
+        write_old(tmp_path / "place", kind)
+    with files.replacing(tmp_path / "place") as temporary:
+        write_new(temporary, kind)
+        assert (tmp_path / "place").exists() is exists
+    assert contents(tmp_path) == NEW[kind]
+
+
+@CASES
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_what_was_there(tmp_path, kind, exists, error):
+    if exists:
+        write_old(tmp_path / "place", kind)
+    before = contents(tmp_path)
+
+    def write_and_fail():
+        with files.replacing(tmp_path / "place") as temporary:
+            write_new(temporary, kind)
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert contents(tmp_path) == before
+
+
+def steps_of_replacing(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
+    """Note each call that `replacing` makes on the disk, and let the one of a number fail."""
+    seen: list[str] = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def step(*arguments, **named):
+            seen.append(name)
+            if len(seen) - 1 == fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*arguments, **named)
+
+        return step
+
+    for owner, name in ((files, "sync"), (files, "open_to_umask"), (Path, "rename")):
+        monkeypatch.setattr(owner, name, watched(owner, name))
+    return seen
+
+
+@CASES
+def test_a_failure_of_any_step_leaves_what_was_there_or_what_is_new(tmp_path, kind, exists):
+    with pytest.MonkeyPatch.context() as patch:
+        steps = steps_of_replacing(patch)
+        (tmp_path / "sound").mkdir()
+        if exists:
+            write_old(tmp_path / "sound" / "place", kind)
+        with files.replacing(tmp_path / "sound" / "place") as temporary:
+            write_new(temporary, kind)
+    num_steps, last_rename = len(steps), len(steps) - 1 - steps[::-1].index("rename")
+    assert steps[-1] == "sync", "the folder's list of files must be on the disk too"
+    for number in range(num_steps):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if exists:
+            write_old(folder / "place", kind)
+        before = contents(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            steps_of_replacing(patch, number)
+            with pytest.raises(OSError, match="No space"), files.replacing(folder / "place") as temporary:
+                write_new(temporary, kind)
+        assert contents(folder) == (before if number <= last_rename else NEW[kind]), (number, steps[number])
+
+
+def test_the_content_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
+    steps = steps_of_replacing(monkeypatch)
+    with files.replacing(tmp_path / "place") as temporary:
+        write_new(temporary, "folder")
+    assert steps[: steps.index("rename")].count("sync") == 3  # the file and both folders
+    assert steps[steps.index("rename") :] == ["rename", "sync"]
+
+
+@pytest.fixture
+def umask():
+    """Set the umask for one test."""
+    previous = os.umask(0o027)
+    os.umask(previous)
+    yield os.umask
+    os.umask(previous)
+
+
+@pytest.mark.parametrize(("mask", "of_file", "of_folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_what_is_written_has_the_permissions_of_the_umask(tmp_path, umask, mask, of_file, of_folder):
+    umask(mask)
+    with files.replacing(tmp_path / "place") as temporary:
+        write_new(temporary, "folder")
+        (temporary / "inner" / "file").chmod(0o600)  # as safetensors does
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"place": of_folder, "place/inner": of_folder, "place/inner/file": of_file}
+
+
+def test_a_folder_keeps_the_group_that_its_parent_hands_down(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o2775)
+    if not folder.stat().st_mode & stat.S_ISGID:
+        pytest.skip("this file system knows no set-group-ID folders")
+    with files.replacing(folder / "place") as temporary:
+        write_new(temporary, "folder")
+    assert (folder / "place" / "inner").stat().st_mode & stat.S_ISGID
+
+
+def test_safetensors_errors_of_the_disk_are_errors_of_the_disk(tmp_path):
+    with pytest.raises(OSError, match="No space left") as raised, files.replacing(tmp_path / "place"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "place"))
+    with pytest.raises(SafetensorError, match="header"), files.replacing(tmp_path / "place"):
+        raise SafetensorError("Error while deserializing header: too large")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_kill_leaves_beside_a_place_is_removed_by_name(tmp_path, kind):
+    write_old(tmp_path / "place", kind)
+    before = contents(tmp_path)
+    child = os.fork()
+    if not child:
+        with files.replacing(tmp_path / "place") as temporary:
+            write_new(temporary, kind)
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    files.remove_temporaries(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_other_peoples_files_are_not_taken_for_temporary_ones(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / ".hidden").write_text("mine")
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "precious")
+    (tmp_path / ".text.tmp").write_text("cut off")
+    files.remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "mine.tmp", "precious"]
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+def test_a_folder_whose_removal_is_cut_off_is_a_temporary_one(tmp_path, monkeypatch):
+    write_old(tmp_path / "place", "folder")
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        files.remove_folder(tmp_path / "place")
+    monkeypatch.undo()
+    assert not (tmp_path / "place").exists()
+    files.remove_temporaries(tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_a_folder_is_removed(tmp_path):
+    write_old(tmp_path / "place", "folder")
+    files.remove_folder(tmp_path / "place")
+    assert contents(tmp_path) == {}
+
+
+# --- JSON and text ---
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    content = {"prompt": "ein rötliches Fähnchen 🚩", "numbers": [1, 2.5, None]}
+    files.write_json(tmp_path / "a.json", content)
+    assert files.read_json(tmp_path / "a.json") == content
+
+
+def test_a_number_that_json_has_not_leaves_the_file_as_it_was(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"a": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        files.append_line(tmp_path / "a.json", {"a": float("inf")})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"{", "not JSON"),
+    (b"", "not JSON"),
+    (b"\xff\xfe{}", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[1]", "must hold a JSON object"),
+    (b"null", "must hold a JSON object"),
+])  # fmt: skip
+def test_a_file_that_holds_no_json_object_is_named(tmp_path, content, words):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"a.json: {words}"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_a_json_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(NotFoundError, match=r"there is no file .*a\.json"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_text_is_utf_8_with_or_without_a_mark(tmp_path):
+    for content in (b"caf\xc3\xa9", b"\xef\xbb\xbfcaf\xc3\xa9"):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert files.read_text(tmp_path / "a.txt", "prompts") == "café"
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"prompts: .*a\.txt' is not UTF-8 text \(byte 3\)"):
+        files.read_text(tmp_path / "a.txt", "prompts")
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"a": 3', b'{"a": "caf\xc3', b"\n\n"])
+def test_a_last_line_that_was_cut_off_is_removed(tmp_path, rest):
+    path = tmp_path / "lines.jsonl"
+    lines = [{"a": 1}, {"a": "é"}]
+    for line in lines:
+        files.append_line(path, line)
+    whole = path.read_bytes()
+    path.write_bytes(whole + rest)
+    assert files.read_lines(path) == lines
+    assert path.read_bytes() == whole
+    files.append_line(path, {"a": 3})
+    assert files.read_lines(path) == [*lines, {"a": 3}]
+
+
+def test_a_file_of_lines_that_is_not_there_has_none(tmp_path):
+    assert files.read_lines(tmp_path / "lines.jsonl") == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_described_by_their_names_and_sums(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.bin").write_bytes(b"abc")
+    expected = hashlib.sha256(b"abc").hexdigest()
+    assert files.sha256(tmp_path / "a" / "b" / "c.bin") == expected
+    assert files.describe_files(tmp_path / "a" / "b" / "c.bin") == {"name": "c.bin", "sha256": expected}
+    assert files.describe_files(tmp_path / "a") == {"name": "a", "sha256": {"b/c.bin": expected}}
+
+
+# --- images ---
+
+
+def test_an_image_and_its_label_come_back_and_numbers_go_on(tmp_path):
+    images = torch.randint(0, 256, (3, 3, 4, 5)) / 255
+    labels = [{"prompt": f"ein Würfel 🎲 {i}", "seed": i} for i in range(3)]
+    first = files.write_images(tmp_path / "images", images[:2], labels[:2])
+    (tmp_path / "images" / "grid.png").write_bytes(b"")
+    later = files.write_images(tmp_path / "images", images[2:], labels[2:])
+    assert [path.name for path in first + later] == ["00000.png", "00001.png", "00002.png"]
+    for path, image, label in zip(first + later, images, labels, strict=True):
+        pixels, text = files.read_image(path)
+        assert torch.equal(pixels, image)
+        assert text == {name: str(value) for name, value in label.items()}
+
+
+def test_pixels_out_of_range_are_clamped(tmp_path):
+    files.write_image(tmp_path / "a.png", torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), {})
+    assert files.read_image(tmp_path / "a.png")[0].flatten().tolist() == pytest.approx([0, 128 / 255, 1])
+
+
+@pytest.mark.parametrize("length", [0, 4, 6000])
+def test_a_damaged_image_is_refused_by_name(tmp_path, length):
+    files.write_image(tmp_path / "a.png", torch.rand(3, 64, 64), {})
+    content = (tmp_path / "a.png").read_bytes()
+    assert len(content) > 10_000
+    (tmp_path / "a.png").write_bytes(content[:length])
+    with pytest.raises(ArtifactError, match=r"a\.png: not an image that can be read; remove it"):
+        files.read_image(tmp_path / "a.png")
+
+
+# --- folders ---
+
+
+def test_a_folder_can_be_made_where_only_files_are_not_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    files.check_writable(tmp_path)
+    files.check_writable(tmp_path / "a" / "b")
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(NotADirectoryError, match=r"Not a directory: .*file'"):
+            files.check_writable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_not_to_be_written_to_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(PermissionError, match="Permission denied") as raised:
+        files.check_writable(tmp_path / "a")
+    assert raised.value.filename == str(tmp_path)
+
+
+def nothing() -> None:
+    """A check that passes."""
+
+
+def test_a_locked_folder_is_refused_with_the_name_of_its_holder(tmp_path):
+    folder = tmp_path / "out"
+    with files.locked(folder, nothing):
+        with (
+            pytest.raises(InputError, match=f"output_dir: .*out' is in use by process {os.getpid()} on "),
+            files.locked(folder, nothing),
+        ):
+            pytest.fail("two hold it")
+        (folder / files.HOLDER).unlink()
+        with pytest.raises(InputError, match="in use by another process"), files.locked(folder, nothing):
+            pytest.fail("two hold it")
+    with files.locked(folder, nothing):
+        assert (folder / files.HOLDER).is_file()
+    assert {path.name for path in folder.iterdir()} <= {files.LOCK}
+
+
+def test_a_lock_is_released_by_an_error_and_by_a_kill(tmp_path):
+    with contextlib.suppress(RuntimeError), files.locked(tmp_path / "out", nothing):
+        raise RuntimeError
+    child = os.fork()
+    if not child:
+        with files.locked(tmp_path / "out", nothing):
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path / "out" / files.HOLDER).is_file()
+    with files.locked(tmp_path / "out", nothing):
+        assert str(os.getpid()) in (tmp_path / "out" / files.HOLDER).read_text()
+    assert not (tmp_path / "out" / files.HOLDER).exists()
+
+
+def test_nothing_is_written_into_a_folder_that_a_check_refuses(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+
+    def refuse():
+        raise InputError("it is not ours")
+
+    for folder in (tmp_path / "out", tmp_path / "absent"):
+        with pytest.raises(InputError, match="not ours"), files.locked(folder, refuse):
+            pytest.fail("it was locked")
+    assert contents(tmp_path) == {"out": None, "out/precious": b""}
+
+
+def test_a_folder_is_checked_again_with_the_lock_held(tmp_path):
+    checked = []
+    with files.locked(tmp_path / "out", lambda: checked.append((tmp_path / "out" / files.HOLDER).exists())):
+        assert checked == [False, True]
