@@ -50,7 +50,7 @@ class Layer:
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
-        """What is added to the weight, in float32."""
+        """The change of the weight, in float32."""
         down, up = self.down.float(), self.up.float()
         return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
@@ -63,15 +63,15 @@ Adapter = dict[str, dict[str, Layer]]  # part: name of the layer in a CLIPTextMo
 
 @dataclass(frozen=True)
 class _File:
-    """A file of LoRA, and what its own folder or metadata say of it."""
+    """A file of LoRA, with the part and the configuration that its folder declares."""
 
     path: Path
-    part: str | None = None  # that its names without a prefix are of, if they do not say it themselves
+    part: str | None = None  # of names without a prefix
     config: dict[str, Any] | None = None  # peft's
 
 
 def find_files(path: Path) -> list[_File]:
-    """What there is to read of a file or folder.
+    """The files to read of a file or folder.
 
     Raises:
         NotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
@@ -104,7 +104,7 @@ def find_files(path: Path) -> list[_File]:
 
 
 def _read_peft_config(path: Path) -> dict[str, Any]:
-    """peft's configuration of plain LoRA; what this project does not honour is refused."""
+    """peft's configuration of plain LoRA; options that this project does not honour are refused."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -154,7 +154,7 @@ def _read_header(path: Path) -> dict[str, str]:
 
 
 def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dict[str, Any]]:
-    """peft's configurations by part, which diffusers keeps in a file's header; by None that of a file of a single part."""
+    """peft's configurations by part, from a file's header, where diffusers keeps them; by None if the file has one part."""
     text = header.get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -296,7 +296,7 @@ def _make_layer(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, A
     matching = down.ndim in (2, 4) and up.ndim in (2, 4) and 1 <= down.shape[0] == up.shape[1] <= MAX_RANK
     if not matching or up.numel() != up.shape[0] * up.shape[1]:
         raise ArtifactError(f"{path}: of {name} the shapes {tuple(down.shape)} and {tuple(up.shape)} are of no LoRA")
-    rank, alpha = down.shape[0], float(down.shape[0])  # the convention where nothing is said
+    rank, alpha = down.shape[0], float(down.shape[0])  # alpha is the rank unless the file says otherwise
     if config is not None:
         wanted = _by_pattern(name, config.get("rank_pattern"), config["r"])
         if wanted != rank:
@@ -337,7 +337,7 @@ def _fit(layers: Mapping[str, Layer], module: nn.Module, path: Path) -> dict[str
 
 
 def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str], file: _File) -> None:
-    """Nothing is missing: what peft's configuration names, layers of a text encoder, in a block what its likes have."""
+    """Check that no layer is missing: of peft's configuration, a text encoder, or a block beside others of its kind."""
     known = set(names.values())
     if file.config is not None:
         targets = [str(target).removeprefix("text_model.") for target in file.config["target_modules"]]
@@ -364,7 +364,7 @@ def _children(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _kind(parent: str) -> str:
-    """A block's name without its numbers: its likes have the same."""
+    """A block's name without its numbers, which blocks of one kind share."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", parent)
 
 
@@ -372,10 +372,10 @@ def _kind(parent: str) -> str:
 
 
 def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """The adapter that changes the weights by the weighted sum of what each changes.
+    """The adapter whose change of the weights is the weighted sum of the adapters' changes.
 
-    The factors are put side by side, so the sum is exact and its rank the sum of theirs. What has weight 0 is left out, and
-    a single one of weight 1 stays as it is.
+    The factors are concatenated, so the sum is exact and its rank the sum of the ranks. Adapters of weight 0 are left out,
+    and a single one of weight 1 stays as it is.
     """
     gathered: dict[str, dict[str, list[tuple[Layer, float]]]] = defaultdict(lambda: defaultdict(list))
     for adapter, weight in adapters:
@@ -398,7 +398,7 @@ def _join(terms: Sequence[tuple[Layer, float]]) -> Layer:
 
 
 def check_inputs(system: System) -> None:
-    """See that there is something to read, before any model is loaded.
+    """Check that there is something to read, before any model is loaded.
 
     Raises:
         NotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
@@ -411,7 +411,7 @@ def check_inputs(system: System) -> None:
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """The files that decide what an adapter is.
+    """The files that an adapter consists of.
 
     Raises:
         NotFoundError, ArtifactError: as `find_files`.
@@ -422,7 +422,7 @@ def adapter_files(path: Path) -> list[Path]:
 
 
 def unet_files(path: Path) -> list[Path]:
-    """The files that decide what a tuned U-Net is; raises what `adapter_files` does."""
+    """The files that a tuned U-Net consists of; raises what `adapter_files` does."""
     whole = [file for file in (unet_file(path), unet_file(path / "unet")) if file]
     return whole[:1] or adapter_files(path)
 
@@ -487,7 +487,7 @@ def apply(model: Model, adapter: Adapter) -> Model:
 
 
 def check_embeddings(model: Any, adapter: Adapter) -> None:
-    """See that an adapter changes what each text encoder that it is for says.
+    """Check that an adapter changes the embeddings of each text encoder that it has layers for.
 
     Raises:
         ArtifactError: it does not.
@@ -499,7 +499,7 @@ def check_embeddings(model: Any, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Layer]) -> None:
-    """See that layers change the embedding of a prompt.
+    """Check that layers change the embedding of a prompt.
 
     Raises:
         ArtifactError: they do not.
@@ -557,7 +557,7 @@ def _add_lora(module: nn.Module, layers: Mapping[str, Layer]) -> Any:
 
 @dataclass(frozen=True)
 class TunedUNet:
-    """What a file holds for a U-Net: LoRA, or all its tensors by diffusers' names; the other is empty."""
+    """A tuned U-Net: LoRA, or all its tensors by diffusers' names; the other one is empty."""
 
     adapter: Adapter
     tensors: dict[str, Tensor]
@@ -623,7 +623,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def bake(module: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Add what LoRA changes to a module's own weights, in float32."""
+    """Add LoRA's change to a module's own weights, in float32."""
     modules: dict[str, Any] = {name.removeprefix("text_model."): layer for name, layer in module.named_modules()}
     for name, layer in layers.items():
         weight = modules[name].weight
@@ -633,7 +633,7 @@ def bake(module: nn.Module, layers: Mapping[str, Layer]) -> None:
 
 @torch.no_grad()
 def move_towards(module: nn.Module, tensors: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Move a module's weights to given ones: 0 stays, 1 arrives."""
+    """Interpolate a module's weights towards given tensors: 0 is the module's, 1 the tensors."""
     for name, weight in module.state_dict().items():
         target = tensors[name].to(weight.device)
         weight.copy_(target if scale == 1 else weight.float() + scale * (target.float() - weight.float()))

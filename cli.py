@@ -243,7 +243,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
 def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A config file's options with those of the command line over them.
 
-    A run's config.json holds everything. What in it follows from other options follows anew from those of the command line.
+    A run's config.json holds every option. Those that follow from others follow from the command line's options again.
 
     Raises:
         InputError: a preset over a file that decides all that a preset would, so that it would change nothing.
@@ -507,8 +507,8 @@ def evaluation_table(results: dict[str, Any]) -> Table:
     from . import report
 
     about = results["benchmark"]
-    told_of = f" of {about['num_prompts']}" if results["strengths"] else ""
-    title = f"{about['name']}: {results['num_prompts_told']}{told_of} prompts, {results['num_images']} images each"
+    total = f" of {about['num_prompts']}" if results["strengths"] else ""
+    title = f"{about['name']}: {results['num_prompts_told']}{total} prompts, {results['num_images']} images each"
     table = Table(
         "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
     )
@@ -517,14 +517,14 @@ def evaluation_table(results: dict[str, Any]) -> Table:
         table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
         for name in list(results["systems"])[1:]:
             system = results["systems"][name]
-            told = system["measures"][measure]
-            style = {"gain": "green", "loss": "red", "": ""}[report.direction(told["paired"])]
-            change = Text(report.interval(told["paired"], "+"), style=style)
+            summary = system["measures"][measure]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary["paired"])]
+            change = Text(report.interval(summary["paired"], "+"), style=style)
             cells = (
                 f" {report.label(name, system)}",
-                report.interval(told) + report.dropped(told),
+                report.interval(summary) + report.dropped(summary),
                 change,
-                report.interval(told["win_rate"], "%"),
+                report.interval(summary["win_rate"], "%"),
             )
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return table

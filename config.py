@@ -238,8 +238,8 @@ class TrainConfig:
 
 TrainOptions = options_of(TrainConfig)
 
-# What was measured on the tiny model is not carried to Stable Diffusion: its learning rate, clip range, steps and guidance
-# are published ones (arXiv:2311.15657 and its released code), and only the grouping and the batch shape are ours.
+# Findings on the tiny model are not carried to Stable Diffusion: its learning rate, clip range, steps and guidance are
+# published values (arXiv:2311.15657 and its released code); only the grouping and the batch shape are ours.
 _TINY = {
     "num_epochs": 140,
     "guidance_scale": 3.0,
@@ -270,7 +270,7 @@ _PUBLISHED = {
     "null_prompt": "adapted",
 }
 _PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
-# Of models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
+# Models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
 _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
 _SDXL = {"micro_batch_size": 2, "sample_batch_size": 2}  # of 1024x1024, four times the pixels
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
@@ -312,7 +312,7 @@ def default_model(device: str) -> str:
 
 
 def default_precision(model: str, device: str) -> str:
-    """What the frozen weights are trained in: half precision where the device multiplies matrices in it.
+    """The precision of the frozen weights in training: half where the device multiplies matrices in it.
 
     The tiny model's kernels are too small to gain from it on a CPU.
     """
@@ -324,7 +324,7 @@ def default_precision(model: str, device: str) -> str:
 
 
 def rounds_by_batch(mixed_precision: str, device: str) -> bool:
-    """Whether a result visibly depends on the size of its batch: in half precision, and in a GPU's TF32 convolutions."""
+    """Whether a result depends on its batch's size beyond float32's rounding: in half precision, and in TF32 on a GPU."""
     return mixed_precision != "no" or device != "cpu"
 
 
@@ -365,7 +365,7 @@ def _default(record: type, name: str) -> Any:
 
 
 def num_optimizer_steps(config: TrainConfig) -> int:
-    """Of a whole run."""
+    """Optimizer steps of a whole run."""
     return config.num_epochs * config.num_inner_epochs * config.num_updates_per_epoch
 
 
@@ -375,7 +375,7 @@ def window_end(config: TrainConfig) -> int:
 
 
 def family(model: str) -> str:
-    """Whose defaults a model takes: known by its name, since they are needed before anything is loaded."""
+    """The preset that a model takes, by its name, since presets are needed before anything is loaded."""
     if model == "tiny":
         return "tiny"
     name = Path(model).name.lower()
@@ -628,7 +628,8 @@ class EvalConfig(DrawConfig):
     reward_checkpoint: list[str] | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
     reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
     strength: str | None = option(
-        "strengths to try of every system, as 0,0.5,1: the best of one half of the prompts is told on the other half", None
+        "strengths to try of every system, as 0,0.5,1: the best one on half of the prompts is measured on the other half",
+        None,
     )
     num_images: Count = option("images for each prompt", 4)
     limit: Count | None = option("so many of the prompts, from all over the benchmark", None)

@@ -92,7 +92,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if not lines or isinstance(error, KeyError):
-        return f"{type(error).__name__} {' '.join(lines)[:300]}"
+        return f"{type(error).__name__} {' '.join(lines)[:300]}".rstrip()
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # torch names the tensors below a heading
     return first[:300]
 
@@ -116,5 +116,6 @@ def expected(error: BaseException) -> TexforceError | None:
     if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
         return OutOfMemory(f"out of memory ({str(error).partition(chr(10))[0]})")
     if isinstance(error, OSError) and error.errno is not None:
-        return StorageError(f"storage: {error.strerror or error}: {error.filename or ''}")
+        file = f": {error.filename}" if error.filename else ""
+        return StorageError(f"storage: {error.strerror or error}{file}")
     return None

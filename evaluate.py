@@ -90,7 +90,7 @@ class Evaluation:
         return [range(start, min(start + size, num_prompts)) for start in range(0, num_prompts, size)]
 
     def seed(self, i: int, k: int) -> int:
-        """Of the noise of prompt i's image k, for every system; other prompts and --limit have no say in it."""
+        """Seed of the noise of prompt i's image k, the same for every system, whatever the other prompts and --limit."""
         text = f"{self.config.seed} {k} {self.benchmark.prompts[i]}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])  # JavaScript's numbers hold 53 bits
 
@@ -152,7 +152,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_settings(evaluation: Evaluation) -> dict[str, Any]:
-    """Write down what decides the images, or see that those in the folder are of the same; returns it.
+    """Write down what decides the images, or check that the folder's images were made the same way; returns it.
 
     Raises:
         InputError: the folder holds images of something else. OSError: storage.
@@ -179,7 +179,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _where_they_differ(old: Any, new: Any) -> tuple[str, str]:
-    """Two values, or of two objects the parts that differ, to be shown."""
+    """Two values, or the parts of two objects that differ, as text."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [name for name in new if old.get(name) != new[name]]
         old, new = ({name: item.get(name) for name in names} for item in (old, new))
@@ -187,7 +187,7 @@ def _where_they_differ(old: Any, new: Any) -> tuple[str, str]:
 
 
 def describe(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything that decides the images."""
+    """All settings that decide the images."""
     config, benchmark = evaluation.config, evaluation.benchmark
     names = (
         "model", "num_inference_steps", "eta", "guidance_scale", "null_prompt", "resolution", "mixed_precision", "compile",
@@ -205,7 +205,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
-    """Of each system by name, what is on the base model: paths as they were given, weights, and SHA-256 of the files."""
+    """Adapters and U-Nets of each system by name: paths as they were given, weights, and SHA-256 of the files."""
     sums: dict[tuple[str, str], list[str]] = {}  # a sweep has the same files in every system
     readers = {"adapters": adapters.adapter_files, "unets": adapters.unet_files}
 
@@ -222,7 +222,7 @@ def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
 
 
 def _without_paths(described: dict[str, Any]) -> Any:
-    """What must stay the same of a system: a folder may be named otherwise, or have moved."""
+    """A description without its paths: a folder may have moved."""
     return {kind: [term | {"path": ""} for term in terms] for kind, terms in described.items()}
 
 
@@ -279,7 +279,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     """Find bad input before anything is drawn; returns which weights each reward takes.
 
     Raises:
-        NotFoundError, InputError: what is there to find.
+        NotFoundError, InputError: a reward, adapter, model or folder cannot be used.
     """
     config = evaluation.config
     for spec in config.measures:
@@ -288,7 +288,9 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     for system in config.systems:
         adapters.check_inputs(system)
     if config.strengths and len(evaluation.benchmark.prompts) < 2:
-        raise InputError("strength: the best is told on another half of the prompts, so there must be two at least")
+        raise InputError(
+            "strength: the best one is measured on another half of the prompts, so there must be at least two prompts"
+        )
     check_folder(evaluation.folder)
     files.check_writable(evaluation.folder)
     given = rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
@@ -333,7 +335,7 @@ def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Po
 def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -> Scores:
     """The scores of every system by measure; where a prompt has several images, their diversity as well.
 
-    The diversity is that of the image features of the first reward that has such.
+    The diversity is measured on the image features of the first reward that has features.
 
     Raises:
         RewardError: a scorer failed, or gave no finite score.
@@ -366,7 +368,7 @@ def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -
 
 
 def _key(spec: str, source: dict[str, Any]) -> str:
-    """What a reward's scores are called in the file, so that those of other weights are not taken."""
+    """The name of a reward's scores in the file, which changes with its weights."""
     text = json.dumps([source, __version__])
     return f"{spec} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -377,7 +379,7 @@ def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:
 
 
 def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Of the images (N, 3, H, W) of some prompts, each prompt's in a row: (P,)."""
+    """Diversity (P,) of the images (N, 3, H, W) of P prompts, those of a prompt side by side."""
     num_prompts = len(dict.fromkeys(prompts))
     return measures.diversity(reward.image_features(images).reshape(num_prompts, len(prompts) // num_prompts, -1))
 
@@ -386,7 +388,7 @@ def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) 
 
 
 def summarise(evaluation: Evaluation, scores: Scores, described: dict[str, Any]) -> dict[str, Any]:
-    """What is told of each system; of a sweep at its best strength, on the half of the prompts that did not choose it."""
+    """The results of each system; in a sweep at its best strength, on the half of the prompts that did not choose it."""
     config, categories = evaluation.config, evaluation.benchmark.categories
     validation = measures.split_halves(categories) if config.strengths else np.zeros(len(categories), bool)
     sweeps = _sweep(evaluation, scores, validation) if config.strengths else {}
@@ -394,10 +396,10 @@ def summarise(evaluation: Evaluation, scores: Scores, described: dict[str, Any])
     drawn = {BASE: BASE} | {
         system.name: scaled(system, strengths[system.name]).name if sweeps else system.name for system in config.systems
     }
-    told = _on_prompts({name: scores[drawn[name]] for name in drawn}, ~validation, categories, config.seed)
+    summaries = _on_prompts({name: scores[drawn[name]] for name in drawn}, ~validation, categories, config.seed)
     systems = {
         name: described[drawn[name]]
-        | {"strength": strengths[name], "images": f"images/{drawn[name]}", "measures": told[name]}
+        | {"strength": strengths[name], "images": f"images/{drawn[name]}", "measures": summaries[name]}
         | {"scores": scores_to_json(scores[drawn[name]])}
         for name in drawn
     }
@@ -428,15 +430,15 @@ def _on_prompts(scores: Scores, rows: np.ndarray, categories: Sequence[str], see
 def _sweep(evaluation: Evaluation, scores: Scores, validation: np.ndarray) -> dict[str, Any]:
     """Every strength's figures on the validation half, and the best by the first reward, for each system."""
     config, first = evaluation.config, evaluation.config.measures[0]
-    told = _on_prompts(scores, validation, [""] * len(validation), config.seed)
+    summaries = _on_prompts(scores, validation, [""] * len(validation), config.seed)
     sweeps: dict[str, Any] = {}
     for system in config.systems:
         names = [scaled(system, strength).name for strength in config.strengths]
         curve = [
-            {"strength": strength, "measures": told[name], "scores": scores_to_json(scores[name])}
+            {"strength": strength, "measures": summaries[name], "scores": scores_to_json(scores[name])}
             for strength, name in zip(config.strengths, names, strict=True)
         ]
-        means = [told[name][first]["mean"] for name in names]
+        means = [summaries[name][first]["mean"] for name in names]
         best = max(range(len(curve)), key=lambda n: -np.inf if means[n] is None else means[n])
         sweeps[system.name] = {"chosen_by": first, "best": config.strengths[best], "curve": curve}
     return sweeps

@@ -1,4 +1,4 @@
-"""Signals that end a run: obeyed at once, but never in the middle of a save; a second one ends the process."""
+"""Signals that end a run: raised at once, but never in the middle of a save; a second one ends the process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Terminated(KeyboardInterrupt):
 
 
 _received: int | None = None
-_raised = False  # and not only kept for the end of what defers it
+_raised = False  # whether the received signal was raised, and is not held back
 _num_deferring = 0
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Within it, SIGINT raises KeyboardInterrupt and SIGTERM Terminated, where the program is; a second signal exits."""
+    """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM, wherever the program is; a second one ends the process."""
     global _received, _raised
     _received, _raised = None, False
-    heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
+    heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
     previous = {number: signal.signal(number, _handle) for number in heeded}
     try:
         with recognised():
@@ -38,9 +38,9 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recognised() -> Iterator[None]:
-    """Within it, an error that a signal was turned into is the signal again: imports and loading broken off do that.
+    """Re-raise the signal when a library turned it into an ordinary exception, as interrupted imports and loading do.
 
-    An error beside a signal that was deferred is not of its making, and stays.
+    An exception beside a deferred signal has another cause, and passes unchanged.
     """
     try:
         yield
@@ -53,7 +53,9 @@ def recognised() -> Iterator[None]:
 def _handle(number: int, frame: object) -> None:
     global _received
     if _received is not None:
-        os._exit(EXIT_CODES[signal.Signals(number)])  # whatever is being written takes its place at its end only
+        os._exit(
+            EXIT_CODES[signal.Signals(number)]
+        )  # nothing is half written: files take their place when they are complete
     _received = number
     if not _num_deferring:
         _raise(number)
@@ -67,7 +69,7 @@ def _raise(number: int) -> NoReturn:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within it, a signal waits for the end."""
+    """Hold signals back until the end."""
     global _num_deferring
     before = _received
     _num_deferring += 1
@@ -80,6 +82,6 @@ def deferred() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise what a signal has raised where it was swallowed: in a finaliser, or in a library that catches everything."""
+    """Raise a signal again that was swallowed, by a finaliser or by a library that catches everything."""
     if _received is not None and not _num_deferring:
         _raise(_received)

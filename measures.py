@@ -17,8 +17,8 @@ RESAMPLES_AT_ONCE = 500  # what fits into memory for some thousand prompts
 def bootstrap(values: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
     """Percentile intervals (Efron 1979) of the means of values (P, M): lower and upper ends, (M,) each.
 
-    Prompts are what is drawn anew, the same ones for every column, so that a column of differences is a paired comparison.
-    NaN is a value that is not there. An interval is NaN where fewer than two values are.
+    Prompts are resampled, the same ones for every column, so that a column of differences is a paired comparison. NaN is a
+    missing value. An interval is NaN where there are fewer than two values.
     """
     generator = np.random.default_rng(seed)
     there = np.isfinite(values)
@@ -40,13 +40,13 @@ def bootstrap(values: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES)
 
 
 def wins(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """How often scores (P, K) are above the base's from the same noise, a tie being half: (P, K), NaN where one lacks."""
+    """Whether scores (P, K) are above the base's from the same noise, (P, K): 1, 0.5 for a tie, NaN if one is missing."""
     won = (scores > base) + 0.5 * (scores == base)
     return np.where(np.isfinite(scores) & np.isfinite(base), won, np.nan)
 
 
 def mean_over_images(scores: np.ndarray) -> np.ndarray:
-    """Means (P,) of scores (P, K) over those that are there; NaN where none is."""
+    """Means (P,) of the finite ones among scores (P, K); NaN where there are none."""
     there = np.isfinite(scores)
     with np.errstate(invalid="ignore"):
         return np.where(there, scores, 0.0).sum(axis=1) / there.sum(axis=1)
@@ -63,10 +63,10 @@ def diversity(features: Tensor) -> Tensor:
 def summarise(
     scores: Mapping[str, Mapping[str, np.ndarray]], base: str, categories: Sequence[str], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """What is told of each system's scores (P, K) by measure: `mean`, `low`, `high` over prompts, each prompt counting once.
+    """Summary of each system's scores (P, K) by measure: `mean`, `low` and `high` over prompts, each prompt counting once.
 
-    All but the base have `paired` (the mean difference to the base) and `win_rate` (over images) as well, each with its own
-    interval, and each measure has the same of every category in `categories`.
+    All but the base also have `paired` (the mean difference to the base) and `win_rate` (over images), each with its own
+    interval. With several categories, each measure has the same for every category in `categories`.
     """
     columns: dict[tuple[str, ...], np.ndarray] = {}
     for system, measures in scores.items():
@@ -82,18 +82,18 @@ def summarise(
     if len(groups) > 1:
         parts = {name: _describe(columns, table[rows], seed) for name, rows in groups.items()}
         for system, measures in whole.items():
-            for measure, told in measures.items():
-                told["categories"] = {name: part[system][measure] for name, part in parts.items()}
+            for measure, summary in measures.items():
+                summary["categories"] = {name: part[system][measure] for name, part in parts.items()}
     for system, measures in whole.items():
-        for measure, told in measures.items():
-            told["num_images_dropped"] = int((~np.isfinite(scores[system][measure])).sum())
+        for measure, summary in measures.items():
+            summary["num_images_dropped"] = int((~np.isfinite(scores[system][measure])).sum())
     return whole
 
 
 def _describe(columns: Mapping[tuple[str, ...], Any], table: np.ndarray, seed: int) -> dict[str, dict[str, Any]]:
     """Mean and interval of each column of a table (P, M), by system and measure."""
     lows, highs = bootstrap(table, seed)
-    told: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for k, (system, measure, *kind) in enumerate(columns):
         there = table[np.isfinite(table[:, k]), k]
         mean = there.mean() if len(there) else np.nan
@@ -102,25 +102,25 @@ def _describe(columns: Mapping[tuple[str, ...], Any], table: np.ndarray, seed: i
             for name, number in (("mean", mean), ("low", lows[k]), ("high", highs[k]))
         }
         if kind:
-            told[system][measure][kind[0]] = numbers
+            summary[system][measure][kind[0]] = numbers
         else:
-            told.setdefault(system, {})[measure] = {**numbers, "num_prompts": len(there)}
-    return told
+            summary.setdefault(system, {})[measure] = {**numbers, "num_prompts": len(there)}
+    return summary
 
 
 def split_halves(categories: Sequence[str]) -> np.ndarray:
-    """Which prompts (P,) are the validation half: every other one, category by category, so that both halves are alike."""
+    """Which prompts (P,) are in the validation half: every other one of each category, so that both halves are alike."""
     halves = np.zeros(len(categories), bool)
     halves[np.argsort(np.array(categories), kind="stable")[::2]] = True
     return halves
 
 
 def to_numpy(scores: Sequence[float | None]) -> np.ndarray:
-    """Scores (N,) as they lie in JSON; None is NaN."""
+    """Scores (N,) read from JSON; None becomes NaN."""
     return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
 
 
 def to_json(scores: Tensor | np.ndarray) -> list[float | None]:
-    """Scores (N,) for JSON, which knows no NaN."""
+    """Scores (N,) for JSON, which has no NaN: None."""
     values = torch.as_tensor(scores).double()
     return [value if np.isfinite(value) else None for value in values.tolist()]

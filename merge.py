@@ -28,7 +28,7 @@ ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the wid
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged: an adapter, and a pipeline, whose U-Net is already replaced where one was given whole."""
+    """The merged adapter and its pipeline, whose U-Net is already replaced if a whole one was given."""
 
     model: Any  # a diffusers pipeline
     adapter: Adapter
@@ -71,7 +71,7 @@ def merge(config: MergeConfig) -> Path:
 
 
 def check_sum(model: Any, adapter: Adapter) -> None:
-    """See that a fusion is finite, and changes what the text encoders say.
+    """Check that a fused adapter is finite, and changes the text encoders' embeddings.
 
     Raises:
         InputError: it is not finite. ArtifactError: it changes nothing.
@@ -84,7 +84,7 @@ def check_sum(model: Any, adapter: Adapter) -> None:
 
 
 def check_output(config: MergeConfig) -> None:
-    """See that the output can be written, and that no input lies in it or it in an input.
+    """Check that the output can be written, and that neither output nor inputs lie in each other.
 
     Raises:
         InputError: it exists, or is an input. OSError: it cannot be written.
@@ -103,7 +103,7 @@ def check_output(config: MergeConfig) -> None:
 
 
 def _is_ours(output: Path) -> bool:
-    """Whether a folder is empty, or one that `merge` wrote."""
+    """Whether a folder is empty, or was written by `merge`."""
     card = output / "README.md"
     return output.is_dir() and (not any(output.iterdir()) or (card.is_file() and CARD in card.read_text(errors="replace")))
 
@@ -129,7 +129,7 @@ CARD = "Merged by texforce"
 
 
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
-    """README.md: from what, at which weights, it was merged."""
+    """The README.md of a merge: its inputs and their weights."""
     rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
     rows += [f"| U-Net | `{config.unet}` | {config.unet_scale:g} |"] if config.unet else []
     parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
@@ -206,13 +206,13 @@ def write_kohya(merged: Merged, folder: Path) -> None:
 
 
 def common(values: Iterator[str]) -> str:
-    """The value that all share; kohya's word for others is Dynamic."""
+    """The value that all share; else Dynamic, as kohya has it."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else "Dynamic"
 
 
 def architecture_of(model: Any) -> tuple[str, str]:
-    """kohya's and modelspec's words for the base model; empty and general ones for models that are none of the published."""
+    """kohya's and modelspec's names of the base model; general ones for models that were not published."""
     base, name = ARCHITECTURES.get(model.unet.config.cross_attention_dim, ("", "stable-diffusion"))
     if base == "sd_v2":
         name += "-768-v" if prediction_type(model) == "v" else "-512"
@@ -220,12 +220,12 @@ def architecture_of(model: Any) -> tuple[str, str]:
 
 
 def prediction_type(model: Any) -> str:
-    """modelspec's word."""
+    """The prediction type as modelspec names it."""
     return "v" if model.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon"
 
 
 def modelspec(merged: Merged, kind: str) -> dict[str, str]:
-    """Metadata by Stability's Model Spec 1.0.0; the kind is what stands behind the architecture, as /lora."""
+    """Metadata of Stability's Model Spec 1.0.0; `kind` follows the architecture, as /lora."""
     model, config = merged.model, merged.config
     pixels = (model.unet.config.sample_size or 64) * 2 ** (len(model.vae.config.block_out_channels) - 1)
     return {

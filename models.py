@@ -42,7 +42,7 @@ class Model:
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        """One, or SDXL's two, by name."""
+        """The text encoder, or SDXL's two, by name."""
         second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
         return {"text_encoder": self.text_encoder} | second
 
@@ -79,10 +79,10 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
 
 
 def pipeline_kind(source: str) -> tuple[bool, bool]:
-    """Of a pipeline's folder or hub name: whether it has SDXL's second text encoder, and takes zeros for the null prompt.
+    """Whether a pipeline has SDXL's second text encoder, and whether its null prompt is zeros, by its folder or hub name.
 
     Raises:
-        ValueError: it has the second text encoder alone, as SDXL's refiner.
+        InputError: it has the second text encoder alone, as SDXL's refiner.
     """
     from diffusers import DiffusionPipeline
 
@@ -111,7 +111,7 @@ def find_model(name: str) -> str:
     """The folder or hub name of a model.
 
     Raises:
-        FileNotFoundError: there is no such model.
+        NotFoundError: there is no such model.
     """
     from huggingface_hub import hf_hub_download
 
@@ -125,7 +125,7 @@ def find_model(name: str) -> str:
 
 
 def revision(name: str) -> Any:
-    """Which model it is: the commit that the hub's cache has of it, the SHA-256 of a folder's files; None for tiny."""
+    """The version of a model: the commit in the hub's cache, or the SHA-256 of a folder's files; None for tiny."""
     from huggingface_hub import try_to_load_from_cache
 
     if name == "tiny":
@@ -160,7 +160,7 @@ def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = F
 
 
 def _check_kind(model: Model) -> None:
-    """Refuse what Stable Diffusion 1.x, 2.x and XL are not: refiners, inpainting, parts of different models."""
+    """Refuse refiners, inpainting models and parts that do not fit each other."""
     name, unet, vae, second = model.name, model.unet.config, model.vae.config, model.text_encoder_2
     pairs = [(model.tokenizer, model.text_encoder)] + ([] if second is None else [(model.tokenizer_2, second)])
     for tokenizer, text_encoder in pairs:
@@ -215,7 +215,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -
     """Token ids (N, L) int64, padded, or with `truncation` cut, to the text encoder's length L.
 
     Raises:
-        ValueError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
+        InputError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
     """
     length = tokenizer.model_max_length
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
@@ -242,9 +242,9 @@ def tokenize_for(model: Model, prompts: Sequence[str], truncation: bool = False)
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:
     """Prompt embeddings (N, L, D) float32 of ids (N, L); for SDXL (N, L+1, D) of ids (N, 2L).
 
-    SDXL's U-Net reads what the last but one layers of both text encoders say, joined along D, and apart from that the
-    second one's pooled embedding (N, P). That is the last row here, filled up with zeros to D, and `PooledText` takes it out
-    again: so whatever is gathered, chosen or differentiated by prompt stays one tensor.
+    SDXL's U-Net reads the last but one hidden states of both text encoders, joined along D, and separately the
+    second one's pooled embedding (N, P). That is the last row here, padded with zeros to D, and `PooledText` takes it out
+    again, so that code which gathers or differentiates embeddings handles one tensor.
 
     In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
     sampling and training, whose batches differ, must read the same.
@@ -271,7 +271,7 @@ def encode_null(model: Model) -> Tensor:
 
 
 def encode_distinct(model: Model, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The null prompt and every distinct prompt of ids (N, L), encoded once (1+U, L, D); the row of each id (N,).
+    """Embeddings (1+U, L, D) of the null prompt and every distinct prompt of ids (N, L); the row of each id (N,).
 
     The null prompt is encoded too unless its embedding (1, L, D) is given or zeros.
     """
@@ -285,7 +285,7 @@ def encode_distinct(model: Model, prompt_ids: Tensor, null_embeds: Tensor | None
 
 @contextlib.contextmanager
 def adapters_disabled(model: Model) -> Iterator[None]:
-    """Within it, the models are the base ones: the peft adapters that they carry are switched off."""
+    """Switch the model's peft adapters off."""
     with contextlib.ExitStack() as stack:
         for part in model.policy_parts.values():
             if hasattr(part, "disable_adapter"):
@@ -295,7 +295,7 @@ def adapters_disabled(model: Model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told of N prompts, and of the null prompt for guidance, as `encode` gives it."""
+    """Embeddings of N prompts, and of the null prompt for guidance, as `encode` gives them."""
 
     prompt_embeds: Tensor  # (N, L, D)
     null_embeds: Tensor  # (1, L, D)
@@ -303,7 +303,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class PooledText:
-    """What SDXL's U-Net is told beside the embeddings of a prompt: the pooled one, and sizes (arXiv:2307.01952, 2.2)."""
+    """SDXL's conditioning beside the prompt embeddings: pooled text and image sizes (arXiv:2307.01952, section 2.2)."""
 
     width: int  # P
     pixels_per_latent: int
@@ -319,14 +319,14 @@ class PooledText:
 
 
 def pooled_text(model: Model) -> PooledText | None:
-    """How the U-Net takes the pooled embedding; None for all but SDXL, which have none."""
+    """The pooled text of SDXL; None for other models."""
     if model.text_encoder_2 is None:
         return None
     return PooledText(model.text_encoder_2.config.projection_dim, pixels_per_latent(model.vae))
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Along a side; 8 for all published models."""
+    """Pixels per latent along a side; 8 for all published models."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -334,7 +334,7 @@ def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int,
     """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
 
     Raises:
-        ValueError: the resolution is not a multiple of what the models need.
+        InputError: the resolution is not a multiple of what the models need.
     """
     factor = pixels_per_latent(model.vae)
     levels = 2 ** (len(model.unet.config.block_out_channels) - 1)

@@ -1,6 +1,6 @@
 """Several processes of one run, as torchrun and accelerate start them: each works on its share, and the first one writes.
 
-They see each other by torch.distributed; without a launcher there is one process, which exchanges nothing.
+They communicate by torch.distributed; without a launcher there is one process, which exchanges nothing.
 Every process holds the whole state of the run and draws the same random numbers, so that a run is the same for any number
 of them but for the order of sums.
 """
@@ -23,9 +23,9 @@ from . import interrupts
 from .errors import ProcessLost
 
 T = TypeVar("T")
-# How long one process waits for another. One that dies is known at once, by its closed connection; only one that hangs, or
-# whose machine is cut off, takes this long. But one that is merely slower, by a scorer that takes longer for its share
-# than this above the others' time, is given up too.
+# How long one process waits for another. A process that dies is noticed at once, by its closed connection; only one that
+# hangs, or whose machine is cut off, takes this long. A process whose scorer needs this much longer than the others' is
+# given up too.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -45,10 +45,10 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it, the processes that a launcher has started are connected, each with a GPU of its own if there are any.
+    """Connect the processes that a launcher has started, each with a GPU of its own if there are any.
 
-    All they exchange is small and goes by gloo, whose calls return when they are done or raise. NCCL's only begin, and its
-    watchdog ends a process that waits for a lost one without a word.
+    They exchange small tensors through gloo, whose calls return when they are done, or raise. NCCL's calls return at once,
+    and its watchdog ends a process that waits for a lost one without a message.
 
     Raises:
         ProcessLost: they did not come together.
@@ -68,19 +68,19 @@ def joined() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reaching() -> Iterator[None]:
-    """Within it, what torch.distributed says of the others is told in one way; a signal of the launcher goes before it."""
+    """Turn torch.distributed's errors about other processes into ProcessLost; a signal from the launcher has precedence."""
     try:
         yield
     except RuntimeError as error:
         interrupts.check()
         raise ProcessLost(
-            f"process {rank()} of {count()} has lost another one of the run; what ended that one is told before or after "
-            f"this ({str(error).splitlines()[0][:200]})"
+            f"process {rank()} of {count()} has lost another one of the run; the error that ended it is printed before "
+            f"or after this one ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
 def share(number: int) -> bool:
-    """Whether a piece of work, by its number, is this process's."""
+    """Whether the piece of work with this number belongs to this process."""
     return number % count() == rank()
 
 
@@ -113,12 +113,12 @@ def to_first(value: T) -> list[T]:
 
 
 def agreed(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function gives here, once it has given something in every process; an error in one ends all of them alike.
+    """Call a function in every process and return this process's result; an error in one process is raised in all.
 
     A signal passes through at once, and so does the loss of a process.
 
     Raises:
-        What the function raises in any process, in every process; if in several, that of the first of them.
+        The function's error, in every process; that of the first process if several fail.
     """
     if count() == 1:
         return function(*arguments)
@@ -130,10 +130,10 @@ def agreed(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What a function gives in the first process, in every process; it is called in the first one only.
+    """Call a function in the first process only, and return its result in every process.
 
     Raises:
-        What the function raises, in every process.
+        The function's error, in every process.
     """
     if count() == 1:
         return make()
@@ -147,7 +147,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _outcome(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """What a function gives, or the error that it raises."""
+    """A function's result, or the error that it raises."""
     try:
         return function(*arguments), None
     except ProcessLost:
@@ -158,7 +158,7 @@ def _outcome(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Except
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """An error as another process can have it: where it cannot be pickled one of its class, or else none, with its text."""
+    """An error that can be pickled: itself, a new one of its class, or a RuntimeError with its text."""
     if error is None:
         return None
     for make in (lambda: error, lambda: type(error)(str(error))):
@@ -174,10 +174,10 @@ def _portable(error: Exception | None) -> Exception | None:
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Put the sum of every process's gradients in the place of each's own; a gradient that is missing counts as 0.
+    """Replace each process's gradients by the sum over all processes; a missing gradient counts as 0.
 
-    One that is missing in every process stays so: AdamW passes such a parameter over, and would let one of gradient 0 decay.
-    They are summed explicitly, and not by a wrapper whose forward pass a policy gradient would not go through.
+    A gradient that is missing in every process stays missing: AdamW skips that parameter, and would decay it if its gradient
+    were 0. The sum is explicit, since a policy gradient does not go through the forward pass of a DDP wrapper.
     """
     if count() == 1:
         return

@@ -1,4 +1,4 @@
-"""Prompts: of files, of the sets in prompts/, and of the published benchmarks."""
+"""Prompts from files, from the sets in prompts/, and from the published benchmarks."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class Benchmark:
 
     @property
     def sha256(self) -> str:
-        """Of the prompts and their categories."""
+        """SHA-256 of the prompts and their categories."""
         return hashlib.sha256(json.dumps([self.prompts, self.categories]).encode()).hexdigest()
 
     def limited(self, limit: int | None) -> Benchmark:
-        """So many of the prompts, evenly spaced over the set."""
+        """`limit` of the prompts, evenly spaced over the set; all of them without a limit."""
         total = len(self.prompts)
         rows = [i * total // limit for i in range(limit)] if limit and limit < total else range(total)
         return replace(self, prompts=[self.prompts[i] for i in rows], categories=[self.categories[i] for i in rows])

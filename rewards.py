@@ -41,7 +41,7 @@ MAX_REQUEST_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Entry:
-    """A scorer that has a name, and what one should know before choosing it."""
+    """A scorer with a name, and what to know before choosing it."""
 
     make: Callable[..., Scorer]  # of the paths of its weights, and the device
     measures: str
@@ -99,7 +99,7 @@ CATALOGUE = {
 
 
 def missing_packages(name: str) -> list[str]:
-    """What of a scorer's packages is not installed."""
+    """The packages of a scorer that are not installed."""
     return [package for package in CATALOGUE[name].packages if importlib.util.find_spec(package) is None]
 
 
@@ -131,7 +131,7 @@ def parse_mixture(spec: str) -> dict[str, float]:
 
 
 def check_reward(spec: str) -> None:
-    """See whether there is such a reward, without loading it.
+    """Check that a reward exists, without loading it.
 
     Raises:
         InputError: a name is unknown, a weight unusable, or a package is missing.
@@ -232,7 +232,7 @@ def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: 
 
 
 def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
-    """See that rewards can judge prompts.
+    """Check that rewards can judge prompts.
 
     Raises:
         InputError: one cannot; `alignment` knows the tiny world's sentences only, `ocr` needs a quoted text.
@@ -248,20 +248,20 @@ def has_features(spec: str) -> bool:
 
 
 def locate(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, Any]:
-    """What `load_reward` takes for the parts of a reward: repository and revision, or files and their SHA-256.
+    """Where `load_reward` finds the parts of a reward: repository and revision, or files and their SHA-256.
 
     Raises:
         NotFoundError, InputError: it is not there, or a file has no such function.
     """
-    paths, told = _given_paths(checkpoints, embedded), dict[str, Any]()
+    paths, sources = _given_paths(checkpoints, embedded), dict[str, Any]()
     for weights in weights_of(spec):
         found = find_weights(weights, paths)
-        told[weights] = describe_files(found) if weights in paths else describe_source(weights)
+        sources[weights] = describe_files(found) if weights in paths else describe_source(weights)
     for name in parse_mixture(spec):
         if ":" in name and not name.startswith(URL):
             _load_function(name)
-            told[name] = describe_files(Path(name.rpartition(":")[0]))
-    return told
+            sources[name] = describe_files(Path(name.rpartition(":")[0]))
+    return sources
 
 
 # --- mixtures ---
@@ -290,7 +290,7 @@ class Mixture:
 
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:
-        """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has such."""
+        """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has features."""
         part: Any = next(part for name, part in self.parts.items() if has_features(name))
         return part.image_features(images).float().cpu()
 
@@ -304,7 +304,7 @@ class Mixture:
         return sum(self.weights[name] / self._unit(name) * means[name] for name in self.parts)
 
     def observe(self, scores: Mapping[str, Tensor]) -> None:
-        """Let scores (N,) enter the running deviations."""
+        """Add scores (N,) to the running deviations."""
         for name, part in scores.items():
             self.spreads[name].add(part)
 
@@ -345,10 +345,10 @@ class Spread:
 
 
 class Supervised:
-    """A scorer called in a thread of its own, so that one that hangs is given up: nothing can stop it, but nothing waits.
+    """A scorer called in a thread of its own, so that a training does not wait for one that hangs.
 
     Raises, when called:
-        RewardError: the time is over, or the scorer raised whatever it be.
+        RewardError: the scorer took too long, or raised an exception.
     """
 
     def __init__(self, scorer: Scorer, name: str, timeout: float) -> None:
@@ -363,7 +363,7 @@ class Supervised:
         try:
             result = self.results.get(timeout=self.timeout)
         except BaseException as error:
-            self.jobs = None  # what it may still answer is not for the next call
+            self.jobs = None  # a late answer must not be taken for the next call's
             if not isinstance(error, queue.Empty):
                 raise
             raise RewardError(f"reward: {self.name} gave no scores within {self.timeout:g} s") from None
@@ -471,7 +471,7 @@ class Remote:
             raise RewardError(f"reward: the answer of {self.url} is not JSON: {describe(error)}") from error
 
     def _try(self, content: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and content of one answer, of which not more is read than may be."""
+        """Status and content of one answer, read up to the largest size that is allowed."""
         options: dict[str, Any] = {"timeout": self.timeout, "stream": True, "allow_redirects": False}
         with self.session.post(self.url, json=content, **options) as response:
             return response.status_code, response.raw.read(MAX_RESPONSE_BYTES + 1, decode_content=True)
@@ -542,7 +542,7 @@ def make_server(scorer: Scorer, port: int, host: str = "127.0.0.1") -> http.serv
                 self.reply(status, content)
 
         def log_request(self, code: object = "-", size: object = "-") -> None:
-            """Say nothing of what went well: the training may share the terminal."""
+            """Print nothing for a request that succeeded: the training may share the terminal."""
 
         def reply(self, status: int, content: dict[str, Any]) -> None:
             data = json.dumps(content, allow_nan=False).encode()

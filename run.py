@@ -323,7 +323,7 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
 
 
 def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[str, Any]:
-    """What one needs to repeat a run."""
+    """Facts that one needs to repeat a run."""
     return {
         "seed": config.seed,
         "model": config.model,
@@ -338,7 +338,7 @@ def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[
 
 
 def versions() -> dict[str, str]:
-    """Of this project and of what decides its numbers."""
+    """Versions of this project and of the packages that decide its numbers."""
     packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
     own = {"texforce": __version__, "python": platform.python_version()}
     return own | {name: version(name) for name in packages}
@@ -393,7 +393,7 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
 
 
 def _shorten(text: str, font: Any, width: int) -> str:
-    """What of a text fits into a width, without control characters."""
+    """The beginning of a text that fits into a width, without control characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n]) <= width)
     return text[:length]

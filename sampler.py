@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .errors import InputError
 from .models import Conditioning, PooledText
 
-MAX_DECODED = 16  # images at a time of 512x512 or less, 64x64 in latents; fewer of larger ones
-MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable density
+MAX_DECODED = 16  # images at a time, of at most 512x512 pixels (64x64 latents); fewer if they are larger
+MIN_STD = 1e-4  # a step with a smaller deviation counts as deterministic: it has no usable density
 
 
 # --- the transition ---
@@ -23,7 +23,7 @@ MIN_STD = 1e-4  # below it a step counts as deterministic: it has no usable dens
 
 @dataclass(frozen=True)
 class Schedule:
-    """T steps of DDIM (arXiv:2010.02502 eq. 12 and 16) as Gaussian transitions, affine in what the U-Net says.
+    """T steps of DDIM (arXiv:2010.02502 eq. 12 and 16) as Gaussian transitions, affine in the U-Net's output.
 
     next_latents ~ Normal(latents_weight * latents + output_weight * model_output, std); every tensor (T,).
     """
@@ -35,7 +35,7 @@ class Schedule:
 
     @property
     def trainable_steps(self) -> Tensor:
-        """Indices of the steps that have a density; the others cannot carry a policy gradient."""
+        """Indices of the steps that have a density, without which there is no policy gradient."""
         return torch.nonzero(self.std > MIN_STD).flatten()
 
     def to(self, device: torch.device) -> Schedule:
@@ -48,7 +48,7 @@ class Schedule:
 def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stochastic: int | None = None) -> Schedule:
     """The transitions that diffusers' DDIMScheduler.step makes, for epsilon, v and sample prediction.
 
-    After the first num_stochastic steps, if that is given, they are those of an eta of 0 (as in MixGRPO, arXiv:2507.21802).
+    After the first num_stochastic steps, if given, they are deterministic, as at an eta of 0 (MixGRPO, arXiv:2507.21802).
 
     Raises:
         ValueError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
@@ -112,9 +112,9 @@ class Denoiser:
     schedule: Schedule
     guidance_scale: float
     compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
-    pooled: PooledText | None = None  # of SDXL, whose embeddings have it as their last row
-    branches_apart: bool = False  # where one of them is trained without the other, and rounding depends on a batch's size
-    text_trained: bool | None = None  # of a policy, whether embeddings have gradients in updates: sampling runs as they do
+    pooled: PooledText | None = None  # SDXL's pooled text, the last row of its embeddings
+    branches_apart: bool = False  # run one at a time: only one is trained, and rounding depends on a batch's size
+    text_trained: bool | None = None  # in training, whether embeddings have gradients in updates; None: no training
 
     @property
     def guided(self) -> bool:
@@ -148,7 +148,7 @@ class Denoiser:
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         training = self.text_trained is not None
         if training and (self.compiled or latents.is_cuda) and not torch.is_grad_enabled():
-            # With gradients kernels are fused and chosen otherwise, and round otherwise: sampling takes the update's.
+            # With gradients other kernels are chosen, which round otherwise: sampling uses those of the update.
             with torch.enable_grad():
                 return self._predict(latents, timesteps, embeds.detach().requires_grad_(bool(self.text_trained))).detach()
         dtype = next(self.unet.parameters()).dtype
@@ -162,12 +162,12 @@ class Denoiser:
 
     @property
     def compiled(self) -> bool:
-        """Whether the U-Net is fused into a graph for each shape."""
+        """Whether the U-Net is compiled into one graph for each shape."""
         return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
 
     @functools.cached_property
     def _fused_unet(self) -> Callable[..., Tensor]:
-        """The U-Net, as a compiled graph for each shape if `compile` says so; made once."""
+        """The U-Net, made once; a compiled graph for each shape if `compiled`."""
 
         def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor, **options: Any) -> Tensor:
             return self.unet(latents, timesteps, embeds, return_dict=False, **options)[0]
@@ -175,7 +175,7 @@ class Denoiser:
         return torch.compile(forward, dynamic=False) if self.compiled else forward
 
     def std(self, steps: Tensor) -> Tensor:
-        """Of the transitions at steps (N,), as (N, 1, 1, 1)."""
+        """Standard deviations (N, 1, 1, 1) of the transitions at steps (N,)."""
         return self.schedule.std[steps][:, None, None, None]
 
     def step(
@@ -247,9 +247,9 @@ def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, in
 
 @contextlib.contextmanager
 def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
-    """Within it, the cross-attentions' keys and values are computed at the first step and kept: the text stays the same.
+    """Compute the cross-attentions' keys and values at the first step only: the text stays the same in a rollout.
 
-    A compiled U-Net computes them each time; so do branches apart, which differ in text and not in size.
+    A compiled U-Net computes them each time; so do separate branches, which differ in their text.
     """
     attentions = [module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2")]
     if denoiser.compiled or denoiser.branches_apart:
@@ -308,7 +308,7 @@ def rollout(
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), at most 16 at a time, of 1024x1024 4."""
+    """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), decoded 16 at a time, or 4 of 1024x1024."""
     dtype = next(vae.parameters()).dtype
     batch_size = min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
     chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]

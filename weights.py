@@ -91,12 +91,12 @@ def _fetch(source: HubFile | HubFolder) -> Path:
 
 
 def describe_source(name: str) -> dict[str, Any]:
-    """What the hub has for a name of HUB, for the record."""
+    """Repository and revision of a name of HUB."""
     return {"repository": HUB[name].repository, "revision": HUB[name].revision}
 
 
 def is_fetched(name: str) -> bool:
-    """Whether what the hub has for a name of HUB is in its local cache; asks nobody."""
+    """Whether the files of a name of HUB are in the hub's local cache; asks no server."""
     from huggingface_hub import try_to_load_from_cache
 
     source = HUB[name]

@@ -72,7 +72,7 @@ def save_stable_diffusion(folder: Path, version: int) -> Path:
     options = {} if version == 1 else {"use_linear_projection": True, "attention_head_dim": (2, 4, 4, 8)}
     StableDiffusionPipeline(
         vae=vae_of_shape(), unet=unet_of_shape(**options), tokenizer=tiny_tokenizer(), safety_checker=None,
-        text_encoder=text_encoder_of_shape(CLIPTextModel, *(("quick_gelu", 12) if version == 1 else ("gelu", 23))),
+        text_encoder=text_encoder_of_shape(CLIPTextModel, *(("quick_gelu", 4) if version == 1 else ("gelu", 5))),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
         feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip

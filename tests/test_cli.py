@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,20 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, DivergedError, models, rewards, sampler, train
-from texforce.config import PRESETS, TrainConfig, TrainOptions, resolve
-from texforce.config import EvalConfig, MergeConfig, SampleConfig, resolve_sample
-from texforce.errors import RewardError
+from texforce import cli, models, rewards, sampler, train
+from texforce.config import (
+    PRESETS,
+    EvalConfig,
+    MergeConfig,
+    SampleConfig,
+    SampleOptions,
+    TrainConfig,
+    TrainOptions,
+    option_fields,
+    resolve,
+    resolve_sample,
+)
+from texforce.errors import DivergedError, InputError, RewardError
 
 ROOT = Path(texforce.__file__).parent
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +79,7 @@ def check_failure(result: Result, code: int, *words: str) -> None:
         assert word in last
 
 
-def train(small_run: dict, *arguments: object, **options: object) -> Result:
+def run_train(small_run: dict, *arguments: object, **options: object) -> Result:
     return run("train", *flags(small_run | options), *arguments)
 
 
@@ -133,7 +143,7 @@ def test_the_package_is_whole_whatever_is_imported_before_what_it_loads_late(pro
 def test_help_shows_the_commands_that_there_are():
     result = run("--help")
     commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
-    assert commands == ["train", "sample", "merge", "eval", "rewards"]
+    assert commands == ["train", "sample", "merge", "eval", "rewards", "serve"]
     assert run("merge").exit_code == run("evaluate").exit_code == 2
     assert "2 bad input" in result.stdout
     assert "143" in result.stdout
@@ -268,14 +278,14 @@ def bad_files(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(("arguments", "words"), BAD_TRAINING, ids=[" ".join(arguments) for arguments, _ in BAD_TRAINING])
 def test_bad_input_to_train_is_named_in_a_line(small_run, tmp_path, arguments, words):
     files = bad_files(tmp_path)
-    result = train(small_run, *[files.get(text, text) for text in arguments], output_dir=tmp_path / "out")
+    result = run_train(small_run, *[files.get(text, text) for text in arguments], output_dir=tmp_path / "out")
     check_failure(result, 2, *words)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
     bad_files(tmp_path)
-    check_failure(train(small_run, output_dir=tmp_path / "out", prompts=tmp_path / "binary.txt"), 2, "binary.txt", "UTF-8")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out", prompts=tmp_path / "binary.txt"), 2, "binary.txt", "UTF-8")
 
 
 def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
@@ -298,7 +308,7 @@ def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatc
 
 
 def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
-    check_failure(train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "mixed_precision", "bf16")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "mixed_precision", "bf16")
     result = run("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")
     check_failure(result, 2, "mixed_precision")
 
@@ -307,16 +317,16 @@ def test_an_output_folder_that_is_not_empty_is_left_as_it_is(small_run, tmp_path
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("of value")
-    check_failure(train(small_run, output_dir=folder), 2, "output_dir", "mine", "not empty")
+    check_failure(run_train(small_run, output_dir=folder), 2, "output_dir", "mine", "not empty")
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     assert (folder / "thesis.txt").read_text() == "of value"
 
 
 def test_an_output_folder_that_cannot_be_made_is_a_storage_error(small_run, tmp_path):
     (tmp_path / "file").write_text("")
-    check_failure(train(small_run, output_dir=tmp_path / "file" / "out"), 5, "storage", "file")
-    check_failure(train(small_run, output_dir="/proc/out"), 5, "storage", "/proc/out")
-    check_failure(train(small_run, output_dir=tmp_path / "file"), 5, "storage", "file")
+    check_failure(run_train(small_run, output_dir=tmp_path / "file" / "out"), 5, "storage", "file")
+    check_failure(run_train(small_run, output_dir="/proc/out"), 5, "storage", "/proc/out")
+    check_failure(run_train(small_run, output_dir=tmp_path / "file"), 5, "storage", "file")
     result = run("sample", "--model", "tiny", "--prompt", "a red circle", "--output-dir", tmp_path / "file" / "images")
     check_failure(result, 5, "storage", "file")
 
@@ -343,7 +353,7 @@ def test_a_bad_config_file_is_named(small_run, tmp_path, name):
     (tmp_path / "config.json").write_text(content)
     # The file's fields must not be overridden by flags.
     options = {key: value for key, value in small_run.items() if f'"{key}"' not in content}
-    result = train(options, "--config", tmp_path / "config.json", output_dir=tmp_path / "out")
+    result = run_train(options, "--config", tmp_path / "config.json", output_dir=tmp_path / "out")
     check_failure(result, 2, *words)
 
 
@@ -380,7 +390,7 @@ def test_what_a_config_file_sets_apart_stays():
 
 
 def test_a_config_file_that_is_not_there_is_named(small_run, tmp_path):
-    check_failure(train(small_run, "--config", "absent.json", output_dir=tmp_path / "out"), 2, "absent.json")
+    check_failure(run_train(small_run, "--config", "absent.json", output_dir=tmp_path / "out"), 2, "absent.json")
 
 
 # --- failures ---
@@ -394,14 +404,14 @@ def reward_file(tmp_path: Path, body: str) -> str:
 
 def test_a_reward_that_is_always_nan_ends_with_six(small_run, tmp_path):
     reward = reward_file(tmp_path, "    return torch.full((len(images),), float('nan'))")
-    check_failure(train(small_run, output_dir=tmp_path / "out", reward=reward), 6, "no finite score")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out", reward=reward), 6, "no finite score")
 
 
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("error", ["KeyError", "ValueError", "SystemExit"])
 def test_a_reward_that_raises_ends_with_six_and_its_words(small_run, tmp_path, call, error):
     body = f"    if len(calls) == {call}:\n        raise {error}('no such colour')\n    return images.mean(dim=(1, 2, 3))"
-    result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
+    result = run_train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
     check_failure(result, 6, error, "no such colour")
 
 
@@ -470,7 +480,7 @@ def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_
             patch.setattr(rewards, "_load_function", lambda spec: breaking_function(scores))
         options = {"output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 3, "reward_timeout": 2.0}
         start = time.perf_counter()
-        result = train(small_run | options, reward=reward)
+        result = run_train(small_run | options, reward=reward)
     assert time.perf_counter() - start < 15
     check_failure(result, 6, "reward: ")
     assert calls[:2] == [2, 8]
@@ -490,13 +500,13 @@ def test_a_function_that_hangs_does_not_keep_the_process(small_run, tmp_path):
 def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch, option):
     monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
     for reward in ("hsp", "absent.py:reward", "face"):
-        result = train(small_run | {option: reward}, output_dir=tmp_path / "out")
+        result = run_train(small_run | {option: reward}, output_dir=tmp_path / "out")
         check_failure(result, 2, reward.partition(":")[0])
 
 
 def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(small_run, tmp_path):
     options = {"reward": "hps", "reward_checkpoint": ROOT / "LICENSE", "output_dir": tmp_path / "out"}
-    result = train(small_run | options)
+    result = run_train(small_run | options)
     check_failure(result, 3, "LICENSE", "not a file of tensors")
     assert "weights_only" not in result.output
 
@@ -506,14 +516,14 @@ def test_a_truncated_hps_checkpoint_ends_with_three(small_run, tmp_path):
     (tmp_path / "hps.pt").write_bytes(content[: len(content) // 2])
     shutil.copy(models.TINY / "hps.json", tmp_path)
     shutil.copytree(models.TINY / "tokenizer", tmp_path / "tokenizer")
-    result = train(small_run, output_dir=tmp_path / "out", reward="hps", reward_checkpoint=tmp_path / "hps.pt")
+    result = run_train(small_run, output_dir=tmp_path / "out", reward="hps", reward_checkpoint=tmp_path / "hps.pt")
     check_failure(result, 3, "hps.pt", "refused")
 
 
 def test_a_diverged_training_ends_with_four(small_run, tmp_path, monkeypatch):
     original = sampler.gaussian_log_prob
     monkeypatch.setattr(sampler, "gaussian_log_prob", lambda *args: original(*args) * float("nan"))
-    check_failure(train(small_run, output_dir=tmp_path / "out"), 4, "not finite")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out"), 4, "not finite")
 
 
 def test_a_full_disk_ends_with_five(small_run, tmp_path, monkeypatch):
@@ -521,7 +531,7 @@ def test_a_full_disk_ends_with_five(small_run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
     monkeypatch.setattr(texforce.Policy, "save", full)
-    result = train(small_run, output_dir=tmp_path / "out")
+    result = run_train(small_run, output_dir=tmp_path / "out")
     check_failure(result, 5, "storage", "No space left on device", "adapter_model.safetensors")
 
 
@@ -530,16 +540,16 @@ def test_lack_of_memory_ends_with_five_and_the_option_that_helps(small_run, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(texforce, "update", exhausted)
-    check_failure(train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
 
 
 def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
-    result = train(small_run, "--dry-run", output_dir=tmp_path / "out", resolution=16_000_000)
+    result = run_train(small_run, "--dry-run", output_dir=tmp_path / "out", resolution=16_000_000)
     check_failure(result, 5, "out of memory", "--resolution")
 
 
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
-    original, epochs = train._train_epoch, []
+    original, epochs = train.train_epoch, []
 
     def train_epoch(*args):
         epochs.append(1)
@@ -547,8 +557,8 @@ def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, sto
             stop()
         return original(*args)
 
-    monkeypatch.setattr(training, "_train_epoch", train_epoch)
-    return train({"eval_every": 3} | small_run, output_dir=output_dir, num_epochs=3)
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    return run_train({"eval_every": 3} | small_run, output_dir=output_dir, num_epochs=3)
 
 
 def check_saved(folder: Path) -> None:
@@ -576,12 +586,12 @@ def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_pat
     def stop():
         raise error
 
-    monkeypatch.setattr(training, "prepare", prepare)
+    monkeypatch.setattr(train, "prepare", prepare)
     result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
     check_failure(result, code, words)
     check_saved(tmp_path / "out")
     saved = load_file(tmp_path / "out" / WEIGHTS)
-    trained = {n: p for n, p in policies[0].models.text_encoder.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in policies[0].model.text_encoder.named_parameters() if p.requires_grad}
     assert len(saved) == len(trained)
     assert all(torch.equal(saved[name.replace(".default", "")], weight) for name, weight in trained.items())
     assert any(saved[name].any() for name in saved if "lora_B" in name)
@@ -602,7 +612,7 @@ def test_a_training_that_diverges_keeps_the_adapter_of_its_last_measurement(smal
 @pytest.mark.parametrize("eval_every", [1, 2])
 def test_a_policy_that_explodes_is_not_the_scorers_failure(small_run, tmp_path, eval_every):
     options = {"learning_rate": 1e30, "num_epochs": 2, "num_updates_per_epoch": 1, "eval_every": eval_every}
-    result = train(small_run | options, output_dir=tmp_path / "out")
+    result = run_train(small_run | options, output_dir=tmp_path / "out")
     check_failure(result, 4, "images are not finite", "--learning-rate")
     assert not (tmp_path / "out" / WEIGHTS).exists()
 
@@ -636,7 +646,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
             raise ImportError("initialization failed") from error
 
     monkeypatch.setattr("texforce.run.write_curve", write_curve)
-    result = train(small_run, output_dir=tmp_path / "out")
+    result = run_train(small_run, output_dir=tmp_path / "out")
     check_failure(result, 143, "terminated")
     assert "go on by: texforce train --resume" in result.stderr.replace("\n", " ")
 
@@ -644,7 +654,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
         raise ImportError("initialization failed")
 
     monkeypatch.setattr("texforce.run.write_curve", fail)
-    assert isinstance(train(small_run, resume=tmp_path / "out").exception, ImportError)
+    assert isinstance(run_train(small_run, resume=tmp_path / "out").exception, ImportError)
 
 
 # --- rewards ---
@@ -652,7 +662,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
 
 def test_a_mixture_with_a_scorer_that_is_only_measured(small_run, tmp_path):
     options = {"reward": "hps=1,jpeg=0.1", "eval_reward": "incompress", "output_dir": tmp_path / "out", "num_epochs": 2}
-    result = train(small_run | options, eval_every=1)
+    result = run_train(small_run | options, eval_every=1)
     assert result.exit_code == 0, result.output
     lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -660,7 +670,7 @@ def test_a_mixture_with_a_scorer_that_is_only_measured(small_run, tmp_path):
             assert line["parts"].keys() == {"hps", "jpeg"}
             assert line["reward_mean"] == pytest.approx(line["parts"]["hps"] + 0.1 * line["parts"]["jpeg"], abs=1e-6)
         heldout = line["heldout"]
-        assert {"hps=1,jpeg=0.1", "hps", "jpeg", "incompress"} <= train.keys()
+        assert {"hps=1,jpeg=0.1", "hps", "jpeg", "incompress"} <= heldout.keys()
         assert heldout["hps=1,jpeg=0.1"] == pytest.approx(heldout["hps"] + 0.1 * heldout["jpeg"], abs=1e-6)
         assert heldout["incompress"] == pytest.approx(-heldout["jpeg"])
     final = strict((tmp_path / "out" / "result.json").read_text())["heldout"]
@@ -671,20 +681,20 @@ def test_a_mixture_with_a_scorer_that_is_only_measured(small_run, tmp_path):
 
 def test_what_is_only_measured_does_not_change_the_training(small_run, tmp_path):
     for name, options in (("plain", {}), ("measured", {"eval_reward": "hps"})):
-        assert train(small_run | options, output_dir=tmp_path / name).exit_code == 0
+        assert run_train(small_run | options, output_dir=tmp_path / name).exit_code == 0
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "measured" / WEIGHTS).read_bytes()
 
 
 def test_a_mixture_trains_otherwise_than_its_first_part(small_run, tmp_path):
     for name in ("incompress", "incompress=1,hps=100"):
-        assert train(small_run | {"reward": name}, output_dir=tmp_path / name).exit_code == 0
+        assert run_train(small_run | {"reward": name}, output_dir=tmp_path / name).exit_code == 0
     assert (tmp_path / "incompress" / WEIGHTS).read_bytes() != (tmp_path / "incompress=1,hps=100" / WEIGHTS).read_bytes()
 
 
 def test_the_parts_of_a_normalised_mixture_have_unit_spread(small_run, tmp_path):
     name = "hps=1,jpeg=1"
     options = {"reward": name, "output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 1}
-    result = train(small_run | options, "--normalise-rewards")
+    result = run_train(small_run | options, "--normalise-rewards")
     assert result.exit_code == 0, result.output
     lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for line in lines[1:]:
@@ -699,7 +709,7 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, tmp_pat
     try:
         url = f"http://127.0.0.1:{server.server_port}/score"
         for name, reward in (("here", "jpeg"), ("there", url)):
-            result = train(small_run | {"reward": reward}, output_dir=tmp_path / name)
+            result = run_train(small_run | {"reward": reward}, output_dir=tmp_path / name)
             assert result.exit_code == 0, result.output
     finally:
         server.shutdown()
@@ -741,7 +751,7 @@ def view_of_epochs(monkeypatch, **console) -> str:
     from rich.console import Console
 
     shown = io.StringIO()
-    monkeypatch.setattr(terminal, "progress", Console(file=shown, width=200, **console))
+    monkeypatch.setattr(cli, "progress", Console(file=shown, width=200, **console))
     with cli.EpochView(TrainConfig(num_epochs=4)) as view:
         for measures in EPOCHS:
             view(measures)
@@ -868,7 +878,7 @@ def test_flags_override_the_config_file(trained, tmp_path):
 
 
 def test_a_dry_run_refuses_what_the_training_would(small_run, adapter):
-    check_failure(train(small_run, "--dry-run", output_dir=adapter), 2, "output_dir", "not empty")
+    check_failure(run_train(small_run, "--dry-run", output_dir=adapter), 2, "output_dir", "not empty")
 
 
 def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
@@ -879,7 +889,7 @@ def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    result = train(small_run, "--dry-run", output_dir=tmp_path / "out", num_epochs=5)
+    result = run_train(small_run, "--dry-run", output_dir=tmp_path / "out", num_epochs=5)
     assert result.exit_code == 0, result.output
     assert sorted(tmp_path.rglob("*")) == before
     plan = dict(re.findall(r"^│ (.+?) +│ (.+?) +│$", result.stdout, flags=re.MULTILINE))
@@ -898,16 +908,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
 )
 def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, more):
     options = small_run | {"output_dir": tmp_path / "out", "null_prompt": null_prompt} | more
-    dry = train(options, "--dry-run")
+    dry = run_train(options, "--dry-run")
     planned = int(re.search(r"U-Net calls an epoch +│ (\d+)", dry.stdout)[1])
-    assert train(options).exit_code == 0
+    assert run_train(options).exit_code == 0
     assert strict((tmp_path / "out" / "result.json").read_text())["num_unet_calls"] == planned
 
 
 def test_tensorboard_gets_every_epochs_numbers(small_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = train(small_run, output_dir=tmp_path / "out", num_epochs=2, report_to="tensorboard")
+    result = run_train(small_run, output_dir=tmp_path / "out", num_epochs=2, report_to="tensorboard")
     assert result.exit_code == 0, result.output
     files = list((tmp_path / "out").rglob("events.out.tfevents.*"))
     assert files
@@ -923,7 +933,7 @@ def test_a_tracker_that_is_not_installed_names_what_to_install(small_run, tmp_pa
     pytest.importorskip("accelerate")
     if shutil.which(package):
         pytest.skip(f"{package} is installed")
-    check_failure(train(small_run, output_dir=tmp_path / "out", report_to=package), 2, f"pip install {package}")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out", report_to=package), 2, f"pip install {package}")
 
 
 def test_neither_saving_nor_loading_an_adapter_asks_the_hub_about_the_base_model(small_run, tmp_path, monkeypatch):
@@ -932,7 +942,7 @@ def test_neither_saving_nor_loading_an_adapter_asks_the_hub_about_the_base_model
 
     asked = []
     monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *args: asked.append(args))
-    assert train(small_run, output_dir=tmp_path / "out").exit_code == 0
+    assert run_train(small_run, output_dir=tmp_path / "out").exit_code == 0
     assert sample("--adapter", tmp_path / "out", "--prompt", "a red circle", "--output-dir", tmp_path).exit_code == 0
     assert asked == []
 
@@ -1038,7 +1048,7 @@ def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
     (tmp_path / "train.txt").write_text("[b] a disc\n\x1b[2Ja box\x9b2J", encoding="utf-8")
     drop = "    if len(calls) == 2:\n        scores[::4] = float('nan')\n"
     body = f"    scores = images.mean(dim=(1, 2, 3))\n{drop}    return scores"
-    result = train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
+    result = run_train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
     assert result.exit_code == 0, result.output
     assert "[/b] a circle" in result.stderr  # named as dropped
     assert not set(result.output) & {"\x1b", "\x9b"}
@@ -1125,7 +1135,7 @@ def test_the_null_prompt_is_what_the_text_encoders_run_made_of_it(adapter, tmp_p
         content = {"model": "tiny", "target": target, "null_prompt": null_prompt}
         (tmp_path / name / "config.json").write_text(json.dumps(content))
     for order in (["text", "unet"], ["unet", "text"]):
-        config = SampleConfig(prompt=["a red circle"], adapter=[str(tmp_path / name) for name in order])
+        config = SampleOptions(prompt=["a red circle"], adapter=[str(tmp_path / name) for name in order])
         assert resolve_sample(config).null_prompt == "base"
 
 

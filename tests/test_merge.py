@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from texforce import adapters, cli, evaluate, ldm, merge, models, train
 from texforce.adapters import Layer
-from texforce.config import MergeConfig, MergeOptions, SampleOptions, TrainOptions, resolve_merge, resolve_sample, resolve
+from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import InputError
 
 from .small_models import attention_names, random_layers, save_stable_diffusion, save_stable_diffusion_xl
@@ -39,8 +39,7 @@ def write_adapter(folder: Path, models, seed: int, parts=("text_encoder", "unet"
         layers = adapters.named_as_in(module, random_layers(module, seed, **options))
         rank, alpha = (getattr(next(iter(layers.values())), name) for name in ("rank", "alpha"))
         kinds = ["to_q", "to_k", "to_v", "to_out.0"] if part == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
-        clone = type(module).from_config(module.config) if part == "unet" else type(module)(module.config)
-        adapted = get_peft_model(clone, LoraConfig(r=rank, lora_alpha=alpha, target_modules=kinds))
+        adapted = get_peft_model(copy.deepcopy(module), LoraConfig(r=rank, lora_alpha=alpha, target_modules=kinds))
         tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
         set_peft_model_state_dict(adapted, tensors)
         adapted.save_pretrained(folder if part == "text_encoder" else folder / part, save_embedding_layers=False)
@@ -54,7 +53,7 @@ class Base:
         self.name, self.folder = name, folder
         self.parts = ("text_encoder", "text_encoder_2", "unet") if name == "sdxl" else ("text_encoder", "unet")
         self.loaded = quiet(merge.load_pipeline(str(folder)))
-        self.images = draw(self.loaded)
+        self.latents = draw(self.loaded)
 
     def pipeline(self):
         """A copy that may be changed."""
@@ -102,10 +101,10 @@ def pairs(bases, tmp_path_factory):
     return functools.cache(write)
 
 
-def draw(pipeline) -> Tensor:
-    """Images of plain diffusers."""
+def draw(pipeline, output_type: str = "latent") -> Tensor:
+    """Latents, or images, of plain diffusers."""
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0, "output_type": "pt"}
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "eta": 1.0, "output_type": output_type}
     if "text_encoder_2" in pipeline.config:
         options |= {"height": 64, "width": 64}
     return quiet(pipeline)(PROMPTS, generator=generators, **options).images
@@ -130,14 +129,20 @@ def adapted_by_hand(base: Base, *weighted: tuple[Path, float]):
 
 
 def merge_into(base: Base, output: Path, *specs: str, **options) -> Path:
-    config = MergeConfig(adapter=list(specs) or None, model=str(base.folder), output=str(output), **options)
+    config = MergeOptions(adapter=list(specs) or None, model=str(base.folder), output=str(output), **options)
     return merge.merge(resolve_merge(config))
 
 
 @pytest.fixture(scope="module")
 def fused(bases, pairs):
-    """Of a base's name: the pipeline with 0.7 times the one adapter and -0.4 times the other, by hand; not to be changed."""
-    return functools.cache(lambda name: adapted_by_hand(bases(name), (pairs(name)[0], 0.7), (pairs(name)[1], -0.4)))
+    """The pipeline of a name with 0.7 times one adapter and -0.4 times the other, added by hand, and what it draws."""
+
+    def fuse(name: str):
+        one, other = pairs(name)
+        pipeline = adapted_by_hand(bases(name), (one, 0.7), (other, -0.4))
+        return pipeline, draw(pipeline)
+
+    return functools.cache(fuse)
 
 
 @pytest.fixture(scope="module")
@@ -181,30 +186,28 @@ FORMATS = ("peft", "diffusers", "kohya", "pipeline", "checkpoint")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", BASES)
 def test_others_draw_the_same_images_from_every_format(bases, fused, merged, name, format):
-    expected = draw(fused(name))
-    assert (expected - bases(name).images).abs().max() > 0.01
-    found = draw(read_by_others(bases(name), format, merged(name, format)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    pipeline, expected = read_by_others(bases(name), format, merged(name, format)), fused(name)[1]
+    assert (expected - bases(name).latents).abs().max() > 0.05
+    torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=5e-4)
+    state = bases(name).loaded.vae.state_dict()
+    assert pipeline.vae.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in pipeline.vae.state_dict().items())
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", ["sd15"])
-def test_a_single_adapter_keeps_its_alpha_in_every_format(bases, pairs, tmp_path, name, format):
-    base, (one, _) = bases(name), pairs(name)
+def test_a_single_adapter_keeps_its_alpha_in_every_format_of_lora(bases, pairs, tmp_path):
+    base, (one, _) = bases("tiny"), pairs("tiny")
     expected = draw(adapted_by_hand(base, (one, 1.0)))
-    folder = merge_into(base, tmp_path / "merged", str(one), format=format)
-    torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=1e-4)
-    if format == "kohya":
-        alphas = {
-            tensor.item() for key, tensor in load_file(folder / "merged.safetensors").items() if key.endswith(".alpha")
-        }
-        assert alphas == {6.0}
+    for format in merge.LORA_FORMATS:
+        folder = merge_into(base, tmp_path / format, str(one), format=format)
+        torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=5e-4)
+    tensors = load_file(tmp_path / "kohya" / "kohya.safetensors")
+    assert {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")} == {6.0}
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", BASES)
 def test_this_project_reads_every_format_back(bases, fused, merged, name, format):
-    base, expected, folder = bases(name), fused(name), merged(name, format)
+    base, expected, folder = bases(name), fused(name)[0], merged(name, format)
     if format in merge.FULL_FORMATS:
         source = folder if format == "pipeline" else folder / "merged.safetensors"
         tensors = adapters.read_unet(source, base.pipeline()).tensors
@@ -227,7 +230,7 @@ def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_
     folder = merge_into(bases("sd15"), tmp_path / "merged", str(pairs("sd15")[0]), format="diffusers")
     keys = {key for key in load_file(folder / "pytorch_lora_weights.safetensors") if key.startswith("text_encoder.")}
     kinds = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
-    names = [f"text_encoder.text_model.encoder.layers.{n}.{kind}" for n in range(12) for kind in kinds]
+    names = [f"text_encoder.text_model.encoder.layers.{n}.{kind}" for n in range(4) for kind in kinds]
     assert keys == {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
 
 
@@ -238,8 +241,8 @@ def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_
     ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
     kinds = [f"self_attn_{letter}_proj" for letter in ("q", "k", "v", "out")]
     for name, prefixes in (
-        ("sd15", {"lora_te_": 12}),
-        ("sd21", {"lora_te_": 23}),
+        ("sd15", {"lora_te_": 4}),
+        ("sd21", {"lora_te_": 5}),
         ("sdxl", {"lora_te1_": 3, "lora_te2_": 4}),
     ):
         folder = merge_into(bases(name), tmp_path / name, str(pairs(name)[0]), format="kohya")
@@ -313,7 +316,7 @@ def test_a_locon_of_all_layers_makes_the_round_trip(bases, tmp_path, name):
     expected = copy.deepcopy(pipeline.unet)
     for key, layer in layers.items():
         expected.get_submodule(key).weight.data += layer.delta()
-    for format in ("kohya", "pipeline"):
+    for format in ("kohya",) if name == "sd15" else ("kohya", "pipeline"):
         folder = merge_into(base, tmp_path / format, unet=str(tmp_path / "locon.safetensors"), format=format)
         again = base.pipeline()
         if format == "kohya":
@@ -330,7 +333,7 @@ def test_the_strength_of_a_unet_goes_from_the_base_to_the_tuned_one(bases, pairs
     tuned = adapted_by_hand(base, (one, 1.0)).unet.state_dict()
     save_file(tuned, tmp_path / "unet.safetensors")
     plain = base.pipeline().unet.state_dict()
-    for scale in (0.25, 1.0, 1.5):
+    for scale in (1.0, 1.5):
         folder = merge_into(base, tmp_path / str(scale), unet=str(tmp_path / "unet.safetensors"), unet_scale=scale)
         found = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         for key in plain:
@@ -346,13 +349,13 @@ def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs
     save_file(tensors, tmp_path / "ddpo.safetensors")
     unet = str(tmp_path / "ddpo.safetensors")
     folder = merge_into(bases("tiny"), tmp_path / "merged", f"{text}:0.8", unet=unet)
-    options = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 3.0}
+    options = {"prompt": PROMPTS, "num_inference_steps": 2, "guidance_scale": 3.0, "eta": 1.0}
     merged = resolve_sample(SampleOptions(model=str(folder), **options))
     beside = resolve_sample(SampleOptions(model="tiny", adapter=[f"{text}:0.8"], unet=unet, **options))
     drawn = [evaluate.sample(config, PROMPTS, [5, 6]) for config in (merged, beside)]
     torch.testing.assert_close(drawn[0]["base"], drawn[1]["tuned"], rtol=0, atol=1e-4)
     alone = merge_into(bases("tiny"), tmp_path / "alone", unet=unet)
-    assert not torch.equal(draw(read_by_others(bases("tiny"), "pipeline", alone)), bases("tiny").images)
+    assert not torch.equal(draw(read_by_others(bases("tiny"), "pipeline", alone)), bases("tiny").latents)
 
 
 # --- the folder that is written ---
@@ -481,12 +484,12 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     adapter = str(trained / "text-encoder")
     expected = sample(adapter=[adapter])["tuned"]
     for format in merge.LORA_FORMATS:
-        config = MergeConfig(adapter=[adapter], output=str(tmp_path / format), format=format)
+        config = MergeOptions(adapter=[adapter], output=str(tmp_path / format), format=format)
         config = resolve_sample(SampleOptions(adapter=[str(merge.merge(resolve_merge(config)))], prompt=PROMPTS))
         settings = (config.model, config.null_prompt, config.guidance_scale, config.num_inference_steps)
         assert settings == ("tiny", "base", 2.0, 4)
         torch.testing.assert_close(evaluate.sample(config, PROMPTS, [5, 6])["tuned"], expected, rtol=0, atol=1e-4)
-    config = MergeConfig(adapter=[adapter], output=str(tmp_path / "pipeline"))
+    config = MergeOptions(adapter=[adapter], output=str(tmp_path / "pipeline"))
     config = resolve_sample(SampleOptions(model=str(merge.merge(resolve_merge(config))), prompt=PROMPTS))
     assert (config.model, config.null_prompt) == (str(tmp_path / "pipeline"), "adapted")
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)

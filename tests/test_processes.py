@@ -92,7 +92,7 @@ def pair(shared_run, tmp_path_factory) -> Path:
     """What two processes made, in `2`, and beside it what one made of the same, in `1`."""
     folder = tmp_path_factory.mktemp("pair")
     for number in (1, 2):
-        train(number, shared_run | OPTIONS | {"output_dir": str(folder / str(number))}, folder / "log")
+        run_training(number, shared_run | OPTIONS | {"output_dir": str(folder / str(number))}, folder / "log")
     return folder
 
 
@@ -105,16 +105,16 @@ def test_the_first_gradient_of_two_processes_is_that_of_one(shared_run, tmp_path
     """Which no learning rate makes larger or smaller."""
     original = Learner.step
 
-    def kept(learner, parameters, *arguments):
+    def keeping_step(learner):
         gradient = tmp_path / f"gradient-{processes.count()}-{processes.rank()}.pt"
         if not gradient.exists():
-            torch.save(torch.cat([parameter.grad.double().flatten() for parameter in parameters]), gradient)
-        return original(learner, parameters, *arguments)
+            torch.save(torch.cat([parameter.grad.double().flatten() for parameter in learner.parameters]), gradient)
+        return original(learner)
 
-    monkeypatch.setattr(Learner, "step", kept)
+    monkeypatch.setattr(Learner, "step", keeping_step)
     for number in (1, 2):
         output = tmp_path / str(number)
-        train(number, shared_run | OPTIONS | {"num_epochs": 1, "output_dir": str(output)}, tmp_path / "log")
+        run_training(number, shared_run | OPTIONS | {"num_epochs": 1, "output_dir": str(output)}, tmp_path / "log")
     expected, *others = (torch.load(tmp_path / f"gradient-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(*others)
     assert (others[0] - expected).norm() < 1e-6 * expected.norm()
@@ -140,7 +140,7 @@ def test_each_process_samples_and_scores_its_share_only(small_run, tmp_path, mon
         return original(self, images, prompts)
 
     monkeypatch.setattr(rewards.Mixture, "score", noted)
-    train(2, small_run | OPTIONS | {"num_epochs": 1, "output_dir": str(tmp_path / "out")}, tmp_path / "log")
+    run_training(2, small_run | OPTIONS | {"num_epochs": 1, "output_dir": str(tmp_path / "out")}, tmp_path / "log")
     calls = sorted((json.loads(line) for line in seen.read_text().splitlines()), key=lambda call: call["rank"])
     assert [(call["rank"], len(call["prompts"])) for call in calls] == [(0, 4), (1, 4)]
     assert calls[0]["prompts"] != calls[1]["prompts"]
@@ -149,21 +149,21 @@ def test_each_process_samples_and_scores_its_share_only(small_run, tmp_path, mon
 def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_path, monkeypatch):
     """The test above would see it."""
     monkeypatch.setattr(processes, "sum_gradients", lambda parameters: None)
-    train(2, shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}, tmp_path / "log")
+    run_training(2, shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}, tmp_path / "log")
     assert relative_difference(tmp_path / "out", pair / "1") > 1e-4
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = train._train_epoch
+    original = train.train_epoch
 
-    def dying(run, setup, config):
-        if len(run.epochs) == 2 and processes.rank() == victim:
+    def dying(current, config):
+        if len(current.epochs) == 2 and processes.rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(run, setup, config)
+        return original(current, config)
 
-    monkeypatch.setattr(training, "_train_epoch", dying)
+    monkeypatch.setattr(train, "train_epoch", dying)
     begin = time.perf_counter()
     codes = finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
@@ -171,23 +171,23 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
     assert codes[1 - victim] == 1
     assert "ProcessLost: process" in said(tmp_path / "log")
     monkeypatch.undo()
-    train(2, options, tmp_path / "log", go_on=True)
+    run_training(2, options, tmp_path / "log", resume=True)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (pair / "2" / WEIGHTS).read_bytes()
 
 
 def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monkeypatch):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = train._train_epoch
+    original = train.train_epoch
 
-    def stopping(run, setup, config):
-        if len(run.epochs) == 2:
+    def stopping(current, config):
+        if len(current.epochs) == 2:
             raise OSError("stopped")
-        return original(run, setup, config)
+        return original(current, config)
 
-    monkeypatch.setattr(training, "_train_epoch", stopping)
+    monkeypatch.setattr(train, "train_epoch", stopping)
     assert finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")) == [1, 1]
     monkeypatch.undo()
-    train(1, options, tmp_path / "log", go_on=True)
+    run_training(1, options, tmp_path / "log", resume=True)
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1, 2]
     assert relative_difference(tmp_path / "out", pair / "1") < 1e-6
 
@@ -217,12 +217,12 @@ def ends(work, log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("place", "error", "told"), [
-    ((train.rewards, "load_reward"), FileNotFoundError("no weights"), "FileNotFoundError: no weights"),
-    ((heldout, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
-    ((rewards.Mixture, "score"), scorers.RewardError("reward: broken"), "RewardError: reward: broken"),
-    ((texforce, "_pair_losses"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
-    ((texforce, "_pair_losses"), Awkward("odd", lambda: None), "Awkward: odd"),
-    ((texforce, "_pair_losses"), Stubborn("odd", 1), ("RuntimeError: Stubborn: odd", "Stubborn: odd")),
+    ((rewards, "load_reward"), NotFoundError("no weights"), "NotFoundError: no weights"),
+    ((train, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
+    ((rewards.Mixture, "score"), RewardError("reward: broken"), "RewardError: reward: broken"),
+    ((texforce, "ppo_micro_batch"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
+    ((texforce, "ppo_micro_batch"), Awkward("odd", lambda: None), "Awkward: odd"),
+    ((texforce, "ppo_micro_batch"), Stubborn("odd", 1), ("RuntimeError: Stubborn: odd", "Stubborn: odd")),
 ])  # fmt: skip
 def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, tmp_path, monkeypatch, place, error, told):
     original = getattr(*place)
@@ -269,19 +269,19 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     first, second = ends(lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")
-    assert first.startswith("ValueError: output_dir")
+    assert first.startswith("InputError: output_dir")
     assert second == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
 def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(small_run, tmp_path, monkeypatch):
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out"), "checkpoint_every": 2}
-    original, write = train._train_epoch, run.write_checkpoint
+    original, write = train.train_epoch, run.write_checkpoint
 
-    def dying(run, setup, config):
-        if len(run.epochs) == 2 and processes.rank() == 1:
+    def dying(current, config):
+        if len(current.epochs) == 2 and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(run, setup, config)
+        return original(current, config)
 
     def terminated(*given):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -291,8 +291,8 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
         with interrupts.handled():
             train.train(resolve(TrainOptions(**options)))
 
-    monkeypatch.setattr(training, "_train_epoch", dying)
-    monkeypatch.setattr(resume, "write", terminated)
+    monkeypatch.setattr(train, "train_epoch", dying)
+    monkeypatch.setattr(run, "write_checkpoint", terminated)
     assert finish(start(2, work, tmp_path / "log")) == [1, -signal.SIGKILL]
     assert said(tmp_path / "log").startswith("ProcessLost: process 0 of 2 has lost another one")
     assert run.newest_checkpoint(tmp_path / "out" / "checkpoints").name == "epoch_000001"
@@ -318,9 +318,9 @@ def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numb
         check_guards(epochs, config, reward)
 
     monkeypatch.setattr(scorers, "score", unlike)  # rewards.py has a name of its own for it
-    monkeypatch.setattr(training, "check_guards", noted)
+    monkeypatch.setattr(train, "check_guards", noted)
     options = {"num_epochs": 1, "sample_batch_size": 1, "output_dir": str(tmp_path / "out")}
-    train(2, small_run | OPTIONS | options, tmp_path / "log")
+    run_training(2, small_run | OPTIONS | options, tmp_path / "log")
     entries = [json.loads(line) for line in seen.read_text().splitlines()]
     prompts = Path(small_run["heldout_prompts"]).read_text().splitlines()
     for rank in range(2):
@@ -358,7 +358,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
 
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
+    with pytest.raises(InputError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
         train.check_shares(resolve(TrainOptions(**small_run | OPTIONS)))
 
 

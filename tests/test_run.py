@@ -710,6 +710,7 @@ DEFECTS: dict[str, tuple[object, str, Callable, Callable]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", sorted({entry[-1] for entry in DEFECTS.values()}, key=lambda check: check.__name__))
 def test_the_checks_pass_without_a_defect(check, options, whole, stopped, tmp_path):
     check(options, whole, stopped, tmp_path)
