@@ -159,6 +159,11 @@ class TrainConfig:
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper"] = option("default, or paper: the published recipe", "default")
+    algorithm: Literal["ppo", "matching"] = option("ppo (TexForce as published) or matching", "ppo")
+    num_noise_levels: Count = option("matching: noise levels at which each image is trained in a pass", 4)
+    noise_window: StepShare = option("matching: share of the noise levels, from the noisiest on, that is trained", 0.6)
+    null_anchor: NonNegative = option("weight of the squared distance of the null prompt's embedding to the base one's", 0.0)
+    anchor_prompts: str | None = option("a file of prompts whose embeddings are held like the null prompt's", None)
     target: Literal["text-encoder", "unet", "both"] = option(
         "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
     )

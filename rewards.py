@@ -49,6 +49,7 @@ class Entry:
     weights: tuple[str, ...] = ()  # names that weights.HUB and --reward-checkpoint know
     licence: str = "-"  # of the weights, or of what must be installed besides
     packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
+    gradients: bool = False  # whether its `with_gradients` carries them to the images
     features: bool = False  # whether it has `image_features`
     check_prompt: Callable[[str], object] = lambda prompt: None  # raises InputError for a prompt it cannot judge
 
@@ -56,10 +57,12 @@ class Entry:
 CATALOGUE = {
     "hps": Entry(
         scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
+        gradients=True,
         features=True,
     ),
     "hps-v2": Entry(
         scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
+        gradients=True,
         features=True,
     ),
     "imagereward": Entry(
@@ -68,14 +71,17 @@ CATALOGUE = {
     ),
     "pickscore": Entry(
         scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT",
+        gradients=True,
         features=True,
     ),
     "aesthetic": Entry(
         scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
-        "Apache-2.0, MIT", features=True,
+        "Apache-2.0, MIT", gradients=True,
+        features=True,
     ),
     "clip": Entry(
         scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
+        gradients=True,
         features=True,
     ),
     "ocr": Entry(
@@ -264,6 +270,26 @@ def locate(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> 
     return sources
 
 
+def gradient_function(scorer: Scorer, name: str) -> Scorer:
+    """A scorer as a function whose scores carry gradients to the images.
+
+    The networks have it as `with_gradients`; a function of yours says by its attribute `with_gradients = True` that its
+    scores carry gradients themselves.
+
+    Raises:
+        InputError: it has none.
+    """
+    function = getattr(scorer, "scorer", scorer)  # of a Supervised one
+    found = getattr(function, "with_gradients", None)
+    if found is None or found is False:
+        known = ", ".join(name for name, entry in CATALOGUE.items() if entry.gradients)
+        raise InputError(
+            f"reward: {name} carries no gradients, which --algorithm gradient needs; those that do are {known}, mixtures of "
+            "them, and functions that set with_gradients = True"
+        )
+    return function if found is True else found
+
+
 # --- mixtures ---
 
 
@@ -287,6 +313,14 @@ class Mixture:
             RewardError: a part failed, or broke the protocol. InputError: one does not take such a prompt or image.
         """
         return {name: score(part, images, prompts) for name, part in self.parts.items()}
+
+    def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The scores (N,) of each part, whose gradients reach the images (N, 3, H, W).
+
+        Raises:
+            InputError: a part has no gradients.
+        """
+        return {name: gradient_function(part, name)(images, prompts) for name, part in self.parts.items()}
 
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .models import Conditioning, PooledText
@@ -80,18 +81,60 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     std = eta * variance.clamp(min=0).sqrt()
     if num_stochastic is not None:
         std[num_stochastic:] = 0
-    a, b = alpha.sqrt(), (1 - alpha).sqrt()
-    # Each prediction type gives the clean sample and the noise as x * latents + y * model_output: (x, y) of both.
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
-    sample, noise = {
-        "epsilon": ((1 / a, -b / a), (zero, one)),
-        "sample": ((zero, one), (1 / b, -a / b)),
-        "v_prediction": ((a, -b), (b, a)),
-    }[config.prediction_type]
+    sample, noise = _prediction_weights(config.prediction_type, alpha)
     to_sample, to_noise = next_alpha.sqrt(), (1 - next_alpha - std.square()).clamp(min=0).sqrt()
     latents_weight = to_sample * sample[0] + to_noise * noise[0]
     output_weight = to_sample * sample[1] + to_noise * noise[1]
     return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
+
+
+def _prediction_weights(prediction_type: str, alphas: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(x, y) of the clean sample and of the noise, each x * noised + y * model_output, at cumulated alphas (T,)."""
+    a, b = alphas.sqrt(), (1 - alphas).sqrt()
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    return {
+        "epsilon": ((1 / a, -b / a), (zero, one)),
+        "sample": ((zero, one), (1 / b, -a / b)),
+        "v_prediction": ((a, -b), (b, a)),
+    }[prediction_type]
+
+
+@dataclass(frozen=True)
+class NoiseProcess:
+    """The forward process (arXiv:2006.11239 eq. 4): noised = sample_weight * sample + noise_weight * noise.
+
+    The clean sample is predicted from it as noised_weight * noised + output_weight * model_output; every tensor (T,).
+    """
+
+    sample_weight: Tensor
+    noise_weight: Tensor
+    noised_weight: Tensor
+    output_weight: Tensor
+
+    def add_noise(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noised latents (N, C, H, W) of clean samples and noise (N, C, H, W) at timesteps (N,)."""
+        return _at(self.sample_weight, timesteps) * samples + _at(self.noise_weight, timesteps) * noise
+
+    def predict_sample(self, noised: Tensor, outputs: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean samples (N, C, H, W) that a model's outputs (N, C, H, W) for noised latents stand for."""
+        return _at(self.noised_weight, timesteps) * noised + _at(self.output_weight, timesteps) * outputs
+
+    def to(self, device: torch.device) -> NoiseProcess:
+        """A copy on a device."""
+        return NoiseProcess(*(getattr(self, item.name).to(device) for item in fields(self)))
+
+
+def _at(weights: Tensor, timesteps: Tensor) -> Tensor:
+    """Weights (T,) at timesteps (N,), as (N, 1, 1, 1)."""
+    return weights[timesteps][:, None, None, None]
+
+
+def noise_process(scheduler: Any) -> NoiseProcess:
+    """The forward process of a scheduler's training timesteps."""
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    sample, _ = _prediction_weights(scheduler.config.prediction_type, alphas)
+    weights = (alphas.sqrt(), (1 - alphas).sqrt(), *sample)
+    return NoiseProcess(*(weight.float() for weight in weights))
 
 
 def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -131,26 +174,27 @@ class Denoiser:
         """
         timesteps, embeds = self.schedule.timesteps[steps], conditioning.prompt_embeds
         if not self.guided:
-            output = self._predict(latents, timesteps, embeds)
+            output = self.predict(latents, timesteps, embeds)
         elif null_outputs is not None or self.branches_apart:
             if null_outputs is None:
-                null_outputs = self._predict(latents, timesteps, conditioning.null_embeds.expand_as(embeds))
-            output = null_outputs + self.guidance_scale * (self._predict(latents, timesteps, embeds) - null_outputs)
+                null_outputs = self.predict(latents, timesteps, conditioning.null_embeds.expand_as(embeds))
+            output = null_outputs + self.guidance_scale * (self.predict(latents, timesteps, embeds) - null_outputs)
         else:
             embeds = torch.cat([conditioning.null_embeds.expand_as(embeds), embeds])
-            null_outputs, text_outputs = self._predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).chunk(2)
+            null_outputs, text_outputs = self.predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).chunk(2)
             output = null_outputs + self.guidance_scale * (text_outputs - null_outputs)
         latents_weight, output_weight = (
             weight[steps][:, None, None, None] for weight in (self.schedule.latents_weight, self.schedule.output_weight)
         )
         return latents_weight * latents + output_weight * output, null_outputs
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        """The U-Net's outputs (N, C, H, W) float32 for latents (N, C, H, W) at timesteps (N,), without guidance."""
         training = self.text_trained is not None
         if training and (self.compiled or latents.is_cuda) and not torch.is_grad_enabled():
             # With gradients other kernels are chosen, which round otherwise: sampling uses those of the update.
             with torch.enable_grad():
-                return self._predict(latents, timesteps, embeds.detach().requires_grad_(bool(self.text_trained))).detach()
+                return self.predict(latents, timesteps, embeds.detach().requires_grad_(bool(self.text_trained))).detach()
         dtype = next(self.unet.parameters()).dtype
         latents, embeds = latents.to(dtype), embeds.to(dtype)
         if latents.is_cuda:
@@ -306,10 +350,55 @@ def rollout(
     )
 
 
+def sample_with_gradients(
+    denoiser: Denoiser, embeds: Tensor, rows: Tensor, noises: Sequence[Tensor], num_gradient_steps: int
+) -> Tensor:
+    """Final latents (N, C, H, W) whose gradients reach the embeddings through the last steps (DRaFT-K, arXiv:2309.17400).
+
+    Embeddings (1+U, L, D) are the null prompt's and the prompts', rows (N,) the prompt of each sample, and `noises` the
+    initial latents and each step's noise, (N, C, H, W) each. Steps are recomputed in the backward pass, so that memory grows
+    with the latents alone.
+    """
+    latents, num_steps = noises[0], len(denoiser.schedule.timesteps)
+    first = num_steps - num_gradient_steps
+    with torch.no_grad():
+        constant = Conditioning(embeds[rows], embeds[:1])
+        for k in range(first):
+            latents = denoiser.step(latents, _steps(k, latents), constant, noises[1 + k])[0]
+
+    def step(latents: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor, k: int) -> Tensor:
+        steps = _steps(k, latents)
+        return denoiser.mean(latents, steps, Conditioning(prompt_embeds, null_embeds))[0] + denoiser.std(steps) * noise
+
+    for k in range(first, num_steps):
+        latents = checkpoint(step, latents, embeds[rows], embeds[:1], noises[1 + k], k, use_reentrant=False)
+    return latents
+
+
+def _steps(k: int, latents: Tensor) -> Tensor:
+    """The index of step k for each of N latents (N,)."""
+    return torch.full((len(latents),), k, device=latents.device)
+
+
+def decode_with_gradients(vae: Any, latents: Tensor) -> Tensor:
+    """The images of `decode`, whose gradients reach the latents; activations are recomputed in the backward pass."""
+
+    def images(chunk: Tensor) -> Tensor:
+        dtype = next(vae.parameters()).dtype
+        return vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample.float()
+
+    decoded = [checkpoint(images, chunk, use_reentrant=False) for chunk in latents.split(_decoded_at_once(latents))]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+
+def _decoded_at_once(latents: Tensor) -> int:
+    return min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
+
+
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), decoded 16 at a time, or 4 of 1024x1024."""
     dtype = next(vae.parameters()).dtype
-    batch_size = min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
-    chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in latents.split(batch_size)]
+    chunks = latents.split(_decoded_at_once(latents))
+    chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in chunks]
     return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)

@@ -8,6 +8,7 @@ epoch by epoch. This file is also the package `texforce`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import tempfile
@@ -15,7 +16,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +34,7 @@ if __spec__ is not None:
 from . import files, interrupts
 from .config import DrawConfig, TrainConfig, num_optimizer_steps, rounds_by_batch, window_end
 from .errors import DivergedError, InputError, RewardError, is_out_of_memory
+from .prompt_sets import read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +134,8 @@ class Policy:
             with self.base(), torch.no_grad():
                 self.null_embeds = models.encode_null(model)
         self.denoiser = self._make_denoiser(config)
+        self.noise_process = sampler.noise_process(model.scheduler).to(model.device)
+        self.anchor_ids, self.anchor_embeds = self._anchors(config)
         # Users sample every step with noise, so held-out images do too, whatever training does.
         self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config))
 
@@ -146,6 +150,26 @@ class Policy:
             branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
             text_trained=config.target != "unet" if trained else None,
         )
+
+    def _anchors(self, config: TrainConfig | DrawConfig) -> tuple[Tensor | None, Tensor | None]:
+        """Ids (A, L) of the prompts whose embeddings a training holds, and the base text encoder's embeddings (A, L, D)."""
+        if not isinstance(config, TrainConfig) or not config.null_anchor or config.target == "unet":
+            return None, None
+        prompts = [
+            *([] if self.model.zero_null else [""]),
+            *(read_prompts(config.anchor_prompts) if config.anchor_prompts else ()),
+        ]
+        if not prompts:
+            return None, None
+        prompt_ids = models.tokenize_for(self.model, prompts).to(self.model.device)
+        with self.base(), torch.no_grad():
+            return prompt_ids, models.encode(self.model, prompt_ids)
+
+    def anchor_drift(self) -> Tensor:
+        """Mean squared distance of the anchors' embeddings to the base text encoder's, with gradients; 0 without anchors."""
+        if self.anchor_ids is None or self.anchor_embeds is None:
+            return torch.zeros(())
+        return (models.encode(self.model, self.anchor_ids) - self.anchor_embeds).square().mean()
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,)."""
@@ -477,28 +501,39 @@ def compute_advantages(samples: Samples, config: TrainConfig, statistics: Prompt
 
 @dataclass(frozen=True)
 class Batch:
-    """An epoch's N images as the update needs them."""
+    """An epoch's N images as the update needs them; n of them are this process's, all unless there are other processes.
 
-    trajectory: sampler.Trajectory  # of this process's images
+    Each algorithm learns from its own tensor: `trajectory` of ppo, `latents` of matching, `noise` of gradient.
+    """
+
+    prompts: list[str]  # (N,), num_samples_per_prompt of each, side by side
+    prompt_ids: Tensor  # (n, L) int64
+    local_indices: Tensor  # (n,) int64, which of the N images are this process's
     advantages: Tensor  # (N,) float32 on the device, 0 where nothing is to be learned
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
-    local_indices: Tensor  # (n,) int64, which of the N images the trajectory holds: all, unless there are other processes
+    trajectory: Any = None  # a sampler.Trajectory of the n images
+    latents: Any = None  # (n, C, H, W), the final ones
+    noise: Any = None  # (n, T+1, C, H, W): the initial latents, and each step's noise
 
     @property
     def local_advantages(self) -> Tensor:
-        """Advantages (n,) of the trajectory's images."""
+        """Advantages (n,) of this process's images."""
         return self.advantages[self.local_indices.to(self.advantages.device)]
 
     def local_pairs(self, pairs: Tensor) -> Tensor:
-        """The (image, step) pairs (M, 2) whose image is in the trajectory, by its row there."""
+        """The (image, step) pairs (M, 2) whose image is this process's, by its row among the n."""
         rows = torch.full((len(self.advantages),), -1).scatter(0, self.local_indices, torch.arange(len(self.local_indices)))
         local = torch.stack([rows[pairs[:, 0]], pairs[:, 1]], dim=1)
         return local[local[:, 0] >= 0].to(self.advantages.device)
 
 
-def make_batch(samples: Samples, advantages: Tensor, device: torch.device) -> Batch:
+def make_batch(samples: Samples, advantages: Tensor, config: TrainConfig, device: torch.device) -> Batch:
     """Samples and their advantages (N,), with the advantages on a device."""
-    return Batch(samples.trajectory, advantages.to(device), samples.rewards, samples.local_indices)
+    trajectory = samples.trajectory
+    own = {"trajectory": trajectory} if config.algorithm == "ppo" else {"latents": trajectory.latents[:, -1]}
+    return Batch(
+        samples.prompts, trajectory.prompt_ids, samples.local_indices, advantages.to(device), samples.rewards, **own
+    )
 
 
 def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
@@ -517,7 +552,8 @@ class Share:
     """The part of a batch that one optimizer step learns from."""
 
     batch: Batch
-    pairs: Tensor  # (M, 2) of image and step
+    pairs: Tensor  # (M, 2): of image and step, or of image and number of a noising
+    loss: LossFunction
     on_policy: bool = False  # nothing was learned since the sampling: the loss takes the ratio for 1
 
 
@@ -569,7 +605,7 @@ def micro_batch(policy: Policy, share: Share, rows: Tensor, start: int, size: in
     return MicroBatch(policy.denoiser, share, share.pairs[chunk], rows[chunk], number)
 
 
-# --- the loss ---
+# --- the losses ---
 
 
 def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -581,24 +617,31 @@ def ppo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the (image, step) pairs of an epoch."""
+    """Sums over the (image, step) or (image, noising) pairs of an epoch."""
 
     num_pairs: int = 0
     num_unet_calls: int = 0
     num_clipped: int = 0
+    loss: float = 0.0  # without the KL term
     kl: float = 0.0
-    last_kl: float = 0.0  # mean, before the last step
     ratio_deviation: float = 0.0  # largest, over all
     first_ratio_deviation: float = 0.0  # largest, before the epoch's first optimizer step
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # of gradient: each image's, by part of the reward
+    last_kl: float = 0.0  # mean, before the last step
+    anchor_drift: float = 0.0  # before the last step
     grad_norm: float = 0.0  # of the last step
 
-    def add(self, other: UpdateStatistics, first: bool = False) -> None:
-        """Add another's sums, which may be those of the epoch's first step, and keep the larger deviation."""
-        for name in ("num_pairs", "num_unet_calls", "num_clipped", "kl"):
+    def add(self, other: UpdateStatistics) -> None:
+        """Add another's sums and scores, and keep the larger deviation."""
+        for name in ("num_pairs", "num_unet_calls", "num_clipped", "loss", "kl"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ratio_deviation = max(self.ratio_deviation, other.ratio_deviation)
-        if first:
-            self.first_ratio_deviation = other.ratio_deviation
+        self.scores |= other.scores
+
+    def add_step(self, step: UpdateStatistics, grad_norm: float) -> None:
+        """Add the sums of an optimizer step, and take its means as those of the last step."""
+        self.add(step)
+        self.last_kl, self.anchor_drift, self.grad_norm = step.kl / max(1, step.num_pairs), step.anchor_drift, grad_norm
 
 
 @dataclass(frozen=True)
@@ -644,6 +687,94 @@ def ppo_micro_batch(
     measured.ratio_deviation = deviation.max().item()
     measured.num_clipped = 0 if share.on_policy else int((deviation > config.clip_range).sum())
     return loss, measured
+
+
+def matching_loss(predictions: Tensor, samples: Tensor, advantages: Tensor) -> Tensor:
+    """Advantage-weighted matching (arXiv:2509.25050) of predicted clean samples (N, C, H, W), to minimise; advantages (N,).
+
+    Each squared error is divided by its own mean absolute error, detached, so that noise levels count alike
+    (arXiv:2311.18828 eq. 8, as in arXiv:2509.16117).
+    """
+    errors = predictions - samples
+    scale = errors.detach().abs().flatten(1).mean(dim=1).clamp(min=1e-5)
+    return (advantages * errors.square().flatten(1).mean(dim=1) / scale).mean()
+
+
+@dataclass(frozen=True)
+class Noising:
+    """M noise levels and noises for each of P prompts, the same for all images of a prompt (arXiv:2510.08425)."""
+
+    timesteps: Tensor  # (P, M) int64
+    noise: Tensor  # (P, M, C, H, W)
+
+
+def matching_micro_batch(
+    policy: Policy, micro_batch: MicroBatch, embeds: Embeddings, config: TrainConfig, noising: Noising
+) -> tuple[Tensor, UpdateStatistics]:
+    """The mean matching loss of a micro-batch's own (image, noising) pairs, and what was measured.
+
+    The final images are noised anew, and the conditional branch alone predicts them: guidance is for sampling.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    share, (images, draws) = micro_batch.share, micro_batch.pairs.unbind(1)
+    samples = share.batch.latents[images]
+    groups = (share.batch.local_indices.to(images.device) // config.num_samples_per_prompt)[images]
+    timesteps, noise = noising.timesteps[groups, draws], noising.noise[groups, draws]
+    noised = policy.noise_process.add_noise(samples, noise, timesteps)
+
+    def predict(embeds: Tensor) -> Tensor:
+        outputs = micro_batch.denoiser.predict(noised, timesteps, embeds[micro_batch.rows])
+        return policy.noise_process.predict_sample(noised, outputs, timesteps)[: micro_batch.number]
+
+    base_predictions = None
+    if embeds.base is not None:
+        with policy.base(), torch.no_grad():
+            base_predictions = predict(embeds.base)
+    predictions, own = predict(embeds.policy), slice(micro_batch.number)
+    loss = matching_loss(predictions, samples[own], share.batch.local_advantages[images[own]])
+    measured = UpdateStatistics(micro_batch.number, len(images) * (1 if base_predictions is None else 2))
+    measured.loss = loss.item() * micro_batch.number
+    if base_predictions is not None:
+        distance = (predictions - base_predictions).square().mean()
+        loss = loss + config.kl_weight * distance
+        measured.kl = distance.item() * micro_batch.number
+    if not loss.isfinite():
+        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
+    return loss, measured
+
+
+def gradient_micro_batch(
+    policy: Policy, micro_batch: MicroBatch, embeds: Embeddings, config: TrainConfig, reward: rewards.Mixture
+) -> tuple[Tensor, UpdateStatistics]:
+    """Minus the mean reward of a micro-batch's own images, sampled with gradients in the last backprop_steps.
+
+    An image whose score is not finite counts as 0.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    batch, images = micro_batch.share.batch, micro_batch.own[:, 0]
+    noise = batch.noise[images].unbind(1)
+    rows = micro_batch.rows[: micro_batch.number]
+    latents = sampler.sample_with_gradients(policy.denoiser, embeds.policy, rows, noise, config.backprop_steps)
+    drawn = sampler.decode_with_gradients(policy.model.vae, latents)
+    numbers = batch.local_indices[images.cpu()].tolist()
+    parts = reward.with_gradients(drawn, [batch.prompts[i] for i in numbers])
+    scores = reward.combine(parts)
+    finite = scores.isfinite()
+    loss = -scores.where(finite, torch.zeros_like(scores)).mean()
+    if not loss.isfinite():
+        raise DivergedError("the loss is not finite; lower --learning-rate")
+    num_steps, branches = len(policy.denoiser.schedule.timesteps), 2 if policy.denoiser.guided else 1
+    measured = UpdateStatistics(len(images), len(images) * branches * (num_steps + config.backprop_steps))
+    measured.loss = loss.item() * len(images)
+    measured.scores = {i: {name: part[k].item() for name, part in parts.items()} for k, i in enumerate(numbers)}
+    return loss, measured
+
+
+LossFunction = Callable[[Policy, MicroBatch, Embeddings, TrainConfig], tuple[Any, UpdateStatistics]]
 
 
 # --- the learner ---
@@ -760,7 +891,7 @@ class Learner:
 # --- the update ---
 
 
-def update(
+def ppo_update(
     policy: Policy, batch: Batch, learner: Learner, config: TrainConfig, generator: torch.Generator
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
@@ -774,22 +905,104 @@ def update(
     total, shares = UpdateStatistics(), _draw_shares(policy, batch, config, generator)
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
     for number, pairs in enumerate(shares):
-        first = number == 0
-        share, statistics = Share(batch, pairs, on_policy=first and policy.rounds_by_batch), UpdateStatistics()
-        for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
-            statistics.add(part)
-        processes.sum_gradients(policy.parameters)
-        if first:
+        share = Share(batch, pairs, ppo_micro_batch, on_policy=number == 0 and policy.rounds_by_batch)
+        statistics = gather_gradients(policy, share, learner, config)
+        if number == 0:
+            total.first_ratio_deviation = statistics.ratio_deviation
             _check_ratio(statistics.ratio_deviation, policy, config)
         apart = statistics.ratio_deviation > config.clip_range / 10 or not filled
         if share.on_policy and apart and len(shares) > 1:
-            later = Share(batch, torch.cat(shares[1:]).unique(dim=0))
+            later = Share(batch, torch.cat(shares[1:]).unique(dim=0), ppo_micro_batch)
             batch, calls = processes.agreed(recompute_log_probs, policy, later, learner)
             statistics.num_unet_calls += sum(processes.gather(calls))
-        total.add(statistics, first)
-        total.last_kl = statistics.kl / max(1, statistics.num_pairs)
-        total.grad_norm = learner.step()
+        total.add_step(statistics, learner.step())
     return total
+
+
+def matching_update(
+    policy: Policy, batch: Batch, learner: Learner, config: TrainConfig, generator: torch.Generator
+) -> UpdateStatistics:
+    """num_updates_per_epoch optimizer steps in each of num_inner_epochs passes over the images, which are noised anew.
+
+    Raises:
+        DivergedError: loss or gradient is not finite.
+    """
+    total, num_prompts = UpdateStatistics(), len(batch.prompts) // config.num_samples_per_prompt
+    for _ in range(config.num_inner_epochs):
+        order = torch.randperm(num_prompts, generator=generator)
+        noising = draw_noising(policy, num_prompts, config, generator)
+        loss = functools.partial(matching_micro_batch, noising=noising)
+        for prompts in order.tensor_split(config.num_updates_per_epoch):
+            images = _images_of(prompts, config)
+            images = images[batch.rewards[images].isfinite()]
+            pairs = torch.cartesian_prod(images, torch.arange(config.num_noise_levels)).reshape(-1, 2)
+            total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
+    return total
+
+
+def _images_of(prompts: Tensor, config: TrainConfig) -> Tensor:
+    """The numbers of all images of prompts, by the prompts' numbers."""
+    samples = torch.arange(config.num_samples_per_prompt)
+    return (prompts[:, None] * config.num_samples_per_prompt + samples).flatten()
+
+
+def gather_gradients(policy: Policy, share: Share, learner: Learner, config: TrainConfig) -> UpdateStatistics:
+    """The gradient of a share in every process, with that of the anchors; what was measured, over all processes."""
+    statistics = UpdateStatistics()
+    for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
+        statistics.add(part)
+    if policy.anchor_ids is not None:
+        drift = policy.anchor_drift()
+        statistics.anchor_drift = drift.item()
+        if processes.is_first():  # gradients are summed over the processes
+            learner.scaler.scale(config.null_anchor * drift).backward()
+    processes.sum_gradients(policy.parameters)
+    return statistics
+
+
+def draw_noise_batch(policy: Policy, prompts: Sequence[str], config: TrainConfig, generator: torch.Generator) -> Batch:
+    """The noise of an epoch's images, which `gradient_update` samples itself."""
+    repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
+    noise, local_indices = [], []
+    indices, device = torch.arange(len(repeated)).split(config.sample_batch_size), policy.model.device
+    for number, chunk in enumerate(indices):
+        draws = sampler.draw_noise(config.num_inference_steps, len(chunk), policy.latent_shape, generator, device)
+        if processes.share(number):
+            noise.append(torch.stack(list(draws), dim=1))
+            local_indices.append(chunk)
+        else:
+            for _ in draws:  # leaves the generator as the process that keeps them does
+                pass
+    local = torch.cat(local_indices)
+    prompt_ids = models.tokenize_for(policy.model, [repeated[i] for i in local.tolist()]).to(device)
+    zeros = torch.zeros(len(repeated))
+    return Batch(repeated, prompt_ids, local, zeros.to(device), zeros, noise=torch.cat(noise))
+
+
+def gradient_update(
+    policy: Policy, batch: Batch, reward: rewards.Mixture, learner: Learner, config: TrainConfig
+) -> UpdateStatistics:
+    """num_updates_per_epoch optimizer steps along the reward's own gradient, each on its share of the prompts.
+
+    Raises:
+        DivergedError: loss or gradient is not finite. InputError: a scorer has no gradients.
+    """
+    total, loss = UpdateStatistics(), functools.partial(gradient_micro_batch, reward=reward)
+    order = torch.arange(len(batch.prompts) // config.num_samples_per_prompt)
+    for prompts in order.tensor_split(config.num_updates_per_epoch):
+        images = _images_of(prompts, config)
+        pairs = torch.stack([images, torch.zeros_like(images)], dim=1)
+        total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
+    return total
+
+
+def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generator: torch.Generator) -> Noising:
+    """num_noise_levels noise levels, stratified over the noisiest noise_window of the levels, and a noise for each."""
+    number, last = config.num_noise_levels, len(policy.noise_process.sample_weight) - 1
+    strata = (torch.arange(number) + torch.rand(num_prompts, number, generator=generator)) / number
+    timesteps = ((1 - config.noise_window + config.noise_window * strata) * last).long()
+    noise = torch.randn(num_prompts, number, *policy.latent_shape, generator=generator)
+    return Noising(timesteps.to(policy.model.device), noise.to(policy.model.device))
 
 
 def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[Tensor]:
@@ -827,7 +1040,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     total, local = UpdateStatistics(), replace(share, pairs=share.batch.local_pairs(share.pairs))
     if len(local.pairs) == 0:
         return total
-    prompt_ids = share.batch.trajectory.prompt_ids[local.pairs[:, 0]]
+    prompt_ids = share.batch.prompt_ids[local.pairs[:, 0]]
     encoded, rows = policy.encode_distinct(prompt_ids)
     leaf = encoded.detach().requires_grad_(encoded.requires_grad)
     embeds = Embeddings(leaf, policy.base_embeds(prompt_ids) if wants_kl(config) else None)
@@ -835,7 +1048,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
 
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""
-        loss, measured = ppo_micro_batch(policy, micro_batch, embeds, config)
+        loss, measured = share.loss(policy, micro_batch, embeds, config)
         loss = learner.scaler.scale(loss * (micro_batch.number / len(share.pairs)))
         return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
 
@@ -868,7 +1081,7 @@ def recompute_log_probs(policy: Policy, share: Share, learner: Learner) -> tuple
     local, log_probs, num_calls = replace(share, pairs=batch.local_pairs(share.pairs)), batch.trajectory.log_probs.clone(), 0
     if len(local.pairs) == 0:
         return batch, 0
-    prompt_ids = batch.trajectory.prompt_ids[local.pairs[:, 0]]
+    prompt_ids = batch.prompt_ids[local.pairs[:, 0]]
     embeds, rows = policy.encode_distinct(prompt_ids)  # with gradients: it rounds as in updates
     embeds = embeds.detach()
     for start in range(0, len(local.pairs), learner.micro_batch_size):

@@ -327,7 +327,7 @@ def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
     begin, policy = time.perf_counter(), current.policy
     prompts = current.order.take(config.num_prompts_per_epoch)
     samples = collect(policy, current.reward, prompts, config, current.generators["noise"])
-    batch = make_batch(samples, compute_advantages(samples, config, current.statistics), policy.model.device)
+    batch = make_batch(samples, compute_advantages(samples, config, current.statistics), config, policy.model.device)
     sampled = time.perf_counter()
     updated = update(policy, batch, current.learner, config, current.generators["choice"])
     dropped = torch.nonzero(samples.rewards.isnan()).flatten().tolist()
@@ -343,6 +343,10 @@ def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
         "images_per_s": num_images / (time.perf_counter() - begin),
         "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
     }
+    if config.algorithm == "matching":
+        measures["loss"] = updated.loss / num_pairs
+    if config.null_anchor:
+        measures["anchor_drift"] = updated.anchor_drift
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = updated.grad_norm
     if wants_kl(config):
