@@ -525,7 +525,7 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
     model = given.get("model") or saved.get("model") or default_model(device)
     preset = PRESETS[family(model), "default"]
-    usual = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
+    usual: dict[str, Any] = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
     values = usual | saved | given | {"model": model}
     check_precision(values["mixed_precision"], device)
