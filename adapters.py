@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import ldm
 from .config import MAX_RANK, System, parse_weighted
-from .errors import ArtifactError, InputError, NotFoundError
+from .errors import ArtifactError, InputError, NotFoundError, reading
 from .models import Model, tokenize
 from .weights import read_finite
 
@@ -105,10 +105,8 @@ def find_files(path: Path) -> list[_File]:
 
 def _read_peft_config(path: Path) -> dict[str, Any]:
     """peft's configuration of plain LoRA; options that this project does not honour are refused."""
-    try:
+    with reading(f"{path}: not a peft adapter's configuration"):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a peft adapter's configuration: {error}") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{path}: not a peft adapter's configuration: no object")
     layers = config.get("target_modules")
@@ -158,10 +156,8 @@ def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dic
     text = header.get("lora_adapter_metadata")
     if text is None:
         return {}
-    try:
+    with reading(f"{path}: its lora_adapter_metadata are not JSON"):
         flat = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: its lora_adapter_metadata are not JSON: {error}") from error
     if not isinstance(flat, dict):
         raise ArtifactError(f"{path}: its lora_adapter_metadata are no object")
     configs: dict[str | None, dict[str, Any]] = defaultdict(dict)

@@ -114,7 +114,7 @@ class Options:
         def __getattr__(self, name: str) -> Any: ...
 
 
-def options_of(config_class: type) -> type[Options]:
+def options_of(config_class: Any) -> type[Options]:
     """The Options of a Config: its fields that are options, each of which may be None."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     given = [item for item in option_fields(config_class)]
@@ -123,9 +123,9 @@ def options_of(config_class: type) -> type[Options]:
     return validated(type(config_class.__name__.replace("Config", "Options"), (Options,), body | {"__module__": __name__}))
 
 
-def option_fields(record: type) -> list[Any]:
+def option_fields(record: Any) -> list[Any]:
     """The fields of a Config or of its Options that are options of the command."""
-    return [item for item in fields(record) if "help" in item.metadata]  # type: ignore[arg-type]
+    return [item for item in fields(record) if "help" in item.metadata]
 
 
 def given_values(options: Options) -> dict[str, Any]:
@@ -364,9 +364,9 @@ def resolve(options: Options) -> TrainConfig:
     return config
 
 
-def _default(record: type, name: str) -> Any:
+def _default(record: Any, name: str) -> Any:
     """The default of a field."""
-    return next(item.default for item in fields(record) if item.name == name)  # type: ignore[arg-type]
+    return next(item.default for item in fields(record) if item.name == name)
 
 
 def num_optimizer_steps(config: TrainConfig) -> int:
@@ -523,14 +523,14 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     Raises:
         InputError: the adapters' runs disagree in what is not given.
     """
-    device, saved = default_device(), {}
+    device, saved = default_device(), dict[str, Any]()
     for settings in sampling_settings(given, systems):
         for name, value in settings.items():
             if saved.setdefault(name, value) != value and name not in given:
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
     model = given.get("model") or saved.get("model") or default_model(device)
     preset = PRESETS[family(model), "default"]
-    usual = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
+    usual: dict[str, Any] = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
     values = usual | saved | given | {"model": model}
     check_precision(values["mixed_precision"], device)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import Policy, __version__, adapters, check_finite, files, measures, models, report, rewards, run, scorers
 from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
-from .errors import InputError, RewardError
+from .errors import InputError, RewardError, reading
 from .files import read_json
 from .prompt_sets import Benchmark, read_benchmark
 
@@ -166,12 +166,13 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
                 f"output_dir: {str(evaluation.folder)!r} holds another evaluation, of {name} {old} and not {new}; choose "
                 "another folder"
             )
-    systems = dict(kept.get("systems", {}))
-    for name, system in settings["systems"].items():
-        if _without_paths(systems.setdefault(name, system)) != _without_paths(system):
-            raise InputError(
-                f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
-            )
+    with reading(f"{path}: not the settings of an evaluation", InputError):
+        systems = dict(kept.get("systems", {}))
+        for name, system in settings["systems"].items():
+            if _without_paths(systems.setdefault(name, system)) != _without_paths(system):
+                raise InputError(
+                    f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
+                )
     files.write_json(path, settings | {"systems": systems})
     for folder in (evaluation.folder, *(evaluation.folder / "images").glob("*/")):
         files.remove_temporaries(folder)
@@ -230,8 +231,9 @@ class ScoreFile:
     """The scores there are, by system, measure and first prompt of a chunk: a line of the file for each."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.scores = {(line["system"], line["measure"], line["start"]): line["scores"] for line in files.read_lines(path)}
+        self.path, lines = path, files.read_lines(path)
+        with reading(f"{path}: not the scores of an evaluation", InputError):
+            self.scores = {(line["system"], line["measure"], line["start"]): line["scores"] for line in lines}
 
     def __contains__(self, key: tuple[str, str, int]) -> bool:
         return key in self.scores

@@ -37,10 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise NotFoundError(f"there is no file {str(path)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    return _parse_object(path.read_bytes(), path)
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    with reading(f"{path}: not JSON", InputError):
+        content = json.loads(text.decode())
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object")
     return content
@@ -63,11 +65,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content, lines = path.read_bytes(), []
-    for text in content.split(b"\n"):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    with contextlib.suppress(InputError):
+        for text in content.split(b"\n"):
+            lines.append(_parse_object(text, path))
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     if whole.encode() != content:
         write_text(path, whole)

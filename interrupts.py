@@ -22,7 +22,7 @@ _num_deferring = 0
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM, wherever the program is; a second one ends the process."""
+    """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM, wherever it is; a second one ends the process."""
     global _received, _raised
     _received, _raised = None, False
     heeded = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some

@@ -87,6 +87,8 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
     from diffusers import DiffusionPipeline
 
     index: Any = DiffusionPipeline.load_config(source)
+    if "unet" not in index:
+        raise InputError(f"model: the model_index.json of {source!r} names no U-Net")
     second, first = ((index.get(part) or [None])[-1] is not None for part in ("text_encoder_2", "text_encoder"))
     if second and not first:
         raise InputError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
@@ -102,7 +104,9 @@ def load_scheduler(source: str) -> Any:
     from diffusers import DDIMScheduler
 
     config: Any = DDIMScheduler.load_config(source, subfolder="scheduler")
-    if not str(config.get("_class_name", "DDIM")).startswith(("DDIM", "DDPM", "PNDM")):
+    if "_class_name" not in config:
+        raise InputError(f"model: the scheduler_config.json of {source!r} names no scheduler")
+    if not str(config["_class_name"]).startswith(("DDIM", "DDPM", "PNDM")):
         config = {"clip_sample": False, "set_alpha_to_one": False} | config
     return DDIMScheduler.from_config(config)
 
@@ -111,7 +115,7 @@ def find_model(name: str) -> str:
     """The folder or hub name of a model.
 
     Raises:
-        NotFoundError: there is no such model.
+        NotFoundError: there is no such folder. InputError: the hub does not give the model.
     """
     from huggingface_hub import hf_hub_download
 
@@ -168,6 +172,11 @@ def _check_kind(model: Model) -> None:
         if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
             raise InputError(
                 f"model: a tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
+            )
+        if not len(tokenizer.all_special_ids) < len(tokenizer) <= text_encoder.config.vocab_size:
+            raise InputError(
+                f"model: a tokenizer of {name!r} is missing, or of another model: it knows {len(tokenizer)} tokens and its "
+                f"text encoder {text_encoder.config.vocab_size}"
             )
     if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
         raise InputError(f"model: the two tokenizers of {name!r} differ in length")

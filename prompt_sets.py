@@ -131,7 +131,7 @@ def read_benchmark(name: str) -> Benchmark:
     if name == "world":
         return _world()
     if path.suffix.lower() in FORMATS or (name and path.is_dir()):
-        return _benchmark(path.stem, _read_files(path), {})
+        return replace(_benchmark(name, _read_files(path), {}), name=path.stem)
     if path.is_file():
         raise InputError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")
     shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
@@ -252,10 +252,8 @@ def _as_row(row: Any, path: Path, where: str) -> Mapping[str, Any]:
 
 
 def _parse_json(text: str, where: str) -> Any:
-    try:
+    with reading(f"benchmark: {where}: not JSON", InputError):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"benchmark: {where}: not JSON: {error}") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -192,7 +192,8 @@ class Axis:
 def make_figures(results: Mapping[str, Any]) -> list[Figure]:
     """The figures that the results allow: changes by strength after a sweep, changes by category if there are categories."""
     systems, strengths = results["systems"], results["strengths"]
-    measures, figures = systems[BASE]["measures"], []
+    measures = systems[BASE]["measures"]
+    figures: list[Figure] = []
     if strengths:
         plots = [strength_plot(strengths, measure) for measure in measures]
         figures.append(Figure("Change by strength, on the half that chose it", plots))

@@ -551,8 +551,12 @@ def answer(scorer: Scorer, body: bytes) -> tuple[int, dict[str, Any]]:
         scores = score(scorer, torch.stack(images), prompts)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return 400, {"error": f"{type(error).__name__}: {error}"}
-    except (RewardError, torch.OutOfMemoryError) as error:
+    except RewardError as error:
         return 500, {"error": str(error)}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 500, {"error": f"out of memory: {error}"}
     return 200, {"scores": [value if math.isfinite(value) else None for value in scores.tolist()]}
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ArtifactError, InputError, NotFoundError, RewardError, describe, is_out_of_memory
+from .errors import ArtifactError, InputError, NotFoundError, RewardError, describe, is_out_of_memory, reading
 from .weights import build_empty, fill, load_pretrained, read_tensors, refused
 
 EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
@@ -183,7 +183,17 @@ def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     if not folder.is_dir():  # or else the hub is asked for a repository of that name
         raise ValueError(f"there is no tokenizer in {str(folder)!r}")
     tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=cfg["text_cfg"]["context_length"])
+    check_tokenizer(tokenizer.tokenizer, cfg["text_cfg"]["vocab_size"])
     return open_clip.CLIP(**cfg), tokenizer
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Check that a tokenizer fits a model; raises ValueError.
+
+    Where files are missing transformers makes a tokenizer that knows no word.
+    """
+    if not len(tokenizer.all_special_ids) < len(tokenizer) <= vocab_size:
+        raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens and its model {vocab_size}")
 
 
 class CLIP(NetworkScorer):
@@ -227,12 +237,14 @@ def clip_tokenizer(folder: Path, config: Any) -> Callable[[list[str]], Tensor]:
     from transformers import CLIPTokenizer
 
     length = config.max_position_embeddings
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
-        return open_clip.get_tokenizer("ViT-B-32", context_length=length)
     with refused(folder):
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
+            own = open_clip.get_tokenizer("ViT-B-32", context_length=length)
+            if own.vocab_size > config.vocab_size:
+                raise ValueError("it lacks its tokenizer")
+            return own
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens and its model {config.vocab_size}")
+        check_tokenizer(tokenizer, config.vocab_size)
 
     def tokenize(prompts: list[str]) -> Tensor:
         return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
@@ -447,10 +459,8 @@ class Face:
     def __init__(self, device: str = "cpu") -> None:
         import pyiqa
 
-        try:
+        with reading("reward: pyiqa could not fetch the weights of face", NotFoundError):
             self.metric = pyiqa.create_metric("topiq_nr-face", device=torch.device(device))
-        except OSError as error:
-            raise NotFoundError(f"reward: pyiqa could not fetch the weights of face: {error}") from error
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -148,7 +148,7 @@ class Policy:
             compile=config.compile,
             pooled=models.pooled_text(self.model),
             branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
-            text_trained=config.target != "unet" if trained else None,
+            text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
         )
 
     def _anchors(self, config: TrainConfig | DrawConfig) -> tuple[Tensor | None, Tensor | None]:

@@ -288,8 +288,11 @@ class _Training:
         except DivergedError as error:
             raise DivergedError(f"{error}; {_last_good(epochs, config)}") from error
         except BaseException:
-            self._save_before_the_end(snapshot, warn)
-            raise
+            # A launcher that has lost a process terminates the others: that must not hide the error that stopped this one,
+            # which is raised before the signal is.
+            with interrupts.deferred():
+                self._save_before_the_end(snapshot, warn)
+                raise
 
     def _train_and_measure(self, epoch: int) -> dict[str, Any]:
         config = self.config
@@ -301,16 +304,14 @@ class _Training:
 
     def _save_before_the_end(self, snapshot: Snapshot, warn: Callable[[str], None]) -> None:
         """Save a run that something stops in the middle of an epoch, which will begin anew."""
-        # A launcher that has lost a process terminates the others: that must not hide the error that stopped this one.
-        with interrupts.deferred():
-            try:
-                self._save_checkpoint(snapshot)  # first, as it needs nothing of the device
-                warn(f"saved as it was after epoch {snapshot.epoch}")
-                if not _measured_epochs(self.run.epochs):  # else the adapter that was last measured stays
-                    self.run.restore(snapshot)
-                    self._save_adapter()
-            except OSError as failure:  # the error that stopped the run is raised all the same
-                warn(f"what was reached after epoch {snapshot.epoch} could not be saved: {failure}")
+        try:
+            self._save_checkpoint(snapshot)  # first, as it needs nothing of the device
+            warn(f"saved as it was after epoch {snapshot.epoch}")
+            if not _measured_epochs(self.run.epochs):  # else the adapter that was last measured stays
+                self.run.restore(snapshot)
+                self._save_adapter()
+        except OSError as failure:  # the error that stopped the run is raised all the same
+            warn(f"what was reached after epoch {snapshot.epoch} could not be saved: {failure}")
 
     def _save_checkpoint(self, snapshot: Snapshot) -> None:
         if processes.is_first():

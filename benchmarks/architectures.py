@@ -46,7 +46,7 @@ def build(model: str, device: str, precision: str) -> models.Model:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    dtype = getattr(torch, models.DTYPES[precision])
+    dtype = models.DTYPES[precision]
     if model == "tiny":
         return models.load_model("tiny", device, dtype)
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def build(model: str, device: str, precision: str) -> models.Model:
             parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
             more = {"tokenizer_2": tokenizer, "zero_null": True}
     for name, part in parts.items():
-        full = model == "sdxl" and name == "vae"  # as in a training: float16 is too small for its numbers
+        full = model == "sdxl" and name == "vae"  # as in a training: its numbers overflow in float16
         part.requires_grad_(False).eval().to(torch.float32 if full else dtype)
         if device == "cuda" and name in ("unet", "vae"):
             part.to(memory_format=torch.channels_last)

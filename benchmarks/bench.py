@@ -6,6 +6,7 @@ the same noise. Ours and the textbook loop take turns; a ratio is the median ove
 """
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,24 +32,28 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import models, run, sampler  # noqa: E402
-from texforce import PromptStatistics  # noqa: E402
-from texforce import Batch  # noqa: E402
-from texforce.config import STABLE_DIFFUSION, default_device, default_precision, resolve  # noqa: E402
-from texforce import Learner  # noqa: E402
+from texforce import Batch, Learner, Policy, Share, models, run, sampler  # noqa: E402
+from texforce.config import (  # noqa: E402
+    STABLE_DIFFUSION,
+    TrainConfig,
+    TrainOptions,
+    default_device,
+    default_precision,
+    resolve,
+)
 
-# What rounding leaves in float32: of the images on average, of the log-probabilities at most, of the gradient relative.
+# Float32's rounding: the mean over the images, the largest over the log-probabilities, the gradient's relative norm.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")
-# Two steps with guidance enlarge that of Stable Diffusion's U-Net: its gradient comes to 1e-4.
+# Two steps with guidance enlarge the rounding of Stable Diffusion's U-Net: its gradient deviates by 1e-4.
 TOLERANCES = {"cpu": (1e-4, 1e-3, 1e-3), "cuda": (1e-3, 1e-3, 1e-3)}
-HALF_IMAGE_TOLERANCE = {"cpu": 0.01, "cuda": 0.002}  # on average; random weights' gradients are lost in the rounding
+HALF_IMAGE_TOLERANCE = {"cpu": 0.01, "cuda": 0.002}  # mean; the gradients of random weights are lost in the rounding
 CHECK_RESOLUTION, CHECK_STEPS = 256, 10
 SWEEP = (4, 8, 16, 32, 64, 128, 256)  # sample batches
 NO_LEARNING = 1e-30  # a learning rate that leaves the policy as it is, so that every turn does the same work
 
 
 class KeptImages:
-    """A reward that costs nothing and keeps what it is shown."""
+    """A reward that costs nothing and keeps the images that it is given."""
 
     def __init__(self) -> None:
         self.images: list[Tensor] = []
@@ -68,37 +73,35 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.num_images = options.device, options.num_images
-        self.config = configure(options)
-        # Several prompts, even of few images: what is encoded in an update differs from what a batch of sampling encodes.
+        self.preset_clip_range, self.config = configure(options)
+        # Several prompts, even of few images: an update encodes other prompts at once than a batch of sampling does.
         self.group = min(math.gcd(self.num_images, self.config.num_samples_per_prompt), max(1, self.num_images // 4))
         self.prompts = [f"a red circle and {i // self.group} blue squares" for i in range(self.num_images)]
-        self.policy, self.denoiser = make_policy(options.model, self.device, self.config)
+        self.policy = make_policy(options.model, self.device, self.config)
         self.learner = Learner(self.policy.parameters, self.config)
         policy, learner, config = self.policy, self.learner, self.config
         if options.textbook_precision not in (None, config.mixed_precision):
             config = replace(config, mixed_precision=options.textbook_precision, gradient_checkpointing=False)
-            policy, _ = make_policy(options.model, self.device, config)
+            policy = make_policy(options.model, self.device, config)
             learner = Learner(policy.parameters, config)
         self.textbook, self.textbook_learner = textbook.Textbook(policy, config), learner
 
-    def rollout(self, prompts: list[str], generator: Any, denoiser: sampler.Denoiser) -> tuple[Batch, Tensor]:
-        """A batch as `collect` gives it, with advantages of 1 and -1, and the images."""
-        reward, config = KeptImages(), replace(self.config, num_samples_per_prompt=1)
-        memory = PromptStatistics()
-        batch = texforce.collect(self.policy, denoiser, reward, prompts, config, generator, memory)  # type: ignore[arg-type]
-        advantages = 1.0 - 2.0 * (torch.arange(len(prompts), device=self.device) % 2)
-        return replace(batch, advantages=advantages), torch.cat(reward.images)
+    def rollout(self, prompts: list[str], generator: Any, policy: Policy | None = None) -> tuple[Batch, Tensor]:
+        """A batch as a training has it, with advantages of 1 and -1, and the images."""
+        reward: Any = KeptImages()
+        config = replace(self.config, num_samples_per_prompt=1)
+        samples = texforce.collect(policy or self.policy, reward, prompts, config, generator)
+        advantages = 1.0 - 2.0 * (torch.arange(len(prompts)) % 2)
+        return texforce.make_batch(samples, advantages, torch.device(self.device)), torch.cat(reward.images)
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(0)
 
     def our_rollout(self) -> Batch:
-        return self.rollout(self.prompts, self.generator(), self.denoiser)[0]
+        return self.rollout(self.prompts, self.generator())[0]
 
     def our_update(self, batch: Batch) -> texforce.UpdateStatistics:
-        done = texforce.update(
-            self.policy, self.denoiser, batch, self.learner, self.config, torch.Generator().manual_seed(0)
-        )
+        done = texforce.update(self.policy, batch, self.learner, self.config, torch.Generator().manual_seed(0))
         if done.num_pairs != batch.trajectory.timesteps.numel():
             raise RuntimeError(f"the update took {done.num_pairs} pairs, not all {batch.trajectory.timesteps.numel()}")
         return done
@@ -109,36 +112,39 @@ class Bench:
         pairs: Tensor,
         scaler: Any,
         micro_batch_size: int | None = None,
-        denoiser: sampler.Denoiser | None = None,
+        policy: Policy | None = None,
     ) -> None:
         learner: Any = SimpleNamespace(scaler=scaler, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
-        texforce.accumulate_gradients(self.policy, denoiser or self.denoiser, batch, pairs, self.config, learner)
+        texforce.accumulate_gradients(policy or self.policy, Share(batch, pairs), learner, self.config)
 
     def textbook_update(self, batch: Batch, num_images: int | None = None) -> None:
         learner, prompts = self.textbook_learner, self.prompts[:num_images]
         self.textbook.accumulate_gradients(batch, prompts, learner.scaler)
-        learner.step(self.textbook.policy.parameters, self.config.max_grad_norm)
+        learner.step()
 
     def first_step(self) -> None:
         """One step of sampling, of one sample batch; the first one compiles."""
         prompts = self.prompts[: self.config.sample_batch_size]
         prompt_ids = models.tokenize_for(self.policy.model, prompts).to(self.device)
-        shape = (len(prompts), *models.latent_shape(self.policy.model, self.config.resolution))
+        shape = (len(prompts), *self.policy.latent_shape)
         steps = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
         with torch.no_grad():
             conditioning, noise = self.policy.conditioning(prompt_ids), torch.randn(shape, device=self.device)
-            self.denoiser.step(noise, steps, conditioning, noise)
+            self.policy.denoiser.step(noise, steps, conditioning, noise)
 
 
 def model_name(model: str) -> str:
-    """Of a model whose defaults are taken."""
+    """The name of the model whose defaults are taken."""
     return {"tiny": "tiny", "sd15": STABLE_DIFFUSION, "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}[model]
 
 
-def configure(options: argparse.Namespace) -> texforce.TrainConfig:
-    """The preset's training with what the options change, on all steps, in one optimizer step that changes nothing."""
+def configure(options: argparse.Namespace) -> tuple[float, TrainConfig]:
+    """The preset's clip range, and its training with what the options change: on all steps, in one optimizer step.
+
+    That step changes nothing, and the clip range of the training clips nothing.
+    """
     changes = ("num_inference_steps", "resolution", "micro_batch_size", "sample_batch_size", "null_prompt", "compile")
-    config = texforce.TrainConfig(
+    given = TrainOptions(
         model=model_name(options.model),
         mixed_precision=options.mixed_precision,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -150,28 +156,36 @@ def configure(options: argparse.Namespace) -> texforce.TrainConfig:
         learning_rate=NO_LEARNING,
         **{name: getattr(options, name) for name in changes},
     )
-    return replace(resolve(config), clip_range=textbook.CLIP_RANGE)
+    config = resolve(given)
+    return config.clip_range, replace(config, clip_range=textbook.CLIP_RANGE)
 
 
-def make_policy(model: str, device: str, config: texforce.TrainConfig) -> tuple[texforce.Policy, sampler.Denoiser]:
+def make_policy(model: str, device: str, config: TrainConfig) -> Policy:
     """A policy with LoRA that is not zero any more, so that all of it has a gradient."""
-    policy, denoiser = texforce.make_policy(architectures.build(model, device, config.mixed_precision), config)
+    policy = texforce.make_policy(architectures.build(model, device, config.mixed_precision), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters:
             if not parameter.any():
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return policy, denoiser
+    return policy
+
+
+def with_denoiser(policy: Policy, **changes: Any) -> Policy:
+    """The same policy with another denoiser: a copy with some changes, that compiles its U-Net anew."""
+    other = copy.copy(policy)
+    other.denoiser = replace(policy.denoiser, **changes)
+    return other
 
 
 # --- what is measured ---
 
 
 def verify(options: argparse.Namespace, bench: Bench) -> dict[str, float]:
-    """That both loops do the same work: the same images, log-probabilities and gradient from the same noise.
+    """Check that both loops do the same work: the same images, log-probabilities and gradient from the same noise.
 
-    Where rounding would hide it, a float32 copy that is not compiled shows it, of few and small images; of what is timed the
-    images are checked then.
+    Where rounding would hide a difference, a float32 copy that is not compiled is checked, on few and small images; of the
+    loops that are timed only the images are checked then.
 
     Raises:
         RuntimeError: they differ by more than rounding does.
@@ -195,13 +209,13 @@ def verify(options: argparse.Namespace, bench: Bench) -> dict[str, float]:
 
 def deviations(bench: Bench, gradient: bool = True) -> dict[str, float]:
     """How far the textbook loop and ours are apart, on the first images: a few, or a batch where others must be compiled."""
-    few = bench.config.sample_batch_size if bench.denoiser.compiled else 2 * textbook.BATCH
+    few = bench.config.sample_batch_size if bench.policy.denoiser.compiled else 2 * textbook.BATCH
     num_images = min(bench.num_images, bench.config.sample_batch_size, few)
     prompts = bench.prompts[:num_images]
     ours, theirs = ([torch.Generator(bench.device).manual_seed(i) for i in range(num_images)] for _ in range(2))
-    batch, images = bench.rollout(prompts, ours, bench.denoiser)
+    batch, images = bench.rollout(prompts, ours)
     their_images, _ = bench.textbook.rollout(prompts, theirs)
-    their_log_probs = bench.textbook.log_probs(batch, prompts)  # of our latents: each loop's own tell only of its noise
+    their_log_probs = bench.textbook.log_probs(batch, prompts)  # of our latents: each loop's own depend on its noise only
     values = [(images - their_images).abs().mean(), (batch.trajectory.log_probs - their_log_probs).abs().max()]
     if gradient:
         our_gradient = scaled_gradient(bench.policy, lambda scaler: bench.our_gradients(batch, all_pairs(batch), scaler))
@@ -213,7 +227,7 @@ def deviations(bench: Bench, gradient: bool = True) -> dict[str, float]:
 
 
 def check(found: dict[str, float], limits: tuple[float, ...]) -> dict[str, float]:
-    """What was found, if it is within the limits."""
+    """The deviations found, if they are within the limits."""
     if not all(math.isfinite(value) and value <= limit for value, limit in zip(found.values(), limits, strict=True)):
         raise RuntimeError(f"the textbook loop and ours are not the same: {found}; at most {limits} is allowed")
     return found
@@ -224,7 +238,7 @@ def all_pairs(batch: Batch) -> Tensor:
     return torch.cartesian_prod(torch.arange(num_images), torch.arange(num_steps))
 
 
-def scaled_gradient(policy: texforce.Policy, work: Callable[[torch.amp.GradScaler], None]) -> Tensor:
+def scaled_gradient(policy: Policy, work: Callable[[torch.amp.GradScaler], None]) -> Tensor:
     """The gradient on LoRA that the work leaves; in float16 at the largest of some loss scales that it does not overflow."""
     half = policy.model.unet.dtype == torch.float16
     for scale in (2.0**16, 2.0**12, 2.0**8):
@@ -271,7 +285,7 @@ def memory(bench: Bench, ours_alone: bool = False) -> dict[str, float]:
     }
     if not ours_alone:
         works["textbook_peak_memory_bytes"] = lambda: bench.textbook.accumulate_gradients(batch, prompts, scalers[1])
-    if not bench.denoiser.compiled:  # else another graph would have to be made
+    if not bench.policy.denoiser.compiled:  # else another graph would have to be made
         works["equal_micro_batch_peak_memory_bytes"] = lambda: bench.our_gradients(batch, pairs, scalers[0], textbook.BATCH)
     peaks: dict[str, float] = {}
     for name, work in works.items():
@@ -291,22 +305,22 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
     """Exactness, memory and speed without the textbook loop, after one rollout and update that do not count."""
     bench.our_update(bench.our_rollout())
     batches: list[Batch] = []
-    rollout = meters.seconds(lambda: texforce.append(bench.our_rollout()), bench.device)
+    rollout = meters.seconds(lambda: batches.append(bench.our_rollout()), bench.device)
     update = meters.seconds(lambda: bench.our_update(batches[0]), bench.device)
     rates = {"images_per_s": bench.num_images / rollout, "pairs_per_s": batches[0].trajectory.timesteps.numel() / update}
-    return rates | exactness(bench) | memory(bench, ours_alone=True) | {"config": dict(vars(bench.config))}
+    return rates | exactness(bench) | memory(bench, ours_alone=True) | {"config": asdict(bench.config)}
 
 
 def exactness(bench: Bench) -> dict[str, Any]:
     """How far the ratio is from 1 before an update, and the clip range that the preset would hold it to."""
     deviation = bench.our_update(bench.our_rollout()).first_ratio_deviation
-    return {"ratio_deviation": deviation, "clip_range": resolve(replace(bench.config, clip_range=None)).clip_range}
+    return {"ratio_deviation": deviation, "clip_range": bench.preset_clip_range}
 
 
 def count_flops(bench: Bench) -> tuple[float, float]:
-    """Of one rollout and one update; counted on some images, as written-out attention is large."""
+    """FLOPs of one rollout and of one update; counted on some images, as written-out attention is large."""
     prompts = bench.prompts[: min(bench.num_images, 2 * textbook.BATCH)]
-    eager = replace(bench.denoiser, compile=False, text_trained=None)  # its rollouts keep no activations
+    eager = with_denoiser(bench.policy, compile=False, text_trained=None)  # its rollouts keep no activations
     some = bench.rollout(prompts, bench.generator(), eager)[0]
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     share = bench.num_images / len(prompts)
@@ -321,7 +335,7 @@ def count_flops(bench: Bench) -> tuple[float, float]:
 
 def fresh_start(device: str) -> float:
     """Seconds of a new process that imports everything and loads the tiny model."""
-    code = f"from texforce import pipelines; import diffusers, transformers, peft; models.load_model('tiny', {device!r})"
+    code = f"from texforce import models; import diffusers, transformers, peft; models.load_model('tiny', {device!r})"
     command = [sys.executable, "-c", f"import texforce; {code}"]
     return meters.seconds(lambda: subprocess.run(command, check=True, cwd=Path(texforce.__file__).parent), "cpu")  # noqa: S603
 
@@ -331,10 +345,10 @@ def sweep(bench: Bench, repeats: int) -> dict[str, float | None]:
     rates: dict[str, float | None] = {}
     for size in SWEEP:
         torch._dynamo.reset()  # so many graphs of one function are kept, and no more
-        denoiser, prompts = replace(bench.denoiser), [bench.prompts[i % bench.num_images] for i in range(size)]
+        policy, prompts = with_denoiser(bench.policy), [bench.prompts[i % bench.num_images] for i in range(size)]
         bench.config = replace(bench.config, sample_batch_size=size)
         try:
-            work = lambda: bench.rollout(prompts, bench.generator(), denoiser)  # noqa: B023, E731
+            work = lambda: bench.rollout(prompts, bench.generator(), policy)  # noqa: B023, E731
             work()
             rates[str(size)] = size / min(meters.seconds(work, bench.device) for _ in range(repeats))
         except torch.OutOfMemoryError:
@@ -376,7 +390,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rollout_flops": rollout_flops,
         "update_flops": update_flops,
     }
-    return results | exactness(bench) | memory(bench) | {"seconds": turns, "config": dict(vars(bench.config))}
+    return results | exactness(bench) | memory(bench) | {"seconds": turns, "config": asdict(bench.config)}
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:

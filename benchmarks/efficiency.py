@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import texforce
-from texforce import train
+from texforce import DivergedError, train
+from texforce.config import TrainOptions, resolve
 
 LEARNING_RATES, CLIP_RANGES = (1e-3, 3e-3), (1e-4, 5e-3)
 PAPER = {"preset": "paper", "num_prompts_per_epoch": 250, "num_epochs": 64, "eval_every": 8}
@@ -27,8 +27,6 @@ DEFAULT = {"num_epochs": 63, "eval_every": 3}  # 16,128 images
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "deterministic elsewhere": {"deterministic_elsewhere": True},
-    "1 shared step": {"num_shared_steps": 1},
-    "2 shared steps": {"num_shared_steps": 2},
     "small epochs": {
         "num_prompts_per_epoch": 8,
         "num_epochs": 75,
@@ -45,10 +43,10 @@ def run(folder: Path, **options: Any) -> Epochs:
     """The epochs of one training."""
     diverged = folder / "diverged.txt"
     if not (folder / "result.json").is_file() and not diverged.is_file():
-        config = texforce.TrainConfig(model="tiny", output_dir=str(folder), **options)
+        config = resolve(TrainOptions(model="tiny", output_dir=str(folder), **options))
         try:
-            train.train(config, lambda told: print(folder.name, told["epoch"], told.get("heldout", "")), go_on=True)
-        except texforce.DivergedError as error:
+            train.train(config, lambda epoch: print(folder.name, epoch["epoch"], epoch.get("heldout", "")), resume=True)
+        except DivergedError as error:
             diverged.write_text(f"{error}\n")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -8,13 +8,13 @@ not made again. Prints a table of the share of held-out prompts fully right, bas
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-import texforce
-from texforce import adapters, models, prompt_sets, rewards, sampler, train
-from texforce.config import resolve
+from texforce import Policy, adapters, models, prompt_sets, rewards, train
+from texforce.config import TrainOptions, resolve
 
 BOTH = ("text-encoder", "unet")
 COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
@@ -25,27 +25,24 @@ COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
 }
 
 
-def run(output_dir: Path, **options: object) -> dict[str, dict[str, float]]:
+def run(output_dir: Path, **options: Any) -> dict[str, dict[str, float]]:
     """Held-out measures, base and tuned, of one training."""
     result = output_dir / "result.json"
     if not result.is_file():
-        train.train(texforce.TrainConfig(output_dir=str(output_dir), model="tiny", **options))  # type: ignore[arg-type]
+        train.train(resolve(TrainOptions(output_dir=str(output_dir), model="tiny", **options)))
     return json.loads(result.read_text())["heldout"]
 
 
 def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
     """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
-    options = resolve(texforce.TrainConfig(model="tiny"))
-    models = models.load_model("tiny")
-    models = adapters.load_adapters(models, [str(folder) for folder in folders], scale)
-    schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
-    policy = texforce.Policy(models, options.null_prompt)
-    denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
+    config = resolve(TrainOptions(model="tiny"))
+    model = adapters.load_adapters(models.load_model("tiny"), [str(folder) for folder in folders], scale)
+    policy = Policy(model, config)
     prompts = prompt_sets.read_prompts("world-heldout")
     scorers = {"hps": rewards.load_reward("hps")}
-    tuned = train.measure(train.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+    tuned = train.measure(train.heldout_images(policy, prompts, config.sample_batch_size), prompts, scorers)
     with policy.base():
-        base = train.measure(train.heldout_images(policy, denoiser, prompts, options), prompts, scorers)
+        base = train.measure(train.heldout_images(policy, prompts, config.sample_batch_size), prompts, scorers)
     return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
 
 

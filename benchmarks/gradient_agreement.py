@@ -14,32 +14,30 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import prompt_sets, train
-from texforce import PromptStatistics
-from texforce import Batch
-from texforce.config import resolve
-from texforce import Learner
+from texforce import Batch, Learner, PromptStatistics, Share, prompt_sets, train
+from texforce.config import TrainOptions, resolve
 
 
 class Probe:
     """The tiny model's default training before its first update."""
 
     def __init__(self, seed: int) -> None:
-        self.config = resolve(texforce.TrainConfig(model="tiny", seed=seed))
+        self.config = resolve(TrainOptions(model="tiny", seed=seed))
         setup = train.prepare(self.config)
-        self.policy, self.denoiser, self.reward = setup.policy, setup.denoiser, setup.reward
+        self.policy, self.reward = setup.policy, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
         self.learner = Learner(self.policy.parameters, self.config)
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> Batch:
-        options = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
-        statistics = PromptStatistics()
-        return texforce.collect(self.policy, self.denoiser, self.reward, prompts, options, self.noise, statistics)
+        config = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
+        samples = texforce.collect(self.policy, self.reward, prompts, config, self.noise)
+        advantages = texforce.compute_advantages(samples, config, PromptStatistics())
+        return texforce.make_batch(samples, advantages, self.policy.model.device)
 
     def gradient(self, batch: Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
-        texforce.accumulate_gradients(self.policy, self.denoiser, batch, pairs, self.config, self.learner)
+        texforce.accumulate_gradients(self.policy, Share(batch, pairs), self.learner, self.config)
         gradient = torch.cat(
             [parameter.grad.flatten() for parameter in self.policy.parameters if parameter.grad is not None]
         )
@@ -55,7 +53,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--prompt", default="a golden circle")
-    parser.add_argument("--num-images", type=int, default=512, help="of each half")
+    parser.add_argument("--num-images", type=int, default=512, help="images of each half")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     probe = Probe(options.seed)
@@ -68,7 +66,7 @@ def main() -> None:
         table.add_row(f"{step + 1}", f"{cosine(one, other):.2f}", f"{(one + other).norm().item() / 2:.1e}")
     Console().print(table)
 
-    steps = texforce.window(probe.denoiser.schedule, probe.config).tolist()
+    steps = texforce.trainable_steps(probe.policy.denoiser.schedule, probe.config).tolist()
     table = Table("prompts", "cosine of the halves", title=f"each kind, 2 x {options.num_images} images, steps {steps}")
     for kind in prompt_sets.KINDS:
         prompts = prompt_sets.read_prompts(kind)[: options.num_images // 8]

@@ -11,28 +11,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import texforce
-from texforce import adapters, config, merge, models, prompt_sets, rewards, sampler, train
+from texforce import Policy, adapters, merge, models, prompt_sets, rewards, train
+from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 
 
-def heldout_images(models: models.Model, options: config.TrainConfig, prompts: list[str]) -> Tensor:
-    schedule = sampler.ddim_schedule(models.scheduler, options.num_inference_steps, options.eta)
-    denoiser = sampler.Denoiser(models.unet, schedule, options.guidance_scale)
-    return train.heldout_images(texforce.Policy(models), denoiser, prompts, options)
+def heldout_images(model: models.Model, prompts: list[str]) -> Tensor:
+    config = resolve(TrainOptions(model="tiny", null_prompt="adapted"))
+    return train.heldout_images(Policy(model, config), prompts, config.sample_batch_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", help="output folders of trainings, or PATH:WEIGHT")
     folders = parser.parse_args().folders
-    options = config.resolve(texforce.TrainConfig(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
-    drawn = {"base": heldout_images(models.load_model("tiny"), options, prompts)}
-    drawn["side by side"] = heldout_images(adapters.load_adapters(models.load_model("tiny"), folders), options, prompts)
+    drawn = {"base": heldout_images(models.load_model("tiny"), prompts)}
+    drawn["side by side"] = heldout_images(adapters.load_adapters(models.load_model("tiny"), folders), prompts)
     with tempfile.TemporaryDirectory() as place:
-        merging = config_inference.MergeConfig(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
-        merged = merge.merge(config_inference.resolve_merge(merging))
-        drawn["merged"] = heldout_images(models.load_model(str(merged)), options, prompts)
+        given = MergeOptions(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
+        merged = merge.merge(resolve_merge(given))
+        drawn["merged"] = heldout_images(models.load_model(str(merged)), prompts)
     hps = {"hps": rewards.load_reward("hps")}
     results = {name: train.measure(images, prompts, hps) for name, images in drawn.items()}
     table = Table("measure", *results)

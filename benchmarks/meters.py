@@ -1,4 +1,4 @@
-"""What bench.py measures with: seconds, memory, and what the machine can do at most."""
+"""What bench.py measures with: seconds, memory, and the fastest matrix product of the machine."""
 
 import gc
 import time
@@ -29,7 +29,7 @@ def synchronize(device: str) -> None:
 
 
 class Meter(_python_dispatch.TorchDispatchMode):
-    """Within it, the bytes at most of the tensors made within it and alive: on a CPU what a GPU's allocator counts."""
+    """Counts the bytes of the tensors made while it is active: on a CPU what a GPU's allocator counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Meter(_python_dispatch.TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    """What a piece of work holds at most, beyond what was there before it."""
+    """The most bytes that a piece of work holds, beyond what was there before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -76,7 +76,7 @@ def held_bytes(device: str) -> int:
 
 def matrix_rate(device: str, precision: str) -> float:
     """FLOP/s of products of large square matrices, the best of several sizes and tries; on a GPU of ten in a row."""
-    dtype, best = getattr(torch, models.DTYPES[precision]), 0.0
+    dtype, best = models.DTYPES[precision], 0.0
     number = 10 if device == "cuda" else 1
     for size in (4096, 8192, 16384) if device == "cuda" else (512, 1024, 2048):
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

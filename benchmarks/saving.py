@@ -1,56 +1,61 @@
 """What checkpoints cost the README's training: `python benchmarks/saving.py`.
 
-A few epochs of the command's own settings are trained; snapshots, of which there is one an epoch, and checkpoints are timed
-beside them.
+It trains a few epochs with the command's own settings, and times snapshots, one an epoch, and checkpoints beside them.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from texforce import run, train
-from texforce.config import TrainConfig, TrainOptions, resolve
-
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-parser.add_argument("--num-epochs", type=int, default=5)
-options = parser.parse_args()
-spent: dict[str, list[float]] = {"snapshot": [], "checkpoint": []}
+from texforce.config import TrainOptions, resolve
 
 
-def timed(name, function):
-    def run(*arguments):
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The function, which adds the seconds of each call to a list."""
+
+    def call(*arguments: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments)
-        spent[name].append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
         return result
 
-    return run
+    return call
 
 
-run.Run.snapshot = timed("snapshot", run.Run.snapshot)
-run.write_checkpoint = timed("checkpoint", run.write_checkpoint)
-with tempfile.TemporaryDirectory() as place:
-    # Prompts and batches are those of the command; so many checkpoints only to have many times.
-    config = TrainConfig(
-        model="tiny", num_epochs=options.num_epochs, checkpoint_every=1, output_dir=str(Path(place) / "out")
-    )
-    seconds = train.train(config)["seconds"] - sum(sum(times) for times in spent.values())
-    size = sum(
-        path.stat().st_size for path in (Path(place) / "out" / "checkpoints" / f"epoch_{options.num_epochs:06d}").iterdir()
-    )
-snapshot, checkpoint = (sum(times) / len(times) for times in spent.values())
-epoch, every = seconds / options.num_epochs, resolve(TrainOptions(model="tiny")).checkpoint_every
-print(
-    json.dumps(
-        {
-            "epoch_seconds": epoch,
-            "snapshot_seconds": snapshot,
-            "checkpoint_seconds": checkpoint,
-            "checkpoint_bytes": size,
-            "share": (snapshot + checkpoint / every) / epoch,
-        },
-        indent=2,
-    )
-)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--num-epochs", type=int, default=5)
+    num_epochs = parser.parse_args().num_epochs
+    snapshots: list[float] = []
+    checkpoints: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as place,
+        mock.patch.object(run.Run, "snapshot", timed(run.Run.snapshot, snapshots)),
+        mock.patch.object(run, "write_checkpoint", timed(run.write_checkpoint, checkpoints)),
+    ):
+        # Prompts and batches are the command's; a checkpoint an epoch gives many times to average.
+        output_dir = Path(place, "out")
+        given = TrainOptions(model="tiny", num_epochs=num_epochs, checkpoint_every=1, output_dir=str(output_dir))
+        seconds = train.train(resolve(given))["seconds"] - sum(snapshots) - sum(checkpoints)
+        newest = output_dir / run.CHECKPOINTS / f"epoch_{num_epochs:06d}"
+        size = sum(path.stat().st_size for path in newest.iterdir())
+    snapshot, checkpoint = (sum(times) / len(times) for times in (snapshots, checkpoints))
+    epoch, every = seconds / num_epochs, resolve(TrainOptions(model="tiny")).checkpoint_every
+    costs = {
+        "epoch_seconds": epoch,
+        "snapshot_seconds": snapshot,
+        "checkpoint_seconds": checkpoint,
+        "checkpoint_bytes": size,
+        "share": (snapshot + checkpoint / every) / epoch,
+    }
+    print(json.dumps(costs, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,11 @@
 """Speed of the scorers, and how far a batch's scores are from those of single images: `python benchmarks/scoring.py`.
 
 The networks have their published architectures and random weights, so nothing is downloaded. On CUDA they compute in half
-precision, and how far that is from float32 is measured too. `face` is left out, as pyiqa fetches its own weights, and
-`alignment`, which is for the tiny world.
+precision, and how far that is from float32 is measured too. `face` is left out, as pyiqa fetches its own weights, and so is
+what judges the sentences of the tiny world only. The JSON file is written after each scorer.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from texforce import rewards, scorers, weights
+from texforce import files, rewards, scorers, weights, world
 
-NAMES = [name for name in rewards.CATALOGUE if name not in ("face", "alignment")]
+NAMES = [name for name, entry in rewards.CATALOGUE.items() if name != "face" and entry.check_prompt is not world.parse]
 CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision tower, text tower, width of the features
     "pickscore": (
         {
@@ -53,14 +52,14 @@ CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision 
 
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weights = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
-        weights[name] = 0.02 * torch.randn(parameter.shape, generator=generator)
+        tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
-            weights[name] += 1
+            tensors[name] += 1
         elif name.endswith("logit_scale"):
-            weights[name] = torch.tensor(4.6052)
-    return weights
+            tensors[name] = torch.tensor(4.6052)
+    return tensors
 
 
 def random_fill(model: nn.Module, tensors: object, path: Path) -> None:
@@ -84,11 +83,11 @@ def random_model(name: str) -> Callable[..., nn.Module]:
 
 
 def load(name: str, device: str, folder: Path) -> rewards.Scorer:
-    """A scorer with random weights: only where they would come from is replaced."""
+    """A scorer with random weights: only the source of its weights is replaced."""
     from transformers import CLIPTokenizer, Owlv2ImageProcessor, Owlv2Processor
 
     words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circles"]
-    words += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(words))]  # of bert-base-uncased the size
+    words += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(words))]  # as many as bert-base-uncased has
     (folder / "vocab.txt").write_text("\n".join(words))
     if name == "hand":
         tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer", model_max_length=16)
@@ -149,13 +148,13 @@ def main() -> None:
     for name in options.names:
         results["scorers"][name] = measure(name, options)
         print(name, {key: float(f"{value:.3g}") for key, value in results["scorers"][name].items()}, flush=True)
+        if options.json:
+            files.write_json(options.json, results)
     columns = list(dict.fromkeys(key for result in results["scorers"].values() for key in result))
     table = Table("scorer", *columns, title=f"{where}, images of {options.resolution} pixels")
     for name, result in results["scorers"].items():
         table.add_row(name, *(f"{result[key]:.3g}" if key in result else "" for key in columns))
     Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

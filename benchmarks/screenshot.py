@@ -7,16 +7,23 @@ import argparse
 import shutil
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
 
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-parser.add_argument("report", type=Path)
-parser.add_argument("--output", type=Path, default=Path(__file__).parent / "figures" / "report.png")
-options = parser.parse_args()
-with sync_playwright() as driver:
-    browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-    page = browser.new_page(viewport={"width": 1100, "height": 1530})
-    page.goto(options.report.absolute().as_uri())
-    page.locator(".card").first.wait_for()
-    page.screenshot(path=options.output)
-    browser.close()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "figures" / "report.png")
+    options = parser.parse_args()
+
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 1530})
+        page.goto(options.report.absolute().as_uri())
+        page.locator(".card").first.wait_for()
+        page.screenshot(path=options.output)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,17 +5,16 @@ must also overlap its ideal drawing by a minimum. Printed is the share of held-o
 the noise of the training's own measurement; and of exact renderings, which shows what a minimum asks of a flawless image.
 """
 
+import argparse
 import random
 import runpy
-import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-import texforce
-from texforce import adapters, models, prompt_sets, train, world
+from texforce import Policy, adapters, models, prompt_sets, train, world
 from texforce.config import TrainOptions, resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
@@ -27,16 +26,18 @@ def exact(images: torch.Tensor, scenes: list[world.Scene], min_overlap: float) -
 
 
 def main() -> None:
-    options = resolve(TrainOptions(model="tiny"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folders", nargs="+", help="output folders of trainings")
+    folders = parser.parse_args().folders
+    config = resolve(TrainOptions(model="tiny"))
     prompts = prompt_sets.read_prompts("world-heldout")
     scenes = [world.parse(prompt) for prompt in prompts]
     render = runpy.run_path(str(Path(__file__).parents[1] / "tiny" / "build.py"))["render"]
     systems = {"exact renderings": render(scenes, random.Random(0))}
-    for folder in (None, *sys.argv[1:]):
+    for folder in (None, *folders):
         model = models.load_model("tiny")
-        model = adapters.load_adapters(model, [folder]) if folder else model
-        policy = texforce.Policy(model, options)
-        systems[folder or "base"] = train.heldout_images(policy, prompts, options.sample_batch_size)
+        policy = Policy(adapters.load_adapters(model, [folder]) if folder else model, config)
+        systems[folder or "base"] = train.heldout_images(policy, prompts, config.sample_batch_size)
     table = Table("system", *(f"overlap {minimum}" for minimum in MINIMA))
     for name, images in systems.items():
         table.add_row(name, *(f"{exact(images, scenes, minimum):.3f}" for minimum in MINIMA))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import texforce
-from texforce import models
 from texforce import Batch
 
 BATCH = 4
@@ -42,27 +41,27 @@ class Textbook:
     def __init__(self, policy: texforce.Policy, config: texforce.TrainConfig) -> None:
         from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        models = policy.model
-        self.policy, self.config, self.device = policy, config, models.device
+        model = policy.model
+        self.policy, self.config, self.device = policy, config, model.device
         # Double: in float32 the variance of the last step, a difference of almost equal numbers, is off by 1e-4.
-        self.scheduler = DDIMScheduler.from_config(models.scheduler.config)
+        self.scheduler = DDIMScheduler.from_config(model.scheduler.config)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
         self.scheduler.final_alpha_cumprod = self.scheduler.final_alpha_cumprod.double()
         self.scheduler.set_timesteps(config.num_inference_steps, device=self.device)
-        shared = {name: getattr(models, name) for name in ("vae", "text_encoder", "unet", "tokenizer")}
-        self.second = getattr(models, "text_encoder_2", None)
+        shared = {name: getattr(model, name) for name in ("vae", "text_encoder", "unet", "tokenizer")}
+        self.second = model.text_encoder_2
         if self.second is not None:
-            shared |= {"text_encoder_2": self.second, "tokenizer_2": models.tokenizer_2, "add_watermarker": False}
-            shared |= {"force_zeros_for_empty_prompt": models.zero_null}
+            shared |= {"text_encoder_2": self.second, "tokenizer_2": model.tokenizer_2, "add_watermarker": False}
+            shared |= {"force_zeros_for_empty_prompt": model.zero_null}
             self.pipeline = StableDiffusionXLPipeline(**shared, scheduler=self.scheduler)
-            self.pipeline.tokenizer_2 = RememberedTokens(models.tokenizer_2)
+            self.pipeline.tokenizer_2 = RememberedTokens(model.tokenizer_2)
         else:
             shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             self.pipeline = StableDiffusionPipeline(**shared, scheduler=self.scheduler)
-        self.pipeline.tokenizer = RememberedTokens(models.tokenizer)
+        self.pipeline.tokenizer = RememberedTokens(model.tokenizer)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Embeddings (2N, L, D) of the null prompt and the prompts, and what else the U-Net of SDXL is told."""
+        """Embeddings (2N, L, D) of the null prompt and the prompts, and the other conditioning of SDXL's U-Net."""
         count = len(prompts)
         if self.second is None:
             null = self.policy.null_embeds
@@ -107,7 +106,7 @@ class Textbook:
         """Images (N, 3, H, W) in [0, 1] and log-probabilities (N, T) of their steps."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        shape, images, log_probs = models.latent_shape(self.policy.model, self.config.resolution), [], []
+        shape, images, log_probs = self.policy.latent_shape, [], []
         for start in range(0, len(prompts), BATCH):
             chunk = prompts[start : start + BATCH]
             draw = generators[start : start + BATCH] if isinstance(generators, list) else generators
@@ -127,7 +126,7 @@ class Textbook:
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, prompts: list[str]) -> Tensor:
-        """Of what was sampled (N, T), one image-batch and one step at a time."""
+        """Log-probabilities (N, T) of what was sampled, one image-batch and one step at a time."""
         result = torch.empty_like(batch.trajectory.log_probs)
         for mine, k, log_probs in self.judged(batch, prompts):
             result[mine, k] = log_probs.to(result.dtype)
@@ -155,7 +154,7 @@ class Textbook:
 
 @contextlib.contextmanager
 def without_checkpointing(unet: Any) -> Iterator[None]:
-    """Within it, activations are kept: recomputing them is ours alone."""
+    """Keep activations for a while: only our loop recomputes them."""
     active = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
     unet.disable_gradient_checkpointing()
     try:

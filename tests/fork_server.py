@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from peft import LoraConfig, get_peft_model  # noqa: F401
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-from texforce import cli, files, run, train# noqa: F401
+from texforce import cli, evaluate, merge, rewards, run, train  # noqa: F401
 
 IO_EVENTS = {
     "open",
@@ -40,7 +40,7 @@ IO_EVENTS = {
 
 
 def limit_file_size(size: int) -> None:
-    """That the room is looked for before the training is switched off, so that it ends in the middle of it."""
+    """Limit what a file can hold, and skip the look for room before the training, so that it ends in the middle of it."""
     run.checkpoint_size = lambda config: 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -56,13 +56,13 @@ def kill_at_io_step(wanted: dict) -> None:
             state["seen"] += 1
 
     def watched(function: Callable) -> Callable:
-        def run(folder, snapshot, *arguments):
+        def write_checkpoint(folder, snapshot, *arguments):
             state["saving"] = snapshot.epoch == wanted["epoch"]
             result = function(folder, snapshot, *arguments)
             state["saving"] = False
             return result
 
-        return run
+        return write_checkpoint
 
     sys.addaudithook(step)
     fsync = os.fsync

@@ -1,4 +1,4 @@
-"""Pipelines are loaded whole or refused, prompts are tokenized and encoded as diffusers does, for Stable Diffusion and XL."""
+"""Stable Diffusion and XL pipelines are loaded whole or refused; prompts are tokenized and encoded as diffusers does."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from texforce import cli, models, sampler
-from texforce.errors import InputError
+from texforce.errors import InputError, NotFoundError
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -109,15 +109,16 @@ def test_the_loaded_model_is_the_saved_one_frozen_and_in_evaluation(small, pipel
     assert torch.equal(models.tokenize(small.tokenizer, PROMPTS), models.tokenize(pipeline.tokenizer, PROMPTS))
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model", ""])
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model"])
 def test_a_missing_folder_is_named(name):
-    with pytest.raises(FileNotFoundError, match="model: .*" + name):
+    with pytest.raises(NotFoundError, match="model: .*" + name):
         models.load_model(name)
 
 
-def test_a_hub_name_that_cannot_be_had_is_named():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing'"):
-        models.load_model("nobody/nothing")
+@pytest.mark.parametrize("name", ["nobody/nothing", ""])
+def test_a_name_that_is_no_pipelines_is_named(name):
+    with pytest.raises(InputError, match=f"model: '{name}' could not be loaded"):
+        models.load_model(name)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):

@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, DivergedError, interrupts, processes, rewards, run, scorers, train
-from texforce.config import TrainOptions, resolve
-from texforce import Learner
+from texforce import Learner, cli, interrupts, models, processes, rewards, run, scorers, train
+from texforce.config import TrainConfig, TrainOptions, resolve
+from texforce.errors import DivergedError, InputError, NotFoundError, RewardError
 
 WEIGHTS = "adapter_model.safetensors"
+LOAD_MODEL = models.load_model  # which the fixture `quick` replaces
 # Two prompts of four images are two batches, one for each of two processes.
 # Adam enlarges rounding by its learning rate; of 1e-3 some processors make 1.05e-6 of the adapter's norm.
 OPTIONS = {"learning_rate": 5e-4, "num_epochs": 2, "eval_every": 1, "checkpoint_every": 1}
@@ -70,8 +71,12 @@ def said(log: Path) -> str:
     return "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.stem}.*")))
 
 
-def train(number: int, options: dict, log: Path, **arguments) -> None:
-    codes = finish(start(number, lambda: train.train(resolve(TrainOptions(**options)), **arguments), log))
+def configure(options: dict) -> TrainConfig:
+    return resolve(TrainOptions(**options))
+
+
+def run_training(number: int, options: dict, log: Path, **arguments) -> None:
+    codes = finish(start(number, lambda: train.train(configure(options), **arguments), log))
     assert codes == [0] * number, said(log)
 
 
@@ -87,12 +92,41 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick(narrow_model):
+    """Train a narrow U-Net, and draw no curve, which takes longer than the training of these runs."""
+    narrow_model()  # loaded before the processes are forked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+        patch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
+        yield
+
+
 @pytest.fixture(scope="module")
 def pair(shared_run, tmp_path_factory) -> Path:
-    """What two processes made, in `2`, and beside it what one made of the same, in `1`."""
+    """What two processes made, in `2`, and beside it what one made of the same, in `1`.
+
+    Each has noted its first gradient, `gradient-NUMBER-RANK.pt`, and the prompts whose images it has scored, `scored-...`.
+    """
     folder = tmp_path_factory.mktemp("pair")
-    for number in (1, 2):
-        run_training(number, shared_run | OPTIONS | {"output_dir": str(folder / str(number))}, folder / "log")
+    step, score = Learner.step, rewards.Mixture.score
+
+    def noting_step(learner):
+        gradient = folder / f"gradient-{processes.count()}-{processes.rank()}.pt"
+        if not gradient.exists():
+            torch.save(torch.cat([parameter.grad.double().flatten() for parameter in learner.parameters]), gradient)
+        return step(learner)
+
+    def noting_score(mixture, images, prompts):
+        with (folder / f"scored-{processes.count()}-{processes.rank()}").open("a") as file:
+            file.write(json.dumps(list(prompts)) + "\n")
+        return score(mixture, images, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", noting_step)
+        patch.setattr(rewards.Mixture, "score", noting_score)
+        for number in (1, 2):
+            run_training(number, shared_run | OPTIONS | {"output_dir": str(folder / str(number))}, folder / "log")
     return folder
 
 
@@ -101,21 +135,9 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
     assert {path.name for path in (pair / "2").iterdir()} == {path.name for path in (pair / "1").iterdir()}
 
 
-def test_the_first_gradient_of_two_processes_is_that_of_one(shared_run, tmp_path, monkeypatch):
+def test_the_first_gradient_of_two_processes_is_that_of_one(pair):
     """Which no learning rate makes larger or smaller."""
-    original = Learner.step
-
-    def keeping_step(learner):
-        gradient = tmp_path / f"gradient-{processes.count()}-{processes.rank()}.pt"
-        if not gradient.exists():
-            torch.save(torch.cat([parameter.grad.double().flatten() for parameter in learner.parameters]), gradient)
-        return original(learner)
-
-    monkeypatch.setattr(Learner, "step", keeping_step)
-    for number in (1, 2):
-        output = tmp_path / str(number)
-        run_training(number, shared_run | OPTIONS | {"num_epochs": 1, "output_dir": str(output)}, tmp_path / "log")
-    expected, *others = (torch.load(tmp_path / f"gradient-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    expected, *others = (torch.load(pair / f"gradient-{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(*others)
     assert (others[0] - expected).norm() < 1e-6 * expected.norm()
 
@@ -130,20 +152,13 @@ def test_two_processes_count_and_measure_what_one_does(pair):
         assert ours["heldout"] == pytest.approx(theirs["heldout"], rel=1e-4)
 
 
-def test_each_process_samples_and_scores_its_share_only(small_run, tmp_path, monkeypatch):
-    seen = tmp_path / "seen"
-    original = rewards.Mixture.score
-
-    def noted(self, images, prompts):
-        with seen.open("a") as file:
-            file.write(json.dumps({"rank": processes.rank(), "prompts": list(prompts)}) + "\n")
-        return original(self, images, prompts)
-
-    monkeypatch.setattr(rewards.Mixture, "score", noted)
-    run_training(2, small_run | OPTIONS | {"num_epochs": 1, "output_dir": str(tmp_path / "out")}, tmp_path / "log")
-    calls = sorted((json.loads(line) for line in seen.read_text().splitlines()), key=lambda call: call["rank"])
-    assert [(call["rank"], len(call["prompts"])) for call in calls] == [(0, 4), (1, 4)]
-    assert calls[0]["prompts"] != calls[1]["prompts"]
+def test_each_process_samples_and_scores_its_share_only(pair):
+    one, first, second = (
+        [json.loads(line) for line in (pair / f"scored-{name}").read_text().splitlines()] for name in ("1-0", "2-0", "2-1")
+    )
+    assert [len(prompts) for prompts in first + second] == [4] * 4  # a batch in each of two epochs
+    assert one == [batch for epoch in zip(first, second, strict=True) for batch in epoch]
+    assert first[0] != second[0]
 
 
 def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_path, monkeypatch):
@@ -165,7 +180,7 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
 
     monkeypatch.setattr(train, "train_epoch", dying)
     begin = time.perf_counter()
-    codes = finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log"))
+    codes = finish(start(2, lambda: train.train(configure(options)), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
@@ -185,7 +200,7 @@ def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monke
         return original(current, config)
 
     monkeypatch.setattr(train, "train_epoch", stopping)
-    assert finish(start(2, lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")) == [1, 1]
+    assert finish(start(2, lambda: train.train(configure(options)), tmp_path / "log")) == [1, 1]
     monkeypatch.undo()
     run_training(1, options, tmp_path / "log", resume=True)
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1, 2]
@@ -216,15 +231,13 @@ def ends(work, log: Path) -> list[str]:
     return [log.with_suffix(f".{rank}").read_text().splitlines()[0] for rank in range(2)]
 
 
-@pytest.mark.parametrize(("place", "error", "told"), [
+@pytest.mark.parametrize(("place", "error", "message"), [
     ((rewards, "load_reward"), NotFoundError("no weights"), "NotFoundError: no weights"),
     ((train, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
     ((rewards.Mixture, "score"), RewardError("reward: broken"), "RewardError: reward: broken"),
     ((texforce, "ppo_micro_batch"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
-    ((texforce, "ppo_micro_batch"), Awkward("odd", lambda: None), "Awkward: odd"),
-    ((texforce, "ppo_micro_batch"), Stubborn("odd", 1), ("RuntimeError: Stubborn: odd", "Stubborn: odd")),
-])  # fmt: skip
-def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, tmp_path, monkeypatch, place, error, told):
+], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")  # fmt: skip
+def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, tmp_path, monkeypatch, place, error, message):
     original = getattr(*place)
 
     def failing(*given, **named):
@@ -234,8 +247,23 @@ def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, t
 
     monkeypatch.setattr(*place, failing)
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    expected = [told, told] if isinstance(told, str) else list(told)
-    assert ends(lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log") == expected
+    assert ends(lambda: train.train(configure(options)), tmp_path / "log") == [message] * 2
+
+
+@pytest.mark.parametrize(("error", "first", "second"), [
+    (Awkward("odd", lambda: None), "Awkward: odd", "Awkward: odd"),
+    (Stubborn("odd", 1), "RuntimeError: Stubborn: odd", "Stubborn: odd"),
+], ids=["not pickled", "not unpickled"])  # fmt: skip
+def test_an_error_that_cannot_be_sent_ends_the_others_by_its_text(tmp_path, error, first, second):
+    def fail():
+        if processes.rank() == 1:
+            raise error
+
+    def work():
+        with processes.joined():
+            processes.agreed(fail)
+
+    assert ends(work, tmp_path / "log") == [first, second]
 
 
 def test_of_two_errors_the_first_processs_is_every_ones(tmp_path):
@@ -268,7 +296,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    first, second = ends(lambda: train.train(resolve(TrainOptions(**options))), tmp_path / "log")
+    first, second = ends(lambda: train.train(configure(options)), tmp_path / "log")
     assert first.startswith("InputError: output_dir")
     assert second == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
@@ -289,7 +317,7 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
     def work():
         with interrupts.handled():
-            train.train(resolve(TrainOptions(**options)))
+            train.train(configure(options))
 
     monkeypatch.setattr(train, "train_epoch", dying)
     monkeypatch.setattr(run, "write_checkpoint", terminated)
@@ -359,7 +387,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
-        train.check_shares(resolve(TrainOptions(**small_run | OPTIONS)))
+        train.check_shares(configure(small_run | OPTIONS))
 
 
 def worker(launcher: int, rank: int) -> int:
@@ -370,8 +398,10 @@ def worker(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.slow
-def test_accelerate_launch_on_two_machines_gives_the_adapter_of_one_process(pair, shared_run, tmp_path):
+def test_accelerate_launch_on_two_machines_gives_the_adapter_of_one_process(shared_run, tmp_path, monkeypatch):
     """Both of them this one."""
+    monkeypatch.setattr(models, "load_model", LOAD_MODEL)
+    run_training(1, shared_run | OPTIONS | {"output_dir": str(tmp_path / "one")}, tmp_path / "log")
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -392,7 +422,7 @@ def test_accelerate_launch_on_two_machines_gives_the_adapter_of_one_process(pair
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert [f"are in {tmp_path / 'out'}" in " ".join(output.split()) for output in outputs] == [True, False]
-    assert relative_difference(tmp_path / "out", pair / "1") < 1e-6
+    assert relative_difference(tmp_path / "out", tmp_path / "one") < 1e-6
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Learner, PromptStatistics, cli, files, rewards, run, train
+from texforce import Learner, PromptStatistics, cli, files, models, rewards, run, train
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 
@@ -36,12 +36,13 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Let a prompt's own statistics count from its second visit on, not from its sixteenth, and draw no curves.
+def quick(narrow_model):
+    """Let a prompt's own statistics count from its second visit on, not from its sixteenth; a narrow U-Net, and no curves.
 
     A curve takes longer than the training of these runs.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
         patch.setattr(PromptStatistics.__init__, "__defaults__", (32, 3))
         patch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
         yield

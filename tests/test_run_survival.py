@@ -1,13 +1,14 @@
 """Runs that are killed, terminated, or run out of disk, in processes of their own; slow, so `make check` and CI run them.
 
-`TEXFORCE_KILLS` says how many SIGKILLs at random moments there are (20), `TEXFORCE_PROMPT_FILES` how many prompt files
-(10,000).
+`TEXFORCE_KILLS` says how many SIGKILLs, SIGTERMs and file size limits at random there are (20 of each),
+`TEXFORCE_PROMPT_FILES` how many prompt files (10,000).
 """
 
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from texforce import prompt_sets, run
+from texforce.errors import InputError
 
 pytestmark = pytest.mark.slow
 NUM_KILLS = int(os.environ.get("TEXFORCE_KILLS", "20"))
@@ -129,8 +131,14 @@ def test_a_run_killed_at_random_moments_ends_in_the_very_same_adapter(server, op
         runs += 1
 
 
+def layout(folder: Path) -> list[tuple[str, bool]]:
+    """Names in a folder, without what is random in those of temporary ones, and whether anything is in the files."""
+    names = ((re.sub(r"\.\w{8}\.tmp", ".RANDOM.tmp", str(path.relative_to(folder))), path) for path in folder.rglob("*"))
+    return sorted((name, path.is_file() and path.stat().st_size > 0) for name, path in names)
+
+
 def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server, options, undisturbed, begun, tmp_path):
-    newest = []
+    newest, seen = [], []
     for number in itertools.count():
         folder = shutil.copytree(begun, tmp_path / str(number))
         command = ["train", *options, "--resume", str(folder)]
@@ -139,21 +147,24 @@ def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server
             break
         assert status == -signal.SIGKILL, (number, server.said())
         newest.append(run.newest_checkpoint(folder / "checkpoints").name)
-        assert server.run(command) == 0, server.said()
-        check_same(folder, undisturbed[0])
+        if layout(folder) not in seen:  # a step that only reads leaves what the one before it has left
+            seen.append(layout(folder))
+            assert server.run(command) == 0, server.said()
+            check_same(folder, undisturbed[0])
         shutil.rmtree(folder)
     assert len(newest) > 20
+    assert len(seen) > 6
     # Up to the renaming the old one counts, from then on the new one.
     assert newest == sorted(newest)
     assert set(newest) == {"epoch_000002", "epoch_000003"}
 
 
 def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, undisturbed, tmp_path):
-    """Fifty times; how to go on is told each time that there is something to go on from."""
+    """How to go on is told each time that there is something to go on from."""
     moments, terms, runs = random.Random(1), 0, 0
-    while terms < 50:
+    while terms < NUM_KILLS:
         folder = tmp_path / str(runs)
-        while terms < 50:
+        while terms < NUM_KILLS:
             status, seconds = server.run_until(
                 ["train", *options, "--resume", str(folder)], moments.uniform(0, undisturbed[1]), signal.SIGTERM
             )
@@ -162,12 +173,12 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
             if status == -signal.SIGTERM:  # before the command had looked at signals
                 continue
             assert status == 143, server.said()
-            assert seconds < 5
+            assert seconds < 10  # at once, even where other tests keep the machine busy
             terms += 1
-            said = server.said()
+            said = " ".join(server.said().split())
             if (folder / "checkpoints").is_dir():
                 assert run.newest_checkpoint(folder / "checkpoints")
-                assert "go on by: texforce train --resume" in said.replace("\n", " ")
+                assert "go on by: texforce train --resume" in said
             assert "Traceback" not in said
         assert server.run(["train", *options, "--resume", str(folder)]) == 0
         check_same(folder, undisturbed[0])
@@ -183,7 +194,7 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint_as_it_was(server, opti
     command = ["train", *options, "--resume", str(tmp_path / "out")]
     before = contents(begun / "checkpoints" / "epoch_000002")
     sizes = random.Random(2)
-    for _ in range(50):
+    for _ in range(NUM_KILLS):
         shutil.copytree(begun, tmp_path / "out")
         assert server.run(command, "limit_file_size", sizes.randrange(4096, largest)) == 5, server.said()
         assert contents(tmp_path / "out" / "checkpoints" / "epoch_000002") == before
@@ -238,19 +249,21 @@ TEXTS = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def prompt_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
 @settings(max_examples=NUM_PROMPT_FILES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(st.one_of(st.binary(max_size=60), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))),
-       st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]))  # fmt: skip
-def test_no_prompt_file_ends_otherwise_than_in_prompts_or_a_clear_error(content, ending):
-    path = Path(f"/dev/shm/texforce-{os.getpid()}{ending}")  # noqa: S108
+@given(content=st.one_of(st.binary(max_size=60), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))),
+       ending=st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]))  # fmt: skip
+def test_no_prompt_file_ends_otherwise_than_in_prompts_or_a_clear_error(prompt_folder, content, ending):
+    path = prompt_folder / f"prompts{ending}"
     path.write_bytes(content)
-    try:
-        for read in (prompt_sets.read_prompts, lambda name: prompt_sets.read_benchmark(name).prompts):
-            message, prompts = "", [""]
-            try:
-                prompts = read(str(path))
-            except ValueError as error:
-                message = str(error)
-            assert all(prompt.strip() for prompt in prompts) or message.startswith(("prompts: ", "benchmark: "))
-    finally:
-        path.unlink()
+    for read in (prompt_sets.read_prompts, lambda name: prompt_sets.read_benchmark(name).prompts):
+        message, prompts = "", [""]
+        try:
+            prompts = read(str(path))
+        except InputError as error:
+            message = str(error)
+        assert all(prompt.strip() for prompt in prompts) or message.startswith(("prompts: ", "benchmark: "))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from texforce import Policy, evaluate, models, sampler
-from texforce.config import SampleConfig
+from texforce.config import SampleOptions, resolve_sample
 from texforce.models import Conditioning
 from texforce.sampler import Denoiser, Trajectory, ddim_schedule
 
@@ -483,7 +483,8 @@ def test_nothing_is_compiled_without_cuda_or_when_it_is_not_wanted(monkeypatch):
 def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pipeline, stable_diffusion):
     model = models.load_model(str(stable_diffusion))
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "eta": 1.0}
-    policy = Policy(model, SampleConfig(**options, null_prompt="adapted"))
+    given = {"model": str(stable_diffusion), "prompt": PROMPTS} | options
+    policy, larger = (Policy(model, resolve_sample(SampleOptions(**given, resolution=size))) for size in (None, 48))
     ids = models.tokenize(model.tokenizer, PROMPTS)
     whole = evaluate.draw(policy, ids, [5, 6, 7], batch_size=3)
     assert whole.shape == (3, 3, 32, 32)
@@ -491,7 +492,6 @@ def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pi
     torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
     expected = pipeline(PROMPTS, generator=seeded(5, 6, 7), output_type="pt", **options).images
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
-    larger = Policy(model, SampleConfig(**options, null_prompt="adapted", resolution=48))
     assert evaluate.draw(larger, ids[:1], [5], 1).shape == (1, 3, 48, 48)
 
 

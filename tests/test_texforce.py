@@ -96,7 +96,7 @@ OPTIONS = {
     "model": "tiny", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
     "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5,
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "max_grad_norm": 1.0, "null_prompt": "adapted",
-    "sample_batch_size": 4, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
+    "sample_batch_size": 6, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
 }  # fmt: skip
 
 
@@ -634,10 +634,11 @@ def textbook_gradient(rig: Rig, batch: Batch, pairs: Tensor) -> Tensor:
     ("both", "adapted", 1.0),
 ])  # fmt: skip
 def test_the_gradient_equals_that_of_the_textbook_loop(make_rig, target, null_prompt, guidance_scale, kl_weight):
-    rig = make_rig(target=target, null_prompt=null_prompt, guidance_scale=guidance_scale, kl_weight=kl_weight)
+    options = {"target": target, "null_prompt": null_prompt, "guidance_scale": guidance_scale, "kl_weight": kl_weight}
+    rig = make_rig(sample_batch_size=4, **options)
     batch = rig.collect()
     rig.perturb(1e-2)
-    pairs = rig.pairs(batch)[:12]
+    pairs = rig.pairs(batch)[:8]
     statistics = rig.accumulate(batch, pairs)
     gradient = gradient_of(rig.policy.parameters)
     assert 0 < statistics.num_clipped < len(pairs)
@@ -650,7 +651,7 @@ def test_the_gradient_at_the_narrow_last_steps_equals_the_textbook_loops_but_for
     rig = make_rig(target=target)
     batch = rig.collect()
     rig.perturb(1e-3)
-    pairs = rig.pairs(batch, ALL_STEPS)[:15]
+    pairs = rig.pairs(batch, ALL_STEPS)[:10]
     assert set(pairs[:, 1].tolist()) == set(ALL_STEPS)
     gradient = rig.gradient(batch, pairs)
     reference = textbook_gradient(rig, batch, pairs)
@@ -665,9 +666,9 @@ def test_the_micro_batch_size_changes_neither_gradient_nor_update(make_rig, targ
     rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1)
     batch = rig.collect()
     rig.perturb(1e-2)
-    pairs, start = rig.pairs(batch), rig.weights()
+    pairs, start = rig.pairs(batch)[:10], rig.weights()
     gradients, changes = [], []
-    for size in (1, 7, 64):
+    for size in (1, 4, 64):
         gradients.append(rig.gradient(batch, pairs, micro_batch_size=size))
         rig.learner().step()
         changes.append(rig.weights() - start)
@@ -738,7 +739,9 @@ def test_the_text_encoder_runs_once_an_update_whatever_the_number_of_pairs(make_
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(make_rig, peak_of_saved_bytes):
-    plain, checkpointed = make_rig(target="both"), make_rig(target="both", gradient_checkpointing=True)
+    plain, checkpointed = (
+        make_rig(target="both", micro_batch_size=18, gradient_checkpointing=chosen) for chosen in (False, True)
+    )
     batch = plain.collect()
     torch.testing.assert_close(checkpointed.collect().trajectory.log_probs, batch.trajectory.log_probs)
     pairs, peaks, gradients = plain.pairs(batch), [], []
@@ -857,7 +860,7 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps(ma
     assert small > 1e6
     assert peak(num_samples_per_prompt=4) == pytest.approx(small, rel=0.01)
     assert peak(num_inference_steps=2) == pytest.approx(small, rel=0.01)
-    assert peak(micro_batch_size=6) > 1.5 * small
+    assert peak(num_samples_per_prompt=4, micro_batch_size=12) > 1.5 * small
 
 
 # --- the ratio before the first update ---
@@ -876,8 +879,8 @@ def test_the_ratio_is_one_before_the_first_update(make_rig, target, null_prompt)
 def test_the_ratio_is_one_whatever_the_batch_sizes_of_sampling_and_training(make_rig):
     rig = make_rig(num_samples_per_prompt=4, sample_batch_size=12)
     batch = rig.collect()
-    pairs = rig.pairs(batch, ALL_STEPS)
-    sizes = (1, 3, 7, 9, 12, 24, 32, 100)
+    pairs = rig.pairs(batch, ALL_STEPS)[:36]
+    sizes = (1, 3, 7, 12, 24, 100)
     deviations = {size: rig.accumulate(batch, pairs, micro_batch_size=size).ratio_deviation for size in sizes}
     # Kernels round differently for batches of other sizes: the U-Net's output, not the log-probability made of it.
     assert max(deviations.values()) <= texforce.FLOAT32_TOLERANCE, deviations
@@ -1206,7 +1209,7 @@ def test_log_probabilities_that_are_not_finite_end_the_run(make_rig):
 
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 def test_the_kl_divergence_is_zero_at_the_start_and_positive_after_an_update(make_rig, target, null_prompt):
-    rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1)
+    rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1, micro_batch_size=15)
     batch = rig.collect()
     pairs = rig.pairs(batch)
     assert rig.accumulate(batch, pairs).kl == pytest.approx(0, abs=1e-9)
@@ -1230,13 +1233,13 @@ def test_the_kl_divergence_of_an_epoch_is_that_before_the_last_step(make_rig, mo
 
 
 def test_the_kl_term_pulls_towards_the_base_model(make_rig):
-    rig = make_rig(kl_weight=1.0, max_grad_norm=1e9)
+    rig = make_rig(kl_weight=1.0, max_grad_norm=1e9, micro_batch_size=18, learning_rate=2e-3)
     batch = rig.collect()
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
     rig.perturb(1e-2)
     pairs, learner = rig.pairs(batch), rig.learner()
     divergences = []
-    for _ in range(8):
+    for _ in range(6):
         divergences.append(rig.accumulate(batch, pairs).kl)
         learner.step()
     assert divergences[-1] < 0.5 * divergences[0]

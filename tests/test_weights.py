@@ -4,14 +4,10 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import os
 import pickle
 import random
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from texforce import rewards, scorers, weights
 from texforce.errors import ArtifactError, NotFoundError
+
+from .hostile import hostile_objects, recorded
 
 
 @pytest.fixture(scope="module")
@@ -104,51 +102,6 @@ def test_a_damaged_checkpoint_is_refused_or_loads_whatever_byte_it_is(small_mode
 
 
 # --- files that run code ---
-
-
-class Hostile:
-    """Its pickle calls a function when it is loaded."""
-
-    def __init__(self, function: Callable, *arguments: object) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-EVENTS: list[str] = []  # of the audit hook, which cannot be taken away again
-RECORDING = [False]
-EXECUTION = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec", "socket.connect", "os.remove")
-
-
-def audit(event: str, arguments: tuple) -> None:
-    if RECORDING[0]:
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        evaluates = event == "exec" and getattr(arguments[0], "co_filename", "") == "<string>"
-        if event in EXECUTION or writes or evaluates:
-            EVENTS.append(f"{event} {arguments[0]}")
-
-
-sys.addaudithook(audit)
-
-
-@contextlib.contextmanager
-def recorded():
-    EVENTS.clear()
-    RECORDING[0] = True
-    try:
-        yield EVENTS
-    finally:
-        RECORDING[0] = False
-
-
-def hostile_objects(folder: Path) -> list[Hostile]:
-    return [
-        Hostile(open, str(folder / "created"), "w"),
-        Hostile(os.system, f"touch {folder / 'created'}"),
-        Hostile(eval, f"open({str(folder / 'created')!r}, 'w')"),
-        Hostile(subprocess.Popen, ["touch", str(folder / "created")]),
-    ]
 
 
 @pytest.mark.parametrize("number", range(4))
