@@ -298,7 +298,7 @@ class Samples:
     """One epoch's N images with their scores: num_samples_per_prompt of each prompt, side by side."""
 
     prompts: list[str]  # (N,)
-    trajectory: sampler.Trajectory  # of this process's images
+    trajectory: Any  # a sampler.Trajectory of this process's images
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
     parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
     local_indices: Tensor  # (n,) int64, which of the N images the trajectory holds
@@ -346,7 +346,9 @@ def gather_scores(scored: Mapping[int, Scored]) -> dict[str, Tensor]:
 
 
 def num_rollout_calls(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of an epoch's rollouts, one for each image, step and branch of guidance."""
+    """U-Net calls of an epoch's rollouts before the update, one for each image, step and branch of guidance."""
+    if config.algorithm == "gradient":
+        return 0  # the update samples
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     return num_images * config.num_inference_steps * (2 if policy.denoiser.guided else 1)
 
@@ -994,6 +996,15 @@ def gradient_update(
         pairs = torch.stack([images, torch.zeros_like(images)], dim=1)
         total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
     return total
+
+
+def scored_by_update(batch: Batch, reward: rewards.Mixture, updated: UpdateStatistics) -> Samples:
+    """The samples of `gradient_update` with their scores, without trajectories."""
+    parts = {name: torch.tensor([updated.scores[i][name] for i in range(len(batch.prompts))]) for name in reward.parts}
+    reward.observe(parts)
+    values = reward.combine(parts)
+    values = values.where(values.isfinite(), torch.nan)
+    return Samples(batch.prompts, None, values, parts, batch.local_indices)
 
 
 def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generator: torch.Generator) -> Noising:

@@ -21,25 +21,31 @@ from . import (
     Policy,
     PromptOrder,
     PromptStatistics,
+    Samples,
     Scored,
+    UpdateStatistics,
     check_finite,
     collect,
     compute_advantages,
+    draw_noise_batch,
     files,
     finds_micro_batch,
     finite_mean,
     gather_scores,
+    gradient_update,
     interrupts,
     make_batch,
     make_policy,
+    matching_update,
     models,
     num_rollout_calls,
+    ppo_update,
     processes,
     rewards,
     run,
+    scored_by_update,
     scorers,
     trainable_steps,
-    update,
     wants_kl,
     world,
 )
@@ -234,7 +240,7 @@ def _summary(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "num_images": epochs[-1]["num_images"],
         "num_unet_calls": epochs[-1]["num_unet_calls"],
-        "max_ratio_deviation": max(measures["max_ratio_deviation"] for measures in epochs[1:]),
+        "max_ratio_deviation": max((measures.get("max_ratio_deviation", 0.0) for measures in epochs[1:]), default=0.0),
         "num_dropped": sum(len(measures.get("dropped", ())) for measures in epochs),
         "heldout": {name: {"base": base[name], "tuned": tuned[name]} for name in base},
     }
@@ -326,11 +332,25 @@ class _Training:
 def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
     """Sample, score and update once; the measures of the epoch."""
     begin, policy = time.perf_counter(), current.policy
+    noise, choice = current.generators["noise"], current.generators["choice"]
     prompts = current.order.take(config.num_prompts_per_epoch)
-    samples = collect(policy, current.reward, prompts, config, current.generators["noise"])
-    batch = make_batch(samples, compute_advantages(samples, config, current.statistics), config, policy.model.device)
-    sampled = time.perf_counter()
-    updated = update(policy, batch, current.learner, config, current.generators["choice"])
+    if config.algorithm == "gradient":
+        batch, sampled = draw_noise_batch(policy, prompts, config, noise), begin
+        updated = gradient_update(policy, batch, current.reward, current.learner, config)
+        samples = scored_by_update(batch, current.reward, updated)
+    else:
+        samples = collect(policy, current.reward, prompts, config, noise)
+        batch = make_batch(samples, compute_advantages(samples, config, current.statistics), config, policy.model.device)
+        sampled = time.perf_counter()
+        update = matching_update if config.algorithm == "matching" else ppo_update
+        updated = update(policy, batch, current.learner, config, choice)
+    seconds = time.perf_counter() - begin
+    timings = {"images_per_s": len(batch.prompts) / seconds, "sampling_share": (sampled - begin) / seconds}
+    return _epoch_measures(samples, updated, policy, config) | timings
+
+
+def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy, config: TrainConfig) -> dict[str, Any]:
+    """The measures of an epoch, in the algorithm's own terms."""
     dropped = torch.nonzero(samples.rewards.isnan()).flatten().tolist()
     num_images, num_pairs = len(samples.rewards), max(1, updated.num_pairs)
     measures: dict[str, Any] = {
@@ -338,15 +358,14 @@ def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
         "reward_std": samples.rewards[samples.rewards.isfinite()].std(correction=0).item(),
         "num_images": num_images,
         "num_unet_calls": num_rollout_calls(policy, config) + updated.num_unet_calls,
-        "max_ratio_deviation": updated.first_ratio_deviation,
-        "ratio_deviation": updated.ratio_deviation,
-        "clip_fraction": updated.num_clipped / num_pairs,
-        "images_per_s": num_images / (time.perf_counter() - begin),
-        "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
     }
+    if config.algorithm == "ppo":
+        measures["max_ratio_deviation"] = updated.first_ratio_deviation
+        measures["ratio_deviation"] = updated.ratio_deviation
+        measures["clip_fraction"] = updated.num_clipped / num_pairs
     if config.algorithm == "matching":
         measures["loss"] = updated.loss / num_pairs
-    if config.null_anchor:
+    if policy.anchor_ids is not None:
         measures["anchor_drift"] = updated.anchor_drift
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = updated.grad_norm
