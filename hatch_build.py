@@ -17,16 +17,12 @@ EDITABLE = ".editable"  # on the path of an editable install, so that `texforce`
 
 class FlatLayout(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        root = Path(self.root)
-        places = {name: f"texforce/{'__init__.py' if name == 'texforce.py' else name}" for name in files()}
+        root, modules = Path(self.root), [f"{name}.py" for name in MODULES]
+        places = {name: f"texforce/{'__init__.py' if name == 'texforce.py' else name}" for name in (*modules, *DATA)}
         if version != "editable":
             build_data["force_include"] |= {str(root / name): place for name, place in places.items()}
             return
         shutil.rmtree(root / EDITABLE, ignore_errors=True)
         (root / EDITABLE / "texforce").mkdir(parents=True)
-        for name, place in places.items():  # editors follow the links; Python goes by texforce.__path__
-            (root / EDITABLE / place).symlink_to(root / name)
-
-
-def files() -> tuple[str, ...]:
-    return (*(f"{name}.py" for name in MODULES), *DATA)
+        for name in (*modules, "py.typed"):  # editors follow the links; Python goes by texforce.__path__
+            (root / EDITABLE / places[name]).symlink_to(root / name)

@@ -73,7 +73,8 @@ def random_model(name: str) -> Callable[..., nn.Module]:
         from transformers import CLIPConfig
 
         if name == "hand":
-            return cls(cls.config_class(vision_config={"image_size": 960}))
+            text = {"max_position_embeddings": 24}  # not 16: the tiny model's tokenizer pads to 24
+            return cls(cls.config_class(vision_config={"image_size": 960}, text_config=text))
         vision, text, width = CLIP_SIZES[name]
         model = weights.build_empty(cls, CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
         random_fill(model, None, folder)
@@ -90,7 +91,7 @@ def load(name: str, device: str, folder: Path) -> rewards.Scorer:
     words += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(words))]  # as many as bert-base-uncased has
     (folder / "vocab.txt").write_text("\n".join(words))
     if name == "hand":
-        tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer", model_max_length=16)
+        tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer")
         Owlv2Processor(Owlv2ImageProcessor(), tokenizer).save_pretrained(folder)
     with (
         mock.patch.object(rewards, "find_weights", return_value=folder),

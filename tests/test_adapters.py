@@ -848,7 +848,7 @@ def test_bad_files_are_refused_at_once_by_name_with_nothing_run_asked_or_written
         start = time.perf_counter()
         with recorded() as events, pytest.raises(kind) as caught:
             read(path, small)
-        assert time.perf_counter() - start < 2, name
+        assert time.perf_counter() - start < 10, name  # a pattern could hang
         assert path.name in str(caught.value), (name, caught.value)
         assert len(str(caught.value).splitlines()) == 1, name
         assert events == [], (name, events)

@@ -175,16 +175,16 @@ def test_the_package_run_as_a_program_says_in_one_line_how_to_run_it():
 
 
 @pytest.mark.parametrize("where", ["checkout", "wheel"])
-def test_an_editor_finds_the_definition_of_an_imported_name(where, site, tmp_path):
-    """Asked of jedi, in a module of the package and in a program that uses it."""
-    package = ROOT if where == "checkout" else site / "texforce"
+def test_an_editor_finds_the_definition_of_an_imported_name(where, site, editable, tmp_path):
+    """Asked of jedi, in a program that uses the package and in one of its modules."""
+    package, path = (editable.parent, editable) if where == "checkout" else (site / "texforce", site)
     (tmp_path / "program.py").write_text("from texforce.rewards import load_reward\n")
-    project = jedi.Project(tmp_path, added_sys_path=[str(package if where == "checkout" else site)])
-    for path, name, file in (
+    project = jedi.Project(tmp_path, sys_path=[str(path)])
+    for source, name, file in (
         (tmp_path / "program.py", "load_reward", "rewards.py"),
         (package / "rewards.py", "RewardError", "errors.py"),
     ):
-        lines = path.read_text().splitlines()
+        lines = source.read_text().splitlines()
         row = next(i for i, line in enumerate(lines) if "import" in line and name in line)
-        (found,) = jedi.Script(path=path, project=project).goto(row + 1, lines[row].index(name) + 1, follow_imports=True)
-        assert Path(found.module_path) == package / file
+        (found,) = jedi.Script(path=source, project=project).goto(row + 1, lines[row].index(name) + 1, follow_imports=True)
+        assert Path(found.module_path).resolve() == package / file
