@@ -133,7 +133,7 @@ class Policy:
                 self.null_embeds = models.encode_null(model)
         self.denoiser = self._make_denoiser(config)
         # Users sample every step with noise, so held-out images do too, whatever training does.
-        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config))
+        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config), keep_null_outputs=False)
 
     def _make_denoiser(self, config: TrainConfig | DrawConfig) -> sampler.Denoiser:
         trained = isinstance(config, TrainConfig)
@@ -144,6 +144,7 @@ class Policy:
             compile=config.compile,
             pooled=models.pooled_text(self.model),
             branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
+            keep_null_outputs=trained and self.null_embeds is not None,
             text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
         )
 
@@ -356,8 +357,7 @@ def _sample_and_score(
 def _rollout(policy: Policy, prompts: Sequence[str], generator: torch.Generator) -> sampler.Trajectory:
     prompt_ids = models.tokenize_for(policy.model, prompts).to(policy.model.device)
     conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
-    keep = policy.null_embeds is not None
-    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator, keep)
+    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator)
 
 
 def _decode_and_score(

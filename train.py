@@ -72,12 +72,13 @@ def prepare(config: TrainConfig) -> Setup:
     device, names = default_device(), [config.reward, *(config.eval_reward or ())]
     for name in names:
         rewards.check_reward(name)  # a typing error must not wait for a model
-    checkpoints = rewards.parse_checkpoints(config.reward_checkpoint or (), names)
+    checkpoints = rewards.EMBEDDED if config.model == "tiny" else {}
+    checkpoints = checkpoints | rewards.parse_checkpoints(config.reward_checkpoint or (), names)
     # The model first: a mistyped folder must not wait for the download of a scorer.
     model = models.load_model(config.model, device, models.DTYPES[config.mixed_precision])
 
     def load(name: str, normalise: bool = False) -> rewards.Mixture:
-        return rewards.load_reward(name, device, checkpoints, config.model == "tiny", normalise, config.reward_timeout)
+        return rewards.load_reward(name, device, checkpoints, normalise, config.reward_timeout)
 
     reward = load(config.reward, config.normalise_rewards)
     eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
