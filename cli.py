@@ -167,7 +167,7 @@ def train_command(
 
         options = merge_options(read_config(config), given)
         if force_resume and not resume:
-            raise InputError("force_resume: it is about a run to go on with; give --resume")
+            raise InputError("force_resume: works only together with --resume")
         if resume:
             options = resumed_options(resume, options)
         settings = resolve(TrainOptions(**options))

@@ -1,5 +1,8 @@
 """Rewards: what `--reward` names. A published scorer, a weighted sum of several, a function of yours, or a server of yours.
 
+To add a scorer: its class in scorers.py, an entry in CATALOGUE here, its weights in weights.HUB, and an extra in
+pyproject.toml if it needs a package.
+
 Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, the HTTP client and server.
 """
 
@@ -161,15 +164,17 @@ def _check_url(url: str) -> None:
         raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
 
 
-def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str]:
-    """Paths by name of NAME=PATH, for the rewards given; a path alone is that of the only scorer, "hub" the hub's.
+def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
+    """Checkpoints by name, from NAME=PATH items for the given rewards.
+
+    A PATH alone belongs to the first weights of the only scorer; PATH "hub" means the published ones.
 
     Raises:
         InputError: a name that reads no checkpoint, or a path alone where there are several scorers.
     """
     names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
     known = [weights for spec in specs for weights in weights_of(spec)]
-    paths: dict[str, str] = {}
+    paths: dict[str, str | Path] = {}
     for item in items:
         name, _, path = item.partition("=")
         if name not in known and len(names) == 1 and known:

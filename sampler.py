@@ -113,7 +113,7 @@ class Denoiser:
     guidance_scale: float
     compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # SDXL's pooled text, the last row of its embeddings
-    branches_apart: bool = False  # run one at a time: only one is trained, and rounding depends on a batch's size
+    branches_apart: bool = False  # the null and the prompt branch run as separate batches, as the update runs only one
     keep_null_outputs: bool = False  # in trajectories: the null prompt is not trained, so that updates need its outputs only
     text_trained: bool | None = None  # in training, whether embeddings have gradients in updates; None: no training
 

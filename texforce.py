@@ -78,7 +78,7 @@ TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
 FLOAT32_TOLERANCE = 5e-6
-# The same in half precision and on a GPU, where unequal batch sizes give what depends on the number of steps, the guidance
+# The same in half precision and on a GPU, where, with unequal batch sizes, it depends on the number of steps, the guidance
 # and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
@@ -342,7 +342,7 @@ def _sample_and_score(
         for number, start in enumerate(range(0, len(prompts), config.sample_batch_size)):
             interrupts.check()
             chunk = prompts[start : start + config.sample_batch_size]
-            if not processes.share(number):
+            if not processes.is_mine(number):
                 sampler.skip_rollout(policy.denoiser, len(chunk), policy.latent_shape, generator)
                 continue
             trajectory = trajectories[number] = _rollout(policy, chunk, generator)
@@ -686,7 +686,7 @@ class Learner:
             DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, as
                 often as lowering it can help.
         """
-        # The first loss that it scales sets it up, and a process whose pairs are all another's has none.
+        # The scaler sets itself up at its first scale(), which a process without pairs of its own never calls.
         self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -765,8 +765,8 @@ def update(
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
 
-    Where rounding sets sampling and updates apart by more than a tenth of the clip range, or batches were not filled, the
-    log-probabilities that the later steps compare with are computed anew before the first one.
+    Where results round by batch, the old log-probabilities of the later steps are recomputed before the first one if its
+    ratios differ from 1 by more than a tenth of the clip range, or if the last sampling batch was not full.
 
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.

@@ -108,8 +108,8 @@ def train(
     """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
 
     `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With
-    `resume` a run that lies in the output folder goes on from its newest checkpoint, exactly as if it had never stopped,
-    and a finished one gives its result; with `force` too though options or prompts differ from it.
+    `resume` a run in the output folder goes on from its newest checkpoint, exactly as if it had never stopped, and a
+    finished one returns its result; `force` resumes even if options or prompts have changed.
 
     Raises:
         InputError: bad input. OSError: storage. ArtifactError: a refused checkpoint. RewardError: the scorer failed.
@@ -326,11 +326,11 @@ class _Training:
 
 def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
     """Sample, score and update once; the measures of the epoch."""
-    begin, policy = time.perf_counter(), current.policy
+    started_at, policy = time.perf_counter(), current.policy
     prompts = current.order.take(config.num_prompts_per_epoch)
     samples = collect(policy, current.reward, prompts, config, current.generators["noise"])
     batch = make_batch(samples, compute_advantages(samples, config, current.statistics), policy.model.device)
-    sampled = time.perf_counter()
+    updated_at = time.perf_counter()
     updated = update(policy, batch, current.learner, config, current.generators["choice"])
     dropped = torch.nonzero(samples.rewards.isnan()).flatten().tolist()
     num_images, num_pairs = len(samples.rewards), max(1, updated.num_pairs)
@@ -339,11 +339,11 @@ def train_epoch(current: Run, config: TrainConfig) -> dict[str, Any]:
         "reward_std": samples.rewards[samples.rewards.isfinite()].std(correction=0).item(),
         "num_images": num_images,
         "num_unet_calls": num_rollout_calls(policy, config) + updated.num_unet_calls,
-        "max_ratio_deviation": updated.first_ratio_deviation,
+        "max_ratio_deviation": updated.first_ratio_deviation,  # before the first step, where it must be 0
         "ratio_deviation": updated.ratio_deviation,
         "clip_fraction": updated.num_clipped / num_pairs,
-        "images_per_s": num_images / (time.perf_counter() - begin),
-        "sampling_share": (sampled - begin) / (time.perf_counter() - begin),
+        "images_per_s": num_images / (time.perf_counter() - started_at),
+        "sampling_share": (updated_at - started_at) / (time.perf_counter() - started_at),
     }
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = updated.grad_norm
@@ -417,7 +417,7 @@ def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[
     images = {}
     for start in range(0, len(prompts), batch_size):
         interrupts.check()
-        if processes.share(start // batch_size):
+        if processes.is_mine(start // batch_size):
             prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
             generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)
             images[start] = policy.draw(prompt_ids, generator).cpu()
@@ -510,7 +510,7 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
     if config.max_reward_drop and "heldout" in last:
         measured = (_in_final_units(measures, config.reward, reward) for measures in (epochs[0], last))
         base, tuned = (measures["heldout"][config.reward] for measures in measured)
-        spread = epochs[1]["reward_std"]  # of images of the base model, but for the epoch's own updates
+        spread = epochs[1]["reward_std"]  # of the base model's images: epoch 1 samples before its first update
         if spread > 0 and base - tuned > config.max_reward_drop * spread:
             raise DivergedError(
                 f"the held-out {config.reward} has collapsed from {base:.4f} to {tuned:.4f} (--max-reward-drop); lower "
