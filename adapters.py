@@ -169,13 +169,18 @@ def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dic
     return dict(configs)
 
 
-# By the width of the text that the U-Net takes: kohya's word for the base model.
-FAMILIES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl"}
+ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the width of the text that the U-Net takes
+    768: ("sd_v1", "stable-diffusion-v1"),
+    1024: ("sd_v2", "stable-diffusion-v2"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
 
 
 def _check_family(header: Mapping[str, str], model: Any, path: Path) -> None:
-    said, own = header.get("ss_base_model_version", ""), FAMILIES.get(model.unet.config.cross_attention_dim)
-    family = next((family for family in FAMILIES.values() if said.startswith(family)), None)
+    said = header.get("ss_base_model_version", "")
+    families = {width: base.removesuffix("_base_v1-0") for width, (base, _) in ARCHITECTURES.items()}  # sdxl has variants
+    own = families.get(model.unet.config.cross_attention_dim)
+    family = next((family for family in families.values() if said.startswith(family)), None)
     if family and own and family != own:
         raise ArtifactError(f"{path}: made for another model: it says {said}, and this one is {own}; see --model")
 

@@ -167,7 +167,7 @@ def train_command(
 
         options = merge_options(read_config(config), given)
         if force_resume and not resume:
-            raise InputError("force_resume: it is about a run to go on with; give --resume")
+            raise InputError("force_resume: works only together with --resume")
         if resume:
             options = resumed_options(resume, options)
         settings = resolve(TrainOptions(**options))
@@ -376,8 +376,10 @@ def serve_command(
 
         if not 0 <= port < 65536:
             raise InputError(f"port: must be from 0 to 65535, not {port}")
-        checkpoints = rewards.parse_checkpoints(reward_checkpoint or (), [reward])
-        scorer = rewards.load_reward(reward, device or default_device(), checkpoints)
+        device = device or default_device()
+        checkpoints = rewards.EMBEDDED if device == "cpu" else {}
+        checkpoints = checkpoints | rewards.parse_checkpoints(reward_checkpoint or (), [reward])
+        scorer = rewards.load_reward(reward, device, checkpoints)
         try:
             server = rewards.make_server(scorer, port, host)
         except OSError as error:

@@ -295,9 +295,9 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
         )
     check_folder(evaluation.folder)
     files.check_writable(evaluation.folder)
-    given = rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
+    checkpoints = _checkpoints(config)
     models.find_model(config.model)
-    return {spec: rewards.locate(spec, given, config.model == "tiny") for spec in config.measures}
+    return {spec: rewards.locate(spec, checkpoints) for spec in config.measures}
 
 
 # --- drawing ---
@@ -375,9 +375,14 @@ def _key(spec: str, source: dict[str, Any]) -> str:
     return f"{spec} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def _checkpoints(config: EvalConfig) -> dict[str, str | Path]:
+    """The rewards' weights that do not come from the hub."""
+    embedded = rewards.EMBEDDED if config.model == "tiny" else {}
+    return embedded | rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
+
+
 def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:
-    given = rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
-    return rewards.load_reward(spec, default_device(), given, config.model == "tiny", timeout=config.reward_timeout)
+    return rewards.load_reward(spec, default_device(), _checkpoints(config), timeout=config.reward_timeout)
 
 
 def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from . import __version__, adapters, files, ldm, models
-from .adapters import Adapter, Layer, lora_config, lora_tensors, named_as_in
+from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in
 from .config import SETTINGS, MergeConfig
 from .errors import InputError
 
 LORA_FORMATS = ("peft", "diffusers", "kohya")
 FULL_FORMATS = ("pipeline", "checkpoint")
-ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the width of the text that the U-Net takes
-    768: ("sd_v1", "stable-diffusion-v1"),
-    1024: ("sd_v2", "stable-diffusion-v2"),
-    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-}
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,8 @@ def write_peft(merged: Merged, folder: Path) -> None:
 def write_diffusers(merged: Merged, folder: Path) -> None:
     """`pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`, with metadata.
 
-    Alpha is the rank, and its own strength is in the matrices, since readers without the metadata, as ComfyUI, take it so.
+    Alpha is written as the rank, and the scale is folded into `up`: readers that ignore the metadata, as ComfyUI, assume a
+    scale of 1.
     Text encoders' tensors have the level `text_model.` in their names, without which ComfyUI knows none of them. In the
     metadata the names do without: peft takes the ends of names too, so that they fit transformers before and after 5.6.
     """
@@ -250,20 +246,20 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) ->
 # --- whole models ---
 
 
-def bake(merged: Merged) -> None:
+def _bake(merged: Merged) -> None:
     for part, layers in merged.adapter.items():
         adapters.bake(getattr(merged.model, part), layers)
 
 
 def write_pipeline(merged: Merged, folder: Path) -> None:
     """A folder for diffusers' `from_pretrained`, everything baked in."""
-    bake(merged)
+    _bake(merged)
     merged.model.save_pretrained(folder)
 
 
 def write_checkpoint(merged: Merged, folder: Path) -> None:
     """One file in the layout of Stable Diffusion's own code, everything baked in."""
-    bake(merged)
+    _bake(merged)
     path = folder / f"{Path(merged.config.output).name}.safetensors"
     save(ldm.checkpoint_tensors(merged.model), path, modelspec(merged, ""))
 

@@ -79,7 +79,7 @@ def _reaching() -> Iterator[None]:
         ) from error
 
 
-def share(number: int) -> bool:
+def is_mine(number: int) -> bool:
     """Whether the piece of work with this number belongs to this process."""
     return number % count() == rank()
 

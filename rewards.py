@@ -1,5 +1,8 @@
 """Rewards: what `--reward` names. A published scorer, a weighted sum of several, a function of yours, or a server of yours.
 
+To add a scorer: its class in scorers.py, an entry in CATALOGUE here, its weights in weights.HUB, and an extra in
+pyproject.toml if it needs a package.
+
 Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, the HTTP client and server.
 """
 
@@ -167,15 +170,17 @@ def _check_url(url: str) -> None:
         raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
 
 
-def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str]:
-    """Paths by name of NAME=PATH, for the rewards given; a path alone is that of the only scorer, "hub" the hub's.
+def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
+    """Checkpoints by name, from NAME=PATH items for the given rewards.
+
+    A PATH alone belongs to the first weights of the only scorer; PATH "hub" means the published ones.
 
     Raises:
         InputError: a name that reads no checkpoint, or a path alone where there are several scorers.
     """
     names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
     known = [weights for spec in specs for weights in weights_of(spec)]
-    paths: dict[str, str] = {}
+    paths: dict[str, str | Path] = {}
     for item in items:
         name, _, path = item.partition("=")
         if name not in known and len(names) == 1 and known:
@@ -192,19 +197,21 @@ def weights_of(spec: str) -> list[str]:
     return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
 
 
+EMBEDDED: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}  # checkpoints for the tiny world's images
+
+
 def load_reward(
     spec: str,
     device: str = "cpu",
     checkpoints: Mapping[str, str | Path] | None = None,
-    embedded: bool | None = None,
     normalise: bool = False,
     timeout: float = TIMEOUT,
 ) -> Mixture:
     """Load a reward: a name of CATALOGUE, `path/to/file.py:function`, a server's URL, or `hps=1,aesthetic=0.1`.
 
-    Weights are those of `checkpoints`, by the names of weights.HUB, and otherwise come from the hub; but with
-    `embedded` (by default: on the CPU) `hps` is the scorer of the tiny world. The timeout, in seconds, is that of one call
-    of a function or server.
+    Weights are those of `checkpoints`, by the names of weights.HUB, and otherwise, or where "hub" is given, come from the
+    hub. By default, on a CPU, `hps` is the scorer of the tiny world. The timeout, in seconds, is that of one call of a
+    function or server.
 
     Raises:
         InputError: what `check_reward` raises, or a file has no such function.
@@ -213,24 +220,19 @@ def load_reward(
     """
     check_reward(spec)
     weights = parse_mixture(spec)
-    paths = _given_paths(checkpoints or {}, embedded if embedded is not None else device == "cpu")
-    parts = {name: _load_one(name, paths, device, timeout) for name in weights}
+    if checkpoints is None:
+        checkpoints = EMBEDDED if device == "cpu" else {}
+    parts = {name: _load_one(name, checkpoints, device, timeout) for name in weights}
     return Mixture(parts, weights, normalise and len(parts) > 1)  # advantages are in units of one reward as it is
 
 
-def _given_paths(checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, str | Path]:
-    """The weights that do not come from the hub."""
-    paths: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS} if embedded else {}
-    return {name: path for name, path in (paths | dict(checkpoints)).items() if path != "hub"}
-
-
-def _load_one(name: str, paths: Mapping[str, str | Path], device: str, timeout: float) -> Scorer:
+def _load_one(name: str, checkpoints: Mapping[str, str | Path], device: str, timeout: float) -> Scorer:
     if name.startswith(URL):
         return Supervised(Remote(name, timeout), name, timeout)
     if ":" in name:
         return Supervised(_load_function(name), name, timeout)
     entry = CATALOGUE[name]
-    found = [find_weights(weights, paths) for weights in entry.weights]
+    found = [find_weights(weights, checkpoints) for weights in entry.weights]
     try:
         return entry.make(*found, device=device)
     except ImportError as error:  # of what a package itself needs, as OpenCV a system's library
@@ -253,16 +255,17 @@ def has_features(spec: str) -> bool:
     return any(name in CATALOGUE and CATALOGUE[name].features for name in parse_mixture(spec))
 
 
-def locate(spec: str, checkpoints: Mapping[str, str | Path], embedded: bool) -> dict[str, Any]:
+def locate(spec: str, checkpoints: Mapping[str, str | Path]) -> dict[str, Any]:
     """Where `load_reward` finds the parts of a reward: repository and revision, or files and their SHA-256.
 
     Raises:
         NotFoundError, InputError: it is not there, or a file has no such function.
     """
-    paths, sources = _given_paths(checkpoints, embedded), dict[str, Any]()
+    sources: dict[str, Any] = {}
     for weights in weights_of(spec):
-        found = find_weights(weights, paths)
-        sources[weights] = describe_files(found) if weights in paths else describe_source(weights)
+        found = find_weights(weights, checkpoints)
+        from_hub = checkpoints.get(weights, "hub") == "hub"
+        sources[weights] = describe_source(weights) if from_hub else describe_files(found)
     for name in parse_mixture(spec):
         if ":" in name and not name.startswith(URL):
             _load_function(name)

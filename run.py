@@ -187,7 +187,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, config: TrainConfig, prom
 
 
 def manifest(folder: Path) -> str:
-    """The SHA-256 of each of a checkpoint's files, as the manifest's own text: any other text is not it."""
+    """The SHA-256 of each of a checkpoint's files, as the exact text of a valid manifest."""
     sums = {path.name: files.sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
     return json.dumps(dict(sorted(sums.items())), indent=2) + "\n"
 

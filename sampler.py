@@ -156,7 +156,8 @@ class Denoiser:
     guidance_scale: float
     compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
     pooled: PooledText | None = None  # SDXL's pooled text, the last row of its embeddings
-    branches_apart: bool = False  # run one at a time: only one is trained, and rounding depends on a batch's size
+    branches_apart: bool = False  # the null and the prompt branch run as separate batches, as the update runs only one
+    keep_null_outputs: bool = False  # in trajectories: the null prompt is not trained, so that updates need its outputs only
     text_trained: bool | None = None  # in training, whether embeddings have gradients in updates; None: no training
 
     @property
@@ -326,7 +327,6 @@ def rollout(
     conditioning: Conditioning,
     shape: tuple[int, int, int],
     generator: Generators,
-    keep_null_outputs: bool = False,
 ) -> Trajectory:
     """Denoise N prompts from noise, all at once; with one generator, or with one a sample."""
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
@@ -339,7 +339,7 @@ def rollout(
             next_latents, log_prob, null_output = denoiser.step(latents[-1], steps, conditioning, noise)
             latents.append(next_latents)
             log_probs.append(log_prob)
-            if keep_null_outputs and null_output is not None:
+            if denoiser.keep_null_outputs and null_output is not None:
                 null_outputs.append(null_output)
     return Trajectory(
         prompt_ids=prompt_ids,

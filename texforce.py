@@ -80,7 +80,7 @@ TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
 FLOAT32_TOLERANCE = 5e-6
-# The same in half precision and on a GPU, where unequal batch sizes give what depends on the number of steps, the guidance
+# The same in half precision and on a GPU, where, with unequal batch sizes, it depends on the number of steps, the guidance
 # and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
 MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
@@ -137,7 +137,7 @@ class Policy:
         self.noise_process = sampler.noise_process(model.scheduler).to(model.device)
         self.anchor_ids, self.anchor_embeds = self._anchors(config)
         # Users sample every step with noise, so held-out images do too, whatever training does.
-        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config))
+        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config), keep_null_outputs=False)
 
     def _make_denoiser(self, config: TrainConfig | DrawConfig) -> sampler.Denoiser:
         trained = isinstance(config, TrainConfig)
@@ -148,6 +148,7 @@ class Policy:
             compile=config.compile,
             pooled=models.pooled_text(self.model),
             branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
+            keep_null_outputs=trained and self.null_embeds is not None,
             text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
         )
 
@@ -367,7 +368,7 @@ def _sample_and_score(
         for number, start in enumerate(range(0, len(prompts), config.sample_batch_size)):
             interrupts.check()
             chunk = prompts[start : start + config.sample_batch_size]
-            if not processes.share(number):
+            if not processes.is_mine(number):
                 sampler.skip_rollout(policy.denoiser, len(chunk), policy.latent_shape, generator)
                 continue
             trajectory = trajectories[number] = _rollout(policy, chunk, generator)
@@ -382,8 +383,7 @@ def _sample_and_score(
 def _rollout(policy: Policy, prompts: Sequence[str], generator: torch.Generator) -> sampler.Trajectory:
     prompt_ids = models.tokenize_for(policy.model, prompts).to(policy.model.device)
     conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
-    keep = policy.null_embeds is not None
-    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator, keep)
+    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator)
 
 
 def _decode_and_score(
@@ -819,7 +819,7 @@ class Learner:
             DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, as
                 often as lowering it can help.
         """
-        # The first loss that it scales sets it up, and a process whose pairs are all another's has none.
+        # The scaler sets itself up at its first scale(), which a process without pairs of its own never calls.
         self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -898,8 +898,8 @@ def ppo_update(
 ) -> UpdateStatistics:
     """num_updates_per_epoch optimizer steps, each on its share of the images, in each of num_inner_epochs passes over them.
 
-    Where rounding sets sampling and updates apart by more than a tenth of the clip range, or batches were not filled, the
-    log-probabilities that the later steps compare with are computed anew before the first one.
+    Where results round by batch, the old log-probabilities of the later steps are recomputed before the first one if its
+    ratios differ from 1 by more than a tenth of the clip range, or if the last sampling batch was not full.
 
     Raises:
         DivergedError: loss or gradient is not finite, or the ratio is not 1 before the first step.
@@ -969,7 +969,7 @@ def draw_noise_batch(policy: Policy, prompts: Sequence[str], config: TrainConfig
     indices, device = torch.arange(len(repeated)).split(config.sample_batch_size), policy.model.device
     for number, chunk in enumerate(indices):
         draws = sampler.draw_noise(config.num_inference_steps, len(chunk), policy.latent_shape, generator, device)
-        if processes.share(number):
+        if processes.is_mine(number):
             noise.append(torch.stack(list(draws), dim=1))
             local_indices.append(chunk)
         else:

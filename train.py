@@ -78,12 +78,13 @@ def prepare(config: TrainConfig) -> Setup:
     device, names = default_device(), [config.reward, *(config.eval_reward or ())]
     for name in names:
         rewards.check_reward(name)  # a typing error must not wait for a model
-    checkpoints = rewards.parse_checkpoints(config.reward_checkpoint or (), names)
+    checkpoints = rewards.EMBEDDED if config.model == "tiny" else {}
+    checkpoints = checkpoints | rewards.parse_checkpoints(config.reward_checkpoint or (), names)
     # The model first: a mistyped folder must not wait for the download of a scorer.
     model = models.load_model(config.model, device, models.DTYPES[config.mixed_precision])
 
     def load(name: str, normalise: bool = False) -> rewards.Mixture:
-        return rewards.load_reward(name, device, checkpoints, config.model == "tiny", normalise, config.reward_timeout)
+        return rewards.load_reward(name, device, checkpoints, normalise, config.reward_timeout)
 
     reward = load(config.reward, config.normalise_rewards)
     eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
@@ -113,8 +114,8 @@ def train(
     """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
 
     `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With
-    `resume` a run that lies in the output folder goes on from its newest checkpoint, exactly as if it had never stopped,
-    and a finished one gives its result; with `force` too though options or prompts differ from it.
+    `resume` a run in the output folder goes on from its newest checkpoint, exactly as if it had never stopped, and a
+    finished one returns its result; `force` resumes even if options or prompts have changed.
 
     Raises:
         InputError: bad input. OSError: storage. ArtifactError: a refused checkpoint. RewardError: the scorer failed.
@@ -360,7 +361,7 @@ def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy,
         "num_unet_calls": num_rollout_calls(policy, config) + updated.num_unet_calls,
     }
     if config.algorithm == "ppo":
-        measures["max_ratio_deviation"] = updated.first_ratio_deviation
+        measures["max_ratio_deviation"] = updated.first_ratio_deviation  # before the first step, where it must be 0
         measures["ratio_deviation"] = updated.ratio_deviation
         measures["clip_fraction"] = updated.num_clipped / num_pairs
     if config.algorithm == "matching":
@@ -439,7 +440,7 @@ def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[
     images = {}
     for start in range(0, len(prompts), batch_size):
         interrupts.check()
-        if processes.share(start // batch_size):
+        if processes.is_mine(start // batch_size):
             prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
             generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)
             images[start] = policy.draw(prompt_ids, generator).cpu()
@@ -532,7 +533,7 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
     if config.max_reward_drop and "heldout" in last:
         measured = (_in_final_units(measures, config.reward, reward) for measures in (epochs[0], last))
         base, tuned = (measures["heldout"][config.reward] for measures in measured)
-        spread = epochs[1]["reward_std"]  # of images of the base model, but for the epoch's own updates
+        spread = epochs[1]["reward_std"]  # of the base model's images: epoch 1 samples before its first update
         if spread > 0 and base - tuned > config.max_reward_drop * spread:
             raise DivergedError(
                 f"the held-out {config.reward} has collapsed from {base:.4f} to {tuned:.4f} (--max-reward-drop); lower "

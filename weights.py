@@ -66,7 +66,7 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
         NotFoundError: it is not there, or the hub cannot be reached.
     """
     source = HUB[name]
-    if name in checkpoints:
+    if checkpoints.get(name, "hub") != "hub":
         path = Path(checkpoints[name])
         if not (path.is_file() if isinstance(source, HubFile) else path.is_dir()):
             kind = "a file" if isinstance(source, HubFile) else "a folder"

@@ -103,7 +103,7 @@ def load(name: str, device: str, folder: Path) -> rewards.Scorer:
             load_pretrained=random_model(name),
         ),
     ):
-        return rewards.load_reward(name, device, embedded=False).parts[name]
+        return rewards.load_reward(name, device, {}).parts[name]
 
 
 def timed(call: Callable[[], Tensor], device: str, seconds: float = 3.0) -> tuple[float, Tensor]:

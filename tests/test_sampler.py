@@ -108,7 +108,9 @@ def rows_of(cond: Conditioning, rows: Tensor) -> Conditioning:
 def micro_rollout(denoiser: Denoiser, generator, num_samples: int = 3, keep_null_outputs: bool = False) -> Trajectory:
     prompt_ids = torch.arange(num_samples * 5).reshape(num_samples, 5)
     cond = conditioning(num_samples)
-    return sampler.rollout(denoiser, prompt_ids, cond, (4, 8, 8), generator, keep_null_outputs)
+    if keep_null_outputs:
+        denoiser = replace(denoiser, keep_null_outputs=True)
+    return sampler.rollout(denoiser, prompt_ids, cond, (4, 8, 8), generator)
 
 
 # --- the transition ---
