@@ -216,7 +216,7 @@ def hint_to_resume(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) or isinstance(expected(error), passing):
             with interrupts.deferred():  # as in the saving before it
                 if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
-                    warn(f"go on by: texforce train --resume {shlex.quote(config.output_dir)}")
+                    warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}")
         raise
 
 
@@ -510,7 +510,7 @@ def evaluation_table(results: dict[str, Any]) -> Table:
 
     about = results["benchmark"]
     total = f" of {about['num_prompts']}" if results["strengths"] else ""
-    title = f"{about['name']}: {results['num_prompts_told']}{total} prompts, {results['num_images']} images each"
+    title = f"{about['name']}: {results['num_prompts_measured']}{total} prompts, {results['num_images']} images each"
     table = Table(
         "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
     )

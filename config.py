@@ -117,7 +117,7 @@ class Options:
 def options_of(config_class: Any) -> type[Options]:
     """The Options of a Config: its fields that are options, each of which may be None."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    given = [item for item in option_fields(config_class)]
+    given = option_fields(config_class)
     body: dict[str, Any] = {item.name: field(default=None, metadata=item.metadata) for item in given}
     body["__annotations__"] = {item.name: hints[item.name] | None for item in given}
     return validated(type(config_class.__name__.replace("Config", "Options"), (Options,), body | {"__module__": __name__}))

@@ -6,7 +6,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-# Error numbers of the disk and of the process, which no other file would mend.
+# Errors of the disk or of process limits: they do not depend on which file is read.
 STORAGE = {
     getattr(errno, name)
     for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE", "ENOSPC", "EPERM", "EROFS", "ESTALE")

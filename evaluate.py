@@ -413,7 +413,7 @@ def summarise(evaluation: Evaluation, scores: Scores, described: dict[str, Any])
     return {
         "confidence": measures.CONFIDENCE,
         "num_resamples": measures.NUM_RESAMPLES,
-        "num_prompts_told": int((~validation).sum()),
+        "num_prompts_measured": int((~validation).sum()),
         "systems": systems,
         "strengths": sweeps,
         "prompts": [

@@ -157,7 +157,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a removal that is cut off leaves nothing that looks like one."""
+    """Remove a folder; it is renamed first, so that an interrupted removal leaves no valid checkpoint behind."""
     doomed = folder.with_name(f".{folder.name}.old{TEMPORARY}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -245,7 +245,10 @@ def open_image(path: Path) -> Image:
     """
     from PIL import Image
 
-    with reading(f"{path}: not an image that can be read; remove it, and it is drawn again"), Image.open(path) as image:
+    with (
+        reading(f"{path}: not an image that can be read; delete it and run the command again to draw it anew"),
+        Image.open(path) as image,
+    ):
         image.load()
         return image
 

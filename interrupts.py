@@ -53,9 +53,8 @@ def recognised() -> Iterator[None]:
 def _handle(number: int, frame: object) -> None:
     global _received
     if _received is not None:
-        os._exit(
-            EXIT_CODES[signal.Signals(number)]
-        )  # nothing is half written: files take their place when they are complete
+        # Nothing is half written: files take their place when they are complete.
+        os._exit(EXIT_CODES[signal.Signals(number)])
     _received = number
     if not _num_deferring:
         _raise(number)

@@ -188,7 +188,7 @@ def _one_line(text: str, where: str) -> str:
 def _fetch(name: str) -> tuple[Rows, dict[str, str]]:
     published = BENCHMARKS[name]
     advice = f"fetch its prompts elsewhere and give their file with --benchmark FILE ({', '.join(FORMATS)})"
-    with reading(f"benchmark: {published.repository} could not be had from the hub; {advice}", NotFoundError):
+    with reading(f"benchmark: {published.repository} could not be downloaded from the hub; {advice}", NotFoundError):
         if published.files:
             from huggingface_hub import hf_hub_download
 

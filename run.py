@@ -34,7 +34,7 @@ STATE_FORMAT = 2  # of a checkpoint's state; another one was written by another 
 # Options that a run may go on with though they have changed: none of them decides the adapter.
 FREE_OPTIONS = (
     "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
-    "micro_batch", "micro_batch_size", "gradient_checkpointing",  # but for the rounding of sums
+    "micro_batch", "micro_batch_size", "gradient_checkpointing",  # these change only how sums are rounded
 )  # fmt: skip
 # Options that cannot change in the middle: earlier epochs were measured by them.
 LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")
@@ -43,7 +43,7 @@ LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")
 # --- the folder ---
 
 
-def check_folder(name: str, go_on: bool = False) -> Path:
+def check_folder(name: str, resume: bool = False) -> Path:
     """Check that a training can make its output folder, or go on in it, without making it.
 
     Raises:
@@ -51,7 +51,7 @@ def check_folder(name: str, go_on: bool = False) -> Path:
     """
     folder = Path(name)
     files.check_writable(folder)
-    ours = go_on and (folder / "config.json").is_file()
+    ours = resume and (folder / "config.json").is_file()
     foreign = [
         path for path in folder.glob("*") if path.name not in (files.LOCK, files.HOLDER) and path.suffix != files.TEMPORARY
     ]
@@ -125,7 +125,7 @@ class Run:
         """
         state = _with_tensors(snapshot)
         if state["device"] != self.policy.model.device.type:
-            raise InputError(f"resume: the run was on {state['device']}, and goes on there only")
+            raise InputError(f"resume: the run used {state['device']} and can only be resumed on {state['device']}")
         for name in ("policy", "learner", "reward", "statistics", "order"):
             getattr(self, name).load_state_dict(state[name])
         for name, generator in self.generators.items():
@@ -231,7 +231,7 @@ def read_checkpoint(checkpoint: Path) -> Snapshot:
     state = json.loads((checkpoint / STATE).read_text())
     if state.get("format") != STATE_FORMAT:
         raise InputError(
-            f"resume: {checkpoint} was written by another version of texforce; train with that version, or anew"
+            f"resume: {checkpoint} was written by another version of texforce; resume with that version, or start a new run"
         )
     return Snapshot(load_file(checkpoint / TENSORS), state)
 
@@ -286,22 +286,22 @@ def metrics(
     The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
     """
     path = output_dir / "metrics.jsonl"
-    files.write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in epochs))
+    files.write_text(path, "".join(json.dumps(measures, allow_nan=False) + "\n" for measures in epochs))
     with path.open("a") as file, tracker(config, output_dir) as track:
 
-        def log(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        def log(measures: dict[str, Any]) -> None:
+            file.write(json.dumps(measures, allow_nan=False) + "\n")
             file.flush()
-            track(record)
+            track(measures)
 
         yield log
 
 
 @contextlib.contextmanager
 def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """accelerate's tracker, as a function of an epoch's record."""
+    """accelerate's tracker, as a function of an epoch's measures."""
     if config.report_to == "none":
-        yield lambda record: None
+        yield lambda measures: None
         return
     from accelerate import tracking
 
@@ -310,11 +310,11 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
     kept = getattr(tracking, name)("texforce", **arguments)
     kept.start()
 
-    def track(record: dict[str, Any]) -> None:
-        flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    def track(measures: dict[str, Any]) -> None:
+        flat = {name: value for name, value in measures.items() if isinstance(value, int | float)}
         for group in ("heldout", "parts"):
-            flat |= {f"{group}/{name}": value for name, value in record.get(group, {}).items()}
-        kept.log(flat, step=record["epoch"])
+            flat |= {f"{group}/{name}": value for name, value in measures.get(group, {}).items()}
+        kept.log(flat, step=measures["epoch"])
 
     try:
         yield track
@@ -405,20 +405,20 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
-    images, means = zip(*((record["num_images"], record["reward_mean"]) for record in epochs[1:]), strict=True)
+    images, means = zip(*((measures["num_images"], measures["reward_mean"]) for measures in epochs[1:]), strict=True)
     axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
-    measured = [record for record in epochs if "heldout" in record]
+    measured = [measures for measures in epochs if "heldout" in measures]
     axes.plot(
-        [record["num_images"] for record in measured],
-        [record["heldout"][reward] for record in measured],
+        [measures["num_images"] for measures in measured],
+        [measures["heldout"][reward] for measures in measured],
         "o-", color="tab:orange", label="held-out prompts",
     )  # fmt: skip
     if measured and "alignment_exact" in measured[0]["heldout"]:
         right = axes.twinx()
         right.set(ylabel="held-out prompts fully right", ylim=(0, 1))
         right.plot(
-            [record["num_images"] for record in measured],
-            [record["heldout"]["alignment_exact"] for record in measured],
+            [measures["num_images"] for measures in measured],
+            [measures["heldout"]["alignment_exact"] for measures in measured],
             "s--", color="tab:green", label="held-out, fully right",
         )  # fmt: skip
         right.legend(loc="lower right")

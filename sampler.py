@@ -52,7 +52,7 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     After the first num_stochastic steps, if given, they are deterministic, as at an eta of 0 (MixGRPO, arXiv:2507.21802).
 
     Raises:
-        ValueError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
+        InputError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
             affine, and the log-probability of this file would be wrong.
     """
     config = scheduler.config

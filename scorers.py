@@ -39,7 +39,7 @@ class Scorer(Protocol):
 def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
 
-    The score of an image that is not finite is NaN, and the scorer sees such images only among others.
+    The score of an image that is not finite is NaN; the scorer is not called if no image is finite.
 
     Raises:
         RewardError: the scorer raised, or returned something other than one number an image.

@@ -74,7 +74,7 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
         return path
     what = source.name if isinstance(source, HubFile) else "the model"
     advice = f"give it with --reward-checkpoint {name}=PATH"
-    with reading(f"reward: {what} of {source.repository} could not be had from the hub; {advice}", NotFoundError):
+    with reading(f"reward: {what} of {source.repository} could not be downloaded from the hub; {advice}", NotFoundError):
         return _fetch(source)
 
 

@@ -693,7 +693,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
     monkeypatch.setattr("texforce.run.write_curve", write_curve)
     result = run_train(small_run, output_dir=tmp_path / "out")
     check_failure(result, 143, "terminated")
-    assert "go on by: texforce train --resume" in result.stderr.replace("\n", " ")
+    assert "resume with: texforce train --resume" in result.stderr.replace("\n", " ")
 
     def fail(*_):
         raise ImportError("initialization failed")

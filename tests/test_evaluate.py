@@ -238,7 +238,7 @@ def test_a_strength_is_chosen_on_one_half_and_measured_on_the_other(options, ada
     tuned = results["systems"]["tuned"]
     assert tuned["strength"] == sweep["best"]
     halves = np.array([prompt["validation"] for prompt in results["prompts"]])
-    assert results["num_prompts_told"] == (~halves).sum() == 2
+    assert results["num_prompts_measured"] == (~halves).sum() == 2
     scores = np.array(tuned["scores"]["alignment"])
     assert tuned["measures"]["alignment"]["mean"] == pytest.approx(scores[~halves].mean())
     drawn = np.array([float(row["alignment"]) for row in csv.DictReader((tmp_path / "eval/results.csv").open())

@@ -454,5 +454,5 @@ def test_torchrun_trains_and_ends_when_a_process_dies(small_run, tmp_path):
     assert time.perf_counter() - begin < 60
     rest = "".join(heard)
     assert "has lost another one of the run" in rest.replace("\n", " "), rest
-    assert "go on by: texforce train --resume" in rest.replace("\n", " ")
+    assert "resume with: texforce train --resume" in rest.replace("\n", " ")
     assert run.newest_checkpoint(tmp_path / "out" / "checkpoints")

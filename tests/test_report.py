@@ -41,7 +41,7 @@ def write_evaluation(
     return {
         "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
         "model": "tiny", "num_images": num_images, "num_inference_steps": 8, "guidance_scale": 3.0, "eta": 1.0, "seed": 0,
-        "confidence": 0.95, "num_prompts_told": num_prompts, "versions": {"texforce": "0"}, "commit": None,
+        "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
         "strengths": {"te": {"chosen_by": "hps", "best": 0.5, "curve": curve}} if curve else {},
         "systems": {
             name: {"strength": 0.5 if name == "te" else 1, "images": f"images/{name}", "measures": told[name]}

@@ -301,7 +301,7 @@ def test_a_run_on_another_kind_of_device_is_refused(options, checkpoint, monkeyp
         return run.Snapshot(snapshot.tensors, snapshot.state | {"device": "cuda"})
 
     monkeypatch.setattr(run, "read_checkpoint", read_checkpoint)
-    with pytest.raises(InputError, match="resume: the run was on cuda, and goes on there only"):
+    with pytest.raises(InputError, match="resume: the run used cuda and can only be resumed on cuda"):
         run_training(options, checkpoint.parents[1], resume=True)
 
 
@@ -563,7 +563,7 @@ def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, t
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "collect", fail)
-        check_failure(command_line(*arguments), 6, "go on by: texforce train --resume", "reward: gone")
+        check_failure(command_line(*arguments), 6, "resume with: texforce train --resume", "reward: gone")
     assert command_line(*arguments).exit_code == 0
     result = command_line("--resume", tmp_path / "out")
     assert result.exit_code == 0

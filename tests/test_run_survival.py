@@ -178,7 +178,7 @@ def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, und
             said = " ".join(server.said().split())
             if (folder / "checkpoints").is_dir():
                 assert run.newest_checkpoint(folder / "checkpoints")
-                assert "go on by: texforce train --resume" in said
+                assert "resume with: texforce train --resume" in said
             assert "Traceback" not in said
         assert server.run(["train", *options, "--resume", str(folder)]) == 0
         check_same(folder, undisturbed[0])

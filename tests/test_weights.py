@@ -253,7 +253,7 @@ def test_whatever_goes_wrong_on_the_way_to_the_hub_is_named(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(FileNotFoundError, match=rf"could not be had from the hub; give it .*{error.args[0]}"):
+    with pytest.raises(FileNotFoundError, match=rf"could not be downloaded from the hub; give it .*{error.args[0]}"):
         weights.find_weights("hps", {})
 
 
