@@ -34,6 +34,7 @@ from .config import (
     SampleOptions,
     TrainConfig,
     TrainOptions,
+    check_algorithm_options,
     option_fields,
     resolve,
     resolve_eval,
@@ -171,6 +172,7 @@ def train_command(
         if resume:
             options = resumed_options(resume, options)
         settings = resolve(TrainOptions(**options))
+        check_algorithm_options(given, settings.algorithm)
         if processes.is_first():
             progress.print(Text(f"model: {settings.model} ({_why(options)})"))
         from . import train
@@ -457,6 +459,8 @@ EPOCH_COLUMNS = (
     ("max_ratio_deviation", "ratio-1 at first", ".1e"),
     ("ratio_deviation", "at most", ".1e"),
     ("clip_fraction", "clipped", ".2f"),
+    ("loss", "loss", ".4f"),
+    ("anchor_drift", "null drift", ".1e"),
     ("kl", "KL", ".2e"),
     ("images_per_s", "images/s", ".0f"),
 )

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -41,12 +41,10 @@ Seed = Annotated[int, Field(ge=0, lt=MAX_SEED, description=f"a whole number from
 Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 NonNegative = Annotated[float, Field(ge=0, description="a finite number, not negative")]
 StepShare = Annotated[float, Field(gt=0, le=1, description="above 0 and at most 1 (a share of the steps)")]
-TrainEta = Annotated[
-    float, Field(gt=0, le=1, description="above 0 and at most 1 (a step without randomness has no density to train on)")
-]
 DrawEta = Annotated[float, Field(ge=0, le=1, description="from 0 to 1")]
 Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
+Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
 NullPrompt = Literal["adapted", "base"]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
@@ -158,13 +156,13 @@ class TrainConfig:
         "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)", None
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
-    preset: Literal["default", "paper"] = option("default, or paper: the published recipe", "default")
-    algorithm: Literal["ppo", "matching", "gradient"] = option("ppo (TexForce as published), matching or gradient", "ppo")
-    backprop_steps: Count = option("gradient: last steps of sampling that the reward's gradient goes through", 4)
-    num_noise_levels: Count = option("matching: noise levels at which each image is trained in a pass", 4)
-    noise_window: StepShare = option("matching: share of the noise levels, from the noisiest on, that is trained", 0.6)
-    null_anchor: NonNegative = option("weight of the squared distance of the null prompt's embedding to the base one's", 0.0)
-    anchor_prompts: str | None = option("a file of prompts whose embeddings are held like the null prompt's", None)
+    preset: Literal["default", "paper", "fast"] = option(
+        "default, paper: the published recipe, or fast: matching", "default"
+    )
+    algorithm: Algorithm = option(
+        "ppo (TexForce as published), matching (advantage-weighted matching of the final images: a tenth of the images) or "
+        "gradient (the reward's own gradient, for scorers that have one)"
+    )
     target: Literal["text-encoder", "unet", "both"] = option(
         "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
     )
@@ -183,7 +181,7 @@ class TrainConfig:
         "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time", 1
     )
     num_inference_steps: Count = option("DDIM steps")
-    eta: TrainEta = option("randomness of the DDIM steps, above 0 to 1", 1.0)
+    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1; ppo needs some", 1.0)
     guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")
     timestep_window: StepShare = option(
         "share of the denoising steps, from the first and noisiest on, that may be trained on"
@@ -192,6 +190,9 @@ class TrainConfig:
     deterministic_elsewhere: bool = option(
         "training samples the steps outside the window without randomness; held-out images are drawn as ever", False
     )
+    num_noise_levels: Count = option("matching: noise levels at which each image is trained in a pass", 4)
+    noise_window: StepShare = option("matching: share of the noise levels, from the noisiest on, that is trained", 0.6)
+    backprop_steps: Count = option("gradient: last sampling steps that the reward's gradient goes through", 4)
     resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
     learning_rate: Positive = option("of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
@@ -208,7 +209,13 @@ class TrainConfig:
         "leave-one-out (within the group) or per-prompt (running statistics of DDPO)"
     )
     advantage_clip: Positive = option("advantages are clipped to this, in standard deviations", 5.0)
-    kl_weight: NonNegative = option("weight of the KL divergence from the base policy", 0.0)
+    kl_weight: NonNegative = option(
+        "weight of the KL divergence from the base policy; of matching, of the squared distance to its prediction", 0.0
+    )
+    null_anchor: NonNegative = option(
+        "weight of the squared distance of the null prompt's embedding to the base one's, which holds it there", 0.0
+    )
+    anchor_prompts: str | None = option("a file of prompts that are held like the null prompt, as negative prompts", None)
     null_prompt: NullPrompt = option("whether guidance's null prompt goes through the adapted text encoder or the base one")
     rank: Rank = option("of LoRA", 16)
     lora_alpha: Count = option("of LoRA (default: the rank)")
@@ -275,33 +282,58 @@ _PUBLISHED = {
     "ema_decay": 0.0,
     "null_prompt": "adapted",
 }
-_PAPER = _PUBLISHED | {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
+_PAPER = _PUBLISHED | {"algorithm": "ppo", "num_samples_per_prompt": 1, "advantages": "per-prompt"}
 # Models distilled to few steps without guidance, as SD-Turbo and SDXL-Turbo (arXiv:2311.17042): all steps are trained.
 _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 1.0}
 _SDXL = {"micro_batch_size": 2, "sample_batch_size": 2}  # of 1024x1024, four times the pixels
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
+_TINY_STEPS = {"num_inference_steps": 8, "lr_scheduler": "cosine", "max_grad_norm": 5e-3, "ema_decay": 0.9}
+# Of ppo, and without effect elsewhere, where they still need a value.
+_PPO = {"timestep_window": 0.5, "timestep_fraction": 1.0, "clip_range": 5e-3}
+_TINY_FAST = (
+    _TINY
+    | _TINY_STEPS
+    | _PPO
+    | {"algorithm": "matching", "advantages": "leave-one-out", "null_prompt": "adapted", "null_anchor": 1.0}
+    | {"num_updates_per_epoch": 1, "lr_warmup_steps": 5}
+)
+# measured on Stable Diffusion 1.x to XL yet.
+# measured on Stable Diffusion 1.x to XL.
+_SD_FAST = (
+    _SD
+    | _PUBLISHED
+    | {"algorithm": "matching", "advantages": "leave-one-out", "null_anchor": 1.0, "kl_weight": 1e-4}
+    | {"num_epochs": 80, "num_prompts_per_epoch": 8, "num_samples_per_prompt": 8, "num_inner_epochs": 2, "ema_decay": 0.9}
+    | {"num_updates_per_epoch": 1, "num_inference_steps": 20}
+)
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "default"): _TINY
     | _GROUPS
+    | _TINY_STEPS
+    | _PPO
     | {
+        "algorithm": "ppo",
         "num_prompts_per_epoch": 32,
         "num_updates_per_epoch": 1,
-        "num_inference_steps": 8,
-        "timestep_window": 0.5,
-        "timestep_fraction": 1.0,
         "learning_rate": 2e-3,
-        "lr_scheduler": "cosine",
         "lr_warmup_steps": 10,
-        "max_grad_norm": 5e-3,
-        "clip_range": 5e-3,
-        "ema_decay": 0.9,
         "null_prompt": "base",
     },
     ("tiny", "paper"): _TINY | _PAPER | {"num_prompts_per_epoch": 256},
-    ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"num_prompts_per_epoch": 8},
+    ("tiny", "fast"): _TINY_FAST
+    | {"num_epochs": 50, "num_prompts_per_epoch": 16, "num_samples_per_prompt": 4, "num_inner_epochs": 4}
+    | {"learning_rate": 1e-3, "eval_every": 10},
+    ("tiny", "gradient"): _TINY_FAST
+    | {"algorithm": "gradient", "num_epochs": 40, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
+    | {"advantages": "per-prompt", "learning_rate": 2e-3, "eval_every": 10, "micro_batch_size": 32},
+    ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"algorithm": "ppo", "num_prompts_per_epoch": 8},
     ("stable-diffusion", "paper"): _SD | _PAPER | {"num_prompts_per_epoch": 64},
+    ("stable-diffusion", "fast"): _SD_FAST,
+    ("stable-diffusion", "gradient"): _SD_FAST
+    | {"algorithm": "gradient", "kl_weight": 0.0, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
+    | {"advantages": "per-prompt", "num_inner_epochs": 1},
 }
-for _preset in ("default", "paper"):
+for _preset in ("default", "paper", "fast", "gradient"):
     PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
 
@@ -342,7 +374,7 @@ def resolve(options: Options) -> TrainConfig:
     """
     device, given = default_device(), given_values(options)
     model = given.get("model", default_model(device))
-    preset = PRESETS[family(model), given.get("preset", "default")]
+    preset = preset_for(family(model), given.get("preset", "default"), given.get("algorithm"))
     precision = given.get("mixed_precision", default_precision(model, device))
     check_precision(precision, device)
     follows = {"model": model, "mixed_precision": precision, "lora_alpha": given.get("rank", _default(TrainConfig, "rank"))}
@@ -352,6 +384,8 @@ def resolve(options: Options) -> TrainConfig:
         follows |= {"sample_batch_size": size, "micro_batch_size": size}  # then the ratio is exact
     if given.get("target", "text-encoder") != "text-encoder":
         follows["null_prompt"] = "adapted"
+    if given.get("target") == "unet":
+        follows["null_anchor"] = 0.0  # the null prompt does not move
     config = TrainConfig(**preset | follows | given)
     num_updates = num_optimizer_steps(config)
     if "lr_warmup_steps" not in given:
@@ -363,6 +397,38 @@ def resolve(options: Options) -> TrainConfig:
         )
     _check_together(config)
     return config
+
+
+def preset_for(family: str, preset: str, algorithm: str | None) -> dict[str, Any]:
+    """The settings of a preset; of the default one, those for the algorithm that is given.
+
+    Raises:
+        InputError: the preset is another algorithm's.
+    """
+    usual = PRESETS[family, preset]["algorithm"]
+    if algorithm in (None, usual):
+        return PRESETS[family, preset]
+    if preset != "default":
+        raise InputError(f"algorithm: --preset {preset} is a recipe of {usual}, not of {algorithm}; leave one of them out")
+    return PRESETS[family, {"ppo": "default", "matching": "fast", "gradient": "gradient"}[algorithm]]
+
+
+# Options that one algorithm has, and that have no effect on the others.
+ALGORITHM_OPTIONS = {
+    "timestep_window": "ppo", "timestep_fraction": "ppo", "deterministic_elsewhere": "ppo", "clip_range": "ppo",
+    "num_noise_levels": "matching", "noise_window": "matching", "backprop_steps": "gradient",
+}  # fmt: skip
+
+
+def check_algorithm_options(given: Iterable[str], algorithm: str) -> None:
+    """Check that options that are given have an effect.
+
+    Raises:
+        InputError: one belongs to another algorithm.
+    """
+    for name in given:
+        if ALGORITHM_OPTIONS.get(name, algorithm) != algorithm:
+            raise InputError(f"{name}: is an option of --algorithm {ALGORITHM_OPTIONS[name]}, not of {algorithm}")
 
 
 def _default(record: Any, name: str) -> Any:
@@ -388,6 +454,26 @@ def family(model: str) -> str:
     return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
 
 
+def _check_algorithm(config: TrainConfig) -> None:
+    if config.algorithm == "ppo" and config.eta == 0:
+        raise InputError("eta: must be above 0 for ppo, not 0: a step without randomness has no density to train on")
+    if config.algorithm != "ppo" and config.num_updates_per_epoch > config.num_prompts_per_epoch:
+        raise InputError(
+            f"num_updates_per_epoch: an epoch of {config.num_prompts_per_epoch} prompts cannot be shared out to "
+            f"{config.num_updates_per_epoch}"
+        )
+    if config.algorithm == "gradient" and config.backprop_steps > config.num_inference_steps:
+        raise InputError(
+            f"backprop_steps: must be at most num_inference_steps, {config.num_inference_steps}, not {config.backprop_steps}"
+        )
+    if config.algorithm == "gradient" and config.num_inner_epochs > 1:
+        raise InputError("num_inner_epochs: must be 1 for gradient, which samples its images in the update")
+    if config.null_anchor and config.target == "unet":
+        raise InputError("null_anchor: needs a text encoder that is trained; target unet trains none")
+    if config.anchor_prompts and not config.null_anchor:
+        raise InputError("anchor_prompts: needs a null_anchor above 0, the weight that holds them")
+
+
 def check_precision(mixed_precision: str, device: str) -> None:
     """Raise InputError for a type that the device does not compute in."""
     if mixed_precision == "fp16" and device == "cpu":
@@ -395,6 +481,7 @@ def check_precision(mixed_precision: str, device: str) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
+    _check_algorithm(config)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     if config.num_updates_per_epoch > num_images:
         raise InputError(

@@ -247,7 +247,7 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
         InputError: no step of the schedule can be trained on, or as `Policy`.
     """
     policy = Policy(add_lora(model, config), config)
-    if len(trainable_steps(policy.denoiser.schedule, config)) == 0:
+    if config.algorithm == "ppo" and len(trainable_steps(policy.denoiser.schedule, config)) == 0:
         raise InputError(
             f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
             "have a density to train on; raise one of them"

@@ -568,7 +568,7 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     policy = prepare(config).policy
     check_prompts(policy, config, train_prompts + heldout_prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
-    num_steps = max(1, round(config.timestep_fraction * len(trainable_steps(policy.denoiser.schedule, config))))
+    num_items = _items_per_image(policy, config)
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
     if finds_micro_batch(config, policy.model.device):
         config = replace(config, micro_batch_size=config.sample_batch_size)
@@ -581,8 +581,8 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
-        "(image, step) pairs an optimizer step": num_images * num_steps / config.num_updates_per_epoch,
-        "U-Net calls an epoch": num_rollout_calls(policy, config) + num_images * num_steps * _calls_per_pair(policy, config),
+        f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": num_images * num_items / config.num_updates_per_epoch,
+        "U-Net calls an epoch": num_rollout_calls(policy, config) + num_images * num_items * _calls_per_item(policy, config),
         "weights, MiB": mebibytes(_weight_bytes(policy.model)),
         "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
         "U-Net activations of a micro-batch, MiB": mebibytes(unet),
@@ -595,9 +595,23 @@ def mebibytes(num_bytes: int) -> float:
     return round(num_bytes / 2**20, 1)
 
 
-def _calls_per_pair(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of all passes over an (image, step) pair."""
-    branches = 2 if policy.denoiser.guided and policy.null_embeds is None else 1
+ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what an image is trained on, by algorithm
+
+
+def _items_per_image(policy: Policy, config: TrainConfig) -> int:
+    """The steps, noise levels or samples that each image is trained on in a pass."""
+    if config.algorithm == "ppo":
+        return max(1, round(config.timestep_fraction * len(trainable_steps(policy.denoiser.schedule, config))))
+    return config.num_noise_levels if config.algorithm == "matching" else 1
+
+
+def _calls_per_item(policy: Policy, config: TrainConfig) -> int:
+    """U-Net calls of all passes over an image and one of its steps, noise levels or samples."""
+    branches = 2 if policy.denoiser.guided else 1
+    if config.algorithm == "gradient":
+        return branches * (config.num_inference_steps + config.backprop_steps)
+    if config.algorithm == "matching" or policy.null_embeds is not None:
+        branches = 1
     return config.num_inner_epochs * branches * (2 if wants_kl(config) else 1)
 
 
