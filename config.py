@@ -297,8 +297,8 @@ _TINY_FAST = (
     | {"algorithm": "matching", "advantages": "leave-one-out", "null_prompt": "adapted", "null_anchor": 1.0}
     | {"num_updates_per_epoch": 1, "lr_warmup_steps": 5}
 )
-# measured on Stable Diffusion 1.x to XL yet.
-# measured on Stable Diffusion 1.x to XL.
+# Rate, KL weight, clipping and norm are those of DiffusionNFT's published code for SD 3.5 (arXiv:2509.16117); nobody has
+# measured them on Stable Diffusion 1.x to XL yet.
 _SD_FAST = (
     _SD
     | _PUBLISHED
