@@ -1,5 +1,7 @@
 """The policy, experience, advantages, losses, the learner and the update: against a textbook loop, and by hand."""
 
+import functools
+import itertools
 import math
 import threading
 import weakref
@@ -55,7 +57,7 @@ class Rig:
     def collect(self, prompts: list[str] = PROMPTS) -> Batch:
         samples = self.sample(prompts)
         advantages = texforce.compute_advantages(samples, self.config, PromptStatistics())
-        return texforce.make_batch(samples, advantages, self.policy.model.device)
+        return texforce.make_batch(samples, advantages, self.config, self.policy.model.device)
 
     def pairs(self, batch: Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
         """The (image, step) pairs of all images and the steps, in a shuffled order."""
@@ -71,7 +73,9 @@ class Rig:
             parameter.grad = None
         config = replace(self.config, **options)
         learner = Learner(self.policy.parameters, config)
-        return texforce.accumulate_gradients(self.policy, Share(batch, pairs, on_policy), learner, config)
+        return texforce.accumulate_gradients(
+            self.policy, Share(batch, pairs, texforce.ppo_micro_batch, on_policy), learner, config
+        )
 
     def gradient(self, batch: Batch, pairs: Tensor, **options) -> Tensor:
         self.accumulate(batch, pairs, **options)
@@ -79,7 +83,7 @@ class Rig:
 
     def update(self, batch: Batch, learner: Learner | None = None) -> texforce.UpdateStatistics:
         generator = torch.Generator().manual_seed(2)
-        return texforce.update(self.policy, batch, learner or self.learner(), self.config, generator)
+        return texforce.ppo_update(self.policy, batch, learner or self.learner(), self.config, generator)
 
     def weights(self) -> Tensor:
         return flat(self.policy.parameters).clone()
@@ -658,6 +662,259 @@ def test_the_gradient_at_the_narrow_last_steps_equals_the_textbook_loops_but_for
     assert relative_difference(gradient, reference) <= 2e-4
 
 
+# --- matching ---
+
+
+MATCHING = {"algorithm": "matching", "num_noise_levels": 3, "num_inner_epochs": 1, "kl_weight": 0.0, "null_anchor": 0.0}
+
+
+def matching_share(rig: Rig, batch: Batch) -> Share:
+    """All (image, noising) pairs of a batch, in a shuffled order, with noisings of their own."""
+    generator = torch.Generator().manual_seed(4)
+    noising = texforce.draw_noising(rig.policy, len(PROMPTS), rig.config, generator)
+    loss = functools.partial(texforce.matching_micro_batch, noising=noising)
+    pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.arange(rig.config.num_noise_levels))
+    return Share(batch, pairs[torch.randperm(len(pairs), generator=generator)], loss)
+
+
+def textbook_matching_loss(rig: Rig, batch: Batch, noising: texforce.Noising, image: int, draw: int) -> Tensor:
+    """Advantage-weighted matching of one image at one noise level, as one would write it down; in float64."""
+    model, config = rig.policy.model, rig.config
+    group = image // config.num_samples_per_prompt
+    timestep, noise = noising.timesteps[group, draw], noising.noise[group, draw].double()
+    model.scheduler.alphas_cumprod = model.scheduler.alphas_cumprod.double()
+    model.scheduler.set_timesteps(config.num_inference_steps)
+    sample = batch.latents[image].double()
+    noised = model.scheduler.add_noise(sample[None], noise[None], timestep[None])
+
+    def predict() -> Tensor:
+        embeds = model.text_encoder(input_ids=batch.prompt_ids[image][None]).last_hidden_state
+        output = model.unet(noised, timestep, embeds).sample
+        return model.scheduler.step(output, timestep, noised).pred_original_sample[0]
+
+    prediction = predict()
+    error = prediction - sample
+    loss = batch.advantages[image].double() * error.square().mean() / error.detach().abs().mean()
+    if config.kl_weight:
+        with rig.policy.base(), torch.no_grad():
+            base = predict()
+        loss = loss + config.kl_weight * (prediction - base).square().mean()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("target", "kl_weight"), [("text-encoder", 0.0), ("text-encoder", 0.3), ("unet", 0.3), ("both", 0.0)]
+)
+def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(make_rig, target, kl_weight):
+    rig = make_rig(target=target, **MATCHING | {"kl_weight": kl_weight})
+    batch = rig.collect()
+    assert batch.trajectory is None
+    rig.perturb(1e-2)
+    share, learner = matching_share(rig, batch), rig.learner()
+    statistics = texforce.accumulate_gradients(rig.policy, share, learner, rig.config)
+    gradient = gradient_of(rig.policy.parameters)
+    rig.policy.model.text_encoder.double()
+    rig.policy.model.unet.double()
+    rig.learner().optimizer.zero_grad()
+    losses = [textbook_matching_loss(rig, batch, share.loss.keywords["noising"], *pair) for pair in share.pairs.tolist()]
+    (torch.stack(losses).sum() / len(losses)).backward()
+    assert relative_difference(gradient, gradient_of(rig.policy.parameters)) <= 1e-5
+    weighted = torch.stack(losses).mean().item() - kl_weight * statistics.kl / len(losses)
+    assert statistics.loss / len(losses) == pytest.approx(weighted, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_the_micro_batch_size_does_not_change_the_gradient_of_matching(make_rig, size):
+    rig = make_rig(**MATCHING | {"kl_weight": 0.1})
+    batch = rig.collect()
+    rig.perturb(1e-2)
+    share, gradients = matching_share(rig, batch), []
+    for number in (1, size):
+        learner = rig.learner()
+        learner.micro_batch_size = number
+        learner.optimizer.zero_grad()
+        texforce.accumulate_gradients(rig.policy, share, learner, rig.config)
+        gradients.append(gradient_of(rig.policy.parameters))
+    assert relative_difference(gradients[1], gradients[0]) <= 1e-5
+
+
+def test_noise_levels_are_stratified_over_the_noisiest_share_of_them(make_rig):
+    rig = make_rig(**MATCHING | {"num_noise_levels": 4, "noise_window": 0.6})
+    noising = texforce.draw_noising(rig.policy, 1000, rig.config, torch.Generator().manual_seed(0))
+    assert noising.timesteps.shape == (1000, 4)
+    assert noising.noise.shape == (1000, 4, *rig.policy.latent_shape)
+    edges = [0.4 + 0.15 * stratum for stratum in range(5)]
+    for stratum, (low, high) in enumerate(itertools.pairwise(edges)):
+        shares = noising.timesteps[:, stratum] / 999
+        assert low - 2e-3 <= shares.min() < low + 0.01
+        assert high - 0.01 < shares.max() <= high
+
+
+def test_images_of_a_prompt_are_noised_alike_and_only_images_with_a_finite_reward_are(make_rig, shares):
+    rig = make_rig(**MATCHING)
+    batch = rig.collect()
+    rewards_with_a_gap = batch.rewards.clone()
+    rewards_with_a_gap[1] = NAN
+    texforce.matching_update(
+        rig.policy, replace(batch, rewards=rewards_with_a_gap), rig.learner(), rig.config, torch.Generator().manual_seed(0)
+    )
+    (share,) = shares
+    assert sorted(set(share.pairs[:, 0].tolist())) == [0, 2, 3, 4, 5]
+    assert share.loss.keywords["noising"].noise.shape[:2] == (len(PROMPTS), 3)
+
+
+def test_an_epoch_of_matching_raises_the_reward_of_what_is_drawn(make_rig):
+    """The policy is moved towards its brighter images, and draws brighter ones from the same noise."""
+    options = {"num_inner_epochs": 8, "num_samples_per_prompt": 8, "sample_batch_size": 24, "learning_rate": 2e-3}
+    rig = make_rig(models.load_model("tiny"), **MATCHING | options)
+    before = rig.sample().rewards.mean()
+    texforce.matching_update(rig.policy, rig.collect(), rig.learner(), rig.config, torch.Generator().manual_seed(0))
+    assert rig.sample().rewards.mean() > before + 0.005
+
+
+# --- the anchor ---
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "matching"])
+def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift(make_rig, algorithm):
+    options = MATCHING if algorithm == "matching" else {}
+    gradients = {}
+    for weight in (0.0, 2.0):
+        rig = make_rig(**options | {"null_anchor": weight})
+        batch = rig.collect()
+        rig.perturb(1e-2)
+        share = matching_share(rig, batch) if options else Share(batch, rig.pairs(batch), texforce.ppo_micro_batch)
+        statistics = texforce.gather_gradients(rig.policy, share, rig.learner(), rig.config)
+        gradients[weight] = gradient_of(rig.policy.parameters)
+    rig.learner().optimizer.zero_grad()
+    null_ids = models.tokenize(rig.policy.model.tokenizer, [""])
+    base = rig.policy.base_embeds(null_ids)[0]
+    drift = (rig.policy.model.text_encoder(input_ids=null_ids).last_hidden_state[0] - base).square().mean()
+    drift.backward()
+    assert statistics.anchor_drift == pytest.approx(drift.item(), rel=1e-4)
+    expected = 2 * gradient_of(rig.policy.parameters)
+    assert relative_difference(gradients[2.0] - gradients[0.0], expected.double()) <= 1e-4
+
+
+def test_anchor_prompts_are_held_beside_the_null_prompt(make_rig, tmp_path):
+    (tmp_path / "negative.txt").write_text("blurry\nlow quality\n")
+    rig = make_rig(null_anchor=1.0, anchor_prompts=str(tmp_path / "negative.txt"))
+    assert len(rig.policy.anchor_ids) == 3
+    assert rig.policy.anchor_drift() == 0
+    rig.perturb(1e-2)
+    assert rig.policy.anchor_drift() > 0
+
+
+# --- the reward's own gradient ---
+
+
+GRADIENT = {
+    "algorithm": "gradient", "backprop_steps": 2, "num_samples_per_prompt": 2, "advantages": "leave-one-out", "kl_weight": 0.0,
+    "null_anchor": 0.0,
+}  # fmt: skip
+
+
+class Brightness:
+    """A scorer that carries gradients."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.with_gradients(images, prompts).detach()
+
+    def with_gradients(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.square().mean(dim=(1, 2, 3)).to(images.dtype)
+
+
+REWARD = rewards.Mixture({"brightness": Brightness()}, {"brightness": 1.0})
+
+
+def gradient_share(rig: Rig) -> Share:
+    batch = texforce.draw_noise_batch(rig.policy, PROMPTS, rig.config, torch.Generator().manual_seed(0))
+    images = torch.arange(len(batch.prompts))
+    loss = functools.partial(texforce.gradient_micro_batch, reward=REWARD)
+    return Share(batch, torch.stack([images, torch.zeros_like(images)], dim=1), loss)
+
+
+def textbook_reward(rig: Rig, share: Share) -> Tensor:
+    """The mean reward of the same images, sampled one by one by diffusers' own step in float64."""
+    model, config = rig.policy.model, rig.config
+    scheduler, scores = model.scheduler, []
+    scheduler.set_timesteps(config.num_inference_steps)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    null_ids = models.tokenize(model.tokenizer, [""])
+    for image, prompt_ids in enumerate(share.batch.prompt_ids):
+        noises = share.batch.noise[image].double()
+        latents = noises[:1]
+        for k, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(k >= config.num_inference_steps - config.backprop_steps):
+                null, text = (model.text_encoder(input_ids=ids).last_hidden_state for ids in (null_ids, prompt_ids[None]))
+                null_pred, text_pred = (model.unet(latents, timestep, embeds).sample for embeds in (null, text))
+                noise_pred = null_pred + config.guidance_scale * (text_pred - null_pred)
+                step = scheduler.step(noise_pred, timestep, latents, eta=config.eta, variance_noise=noises[1 + k][None])
+                latents = step.prev_sample
+        image = (model.vae.decode(latents / model.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        scores.append(Brightness().with_gradients(image, []))
+    return torch.cat(scores).mean()
+
+
+@pytest.mark.parametrize("target", ["text-encoder", "unet", "both"])
+def test_the_rewards_gradient_equals_that_of_the_textbook_loop(make_rig, target):
+    rig = make_rig(target=target, **GRADIENT)
+    rig.perturb(1e-2)
+    share = gradient_share(rig)
+    statistics = texforce.accumulate_gradients(rig.policy, share, rig.learner(), rig.config)
+    gradient = gradient_of(rig.policy.parameters)
+    for part in (*rig.policy.model.policy_parts.values(), rig.policy.model.vae):
+        part.double()
+    rig.learner().optimizer.zero_grad()
+    reward = textbook_reward(rig, share)
+    (-reward).backward()
+    assert relative_difference(gradient, gradient_of(rig.policy.parameters)) <= 1e-5
+    assert statistics.loss / statistics.num_pairs == pytest.approx(-reward.item(), rel=1e-5)
+
+
+def test_the_rewards_gradient_is_a_finite_difference_along_a_random_direction(make_rig):
+    """With all steps in the gradient, since what is cut off is no derivative of the reward."""
+    rig = make_rig(**GRADIENT | {"backprop_steps": 5, "mixed_precision": "no"})
+    rig.perturb(1e-2)
+    for part in (*rig.policy.model.policy_parts.values(), rig.policy.model.vae):
+        part.double()
+    share = gradient_share(rig)
+    (-textbook_reward(rig, share)).backward()
+    gradient = gradient_of(rig.policy.parameters).double()
+    generator = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in rig.policy.parameters]
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, step in zip(rig.policy.parameters, direction, strict=True):
+                parameter += sign * 1e-4 * step.to(parameter.dtype)
+            losses.append(-textbook_reward(rig, share).item())
+            for parameter, step in zip(rig.policy.parameters, direction, strict=True):
+                parameter -= sign * 1e-4 * step.to(parameter.dtype)
+    slope = (losses[0] - losses[1]) / 2e-4
+    assert slope == pytest.approx((gradient @ flat(direction).double()).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_the_micro_batch_size_does_not_change_the_rewards_gradient(make_rig, size):
+    rig = make_rig(**GRADIENT)
+    rig.perturb(1e-2)
+    share, gradients = gradient_share(rig), []
+    for number in (1, size):
+        learner = rig.learner()
+        learner.micro_batch_size = number
+        learner.optimizer.zero_grad()
+        texforce.accumulate_gradients(rig.policy, share, learner, rig.config)
+        gradients.append(gradient_of(rig.policy.parameters))
+    assert relative_difference(gradients[1], gradients[0]) <= 1e-5
+
+
+def test_a_scorer_without_gradients_is_refused_by_name():
+    reward = rewards.load_reward("jpeg")
+    with pytest.raises(InputError, match=r"jpeg carries no gradients.*hps"):
+        reward.with_gradients(torch.rand(1, 3, 8, 8), ["a red circle"])
+
+
 # --- ways to the same gradient ---
 
 
@@ -832,7 +1089,9 @@ def test_a_micro_batch_that_was_filled_up_is_halved_as_what_did_not_fit(make_rig
         return grad(loss, inputs)
 
     monkeypatch.setattr(torch.autograd, "grad", short_of_memory_once)
-    statistics = texforce.accumulate_gradients(rig.policy, Share(batch, pairs), learner, rig.config)
+    statistics = texforce.accumulate_gradients(
+        rig.policy, Share(batch, pairs, texforce.ppo_micro_batch), learner, rig.config
+    )
     assert (sizes, statistics.num_pairs) == ([8, 8, 4], 9)
 
 

@@ -348,7 +348,7 @@ def test_the_plan_foresees_the_memory_of_a_micro_batch(small_run, tmp_path, narr
     reward = rewards.Mixture({"brightness": lambda images, _: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
     samples = texforce.collect(policy, reward, prompts, config, torch.Generator().manual_seed(0))
     advantages = texforce.compute_advantages(samples, config, PromptStatistics())
-    batch = texforce.make_batch(samples, advantages, policy.model.device)
+    batch = texforce.make_batch(samples, advantages, config, policy.model.device)
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(2))
     with peak_of_saved_bytes(policy.model) as bytes_kept:
         texforce.accumulate_gradients(policy, Share(batch, pairs), Learner(policy.parameters, config), config)
