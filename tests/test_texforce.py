@@ -809,8 +809,8 @@ def test_anchor_prompts_are_held_beside_the_null_prompt(make_rig, tmp_path):
 
 
 GRADIENT = {
-    "algorithm": "gradient", "backprop_steps": 2, "num_samples_per_prompt": 2, "advantages": "leave-one-out", "kl_weight": 0.0,
-    "null_anchor": 0.0,
+    "algorithm": "gradient", "backprop_steps": 2, "num_samples_per_prompt": 2, "advantages": "leave-one-out",
+    "kl_weight": 0.0, "null_anchor": 0.0,
 }  # fmt: skip
 
 
