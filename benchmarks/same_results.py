@@ -2,8 +2,8 @@
 
 Each commit is checked out into a folder of its own, where it trains, samples, evaluates and merges with one thread. All
 files that the commands write are compared: of JSON everything but times, versions, paths and the options that only one of
-the commits has; of safetensors the tensors and the metadata without its date; of checkpoints the tensors without their names; of the page
-report.html its data.
+the commits has; of safetensors the tensors and the metadata without its date; of checkpoints the tensors without their
+names; of the page report.html its data.
 Ends with 1 if anything differs.
 """
 

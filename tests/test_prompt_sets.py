@@ -127,6 +127,12 @@ def test_files_of_every_kind_say_the_same(tmp_path):
     assert read_benchmark(str(tmp_path / "a.jsonl")).sha256 != read_benchmark(str(tmp_path / "a.txt")).sha256
 
 
+def test_a_subfolder_that_is_called_like_a_file_is_passed_over(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    write(tmp_path / "b.txt", "\n".join(PROMPTS))
+    check(read_benchmark(str(tmp_path)), PROMPTS, 3 * [""])
+
+
 def test_white_space_is_one_space_and_what_comes_twice_is_taken_once(tmp_path):
     lines = [{"prompt": " a red\n\tcar "}, {"prompt": "a red car", "category": None}, {"prompt": "a red car", "category": 3}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
