@@ -139,7 +139,7 @@ def expected(error: BaseException) -> TexforceError | None:
         return error
     if is_out_of_memory(error):
         return OutOfMemory(f"out of memory ({str(error).partition(chr(10))[0]})")
-    if is_storage(error) or (isinstance(error, OSError) and error.errno in OUTPUT_PLACE):
+    if isinstance(error, OSError) and error.errno in STORAGE | OUTPUT_PLACE:
         file = f": {error.filename}" if error.filename else ""
         return StorageError(f"storage: {error.strerror or error}{file}")
     return None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, NotFoundError, reading, safetensors_failure
+from .errors import InputError, NotFoundError, StorageError, reading, safetensors_failure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -206,7 +206,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
     paths = [folder / f"{first + i:05d}.png" for i in range(len(images))]
     for path, image, label in zip(paths, images, labels, strict=True):
@@ -272,6 +272,18 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs and those above it, if they are missing.
+
+    Raises:
+        OSError, StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # as in /proc; elsewhere what is not there is no fault of the disk
+        raise StorageError(f"storage: {error.strerror}: {folder}") from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is missing and `check` passes.
@@ -285,7 +297,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
 
     if not (folder / LOCK).exists():
         check()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     check_writable(folder)
     lock = FileLock(folder / LOCK)
     try:

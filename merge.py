@@ -55,7 +55,7 @@ def merge(config: MergeConfig) -> Path:
     if not adapter and not whole_unet:
         raise InputError("adapter: with weights of 0 nothing is merged")
     check_sum(model, adapter)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output.parent)
     with files.replacing(output) as folder:
         folder.mkdir()
         WRITERS[config.format](Merged(model, adapter, config), folder)

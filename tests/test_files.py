@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from texforce import files
-from texforce.errors import ArtifactError, InputError, NotFoundError
+from texforce.errors import ArtifactError, InputError, NotFoundError, StorageError
 
 # --- replacing ---
 
@@ -368,6 +368,13 @@ def test_a_folder_can_be_made_where_only_files_are_not_in_the_way(tmp_path):
         with pytest.raises(NotADirectoryError, match=r"Not a directory: .*file'"):
             files.check_writable(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_storage(tmp_path):
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    with pytest.raises(StorageError, match=r"^storage: No such file or directory: /proc/texforce$"):
+        files.make_folder(Path("/proc/texforce"))
 
 
 def test_a_folder_that_is_not_to_be_written_to_is_found_out(tmp_path, monkeypatch):

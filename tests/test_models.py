@@ -101,7 +101,7 @@ def test_the_size_of_a_unet_is_a_number_or_two_equal_ones(size, expected):
 
 def test_a_unet_without_a_size_needs_a_resolution():
     assert models.latent_shape(shapes_of(4, 4, None), 512) == (4, 64, 64)
-    with pytest.raises(InputError, match="resolution: the U-Net of this model does not say .* give --resolution"):
+    with pytest.raises(InputError, match=r"resolution: the U-Net of this model does not say .* give --resolution"):
         models.latent_shape(shapes_of(4, 4, None))
 
 
