@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import shlex
 import typing
 import warnings
@@ -46,8 +47,19 @@ from .files import read_json
 from .prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
-EXIT_CODES += "6 reward failed; 130/143 interrupted"
-output, progress = Console(), Console(stderr=True)
+EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 nobody reads the output"
+
+
+class PipeConsole(Console):
+    """A console whose reader may leave, as `| head` does: the command then ends without a message, as by SIGPIPE."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for what Python writes at its end
+        raise SystemExit(141)
+
+
+output, progress = PipeConsole(), PipeConsole(stderr=True)
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
@@ -60,8 +72,11 @@ app = typer.Typer(
 
 
 @contextmanager
-def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
-    """Turn expected errors into a message without traceback and the documented exit code; others are bugs."""
+def exit_codes(memory_options: str = "") -> Iterator[None]:
+    """Turn expected errors into a message without traceback and the documented exit code; others are bugs.
+
+    `memory_options` are the command's options that save memory, for the message when it runs out.
+    """
     try:
         with interrupts.handled():
             yield
@@ -73,7 +88,7 @@ def exit_codes(batch_option: str = "batch-size") -> Iterator[None]:
         known = expected(error)
         if known is None:
             raise
-        advice = f"; lower --{batch_option} or --resolution" if isinstance(known, OutOfMemory) else ""
+        advice = f"; lower {memory_options}" if memory_options and isinstance(known, OutOfMemory) else ""
         _fail(f"{known}{advice}", known.exit_code)
 
 
@@ -85,6 +100,10 @@ def _fail(error: object, code: int) -> typing.NoReturn:
 def printable(text: str) -> str:
     """Text that cannot drive the terminal: control characters other than line ends become spaces."""
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+def show(result: str) -> None:
+    output.print(Text(printable(result)), soft_wrap=True)
 
 
 def warn(message: str) -> None:
@@ -163,7 +182,7 @@ def train_command(
     ] = False,
 ) -> None:
     """Train LoRA on the text encoder by PPO against a reward."""
-    with exit_codes("sample-batch-size and --micro-batch-size"):
+    with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
         from . import processes
 
         options = merge_options(read_config(config), given)
@@ -174,7 +193,7 @@ def train_command(
         settings = resolve(TrainOptions(**options))
         check_algorithm_options(given, settings.algorithm)
         if processes.is_first():
-            progress.print(Text(f"model: {settings.model} ({_why(options)})"))
+            warn(f"model: {settings.model} ({_why(options)})")
         from . import train
 
         if dry_run:
@@ -186,7 +205,7 @@ def train_command(
         if not processes.is_first():
             return
         output.print(results_table(result))
-        output.print(Text(f"adapter, figures and metrics are in {settings.output_dir}"))
+        show(f"adapter, figures and metrics are in {settings.output_dir}")
 
 
 def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -268,11 +287,11 @@ FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt")
 
 def sample_command(given: dict[str, Any]) -> None:
     """Draw images, with or without an adapter."""
-    with exit_codes():
+    with exit_codes("--batch-size or --resolution"):
         from . import evaluate, files, run
 
         config = resolve_sample(SampleOptions(**given))
-        progress.print(Text(f"model: {config.model}"))
+        warn(f"model: {config.model}")
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
         files.check_writable(Path(config.output_dir))
         prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
@@ -287,9 +306,9 @@ def sample_command(given: dict[str, Any]) -> None:
         for name, drawn in images.items():
             labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
             paths = files.write_images(folder, drawn, labels)
-            output.print(Text(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else "")))
+            show(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
         run.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
-        output.print(Text(f"grid: {folder / f'grid_{paths[-1].stem}.png'}"))
+        show(f"grid: {folder / f'grid_{paths[-1].stem}.png'}")
 
 
 # --- merge ---
@@ -301,9 +320,9 @@ def merge_command(given: dict[str, Any]) -> None:
         from . import merge
 
         config = resolve_merge(MergeOptions(**given))
-        progress.print(Text(printable(f"model: {config.model}")))
+        warn(f"model: {config.model}")
         folder = merge.merge(config)
-        output.print(Text(printable(f"{config.format}: {folder}")), soft_wrap=True)
+        show(f"{config.format}: {folder}")
 
 
 # --- eval ---
@@ -311,9 +330,9 @@ def merge_command(given: dict[str, Any]) -> None:
 
 def eval_command(given: dict[str, Any]) -> None:
     """Measure adapters and U-Nets against the base model on a benchmark, and write a report."""
-    with exit_codes():
+    with exit_codes("--batch-size or --resolution"):
         config = resolve_eval(EvalOptions(**given))
-        progress.print(Text(printable(f"model: {config.model}; benchmark: {config.benchmark}")))
+        warn(f"model: {config.model}; benchmark: {config.benchmark}")
         from . import evaluate
 
         try:
@@ -327,8 +346,8 @@ def eval_command(given: dict[str, Any]) -> None:
             text = (
                 f"{name}: strength {sweep['best']:g} was the best by {sweep['chosen_by']} on the other half of the prompts"
             )
-            output.print(Text(printable(text)), soft_wrap=True)
-        output.print(Text(printable(f"report: {Path(config.output_dir) / 'report.html'}")), soft_wrap=True)
+            show(text)
+        show(f"report: {Path(config.output_dir) / 'report.html'}")
 
 
 # --- rewards ---
@@ -351,12 +370,11 @@ def rewards_command() -> None:
         tiny = "for tiny" if "hps" in name else "no"
         table.add_row(*(Text(cell) for cell in cells), "yes" if here else tiny)
     output.print(table)
-    output.print(
+    show(
         "Others: path/to/file.py:function, http://HOST:PORT/score, and mixtures of any as hps=1,jpeg=0.1. What is not "
-        "here is fetched from the hub at first use.",
-        soft_wrap=True,
+        "here is fetched from the hub at first use."
     )
-    output.print("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.", soft_wrap=True)
+    show("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.")
 
 
 # --- serve ---
@@ -374,11 +392,11 @@ def serve_command(
     """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
     with exit_codes():
         from . import rewards
-        from .config import default_device
+        from .config import check_device, default_device
 
         if not 0 <= port < 65536:
             raise InputError(f"port: must be from 0 to 65535, not {port}")
-        device = device or default_device()
+        device = check_device(device) if device else default_device()
         checkpoints = rewards.EMBEDDED if device == "cpu" else {}
         checkpoints = checkpoints | rewards.parse_checkpoints(reward_checkpoint or (), [reward])
         scorer = rewards.load_reward(reward, device, checkpoints)
@@ -386,7 +404,7 @@ def serve_command(
             server = rewards.make_server(scorer, port, host)
         except OSError as error:
             raise InputError(f"port: {host}:{port} cannot be listened at: {error.strerror or error}") from error
-        output.print(Text(printable(f"{reward} at http://{host}:{server.server_port}/score")), soft_wrap=True)
+        show(f"{reward} at http://{host}:{server.server_port}/score")
         server.serve_forever()
 
 
@@ -416,14 +434,11 @@ class EpochView:
         self.rows.append(measures)
         self.heldout = measures.get("heldout", self.heldout)
         for dropped in measures.get("dropped", ()):
-            progress.print(
-                Text(printable(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")),
-                soft_wrap=True,
-            )
+            warn(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
-            progress.print(Text(printable(self.line(measures))), soft_wrap=True)
+            warn(self.line(measures))
 
     def line(self, measures: dict[str, Any]) -> str:
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
@@ -486,7 +501,7 @@ class StageView:
             self.tasks[stage] = self.bars.add_task(printable(stage), total=total)
         self.bars.update(self.tasks[stage], completed=done)
         if done == total and self.bars.disable:
-            progress.print(Text(printable(f"{stage}: done")), soft_wrap=True)
+            warn(f"{stage}: done")
 
 
 # --- tables ---
@@ -495,7 +510,7 @@ class StageView:
 def rows_table(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
-        table.add_row(Text(name), Text(str(value)))
+        table.add_row(Text(name), Text(printable(str(value))))
     return table
 
 
@@ -532,7 +547,7 @@ def evaluation_table(results: dict[str, Any]) -> Table:
                 change,
                 report.interval(summary["win_rate"], "%"),
             )
-            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+            table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
     return table
 
 

@@ -344,6 +344,22 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> str:
+    """The name of a device, which is here.
+
+    Raises:
+        InputError: it is not cpu, cuda or cuda:N, or there is no such GPU.
+    """
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(f"device: must be cpu, cuda or cuda:N, not {device!r}")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= num_gpus:
+        raise InputError(f"device: there is no {device!r}; PyTorch finds {num_gpus} GPU(s) here")
+    return device
+
+
 def default_model(device: str) -> str:
     """The embedded tiny model without a GPU, Stable Diffusion 1.5 with one."""
     return "tiny" if device == "cpu" else STABLE_DIFFUSION

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Iterator
 
 # Errors of the disk or of process limits: they do not depend on which file is read.
@@ -12,7 +14,13 @@ STORAGE = {
     for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE", "ENOSPC", "EPERM", "EROFS", "ESTALE")
     if hasattr(errno, name)
 }
-SAFETY_SWITCHES = ("weights_only", "trust_remote_code", "allow_pickle", "use_safetensors", "serious vulnerability")
+# Error numbers of a place for outputs, which an option names: another place would do.
+OUTPUT_PLACE = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+# What libraries advise to switch off or on, and what a message says instead.
+_COULD_RUN_CODE = "it is not a file of tensors alone, and reading it could run code"
+SAFETY_SWITCHES = dict.fromkeys(
+    ("weights_only", "allow_pickle", "use_safetensors", "serious vulnerability"), _COULD_RUN_CODE
+) | {"trust_remote_code": "it asks to run code of its author, which texforce never does"}
 
 
 class TexforceError(Exception):
@@ -79,16 +87,20 @@ def reading(what: object, kind: type[TexforceError] = ArtifactError) -> Iterator
     except TexforceError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in STORAGE):
+        if is_out_of_memory(error) or is_storage(error):
             raise
+        failure = safetensors_failure(error, what)
+        if failure is not None and (is_out_of_memory(failure) or is_storage(failure)):
+            raise failure from error
         raise kind(f"{what}: {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:
     """The first line of an exception's text, or the first two; never a library's advice to switch a safety off."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if any(switch in line for line in lines for switch in SAFETY_SWITCHES):
-        return "it is not a file of tensors alone, and reading it could run code"
+    for switch, answer in SAFETY_SWITCHES.items():
+        if re.search(rf"(?<![\w/\\]){switch}(?![\w/\\]|\.\w)", str(error)):  # a word, and no part of a path
+            return answer
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if not lines or isinstance(error, KeyError):
@@ -104,18 +116,30 @@ def describe(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; on the CPU, and in a GPU's libraries, torch has no class for that."""
-    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     named = type(error).__name__ == "OutOfMemoryError"  # torch's; this file does not import torch
-    return named or isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    numbered = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return named or numbered or isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def is_storage(error: BaseException) -> bool:
+    """Whether an exception is an error of the disk or of the process, which no other file would mend."""
+    return isinstance(error, OSError) and error.errno in STORAGE
+
+
+def safetensors_failure(error: BaseException, file: object) -> OSError | None:
+    """The OSError that a SafetensorError of a file stands for, which has the error number only in its text; or None."""
+    code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(file)) if code else None
 
 
 def expected(error: BaseException) -> TexforceError | None:
     """The expected error that an exception is or stands for; None for a bug."""
     if isinstance(error, TexforceError):
         return error
-    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory(f"out of memory ({str(error).partition(chr(10))[0]})")
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno in STORAGE | OUTPUT_PLACE:
         file = f": {error.filename}" if error.filename else ""
         return StorageError(f"storage: {error.strerror or error}{file}")
     return None

@@ -7,6 +7,7 @@ lies in the output folder, and an evaluation that is started there again goes on
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -242,10 +243,24 @@ class ScoreFile:
         values = self.scores[system, measure, start] = measures.to_json(scores)
         files.append_line(self.path, {"system": system, "measure": measure, "start": start, "scores": values})
 
-    def table(self, system: str, measure: str, chunks: Sequence[range]) -> np.ndarray:
-        """All scores (P, K) of a system by a measure."""
-        scores = itertools.chain.from_iterable(self.scores[system, measure, chunk.start] for chunk in chunks)
-        return measures.to_numpy(list(scores)).reshape(chunks[-1].stop, -1)
+    def table(self, system: str, measure: str, chunks: Sequence[range], per_prompt: int) -> np.ndarray:
+        """All scores (P, K) of a system by a measure, K = `per_prompt`.
+
+        Raises:
+            InputError: the file holds something else for a chunk than its scores; names the file and what to remove.
+        """
+        scores: list[float | None] = []
+        for chunk in chunks:
+            found = self.scores[system, measure, chunk.start]
+            numbers = isinstance(found, list) and all(type(value) in (int, float, type(None)) for value in found)
+            if not numbers or len(found) != len(chunk) * per_prompt:
+                raise InputError(
+                    f"{self.path}: the line of system {system!r}, measure {measure!r} and start {chunk.start} must hold "
+                    f"{len(chunk) * per_prompt} scores; remove the line, and they are measured again"
+                )
+            scores += found
+        with reading(f"{self.path}: the scores of system {system!r} by {measure!r}", InputError):
+            return measures.to_numpy(scores).reshape(-1, per_prompt)
 
 
 # --- evaluation ---
@@ -342,31 +357,39 @@ def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -
     Raises:
         RewardError: a scorer failed, or gave no finite score.
     """
-    kept = ScoreFile(evaluation.folder / SCORES)
+    config, kept, chunks = evaluation.config, ScoreFile(evaluation.folder / SCORES), evaluation.chunks
     scores: Scores = {system.name: {} for system in evaluation.systems}
-    featured = [spec for spec in sources if rewards.has_features(spec)] if evaluation.config.num_images > 1 else []
+    featured = next((spec for spec in sources if rewards.has_features(spec)), None) if config.num_images > 1 else None
     keys = {spec: _key(spec, source) for spec, source in sources.items()}
     for spec in sources:
-        reward = None
+        wanted = [keys[spec], *([f"{DIVERSITY} {keys[spec]}"] if spec == featured else [])]
+        load = functools.cache(functools.partial(_load_reward, config, spec))  # only if a score is missing
         for system in evaluation.systems:
-            for n, chunk in enumerate(evaluation.chunks):
-                progress(f"{spec} of {system.name}", n, len(evaluation.chunks))
-                wanted = [keys[spec], *([f"{DIVERSITY} {keys[spec]}"] if spec in featured[:1] else [])]
-                missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
-                if missing:
-                    reward = reward or _load_reward(evaluation.config, spec)
-                    images = evaluation.read_images(system, chunk).to(default_device())
-                    for key in missing:
-                        values = _diversity if key.startswith(DIVERSITY) else scorers.score
-                        kept.add(system.name, key, chunk.start, values(reward, images, evaluation.repeated_prompts(chunk)))
-            progress(f"{spec} of {system.name}", len(evaluation.chunks), len(evaluation.chunks))
-            scores[system.name][spec] = kept.table(system.name, keys[spec], evaluation.chunks)
+            for n, chunk in enumerate(chunks):
+                progress(f"{spec} of {system.name}", n, len(chunks))
+                _score_chunk(evaluation, kept, system, chunk, wanted, load)
+            progress(f"{spec} of {system.name}", len(chunks), len(chunks))
+            scores[system.name][spec] = kept.table(system.name, keys[spec], chunks, config.num_images)
             if not np.isfinite(scores[system.name][spec]).any():
                 raise RewardError(f"reward: {spec} gave no finite score for any image of {system.name}")
-    for spec in featured[:1]:
+    if featured is not None:
         for name in scores:
-            scores[name][DIVERSITY] = kept.table(name, f"{DIVERSITY} {keys[spec]}", evaluation.chunks)
+            scores[name][DIVERSITY] = kept.table(name, f"{DIVERSITY} {keys[featured]}", chunks, per_prompt=1)
     return scores
+
+
+def _score_chunk(
+    evaluation: Evaluation, kept: ScoreFile, system: System, chunk: range, wanted: Sequence[str],
+    load: Callable[[], rewards.Mixture],
+) -> None:  # fmt: skip
+    """Measure what the file lacks of the wanted scores of a system's images of a chunk, and add it."""
+    missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
+    if not missing:
+        return
+    reward, images = load(), evaluation.read_images(system, chunk).to(default_device())
+    for key in missing:
+        values = _diversity if key.startswith(DIVERSITY) else scorers.score
+        kept.add(system.name, key, chunk.start, values(reward, images, evaluation.repeated_prompts(chunk)))
 
 
 def _key(spec: str, source: dict[str, Any]) -> str:

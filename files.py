@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 import tempfile
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, NotFoundError, reading
+from .errors import InputError, NotFoundError, StorageError, reading, safetensors_failure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,11 +39,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_object(path.read_bytes(), path)
 
 
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    with reading(f"{path}: not JSON", InputError):
+def _parse_object(text: bytes, where: object) -> dict[str, Any]:
+    with reading(f"{where}: not JSON", InputError):
         content = json.loads(text.decode())
     if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object")
+        raise InputError(f"{where}: must hold a JSON object")
     return content
 
 
@@ -52,25 +51,29 @@ def read_text(path: Path, option: str) -> str:
     """The text of a file that an option names.
 
     Raises:
-        InputError: it is not UTF-8 text.
+        InputError: it cannot be read, or is not UTF-8 text.
     """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{option}: {str(path)!r} is not UTF-8 text (byte {error.start})") from error
+    with reading(f"{option}: {str(path)!r} cannot be read", InputError):
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{option}: {str(path)!r} is not UTF-8 text (byte {error.start})") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; removes a last line that was cut off."""
+    """The objects in a file of JSON lines; removes a last line that was cut off, which has no line end.
+
+    Raises:
+        InputError: another line holds no object; names the file and the line, and leaves the file as it is.
+    """
     if not path.is_file():
         return []
-    content, lines = path.read_bytes(), []
-    with contextlib.suppress(InputError):
-        for text in content.split(b"\n"):
-            lines.append(_parse_object(text, path))
-    whole = "".join(json.dumps(line) + "\n" for line in lines)
-    if whole.encode() != content:
-        write_text(path, whole)
+    *ended, last = path.read_bytes().split(b"\n")
+    lines = [_parse_object(text, f"{path}, line {i}") for i, text in enumerate(ended, 1) if text.strip()]
+    if last:
+        with contextlib.suppress(InputError):
+            lines.append(_parse_object(last, path))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
@@ -192,10 +195,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
+        failure = safetensors_failure(error, path)
+        if failure is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise failure from error
 
 
 # --- images ---
@@ -203,7 +206,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
     paths = [folder / f"{first + i:05d}.png" for i in range(len(images))]
     for path, image, label in zip(paths, images, labels, strict=True):
@@ -269,6 +272,18 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs and those above it, if they are missing.
+
+    Raises:
+        OSError, StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # as in /proc; elsewhere what is not there is no fault of the disk
+        raise StorageError(f"storage: {error.strerror}: {folder}") from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is missing and `check` passes.
@@ -282,7 +297,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
 
     if not (folder / LOCK).exists():
         check()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     check_writable(folder)
     lock = FileLock(folder / LOCK)
     try:

@@ -55,7 +55,7 @@ def merge(config: MergeConfig) -> Path:
     if not adapter and not whole_unet:
         raise InputError("adapter: with weights of 0 nothing is merged")
     check_sum(model, adapter)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output.parent)
     with files.replacing(output) as folder:
         folder.mkdir()
         WRITERS[config.format](Merged(model, adapter, config), folder)
@@ -114,7 +114,9 @@ def load_pipeline(name: str) -> Any:
     source = models.find_model(name)
     with models.reading_model(name):
         second, _ = models.pipeline_kind(source)
-        return DiffusionPipeline.from_pretrained(source, **models.load_parts(source, second=second))
+        parts = models.load_parts(source, second=second)
+        models.unet_size(parts["unet"])
+        return DiffusionPipeline.from_pretrained(source, **parts)
 
 
 # --- the folder ---
@@ -223,7 +225,7 @@ def prediction_type(model: Any) -> str:
 def modelspec(merged: Merged, kind: str) -> dict[str, str]:
     """Metadata of Stability's Model Spec 1.0.0; `kind` follows the architecture, as /lora."""
     model, config = merged.model, merged.config
-    pixels = (model.unet.config.sample_size or 64) * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    pixels = (models.unet_size(model.unet) or 64) * 2 ** (len(model.vae.config.block_out_channels) - 1)
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture_of(model)[1] + kind,

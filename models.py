@@ -68,8 +68,8 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
             parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
         parts |= load_parts(source, dtype, second)
-    model = Model(name, zero_null=zero_null, **parts)
-    _check_kind(model)
+        model = Model(name, zero_null=zero_null, **parts)
+        _check_kind(model)
     for part in (*model.policy_parts.values(), model.vae):
         part.to(device)
     if torch.device(device).type == "cuda":
@@ -173,11 +173,7 @@ def _check_kind(model: Model) -> None:
             raise InputError(
                 f"model: a tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
             )
-        if not len(tokenizer.all_special_ids) < len(tokenizer) <= text_encoder.config.vocab_size:
-            raise InputError(
-                f"model: a tokenizer of {name!r} is missing, or of another model: it knows {len(tokenizer)} tokens and its "
-                f"text encoder {text_encoder.config.vocab_size}"
-            )
+        check_tokenizer(tokenizer, text_encoder.config.vocab_size)
     if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
         raise InputError(f"model: the two tokenizers of {name!r} differ in length")
     width = sum(text_encoder.config.hidden_size for _, text_encoder in pairs)
@@ -196,6 +192,7 @@ def _check_kind(model: Model) -> None:
             )
         if second.config.projection_dim > width:
             raise InputError(f"model: the pooled text of {name!r} is wider than its embeddings")
+    unet_size(model.unet)
     if unet.in_channels != vae.latent_channels:
         raise InputError(
             f"model: the U-Net of {name!r} takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
@@ -205,6 +202,17 @@ def _check_kind(model: Model) -> None:
     if unet.cross_attention_dim != width:
         raise InputError(
             f"model: the U-Net of {name!r} takes embeddings of {unet.cross_attention_dim}, its text encoder makes {width}"
+        )
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Check that a tokenizer fits a text encoder; raises ValueError.
+
+    Where files are missing transformers makes a tokenizer that knows no word.
+    """
+    if not len(tokenizer.all_special_ids) < len(tokenizer) <= vocab_size:
+        raise ValueError(
+            f"a tokenizer is missing, or of another model: it knows {len(tokenizer)} tokens, its text encoder {vocab_size}"
         )
 
 
@@ -339,15 +347,28 @@ def pixels_per_latent(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def unet_size(unet: Any) -> int | None:
+    """Latents along a side that a U-Net was made for; None if its configuration names no size. Raises ValueError."""
+    size = unet.config.sample_size
+    if size is None:
+        return None
+    sizes = size if isinstance(size, list | tuple) else [size]
+    if not all(isinstance(side, int) and side > 0 for side in sizes) or len(set(sizes)) != 1:
+        raise ValueError(f"the U-Net's sample_size must be a number of latents, or two equal ones, not {size!r}")
+    return sizes[0]
+
+
 def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
 
     Raises:
-        InputError: the resolution is not a multiple of what the models need.
+        InputError: the resolution is not a multiple of what the models need, or neither it nor the U-Net's size is given.
     """
     factor = pixels_per_latent(model.vae)
     levels = 2 ** (len(model.unet.config.block_out_channels) - 1)
-    size = model.unet.config.sample_size if resolution is None else resolution / factor
+    size = unet_size(model.unet) if resolution is None else resolution / factor
+    if size is None:
+        raise InputError("resolution: the U-Net of this model does not say for which size it was made; give --resolution")
     if size < levels or size % levels:
         raise InputError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
     return model.unet.config.in_channels, int(size), int(size)

@@ -211,7 +211,9 @@ def _fetch(name: str) -> tuple[Rows, dict[str, str]]:
 def _read_files(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.exists():
         raise NotFoundError(f"benchmark: there is no file {str(path)!r}")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and not file.is_dir())
     if not files:
         raise InputError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
     for file in files:

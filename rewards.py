@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import scorers, world
-from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory
+from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, reading
 from .files import describe_files
 from .scorers import EMBEDDED_HPS, Scorer, score, to_bytes
 from .weights import describe_source, find_weights
@@ -527,14 +527,12 @@ def decode_png(text: str) -> Tensor:
     """The image (3, H, W) in [0, 1] of a PNG in base64.
 
     Raises:
-        ValueError: it is none.
+        InputError: it is none.
     """
     from PIL import Image
 
-    try:
+    with reading("not a PNG in base64", InputError):
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a PNG in base64: {error}") from error
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1) / 255
 
@@ -552,14 +550,14 @@ def answer(scorer: Scorer, body: bytes) -> tuple[int, dict[str, Any]]:
         if not images or len(prompts) != len(images) or len({image.shape for image in images}) > 1:
             raise ValueError("there must be as many images as prompts, at least one, and all of one size")
         scores = score(scorer, torch.stack(images), prompts)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return 400, {"error": f"{type(error).__name__}: {error}"}
     except RewardError as error:
         return 500, {"error": str(error)}
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            return 500, {"error": f"out of memory: {error}"}
+        if not isinstance(error, ValueError | KeyError | TypeError | RecursionError):
             raise
-        return 500, {"error": f"out of memory: {error}"}
+        return 400, {"error": f"{type(error).__name__}: {error}"}
     return 200, {"scores": [value if math.isfinite(value) else None for value in scores.tolist()]}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import Learner, Policy, PromptOrder, PromptStatistics, __version__, files
 from .config import TrainConfig
-from .errors import InputError
+from .errors import InputError, reading
 
 if TYPE_CHECKING:
     from .rewards import Mixture
@@ -299,7 +299,11 @@ def metrics(
 
 @contextlib.contextmanager
 def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """accelerate's tracker, as a function of an epoch's measures."""
+    """accelerate's tracker, as a function of an epoch's measures.
+
+    Raises:
+        InputError: the tracker failed, as wandb does without a key.
+    """
     if config.report_to == "none":
         yield lambda measures: None
         return
@@ -307,18 +311,25 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
     arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
-    kept = getattr(tracking, name)("texforce", **arguments)
-    kept.start()
+    failed = f"report_to: {config.report_to} failed; mend it, or choose another tracker or none"
+    with reading(failed, InputError):
+        kept = getattr(tracking, name)("texforce", **arguments)
+        kept.start()
 
     def track(measures: dict[str, Any]) -> None:
         flat = {name: value for name, value in measures.items() if isinstance(value, int | float)}
         for group in ("heldout", "parts"):
             flat |= {f"{group}/{name}": value for name, value in measures.get(group, {}).items()}
-        kept.log(flat, step=measures["epoch"])
+        with reading(failed, InputError):
+            kept.log(flat, step=measures["epoch"])
 
     try:
         yield track
-    finally:
+    except BaseException:
+        with contextlib.suppress(Exception):  # it must not hide the error that ended the run
+            kept.finish()
+        raise
+    with reading(failed, InputError):
         kept.finish()
 
 

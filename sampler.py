@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
+from .errors import InputError, reading
 from .models import Conditioning, PooledText
 
 MAX_DECODED = 16  # images at a time, of at most 512x512 pixels (64x64 latents); fewer if they are larger
@@ -64,7 +64,8 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
         raise InputError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
     if config.clip_sample or config.thresholding:
         raise InputError("model: schedulers with clip_sample or thresholding are not supported")
-    scheduler.set_timesteps(num_inference_steps)
+    with reading("model: its scheduler_config.json cannot be used", InputError):
+        scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.long().cpu()
     if len(timesteps) != num_inference_steps or timesteps.min() < 0:  # diffusers' rounding of the trailing spacing, as of 61
         raise InputError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
@@ -258,7 +259,7 @@ class Trajectory:
             shapes["null_outputs"] = (num_samples, num_steps, *self.latents.shape[2:])
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
-                raise InputError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
+                raise ValueError(f"{name}: must have shape {shape}, not {tuple(getattr(self, name).shape)}")
 
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArtifactError, InputError, NotFoundError, RewardError, describe, is_out_of_memory, reading
+from .models import check_tokenizer
 from .weights import build_empty, fill, load_pretrained, read_tensors, refused
 
 EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
@@ -142,8 +143,7 @@ class HPS(NetworkScorer):
         super().__init__(device)
         self.max_size = EMBEDDED_MAX_SIZE if checkpoint == EMBEDDED_HPS else None
         tensors = read_tensors(checkpoint)
-        with refused(checkpoint.with_suffix(".json")):
-            model, self.tokenizer = build_empty(build_clip, checkpoint.with_suffix(".json"))
+        model, self.tokenizer = build_empty(build_clip, checkpoint)
         fill(model, tensors, checkpoint)
         self.model: Any = self.freeze(model)
 
@@ -172,28 +172,26 @@ def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(rows), [rows[prompt] for prompt in prompts]
 
 
-def build_clip(config: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """An open_clip model with random weights and its tokenizer: ViT-H-14, or as the JSON file says if it is there."""
+def build_clip(checkpoint: Path) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """An open_clip model with random weights and its tokenizer.
+
+    It is ViT-H-14, or what the JSON file of the checkpoint's name beside it says.
+
+    Raises:
+        ArtifactError: neither can be built; names the JSON file if there is one, and else the checkpoint.
+    """
     import open_clip
 
-    if not config.exists():
-        return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14")
-    cfg: dict[str, Any] = json.loads(config.read_text())
-    folder = config.parent / "tokenizer"
-    if not folder.is_dir():  # or else the hub is asked for a repository of that name
-        raise ValueError(f"there is no tokenizer in {str(folder)!r}")
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=cfg["text_cfg"]["context_length"])
-    check_tokenizer(tokenizer.tokenizer, cfg["text_cfg"]["vocab_size"])
-    return open_clip.CLIP(**cfg), tokenizer
-
-
-def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Check that a tokenizer fits a model; raises ValueError.
-
-    Where files are missing transformers makes a tokenizer that knows no word.
-    """
-    if not len(tokenizer.all_special_ids) < len(tokenizer) <= vocab_size:
-        raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens and its model {vocab_size}")
+    config, folder = checkpoint.with_suffix(".json"), checkpoint.parent / "tokenizer"
+    with refused(config if config.exists() else checkpoint):
+        if not config.exists():
+            return open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), open_clip.get_tokenizer("ViT-H-14")
+        cfg: dict[str, Any] = json.loads(config.read_text())
+        if not folder.is_dir():  # or else the hub is asked for a repository of that name
+            raise ValueError(f"there is no tokenizer in {str(folder)!r}")
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=cfg["text_cfg"]["context_length"])
+        check_tokenizer(tokenizer.tokenizer, cfg["text_cfg"]["vocab_size"])
+        return open_clip.CLIP(**cfg), tokenizer
 
 
 class CLIP(NetworkScorer):

@@ -1068,7 +1068,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
         chunk = micro_batch(policy, local, rows, total.num_pairs, learner.micro_batch_size)
         try:
             gradients, measured = gradients_of(chunk)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             learner.micro_batch_size = _halved(len(chunk.pairs), error, config)
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):

@@ -2,7 +2,8 @@
 
 Each commit is checked out into a folder of its own, where it trains, samples, evaluates and merges with one thread. All
 files that the commands write are compared: of JSON everything but times, versions, paths and the options that only one of
-the commits has; of safetensors the tensors and the metadata without its date; of the page report.html its data.
+the commits has; of safetensors the tensors and the metadata without its date; of checkpoints the tensors without their
+names; of the page report.html its data.
 Ends with 1 if anything differs.
 """
 
@@ -41,9 +42,9 @@ COMMANDS = {
 }
 VOLATILE = {
     "seconds", "images_per_s", "sampling_share", "commit", "versions", "timings", "date", "modelspec.date", "sha256",
-    "modelspec.description",
+    "modelspec.description", "num_prompts_told", "num_prompts_measured",
 }  # fmt: skip
-IGNORED = ("manifest.json", "speed.jsonl", "curve.png", ".lock", ".holder")
+IGNORED = ("manifest.json", "state.json", "speed.jsonl", "curve.png", ".lock", ".holder")
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def run(commit: str, folder: Path) -> dict[str, str]:
     output.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(source)], check=True)
     subprocess.run(["git", "-C", str(source), "checkout", "--quiet", "--detach", commit], check=True)
-    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONHASHSEED"] = "0"  # peft writes the elements of a set in their order
     for name, arguments in COMMANDS.items():
         done = subprocess.run(
             [sys.executable, "-m", "texforce.cli", *arguments], cwd=output, env=environment, capture_output=True, text=True
@@ -86,6 +88,8 @@ def digest(path: Path, source: Path) -> str:
         content = dump(json.loads(content))
     elif path.suffix == ".jsonl":
         content = b"\n".join(dump(json.loads(line)) for line in content.splitlines())
+    elif path.name == "tensors.safetensors":  # of a checkpoint, whose names for the tensors may change
+        content = "".join(sorted(tensor_digests(content))).encode()
     elif path.suffix == ".safetensors":
         header, tensors = content[8 : 8 + int.from_bytes(content[:8], "little")], content[8:]
         content = dump(json.loads(header)) + tensors[len(header) :]
@@ -94,6 +98,14 @@ def digest(path: Path, source: Path) -> str:
     elif path.suffix in (".md", ".csv"):
         content = re.sub(rb"\d+ s on", b"s on", content)
     return hashlib.sha256(content.replace(str(source).encode(), b"")).hexdigest()
+
+
+def tensor_digests(content: bytes) -> list[str]:
+    """SHA-256 of each tensor's bytes in a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = [value for name, value in json.loads(content[8:start]).items() if name != "__metadata__"]
+    spans = [(start + begin, start + end) for begin, end in (tensor["data_offsets"] for tensor in tensors)]
+    return [hashlib.sha256(content[begin:end]).hexdigest() for begin, end in spans]
 
 
 def dump(content: Any) -> bytes:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from texforce import adapters, evaluate, files, merge, models, prompt_sets, rewards, scorers
+from texforce import adapters, evaluate, files, merge, models, prompt_sets, rewards, sampler, scorers
 from texforce.adapters import lora_tensors
 from texforce.config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
@@ -107,6 +108,32 @@ def test_a_damaged_file_of_a_model_is_bad_input_that_names_the_model(stable_diff
     else:
         damage(path, kind, tmp_path)
     check_refused(lambda: models.load_model(str(folder)), path, InputError, tmp_path)
+
+
+WRONG_FIELDS = [
+    ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}),
+    ("unet/config.json", {"sample_size": [8, 16]}),
+    ("unet/config.json", {"sample_size": "8"}),
+    ("unet/config.json", {"sample_size": []}),
+    ("scheduler/scheduler_config.json", {"timestep_spacing": "foo"}),
+    ("scheduler/scheduler_config.json", {"timestep_spacing": ["leading"]}),
+    ("scheduler/scheduler_config.json", {"steps_offset": "x", "timestep_spacing": "leading"}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), WRONG_FIELDS)
+def test_a_field_of_a_model_that_cannot_be_used_is_bad_input(stable_diffusion, tmp_path, name, fields):
+    path = link_folder(stable_diffusion, tmp_path / "model") / name
+    content = json.loads(path.read_text()) | fields
+    path.unlink()
+    path.write_text(json.dumps(content))
+
+    def use() -> None:
+        model = models.load_model(str(tmp_path / "model"))
+        sampler.ddim_schedule(model.scheduler, 4, 1.0)
+
+    with pytest.raises(InputError, match=path.name if "scheduler" in name else str(tmp_path / "model")):
+        use()
 
 
 # --- adapters and U-Nets ---
@@ -252,6 +279,25 @@ def test_a_damaged_file_of_a_scorer_is_refused_by_name(scorer_folders, tmp_path,
     check_refused(lambda: load_scorer(name, folder, file), folder / file, ArtifactError, tmp_path)
 
 
+def test_a_scorer_without_a_file_of_settings_is_named_by_its_checkpoint(scorer_folders, tmp_path, monkeypatch):
+    import open_clip
+
+    def fail(name):
+        raise KeyError(name)
+
+    monkeypatch.setattr(open_clip, "get_model_config", fail)
+    path = link_folder(scorer_folders / "hps", tmp_path / "hps") / "hps.pt"
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ArtifactError, match=rf"^{path}: refused"):
+        scorers.HPS(path)
+
+
+def test_a_library_that_cannot_be_imported_is_no_fault_of_a_scorers_file(scorer_folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match="open_clip"):
+        scorers.HPS(scorer_folders / "hps" / "hps.pt")
+
+
 def test_the_scorers_that_are_damaged_above_are_read_whole(scorer_folders):
     for name in ("hps", "clip"):
         load_scorer(name, scorer_folders / name, "")
@@ -331,11 +377,25 @@ def test_damaged_scores_of_an_evaluation_are_measured_anew_or_named(tmp_path, ki
     line = {"system": "base", "measure": "jpeg", "start": 0, "scores": [1.0]}
     path.write_text(json.dumps(line) + "\n")
     damage(path, kind, tmp_path)
-    if kind == "JSON of other fields":
+    if kind in ("JSON of other fields", "a pointer of git-lfs"):  # the others are one line that may have been cut off
         check_refused(lambda: evaluate.ScoreFile(path), path, InputError, tmp_path)
     else:
         assert evaluate.ScoreFile(path).scores == {}
     assert not (tmp_path / "created").exists()
+
+
+@pytest.mark.parametrize("scores", [
+    None, 7, {"0": 1.0}, "12", [], [1.0], [1.0, 2.0, 3.0], ["1", "2"], [True, False], [[1.0], [2.0]], [1.0, 10**400],
+], ids=str)  # fmt: skip
+def test_scores_of_an_evaluation_that_are_none_or_too_few_are_bad_input_that_is_named(tmp_path, scores):
+    path = tmp_path / evaluate.SCORES
+    lines = [{"system": "base", "measure": "jpeg", "start": start, "scores": [0.0, None]} for start in (0, 2)]
+    files.append_line(path, lines[0])
+    files.append_line(path, lines[1])
+    chunks = [range(2), range(2, 4)]
+    assert evaluate.ScoreFile(path).table("base", "jpeg", chunks, 1).shape == (4, 1)
+    files.append_line(path, lines[1] | {"scores": scores})
+    check_refused(lambda: evaluate.ScoreFile(path).table("base", "jpeg", chunks, 1), path, InputError, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "texforce.json"])

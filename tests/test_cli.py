@@ -581,6 +581,31 @@ def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
     check_failure(result, 5, "out of memory", "--resolution")
 
 
+@pytest.mark.parametrize("program", [
+    "cli.rewards_command()",
+    "cli.progress.print('text')",
+    "cli.warn('text')",
+])  # fmt: skip
+def test_a_reader_that_leaves_ends_a_command_without_a_word(program):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", f"from texforce import cli; {program}; print('it went on')"]
+    streams = {"stdout": writer, "stderr": subprocess.PIPE} if "rewards" in program else {"stderr": writer}
+    done = subprocess.run(command, cwd=ROOT, timeout=300, **streams)
+    os.close(writer)
+    assert (done.returncode, done.stderr or b"") == (141, b"")
+
+
+def test_what_a_user_named_cannot_drive_the_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    cli.show("images in \x1b[2Jout\x07")
+    cli.warn("model: \x1b[2Jm")
+    cli.output.print(cli.rows_table("plan", {"model": "\x1b[2Jm"}))
+    assert "images in  [2Jout" in sys.stdout.getvalue()
+    assert "\x1b" not in sys.stdout.getvalue() + sys.stderr.getvalue()
+
+
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
     original, epochs = train.train_epoch, []
 
@@ -606,7 +631,7 @@ def check_saved(folder: Path) -> None:
     (RewardError("reward: the server is gone"), 6, "server is gone"),
     (torch.OutOfMemoryError("CUDA out of memory"), 5, "--micro-batch-size"),
     (InputError("prompts: no such prompt"), 2, "no such prompt"),
-    (OSError(32, "Broken pipe"), 5, "Broken pipe"),
+    (OSError(5, "Input/output error"), 5, "Input/output error"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
 def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
     policies, original = [], train.prepare
@@ -960,6 +985,42 @@ def test_tensorboard_gets_every_epochs_numbers(small_run, tmp_path):
     seen = [(event.step, event.value) for event in events.Scalars("reward_mean")]
     assert seen == [(line["epoch"], pytest.approx(line["reward_mean"])) for line in metrics[1:]]
     assert [event.value for event in events.Scalars("heldout/jpeg")] == [pytest.approx(metrics[-1]["heldout"]["jpeg"])]
+
+
+@pytest.mark.parametrize("broken", ["__init__", "start", "log", "finish"])
+def test_a_tracker_that_fails_is_named(small_run, tmp_path, monkeypatch, broken):
+    from accelerate import tracking
+
+    class Tracker:
+        def __init__(self, *arguments, **options):
+            self.do("__init__")
+
+        def do(self, step):
+            if step == broken:
+                raise RuntimeError("api_key not configured\nlog in first")
+
+        start = lambda self: self.do("start")  # noqa: E731
+        log = lambda self, values, step: self.do("log")  # noqa: E731
+        finish = lambda self: self.do("finish")  # noqa: E731
+
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Tracker)
+    result = run_train(small_run, output_dir=tmp_path / "out", report_to="tensorboard")
+    check_failure(result, 2, "report_to: tensorboard failed", "api_key not configured")
+
+
+def test_a_tracker_that_fails_at_its_finish_does_not_hide_why_the_run_ended(small_run, tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    def fail(*arguments):
+        raise RuntimeError("no connection")
+
+    def diverge(*arguments):
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "finish", fail)
+    monkeypatch.setattr(train, "train_epoch", diverge)
+    result = run_train(small_run, output_dir=tmp_path / "out", report_to="tensorboard")
+    check_failure(result, 4, "the loss is not finite")
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import texforce
@@ -22,6 +23,7 @@ EXIT_CODES = {
 BUGS = [
     ValueError("not enough values to unpack"), KeyError("weight"), zipfile.BadZipFile("File is not a zip file"),
     RuntimeError("shapes differ"), OSError("no error number"), AttributeError("no such name"), AssertionError(),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "out/state.json"),
 ]  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def test_an_expected_error_is_itself():
     assert expected(error) is error
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EPIPE, errno.ENOENT])
+@pytest.mark.parametrize("number", sorted(errors.STORAGE | errors.OUTPUT_PLACE))
 def test_an_error_of_the_disk_is_a_storage_error_that_names_the_file(number):
     error = OSError(number, "the cause", "out/metrics.jsonl")
     known = expected(error)
@@ -99,7 +101,12 @@ def test_an_error_of_the_disk_is_a_storage_error_that_names_the_file(number):
 
 
 def test_an_error_of_the_disk_without_a_file_is_a_storage_error_too():
-    assert str(expected(OSError(errno.EPIPE, "Broken pipe"))) == "storage: Broken pipe"
+    assert str(expected(OSError(errno.EIO, "Input/output error"))) == "storage: Input/output error"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ECONNREFUSED, errno.ENOENT, errno.EBADF])
+def test_an_error_of_a_pipe_a_connection_or_our_own_code_is_no_error_of_the_disk(number):
+    assert expected(OSError(number, "the cause")) is None
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,11 @@ def test_an_error_of_the_disk_without_a_file_is_a_storage_error_too():
         MemoryError("Unable to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ValueError("can't allocate memory"),
     ],
-    ids=["of a GPU", "of Python", "of torch on the CPU", "of cuBLAS"],
+    ids=["of a GPU", "of Python", "of torch on the CPU", "of cuBLAS", "of CUDA", "of the system", "of another class"],
 )
 def test_a_lack_of_memory_is_told_with_its_first_line(error):
     known = expected(error)
@@ -163,6 +173,18 @@ def test_torchs_advice_to_run_a_files_code_is_never_passed_on(tmp_path):
     assert "weights_only" not in str(caught.value)
 
 
+def test_a_model_that_asks_to_run_code_is_told_apart():
+    with pytest.raises(InputError, match=r": it asks to run code of its author, which texforce never does$"):
+        read(ValueError("Loading it requires code in that repo; set `trust_remote_code=True` to allow it."), InputError)
+
+
+@pytest.mark.parametrize("text", ["no file in /models/weights_only/a.bin", "no file weights_only.pt", r"no C:\weights_only"])
+def test_a_path_that_is_called_like_a_switch_is_no_advice(text):
+    with pytest.raises(ArtifactError) as caught:
+        read(ValueError(text))
+    assert str(caught.value).endswith(f": {text}")
+
+
 @pytest.mark.parametrize("switch", errors.SAFETY_SWITCHES)
 def test_no_librarys_advice_to_switch_a_safety_off_is_passed_on(switch):
     with pytest.raises(ArtifactError) as caught:
@@ -176,6 +198,8 @@ def test_no_librarys_advice_to_switch_a_safety_off_is_passed_on(switch):
         OSError(errno.ENOSPC, "No space left on device", "x"),
         PermissionError(errno.EACCES, "Permission denied", "x"),
         MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("can't allocate memory: you tried to allocate 9 bytes"),
         InputError("eta: must be above 0"),
@@ -188,3 +212,13 @@ def test_errors_of_the_disk_lack_of_memory_and_expected_errors_pass_unchanged(er
     with pytest.raises(type(error)) as caught:
         read(error)
     assert caught.value is error
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, StorageError), (errno.ENOMEM, OutOfMemory)])
+def test_what_safetensors_says_of_the_disk_or_of_memory_is_no_fault_of_the_file(number, kind):
+    with pytest.raises(OSError, match=r"mine\.safetensors") as caught:
+        read(SafetensorError(f"Error while deserializing: I/O error: the cause (os error {number})"))
+    assert caught.value.errno == number
+    assert isinstance(expected(caught.value), kind)
+    with pytest.raises(ArtifactError):
+        read(SafetensorError("I/O error: No such file or directory (os error 2)"))

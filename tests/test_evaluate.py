@@ -450,7 +450,7 @@ def test_a_damaged_image_is_named(finished, options, tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     for wanted in ("hps,alignment,jpeg", "hps,alignment"):  # to be scored, and to be shown
         result = command_line(*flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
-        check_failure(result, 3, "00002_1.png", "remove it")
+        check_failure(result, 3, "00002_1.png", "delete it")
 
 
 # --- options ---

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from texforce import files
-from texforce.errors import ArtifactError, InputError, NotFoundError
+from texforce.errors import ArtifactError, InputError, NotFoundError, StorageError
 
 # --- replacing ---
 
@@ -257,7 +257,24 @@ def test_text_is_utf_8_with_or_without_a_mark(tmp_path):
         files.read_text(tmp_path / "a.txt", "prompts")
 
 
-@pytest.mark.parametrize("rest", [b"", b'{"a": 3', b'{"a": "caf\xc3', b"\n\n"])
+def test_text_that_cannot_be_read_is_named_with_its_option(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, words in ((".", "Is a directory"), ("absent", "No such file"), ("loop", "Too many levels")):
+        with pytest.raises(InputError, match=rf"^prompts: '{tmp_path / name}' cannot be read: {words}"):
+            files.read_text(tmp_path / name, "prompts")
+
+
+def test_an_error_of_the_disk_while_text_is_read_stays_one(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        files.read_text(tmp_path / "a.txt", "prompts")
+    assert raised.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"a": 3', b'{"a": "caf\xc3', b"\0\0"])
 def test_a_last_line_that_was_cut_off_is_removed(tmp_path, rest):
     path = tmp_path / "lines.jsonl"
     lines = [{"a": 1}, {"a": "é"}]
@@ -269,6 +286,30 @@ def test_a_last_line_that_was_cut_off_is_removed(tmp_path, rest):
     assert path.read_bytes() == whole
     files.append_line(path, {"a": 3})
     assert files.read_lines(path) == [*lines, {"a": 3}]
+
+
+def test_a_last_line_that_was_cut_off_before_its_end_is_kept(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}')
+    assert files.read_lines(path) == [{"a": 1}, {"a": 2}]
+    files.append_line(path, {"a": 3})
+    assert files.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n  \n\r\n{"a": 2}\n\n')
+    assert files.read_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 2', b"[2]", b"\xff", b"\0"])
+def test_a_broken_line_that_is_not_the_last_is_named_and_nothing_is_rewritten(tmp_path, line):
+    path = tmp_path / "lines.jsonl"
+    content = b'{"a": 1}\n\n' + line + b'\n{"a": 3}\n{"a"'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"lines\.jsonl, line 3: "):
+        files.read_lines(path)
+    assert path.read_bytes() == content
 
 
 def test_a_file_of_lines_that_is_not_there_has_none(tmp_path):
@@ -312,7 +353,7 @@ def test_a_damaged_image_is_refused_by_name(tmp_path, length):
     content = (tmp_path / "a.png").read_bytes()
     assert len(content) > 10_000
     (tmp_path / "a.png").write_bytes(content[:length])
-    with pytest.raises(ArtifactError, match=r"a\.png: not an image that can be read; remove it"):
+    with pytest.raises(ArtifactError, match=r"a\.png: not an image that can be read; delete it"):
         files.read_image(tmp_path / "a.png")
 
 
@@ -327,6 +368,13 @@ def test_a_folder_can_be_made_where_only_files_are_not_in_the_way(tmp_path):
         with pytest.raises(NotADirectoryError, match=r"Not a directory: .*file'"):
             files.check_writable(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_storage(tmp_path):
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    with pytest.raises(StorageError, match=r"^storage: No such file or directory: /proc/texforce$"):
+        files.make_folder(Path("/proc/texforce"))
 
 
 def test_a_folder_that_is_not_to_be_written_to_is_found_out(tmp_path, monkeypatch):

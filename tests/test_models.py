@@ -94,6 +94,17 @@ def test_latent_shape_refuses_what_the_models_cannot_divide(resolution):
         models.latent_shape(shapes_of(4, 4), resolution)
 
 
+@pytest.mark.parametrize(("size", "expected"), [([64, 64], 64), ((64, 64), 64), (64, 64)])
+def test_the_size_of_a_unet_is_a_number_or_two_equal_ones(size, expected):
+    assert models.latent_shape(shapes_of(4, 4, size)) == (4, expected, expected)
+
+
+def test_a_unet_without_a_size_needs_a_resolution():
+    assert models.latent_shape(shapes_of(4, 4, None), 512) == (4, 64, 64)
+    with pytest.raises(InputError, match=r"resolution: the U-Net of this model does not say .* give --resolution"):
+        models.latent_shape(shapes_of(4, 4, None))
+
+
 # --- loading ---
 
 

@@ -109,7 +109,7 @@ def test_published_sets_are_pinned_or_said_not_to_be():
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_without_the_hub_one_is_told_how_to_give_the_file(name):
-    with pytest.raises(FileNotFoundError, match=f"{BENCHMARKS[name].repository} could not be had.*--benchmark FILE"):
+    with pytest.raises(FileNotFoundError, match=f"{BENCHMARKS[name].repository} could not be downloaded.*--benchmark FILE"):
         read_benchmark(name)
 
 
@@ -125,6 +125,12 @@ def test_files_of_every_kind_say_the_same(tmp_path):
     check(read_benchmark(str(write(tmp_path / "c.jsonl", "\ufeff" + "\n".join(lines)))))
     assert read_benchmark(str(tmp_path / "a.jsonl")).sha256 == read_benchmark(str(tmp_path / "a.json")).sha256
     assert read_benchmark(str(tmp_path / "a.jsonl")).sha256 != read_benchmark(str(tmp_path / "a.txt")).sha256
+
+
+def test_a_subfolder_that_is_called_like_a_file_is_passed_over(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    write(tmp_path / "b.txt", "\n".join(PROMPTS))
+    check(read_benchmark(str(tmp_path)), PROMPTS, 3 * [""])
 
 
 def test_white_space_is_one_space_and_what_comes_twice_is_taken_once(tmp_path):

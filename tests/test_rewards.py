@@ -1,6 +1,7 @@
 """Rewards: names, mixtures, functions of a user's own, scorers over HTTP and their server, and what is refused."""
 
 import base64
+import errno
 import http.client
 import http.server
 import importlib.util
@@ -761,6 +762,9 @@ def test_the_command_serves_until_it_is_terminated(monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["hsp"], 2, "unknown name 'hsp'"),
+    (["jpeg", "--device", "foo"], 2, "device: must be cpu, cuda or cuda:N, not 'foo'"),
+    (["absent.py:score", "--device", "meta"], 2, "device: must be"),
+    (["jpeg", "--device", "cuda:99"], 2, "device: there is no 'cuda:99'"),
     (["jpeg", "--port", "70000"], 2, "port: must be from 0 to 65535, not 70000"),
     (["jpeg", "--host", "203.0.113.1"], 2, "port: 203.0.113.1:8000 cannot be listened at"),
     (["hps", "--reward-checkpoint", "absent.pt"], 2, "absent.pt"),
@@ -778,3 +782,30 @@ def test_a_port_that_is_taken_is_named():
         result = serve("jpeg", "--port", str(port))
     assert result.exit_code == 2
     assert f"port: 127.0.0.1:{port} cannot be listened at: Address already in use" in result.stderr
+
+
+def test_a_server_names_a_gpu_that_is_not_there_before_it_loads_anything(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rewards, "load_reward", lambda *arguments: pytest.fail("it was loaded"))
+    result = serve("jpeg", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "device: there is no 'cuda'; PyTorch finds 0 GPU(s) here" in result.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_a_server_answers_a_lack_of_memory_with_500(error):
+    def exhausted(images, prompts):
+        raise error
+
+    body = json.dumps({"prompts": ["a"], "images": [rewards.encode_png(torch.rand(3, 8, 8))]}).encode()
+    status, content = rewards.answer(exhausted, body)
+    assert (status, "out of memory" in content["error"]) == (500, True)
+
+
+def test_lack_of_memory_gets_no_advice_of_options_that_a_command_lacks(monkeypatch):
+    def exhausted(*arguments):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(rewards, "load_reward", exhausted)
+    result = serve("jpeg")
+    assert (result.exit_code, result.stderr.strip()) == (5, "error: out of memory (no memory)")

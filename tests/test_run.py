@@ -574,7 +574,7 @@ def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, t
 
 def test_how_not_to_go_on_is_told(options, finished):
     folder = finished.parent
-    check_failure(command_line("--force-resume", "--output-dir", folder / "new"), 2, "give --resume")
+    check_failure(command_line("--force-resume", "--output-dir", folder / "new"), 2, "works only together with --resume")
     check_failure(command_line("--resume", Path(__file__)), 2, "is a file")
     check_failure(command_line("--resume", folder / "absent"), 2, "there is no run in", "absent")
     check_failure(command_line("--resume", finished, "--output-dir", "other"), 2, "leave --output-dir other out")

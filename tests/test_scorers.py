@@ -318,7 +318,7 @@ def test_a_folders_own_tokenizer_is_used_and_must_fit_its_model(tmp_path, small_
     ids = scorers.clip_tokenizer(tmp_path / "tokenizer", config)(["a red circle"])
     assert ids.shape == (1, 77)
     assert ids.max() < 1144
-    with pytest.raises(ArtifactError, match=r"tokenizer knows .* tokens and its model 9"):
+    with pytest.raises(ArtifactError, match=r"it knows .* tokens, its text encoder 9"):
         scorers.clip_tokenizer(tmp_path / "tokenizer", SimpleNamespace(max_position_embeddings=77, vocab_size=9))
 
 

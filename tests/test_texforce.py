@@ -1,5 +1,6 @@
 """The policy, experience, advantages, losses, the learner and the update: against a textbook loop, and by hand."""
 
+import errno
 import functools
 import itertools
 import math
@@ -1017,12 +1018,13 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
 
 @pytest.mark.parametrize(("target", "error"), [
     ("text-encoder", OUT_OF_MEMORY[0]), ("unet", OUT_OF_MEMORY[0]), ("both", OUT_OF_MEMORY[0]),
-    ("both", OUT_OF_MEMORY[1]), ("both", OUT_OF_MEMORY[2]),
+    ("both", OUT_OF_MEMORY[1]), ("both", OUT_OF_MEMORY[2]), ("both", OUT_OF_MEMORY[3]),
 ])  # fmt: skip
 def test_a_micro_batch_is_halved_when_memory_runs_out_and_the_gradient_is_the_same(make_rig, target, error, monkeypatch):
     """Memory runs out in the backward pass, where a part of the gradients is already there."""

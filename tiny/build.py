@@ -481,7 +481,7 @@ def build_hps(output_dir: Path, seed: int, num_steps: int = 2200, num_fixed_step
     config = {"embed_dim": WIDTH, "vision_cfg": HPS_VISION, "text_cfg": HPS_TEXT | {"vocab_size": vocab_size}}
     (output_dir / "hps.json").write_text(json.dumps(config, indent=2) + "\n")
     model: Any
-    model, tokenizer = scorers.build_clip(output_dir / "hps.json")
+    model, tokenizer = scorers.build_clip(output_dir / "hps.pt")
 
     def features(images: Tensor) -> Tensor:
         pixels = scorers.normalise(scorers.pad_to_square(images, HPS_VISION["image_size"]))
