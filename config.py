@@ -608,17 +608,17 @@ def resolve_sample(options: Options) -> SampleConfig:
     if not given.get("prompt") and not given.get("prompts"):
         raise InputError("prompt: give --prompt or --prompts")
     if not given.get("adapter") and scale != 1:
-        raise InputError("scale: works only together with --adapter")
+        raise InputError("scale: --scale works only together with --adapter")
     _check_unet_scale(given)
     if not given.get("adapter") and not given.get("unet") and given.get("compare"):
-        raise InputError("compare: works only together with --adapter or --unet")
+        raise InputError("compare: --compare works only together with --adapter or --unet")
     systems = _one_system(given, scale)
     return SampleConfig(**_drawing(given, systems), systems=systems)
 
 
 def _check_unet_scale(given: dict[str, Any]) -> None:
     if given.get("unet_scale", 1.0) != 1 and not given.get("unet"):
-        raise InputError("unet_scale: works only together with --unet")
+        raise InputError("unet_scale: --unet-scale works only together with --unet")
 
 
 def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]:
@@ -765,7 +765,7 @@ def resolve_eval(options: Options) -> EvalConfig:
         if len(system.unets) > 1:
             raise InputError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
     if strengths and not systems:
-        raise InputError("strength: works only together with --adapter or --unet")
+        raise InputError("strength: --strength works only together with --adapter or --unet")
     values = _drawing(given, systems)
     benchmark = given.get("benchmark", "world" if values["model"] == "tiny" else "drawbench")
     usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]

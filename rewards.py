@@ -285,12 +285,27 @@ def gradient_function(scorer: Scorer, name: str) -> Scorer:
     function = getattr(scorer, "scorer", scorer)  # of a Supervised one
     found = getattr(function, "with_gradients", None)
     if found is None or found is False:
-        known = ", ".join(name for name, entry in CATALOGUE.items() if entry.gradients)
-        raise InputError(
-            f"reward: {name} carries no gradients, which --algorithm gradient needs; those that do are {known}, mixtures of "
-            "them, and functions that set with_gradients = True"
-        )
+        raise _no_gradients(name)
     return function if found is True else found
+
+
+def check_gradients(spec: str) -> None:
+    """Check that the named parts of a reward carry gradients, before anything is loaded.
+
+    Raises:
+        InputError: one does not.
+    """
+    for name in parse_mixture(spec):
+        if name.startswith(URL) or (name in CATALOGUE and not CATALOGUE[name].gradients):
+            raise _no_gradients(name)
+
+
+def _no_gradients(name: str) -> InputError:
+    known = ", ".join(name for name, entry in CATALOGUE.items() if entry.gradients)
+    return InputError(
+        f"reward: {name} carries no gradients, which --algorithm gradient needs; those that do are {known}, mixtures of "
+        "them, and functions that set with_gradients = True"
+    )
 
 
 # --- mixtures ---

@@ -78,6 +78,8 @@ def prepare(config: TrainConfig) -> Setup:
     device, names = default_device(), [config.reward, *(config.eval_reward or ())]
     for name in names:
         rewards.check_reward(name)  # a typing error must not wait for a model
+    if config.algorithm == "gradient":
+        rewards.check_gradients(config.reward)
     checkpoints = rewards.EMBEDDED if config.model == "tiny" else {}
     checkpoints = checkpoints | rewards.parse_checkpoints(config.reward_checkpoint or (), names)
     # The model first: a mistyped folder must not wait for the download of a scorer.
@@ -87,6 +89,9 @@ def prepare(config: TrainConfig) -> Setup:
         return rewards.load_reward(name, device, checkpoints, normalise, config.reward_timeout)
 
     reward = load(config.reward, config.normalise_rewards)
+    if config.algorithm == "gradient":
+        for name, part in reward.parts.items():
+            rewards.gradient_function(part, name)
     eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
     return Setup(make_policy(model, config), reward, eval_rewards)
 

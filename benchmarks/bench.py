@@ -92,7 +92,7 @@ class Bench:
         config = replace(self.config, num_samples_per_prompt=1)
         samples = texforce.collect(policy or self.policy, reward, prompts, config, generator)
         advantages = 1.0 - 2.0 * (torch.arange(len(prompts)) % 2)
-        return texforce.make_batch(samples, advantages, torch.device(self.device)), torch.cat(reward.images)
+        return texforce.make_batch(samples, advantages, self.config, torch.device(self.device)), torch.cat(reward.images)
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(0)
@@ -101,7 +101,7 @@ class Bench:
         return self.rollout(self.prompts, self.generator())[0]
 
     def our_update(self, batch: Batch) -> texforce.UpdateStatistics:
-        done = texforce.update(self.policy, batch, self.learner, self.config, torch.Generator().manual_seed(0))
+        done = texforce.ppo_update(self.policy, batch, self.learner, self.config, torch.Generator().manual_seed(0))
         if done.num_pairs != batch.trajectory.timesteps.numel():
             raise RuntimeError(f"the update took {done.num_pairs} pairs, not all {batch.trajectory.timesteps.numel()}")
         return done
@@ -115,7 +115,9 @@ class Bench:
         policy: Policy | None = None,
     ) -> None:
         learner: Any = SimpleNamespace(scaler=scaler, micro_batch_size=micro_batch_size or self.config.micro_batch_size)
-        texforce.accumulate_gradients(policy or self.policy, Share(batch, pairs), learner, self.config)
+        texforce.accumulate_gradients(
+            policy or self.policy, Share(batch, pairs, texforce.ppo_micro_batch), learner, self.config
+        )
 
     def textbook_update(self, batch: Batch, num_images: int | None = None) -> None:
         learner, prompts = self.textbook_learner, self.prompts[:num_images]

@@ -32,12 +32,12 @@ class Probe:
         config = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
         samples = texforce.collect(self.policy, self.reward, prompts, config, self.noise)
         advantages = texforce.compute_advantages(samples, config, PromptStatistics())
-        return texforce.make_batch(samples, advantages, self.policy.model.device)
+        return texforce.make_batch(samples, advantages, self.config, self.policy.model.device)
 
     def gradient(self, batch: Batch, steps: list[int]) -> Tensor:
         """The gradient on LoRA of the loss of all images at the given steps."""
         pairs = torch.cartesian_prod(torch.arange(len(batch.rewards)), torch.tensor(steps))
-        texforce.accumulate_gradients(self.policy, Share(batch, pairs), self.learner, self.config)
+        texforce.accumulate_gradients(self.policy, Share(batch, pairs, texforce.ppo_micro_batch), self.learner, self.config)
         gradient = torch.cat(
             [parameter.grad.flatten() for parameter in self.policy.parameters if parameter.grad is not None]
         )

@@ -237,6 +237,19 @@ def test_the_readmes_python_draws_an_image(adapter):
 
 # --- bad input ---
 
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--algorithm", "matching", "--clip-range", "0.1"], ["clip_range", "ppo", "matching"]),
+    (["--algorithm", "ppo", "--backprop-steps", "2"], ["backprop_steps", "gradient", "ppo"]),
+    (["--algorithm", "gradient", "--reward", "jpeg"], ["jpeg", "no gradients", "hps"]),
+    (["--algorithm", "gradient", "--reward", "hps=1,http://a:1/score=1"], ["http://a:1/score", "no gradients"]),
+])  # fmt: skip
+def test_options_and_rewards_of_another_algorithm_are_refused_by_name(tmp_path, arguments, words):
+    result = run("train", "--model", "tiny", *arguments, "--output-dir", tmp_path / "out")
+    check_failure(result, 2, *words)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 BAD_TRAINING = [
     (["--reward", "beauty"], ["'beauty'", "hps", "hps-v2", "alignment", "jpeg", "incompress", "path/to/file.py:function"]),
     (["--reward", "absent.py:reward"], ["absent.py"]),
@@ -250,6 +263,8 @@ BAD_TRAINING = [
     (["--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
     (["--reward", "hps", "--reward-checkpoint", "absent.pt"], ["absent.pt"]),
     (["--eta", "0"], ["eta", "above 0"]),
+    (["--algorithm", "dpo"], ["algorithm", "ppo, matching, gradient"]),
+    (["--null-anchor", "1", "--anchor-prompts", "absent.txt"], ["absent.txt"]),
     (["--eta", "1.5"], ["eta"]),
     (["--timestep-fraction", "0"], ["timestep_fraction"]),
     (["--timestep-window", "0"], ["timestep_window"]),
@@ -572,7 +587,7 @@ def test_lack_of_memory_ends_with_five_and_the_option_that_helps(small_run, tmp_
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "update", exhausted)
+    monkeypatch.setattr(train, "ppo_update", exhausted)
     check_failure(run_train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
 
 
@@ -911,7 +926,7 @@ def test_the_saved_config_is_resolved_and_a_process_of_its_own_repeats_the_run_t
     folder, _ = trained
     config = strict((folder / "config.json").read_text())
     assert set(config) == {item.name for item in option_fields(TrainConfig)}
-    nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile", "max_kl"}
+    nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile", "max_kl", "anchor_prompts"}
     assert {name for name, value in config.items() if value is None} <= nullable
     done, other = fresh_process
     assert "the training ended with 0" in done.stdout, done.stderr

@@ -135,6 +135,17 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
     assert {path.name for path in (pair / "2").iterdir()} == {path.name for path in (pair / "1").iterdir()}
 
 
+@pytest.mark.parametrize("options", [
+    {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "num_inner_epochs": 2},
+    {"algorithm": "gradient", "reward": "hps", "backprop_steps": 1, "null_anchor": 1.0},
+], ids=["matching", "gradient"])  # fmt: skip
+def test_two_processes_give_the_adapter_of_one_by_every_algorithm(shared_run, tmp_path, options):
+    for number in (1, 2):
+        given = shared_run | OPTIONS | options | {"num_epochs": 1, "output_dir": str(tmp_path / str(number))}
+        run_training(number, given, tmp_path / "log")
+    assert relative_difference(tmp_path / "2", tmp_path / "1") < 1e-6
+
+
 def test_the_first_gradient_of_two_processes_is_that_of_one(pair):
     """Which no learning rate makes larger or smaller."""
     expected, *others = (torch.load(pair / f"gradient-{name}.pt") for name in ("1-0", "2-0", "2-1"))

@@ -64,17 +64,21 @@ def configure(**options: object) -> TrainConfig:
 
 def run_training(options: dict, folder: Path, stop_in: int | None = None, **arguments: object) -> dict:
     """A run, or what there is of it up to the middle of its epoch `stop_in` from here."""
-    epochs, update = [], texforce.update
+    epochs = []
 
-    def stopping_update(*given):
-        epochs.append(given)
-        result = update(*given)
-        if len(epochs) == stop_in:
-            raise Stop
-        return result
+    def stopping(update):
+        def stopping_update(*given):
+            epochs.append(given)
+            result = update(*given)
+            if len(epochs) == stop_in:
+                raise Stop
+            return result
+
+        return stopping_update
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", stopping_update)
+        for name in ("ppo_update", "matching_update", "gradient_update"):
+            patch.setattr(train, name, stopping(getattr(texforce, name)))
         with contextlib.suppress(Stop):
             return train.train(configure(**options, output_dir=str(folder)), **arguments)
     return {}
@@ -198,8 +202,10 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
         {"advantages": "leave-one-out", "reward": "jpeg=1,hps=2", "normalise_rewards": True, "lr_scheduler": "constant",
          "null_prompt": "base"},
         {"target": "both", "kl_weight": 0.1, "lr_scheduler": "linear", "weight_decay": 0.1, "ema_decay": 0.0},
+        {"algorithm": "matching", "num_inner_epochs": 2, "kl_weight": 0.1, "null_anchor": 1.0, "eta": 0.0},
+        {"algorithm": "gradient", "reward": "hps", "backprop_steps": 1, "null_anchor": 1.0, "eta": 0.0},
     ],
-    ids=["normalised mixture, base null prompt", "U-Net too, no average"],
+    ids=["normalised mixture, base null prompt", "U-Net too, no average", "matching", "gradient"],
 )  # fmt: skip
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
     options = options | {"num_epochs": 2, "checkpoint_every": 1} | changes
@@ -529,7 +535,7 @@ def check_folder_is_locked(options: dict, whole: Path, stopped: Path, folder: Pa
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", lambda *_: pytest.fail("it trained"))
+        patch.setattr(train, "ppo_update", lambda *_: pytest.fail("it trained"))
         run_training(options, folder, report=second)
     assert refused
     assert not (folder / files.HOLDER).exists()

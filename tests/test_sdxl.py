@@ -154,13 +154,15 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(sdxl, targe
     noise = torch.Generator().manual_seed(0)
     samples = texforce.collect(policy, reward, PROMPTS, config, noise)
     advantages = texforce.compute_advantages(samples, config, texforce.PromptStatistics())
-    batch = texforce.make_batch(samples, advantages, policy.model.device)
+    batch = texforce.make_batch(samples, advantages, config, policy.model.device)
     with torch.no_grad():  # off the start, where half of LoRA has no gradient
         for parameter in policy.parameters:
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
     pairs = torch.tensor([[0, 0], [0, 2], [1, 1], [2, 0], [3, 1], [3, 2]])
     learner = texforce.Learner(policy.parameters, config)
-    statistics = texforce.accumulate_gradients(policy, texforce.Share(batch, pairs), learner, config)
+    statistics = texforce.accumulate_gradients(
+        policy, texforce.Share(batch, pairs, texforce.ppo_micro_batch), learner, config
+    )
     kept = zeros and target == "text-encoder"  # then the null prompt's branch learns nothing
     assert (batch.trajectory.null_outputs is not None) == kept
     assert statistics.num_unet_calls == len(pairs) * (1 if kept else 2)

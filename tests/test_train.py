@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -351,7 +352,9 @@ def test_the_plan_foresees_the_memory_of_a_micro_batch(small_run, tmp_path, narr
     batch = texforce.make_batch(samples, advantages, config, policy.model.device)
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(2))
     with peak_of_saved_bytes(policy.model) as bytes_kept:
-        texforce.accumulate_gradients(policy, Share(batch, pairs), Learner(policy.parameters, config), config)
+        texforce.accumulate_gradients(
+            policy, Share(batch, pairs, texforce.ppo_micro_batch), Learner(policy.parameters, config), config
+        )
     assert sum(train.activation_bytes(policy, config, len(prompts))) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
@@ -478,3 +481,68 @@ def test_the_training_reward_rises_on_a_reward_of_ones_own(small_run, tmp_path):
     means = [measures["reward_mean"] for measures in read_metrics(tmp_path / "out")[1:]]
     assert sum(means[-2:]) / 2 - means[0] > 0.03
     assert result["num_images"] == 6 * 32
+
+
+# --- every algorithm with every family ---
+
+DIFFERENTIABLE = """
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+brightness.with_gradients = True
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["matching", "gradient"])
+@pytest.mark.parametrize("family", ["epsilon", "v_prediction", "sdxl"])
+def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, sdxl, tmp_path, algorithm, family):
+    folder = shutil.copytree(sdxl if family == "sdxl" else stable_diffusion, tmp_path / "model")
+    if family == "v_prediction":
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"prediction_type": family}))
+    (tmp_path / "mine.py").write_text(DIFFERENTIABLE)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green cross\n")
+    options = {
+        "model": str(folder), "reward": f"{tmp_path / 'mine.py'}:brightness", "prompts": str(tmp_path / "prompts.txt"),
+        "algorithm": algorithm, "num_epochs": 1, "num_prompts_per_epoch": 2, "num_samples_per_prompt": 2, "rank": 2,
+        "num_inference_steps": 3, "backprop_steps": 2, "num_inner_epochs": 1, "mixed_precision": "no",
+        "advantages": "leave-one-out", "learning_rate": 1e-2, "output_dir": str(tmp_path / "out"), "sample_batch_size": 4,
+        "null_anchor": 0.0 if family == "sdxl" else 1.0, "micro_batch_size": 3, "lr_warmup_steps": 0, "ema_decay": 0.0,
+    }  # fmt: skip
+    result = train.train(resolve(TrainOptions(**options)))
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("adapter_model.safetensors")
+    }
+    second = {"text_encoder_2/adapter_model.safetensors"} if family == "sdxl" else set()
+    assert written == {"adapter_model.safetensors"} | second
+    for path in written:
+        tensors = load_file(tmp_path / "out" / path)
+        assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    heldout = result["heldout"][options["reward"]]
+    assert heldout["base"] != heldout["tuned"]
+    (_, epoch) = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert "ratio_deviation" not in epoch
+    assert ("loss" in epoch) == (algorithm == "matching")
+
+
+def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, narrow_model, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    options = small_run | {"algorithm": "gradient", "reward": "jpeg", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="jpeg carries no gradients"):
+        train.train(resolve(TrainOptions(**options)))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"eta": 0.0}, "eta: must be above 0 for ppo"),
+    ({"algorithm": "matching", "num_prompts_per_epoch": 2, "num_updates_per_epoch": 3}, "num_updates_per_epoch"),
+    ({"algorithm": "gradient", "backprop_steps": 9, "num_inference_steps": 8}, "backprop_steps: must be at most"),
+    ({"algorithm": "gradient", "num_inner_epochs": 2}, "num_inner_epochs: must be 1"),
+    ({"algorithm": "matching", "target": "unet", "null_anchor": 1.0}, "null_anchor: needs a text encoder"),
+    ({"anchor_prompts": "negative.txt"}, "anchor_prompts: needs a null_anchor"),
+    ({"preset": "paper", "algorithm": "matching"}, "--preset paper is a recipe of ppo"),
+    ({"preset": "fast", "algorithm": "ppo"}, "--preset fast is a recipe of matching"),
+])  # fmt: skip
+def test_options_that_do_not_fit_the_algorithm_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        resolve(TrainOptions(model="tiny", **options))
