@@ -1,5 +1,6 @@
 """No test may reach the network: the hub's client is told so before it is imported.
 
+No test may depend on where it runs either: commands print to a terminal of one width, whatever the environment says.
 Two workers share the tests (pyproject.toml), each with one thread: two threads for one test are slower than that.
 """
 
@@ -16,9 +17,19 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLUMNS"] = "1000"  # so that a message is a line, also in processes of their own
 
 TRAINING_PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross", "a navy box"]
 HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Print each message of a command as a line."""
+    from texforce import cli
+
+    monkeypatch.setattr(cli.progress, "_width", 1000)
+    monkeypatch.setattr(cli.output, "_width", 1000)
 
 
 def small_options(folder):

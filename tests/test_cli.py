@@ -59,13 +59,6 @@ def without_pyiqa(monkeypatch):
     monkeypatch.setattr(rewards, "missing_packages", lambda name: ["pyiqa"] if name == "face" else [])
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    """So that a line of output is a line."""
-    monkeypatch.setattr(cli.progress, "_width", 1000)
-    monkeypatch.setattr(cli.output, "_width", 1000)
-
-
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
 

@@ -66,12 +66,16 @@ def evaluation(tmp_path_factory) -> tuple[Path, dict]:
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        if not CHROMIUM and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("no chromium: apt-get install chromium (Debian), playwright install chromium, or one on the PATH")
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # it opens our own pages only
-        yield browser
-        browser.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", "/tmp")  # noqa: S108 - the path of a socket there has at most 108 letters
+        with playwright.sync_playwright() as driver:
+            if not CHROMIUM and not Path(driver.chromium.executable_path).exists():
+                pytest.skip(
+                    "no chromium: apt-get install chromium (Debian), playwright install chromium, or one on the PATH"
+                )
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # it opens our own pages only
+            yield browser
+            browser.close()
 
 
 @pytest.fixture
