@@ -322,7 +322,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "paper"): _TINY | _PAPER | {"num_prompts_per_epoch": 256},
     ("tiny", "fast"): _TINY_FAST
     | {"num_epochs": 50, "num_prompts_per_epoch": 16, "num_samples_per_prompt": 4, "num_inner_epochs": 4}
-    | {"learning_rate": 1e-3, "eval_every": 10},
+    | {"learning_rate": 1e-3, "kl_weight": 1.0, "eval_every": 10},
     ("tiny", "gradient"): _TINY_FAST
     | {"algorithm": "gradient", "num_epochs": 40, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
     | {"advantages": "per-prompt", "learning_rate": 2e-3, "eval_every": 10, "micro_batch_size": 32},
