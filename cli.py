@@ -181,7 +181,7 @@ def train_command(
         bool, typer.Option("--force-resume", help="with --resume, though options or prompts have changed")
     ] = False,
 ) -> None:
-    """Train LoRA on the text encoder by PPO against a reward."""
+    """Train LoRA on the text encoder against a reward."""
     with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
         from . import processes
 

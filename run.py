@@ -339,6 +339,7 @@ def describe_run(config: TrainConfig, device: str, num_parameters: int) -> dict[
         "seed": config.seed,
         "model": config.model,
         "reward": config.reward,
+        "algorithm": config.algorithm,
         "target": config.target,
         "preset": config.preset,
         "device": device,
@@ -364,6 +365,12 @@ def commit() -> str | None:
         return None
 
 
+METHODS = {
+    "ppo": "PPO (arXiv:2311.15657)", "matching": "advantage-weighted matching (arXiv:2509.25050)",
+    "gradient": "the reward's own gradient (arXiv:2309.17400)",
+}  # fmt: skip
+
+
 def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
     """README.md of the adapter, in the hub's format."""
     rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result["heldout"].items()]
@@ -371,7 +378,7 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
             f"# TexForce adapter for {config.model}", "",
-            f"LoRA (rank {config.rank}) on the {config.target}, trained by PPO (arXiv:2311.15657) on "
+            f"LoRA (rank {config.rank}) on the {config.target}, trained by {METHODS[config.algorithm]} on "
             f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             "", "Held-out prompts, base and tuned from the same noise:", "",

@@ -116,7 +116,7 @@ def train(
     resume: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Train LoRA by PPO; writes the adapter, metrics, figures and result.json, and returns the result.
+    """Train LoRA; writes the adapter, metrics, figures and result.json, and returns the result.
 
     `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With
     `resume` a run in the output folder goes on from its newest checkpoint, exactly as if it had never stopped, and a

@@ -43,6 +43,7 @@ COMMANDS = {
 VOLATILE = {
     "seconds", "images_per_s", "sampling_share", "commit", "versions", "timings", "date", "modelspec.date", "sha256",
     "modelspec.description", "num_prompts_told", "num_prompts_measured",
+    "algorithm", "num_noise_levels", "noise_window", "backprop_steps", "null_anchor", "anchor_prompts",  # newer options
 }  # fmt: skip
 IGNORED = ("manifest.json", "state.json", "speed.jsonl", "curve.png", ".lock", ".holder")
 

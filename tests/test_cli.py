@@ -367,7 +367,7 @@ def test_an_output_folder_that_is_not_empty_is_left_as_it_is(small_run, tmp_path
 def test_an_output_folder_that_cannot_be_made_is_a_storage_error(small_run, tmp_path):
     (tmp_path / "file").write_text("")
     check_failure(run_train(small_run, output_dir=tmp_path / "file" / "out"), 5, "storage", "file")
-    check_failure(run_train(small_run, output_dir="/proc"), 5, "storage", "/proc/out")
+    check_failure(run_train(small_run, output_dir="/proc/out"), 5, "storage", "/proc")
     check_failure(run_train(small_run, output_dir=tmp_path / "file"), 5, "storage", "file")
     result = run("sample", "--model", "tiny", "--prompt", "a red circle", "--output-dir", tmp_path / "file" / "images")
     check_failure(result, 5, "storage", "file")
