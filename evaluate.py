@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Policy, __version__, adapters, check_finite, files, measures, models, report, rewards, run, scorers
+from texforce import Policy, __version__, check_finite
+
+from . import adapters, files, measures, models, report, rewards, run, scorers
 from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
 from .errors import InputError, RewardError, reading
 from .files import read_json
@@ -367,7 +369,9 @@ def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -
         for system in evaluation.systems:
             for n, chunk in enumerate(chunks):
                 progress(f"{spec} of {system.name}", n, len(chunks))
-                _score_chunk(evaluation, kept, system, chunk, wanted, load)
+                missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
+                for key, values in _measure(evaluation, system, chunk, missing, load):
+                    kept.add(system.name, key, chunk.start, values)
             progress(f"{spec} of {system.name}", len(chunks), len(chunks))
             scores[system.name][spec] = kept.table(system.name, keys[spec], chunks, config.num_images)
             if not np.isfinite(scores[system.name][spec]).any():
@@ -378,18 +382,15 @@ def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -
     return scores
 
 
-def _score_chunk(
-    evaluation: Evaluation, kept: ScoreFile, system: System, chunk: range, wanted: Sequence[str],
-    load: Callable[[], rewards.Mixture],
-) -> None:  # fmt: skip
-    """Measure what the file lacks of the wanted scores of a system's images of a chunk, and add it."""
-    missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
-    if not missing:
-        return
-    reward, images = load(), evaluation.read_images(system, chunk).to(default_device())
-    for key in missing:
-        values = _diversity if key.startswith(DIVERSITY) else scorers.score
-        kept.add(system.name, key, chunk.start, values(reward, images, evaluation.repeated_prompts(chunk)))
+def _measure(
+    evaluation: Evaluation, system: System, chunk: range, keys: Sequence[str], load: Callable[[], rewards.Mixture]
+) -> Iterator[tuple[str, Tensor]]:
+    """The scores by each key of a system's images of a chunk; the reward is loaded only if there is a key."""
+    if keys:
+        reward, images = load(), evaluation.read_images(system, chunk).to(default_device())
+        for key in keys:
+            values = _diversity if key.startswith(DIVERSITY) else scorers.score
+            yield key, values(reward, images, evaluation.repeated_prompts(chunk))
 
 
 def _key(spec: str, source: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, adapters, files, ldm, models
+from texforce import __version__
+
+from . import adapters, files, ldm, models
 from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in
 from .config import SETTINGS, MergeConfig
 from .errors import InputError

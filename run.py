@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import Learner, Policy, PromptOrder, PromptStatistics, __version__, files
+from texforce import Learner, Policy, PromptOrder, PromptStatistics, __version__
+
+from . import files
 from .config import TrainConfig
 from .errors import InputError, reading
 

@@ -455,7 +455,7 @@ class Face:
     """Quality of the face in the image (pyiqa's topiq_nr-face, arXiv:2308.03060), 0 to 1; 0 where there is no face."""
 
     def __init__(self, device: str = "cpu") -> None:
-        import pyiqa
+        import pyiqa  # pyright: ignore[reportMissingImports]  # an extra
 
         with reading("reward: pyiqa could not fetch the weights of face", NotFoundError):
             self.metric = pyiqa.create_metric("topiq_nr-face", device=torch.device(device))

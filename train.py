@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
+from texforce import (
     Learner,
     Policy,
     PromptOrder,
@@ -28,27 +28,21 @@ from . import (
     collect,
     compute_advantages,
     draw_noise_batch,
-    files,
     finds_micro_batch,
     finite_mean,
     gather_scores,
     gradient_update,
-    interrupts,
     make_batch,
     make_policy,
     matching_update,
-    models,
     num_rollout_calls,
     ppo_update,
-    processes,
-    rewards,
-    run,
     scored_by_update,
-    scorers,
     trainable_steps,
     wants_kl,
-    world,
 )
+
+from . import files, interrupts, models, processes, rewards, run, scorers, world
 from .config import TrainConfig, default_device
 from .errors import DivergedError, InputError, RewardError
 from .files import read_json
