@@ -31,7 +31,7 @@ MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
 SETTINGS = "texforce.json"  # how the output of `texforce merge` is to be sampled
 BASE = "base"  # the name of the base model among the systems
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a system
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a system's name
 
 # The description of a rule completes "must be ..." in messages.
 Count = Annotated[int, Field(ge=1, description="a whole number, at least 1")]

@@ -282,7 +282,7 @@ def gradient_function(scorer: Scorer, name: str) -> Scorer:
     Raises:
         InputError: it has none.
     """
-    function = getattr(scorer, "scorer", scorer)  # of a Supervised one
+    function = getattr(scorer, "scorer", scorer)  # the function that a Supervised scorer calls
     found = getattr(function, "with_gradients", None)
     if found is None or found is False:
         raise _no_gradients(name)

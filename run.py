@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-STATE_FORMAT = 2  # of a checkpoint's state; another one was written by another version
+STATE_FORMAT = 2  # written into checkpoints; a state of another format comes from another version
 # Options that a run may go on with though they have changed: none of them decides the adapter.
 FREE_OPTIONS = (
     "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",

@@ -89,7 +89,7 @@ def digest(path: Path, source: Path) -> str:
         content = dump(json.loads(content))
     elif path.suffix == ".jsonl":
         content = b"\n".join(dump(json.loads(line)) for line in content.splitlines())
-    elif path.name == "tensors.safetensors":  # of a checkpoint, whose names for the tensors may change
+    elif path.name == "tensors.safetensors":  # names in checkpoints may change
         content = "".join(sorted(tensor_digests(content))).encode()
     elif path.suffix == ".safetensors":
         header, tensors = content[8 : 8 + int.from_bytes(content[:8], "little")], content[8:]
