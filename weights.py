@@ -16,6 +16,7 @@ from .errors import NotFoundError, reading
 from .files import sha256
 
 SCORER = "a scorer's checkpoint"
+LFS_POINTER = b"version https://git-lfs"
 
 
 # --- where they are ---
@@ -132,6 +133,9 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
     if not path.is_file():
         raise NotFoundError(f"reward: there is no checkpoint {str(path)!r}")
     with refused(path, kind):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
         if path.suffix == ".safetensors":
             return load_file(path)
         check_cached(path)

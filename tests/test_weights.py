@@ -352,3 +352,10 @@ def test_a_folder_without_weights_or_configuration_is_named(clip_folder, tmp_pat
     shutil.copy(clip_folder / "config.json", tmp_path)
     with pytest.raises(NotFoundError, match=rf"'{re.escape(str(tmp_path))}' holds neither model\.safetensors nor pytorch_"):
         weights.load_pretrained(CLIPModel, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["c.pt", "c.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ArtifactError, match=rf"{name}: refused.*git-lfs pointer.*git lfs pull"):
+        weights.read_tensors(tmp_path / name)
