@@ -42,7 +42,7 @@ from texforce.config import (
 )
 from texforce.errors import DivergedError, InputError, RewardError
 
-ROOT = Path(texforce.__file__).parent
+ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 NO_GPU = not torch.cuda.is_available()
 
