@@ -359,14 +359,14 @@ def rewards_command() -> None:
     from .weights import HUB, is_fetched
 
     table = Table(Column("reward", no_wrap=True), show_lines=True)
-    for title in ("measures", "range; higher is better", "needs", "licence", "here"):
+    for title in ("measures", "range; higher is better", "gradients", "needs", "licence", "here"):
         table.add_column(title, overflow="fold")
     for name, entry in CATALOGUE.items():
         needs = "\n".join(HUB[item].repository for item in entry.weights) or "-"
         if entry.packages:
             needs = f"pip install 'texforce[{name}]'"
         here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
-        cells = (name, entry.measures, entry.scale, needs, entry.licence)
+        cells = (name, entry.measures, entry.scale, "yes" if entry.gradients else "no", needs, entry.licence)
         tiny = "for tiny" if "hps" in name else "no"
         table.add_row(*(Text(cell) for cell in cells), "yes" if here else tiny)
     output.print(table)

@@ -120,6 +120,7 @@ def test_the_catalogue_says_of_each_reward_what_one_must_know(name):
     assert set(entry.weights) <= weights.HUB.keys()
     assert (entry.licence != "-") == bool(entry.weights or entry.packages)
     assert entry.features == hasattr(entry.make, "image_features")
+    assert entry.gradients == hasattr(entry.make, "with_gradients")
 
 
 def test_every_weight_of_the_hub_is_some_rewards():
