@@ -60,32 +60,27 @@ class Entry:
 CATALOGUE = {
     "hps": Entry(
         scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
-        gradients=True,
-        features=True,
+        gradients=True, features=True,
     ),
     "hps-v2": Entry(
         scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
-        gradients=True,
-        features=True,
+        gradients=True, features=True,
     ),
     "imagereward": Entry(
         scorers.ImageReward, "human preference", "mean 0, deviation 1 on its data",
-        ("imagereward", "imagereward-tokenizer"), "Apache-2.0",
+        ("imagereward", "imagereward-tokenizer"), "Apache-2.0", gradients=True,
     ),
     "pickscore": Entry(
         scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT",
-        gradients=True,
-        features=True,
+        gradients=True, features=True,
     ),
     "aesthetic": Entry(
         scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
-        "Apache-2.0, MIT", gradients=True,
-        features=True,
+        "Apache-2.0, MIT", gradients=True, features=True,
     ),
     "clip": Entry(
         scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
-        gradients=True,
-        features=True,
+        gradients=True, features=True,
     ),
     "ocr": Entry(
         lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
