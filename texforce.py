@@ -1,8 +1,9 @@
 """TexForce (arXiv:2311.15657): reinforcement learning of the text encoder of a text-to-image diffusion model.
 
-The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps. Read top to
-bottom: the policy, experience (prompts, images, scores), advantages, the loss, the learner, the update. train.py repeats it
-epoch by epoch. This file is also the package `texforce`.
+The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps, or one of two
+others: matching, or the reward's own gradient. Read top to bottom: the policy, experience (prompts, images, scores),
+advantages, a loss for each algorithm, the learner, the updates. train.py repeats them epoch by epoch. This file is also the
+package `texforce`.
 """
 
 from __future__ import annotations
