@@ -11,7 +11,7 @@ EXECUTION = (
     "os.system", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec", "os.remove", "socket.connect",
     "socket.getaddrinfo",
 )  # fmt: skip
-EVENTS: list[str] = []  # of the audit hook, which cannot be taken away again
+EVENTS: list[str] = []  # seen by the audit hook, which cannot be removed again
 RECORDING = [False]
 
 

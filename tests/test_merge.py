@@ -144,7 +144,7 @@ def fused(bases, pairs):
 
 @pytest.fixture(scope="module")
 def merged(bases, pairs, tmp_path_factory):
-    """Of a base's name and a format: the folder with the same, written by this project."""
+    """The folder that this project wrote for a base model's name and a format."""
 
     def write(name: str, format: str) -> Path:
         one, other = pairs(name)

@@ -160,7 +160,7 @@ def test_a_run_killed_at_any_step_of_a_save_ends_in_the_very_same_adapter(server
 
 
 def test_a_run_that_is_terminated_saves_at_once_and_goes_on(server, options, undisturbed, tmp_path):
-    """How to go on is told each time that there is something to go on from."""
+    """The command to resume is printed whenever there is a checkpoint."""
     moments, terms, runs = random.Random(1), 0, 0
     while terms < NUM_KILLS:
         folder = tmp_path / str(runs)

@@ -770,7 +770,7 @@ def norm(x: Tensor, tensors: dict[str, Tensor], name: str, eps: float) -> Tensor
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-    """Of (N, L, D), with a mask that is added to the scores."""
+    """Attention over (N, L, D), with a mask that is added to the scores."""
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if mask is not None:
