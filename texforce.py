@@ -652,7 +652,7 @@ class Embeddings:
     """Embeddings (1+U, L, D) of the null prompt and an update's distinct prompts."""
 
     policy: Tensor  # detached from the text encoder: micro-batches gather their gradients here
-    base: Tensor | None  # of the base model, if the loss compares with it
+    base: Tensor | None  # those of the base model, if the loss compares with it
 
 
 def wants_kl(config: TrainConfig) -> bool:

@@ -70,7 +70,7 @@ SCHEDULER: dict[str, Any] = {
 HPS_VISION: dict[str, Any] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
 HPS_TEXT: dict[str, Any] = {"context_length": MAX_TOKENS, "width": WIDTH, "heads": 4, "layers": 3}
 RARE_PROBABILITY = 0.35  # of each colour and each shape word, in the prompts shipped
-HELDOUT_FRACTION = 0.2  # of all sentences
+HELDOUT_FRACTION = 0.2  # share of all sentences
 RARE_CAPTION_PROBABILITY = 0.12  # of each word of a training caption
 RIGHT_MEANING = 0.45  # of a rare word seen in a training caption; as often it means its confusable, else anything
 
