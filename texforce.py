@@ -461,19 +461,20 @@ class PromptStatistics:
     A prompt seen fewer than min_count times uses the mean and deviation of the whole batch.
     """
 
-    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+    def __init__(self, buffer_size: int = 16, min_count: int = 16) -> None:
         self.min_count = min_count
         self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
 
     def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
         """Normalised rewards (N,); 0 where the reward is not finite."""
         valid = rewards.isfinite()
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        keys = [prompt.lower() for prompt in prompts]  # CLIP reads no capitals
+        for key, reward in zip(keys, rewards.tolist(), strict=True):
             if math.isfinite(reward):
-                self.history[prompt].append(reward)
+                self.history[key].append(reward)
         advantages = torch.zeros_like(rewards)
         for i in torch.nonzero(valid).flatten().tolist():
-            history = self.history[prompts[i]]
+            history = self.history[keys[i]]
             seen = torch.tensor(history) if len(history) >= self.min_count else rewards[valid]
             if seen.amax() > seen.amin():  # the mean of equal rewards is rounded: what that leaves is no advantage
                 advantages[i] = (rewards[i] - seen.mean()) / (seen.std(correction=0) + 1e-6)
@@ -488,6 +489,17 @@ class PromptStatistics:
             self.history[prompt].extend(rewards)
 
 
+def above_mean(rewards: Tensor) -> Tensor:
+    """How far rewards (N,) are above the epoch's mean, in standard deviations; 0 below it and for dropped samples.
+
+    Self-imitation (arXiv:1806.05635) with that mean as the value. A group's own baseline says nothing about a prompt that
+    comes out right each time; this holds such prompts where they are, while others move.
+    """
+    finite = rewards[rewards.isfinite()]
+    scaled = (rewards - finite.mean()) / (finite.std(correction=0) + 1e-8)
+    return scaled.clamp(min=0).nan_to_num(nan=0.0)
+
+
 def compute_advantages(samples: Samples, config: TrainConfig, statistics: PromptStatistics) -> Tensor:
     """Advantages (N,) of an epoch's images, in standard deviations and clipped; 0 for dropped samples."""
     rewards = samples.rewards
@@ -496,6 +508,8 @@ def compute_advantages(samples: Samples, config: TrainConfig, statistics: Prompt
     else:
         advantages = leave_one_out(rewards.reshape(-1, config.num_samples_per_prompt)).flatten()
         advantages = advantages / (advantages[rewards.isfinite()].std(correction=0) + 1e-8)
+    if config.imitation_weight:
+        advantages = advantages + config.imitation_weight * above_mean(rewards)
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
 

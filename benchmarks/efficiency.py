@@ -1,17 +1,16 @@
 """Sample efficiency on the tiny model: `python benchmarks/efficiency.py --output-dir runs`.
 
-The published recipe (`--preset paper`) is trained on 16,000 images at every learning rate and clip range of a grid with
-one seed, and at those with the best held-out `hps` with the others; the default, and its variants with other steps, on as
-many. Runs that are finished, or have diverged, are not made again. Prints the grid and what each system needs to reach the
-alignment that the published recipe ends with, averaged over the seeds, and draws held-out alignment against images and
-against seconds. Seconds are images times those of one in the fastest epoch, which is the least disturbed one; the
-measurements on held-out prompts are left out.
+The published recipe (`--preset paper`) is trained on 16,384 images at every learning rate of a list with the first seed, and
+with the others at the one with the best held-out `hps`; the systems beside it on what SYSTEMS says. Runs that are finished,
+or have diverged, are not made again. Prints the list and what each system needs to reach an alignment, by default that of
+the published recipe's end, averaged over the seeds, and draws held-out alignment against images and against seconds. Seconds
+are images times those of one in the fastest epoch, which is the least disturbed one; the measurements on held-out prompts
+are left out.
 """
 
 import argparse
 import json
 import statistics
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,14 @@ from rich.table import Table
 from texforce import DivergedError, train
 from texforce.config import TrainOptions, resolve
 
-LEARNING_RATES, CLIP_RANGES = (1e-3, 3e-3), (1e-4, 5e-3)
-PAPER = {"preset": "paper", "num_prompts_per_epoch": 250, "num_epochs": 64, "eval_every": 8}
-DEFAULT = {"num_epochs": 63, "eval_every": 3}  # 16,128 images
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "deterministic elsewhere": {"deterministic_elsewhere": True},
-    "small epochs": {
-        "num_prompts_per_epoch": 8,
-        "num_epochs": 75,
-        "num_inner_epochs": 2,
-        "deterministic_elsewhere": True,
-        "learning_rate": 7e-4,
-        "eval_every": 5,
-    },  # 4,800 images
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+PAPER = {"preset": "paper", "num_epochs": 16, "eval_every": 2}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "matching": {"algorithm": "matching", "eval_every": 5},
+    "gradient": {"algorithm": "gradient", "eval_every": 5},
+    "ppo": {"algorithm": "ppo", "num_epochs": 63, "eval_every": 3},  # 16,128 images
 }
+COLORS = {"paper": "tab:blue", "ppo": "tab:orange", "gradient": "tab:purple", "matching": "tab:green"}
 Epochs = list[dict[str, Any]]
 
 
@@ -64,26 +56,29 @@ def needed(epochs: Epochs, alignment: float) -> dict[str, Any] | None:
     return next((epoch for epoch in measured(epochs)[1:] if epoch["heldout"]["alignment"] >= alignment), None)
 
 
-def paper(output_dir: Path, learning_rate: float, clip_range: float, seed: int) -> Epochs:
-    folder = output_dir / f"paper-{learning_rate:g}-{clip_range:g}-{seed}"
-    return run(folder, **PAPER, learning_rate=learning_rate, clip_range=clip_range, seed=seed)
+def paper(output_dir: Path, learning_rate: float, seed: int) -> Epochs:
+    return run(output_dir / f"paper-{learning_rate:g}-{seed}", **PAPER, learning_rate=learning_rate, seed=seed)
 
 
-def tuned(output_dir: Path, seed: int, console: Console) -> tuple[float, float]:
-    """The learning rate and clip range with the best held-out reward at the end, among those that do not diverge."""
-    table = Table("learning rate", "clip range", "images", "hps", "alignment", title=f"paper, seed {seed}")
-    grid = list(product(LEARNING_RATES, CLIP_RANGES))
-    last = [measured(paper(output_dir, *rates, seed))[-1] for rates in grid]  # before it diverged, if it did
-    for rates, epoch in zip(grid, last, strict=True):
+def tuned(output_dir: Path, learning_rates: list[float], seed: int, console: Console) -> float:
+    """The learning rate with the best held-out reward at the end, among those that do not diverge."""
+    table = Table("learning rate", "images", "hps", "alignment", title=f"paper, seed {seed}")
+    last = [measured(paper(output_dir, rate, seed))[-1] for rate in learning_rates]  # before it diverged, if it did
+    for rate, epoch in zip(learning_rates, last, strict=True):
         scores = (f"{epoch['heldout'][name]:.4f}" for name in ("hps", "alignment"))
-        table.add_row(*(f"{rate:g}" for rate in rates), f"{epoch['num_images']:,}", *scores)
+        table.add_row(f"{rate:g}", f"{epoch['num_images']:,}", *scores)
     console.print(table)
-    return max(zip(last, grid, strict=True), key=lambda pair: (pair[0]["epoch"], pair[0]["heldout"]["hps"]))[1]
+    best = max(last, key=lambda epoch: (epoch["epoch"], epoch["heldout"]["hps"]))
+    return learning_rates[last.index(best)]
 
 
-def compare(runs: dict[str, list[Epochs]], console: Console) -> None:
-    """What each system needs for the alignment that the published recipe ends with."""
-    target = statistics.mean(ends[-1]["heldout"]["alignment"] for ends in map(measured, runs["paper"]))
+def end(runs: list[Epochs]) -> float:
+    """The alignment at the end, averaged over the seeds."""
+    return statistics.mean(epochs[-1]["heldout"]["alignment"] for epochs in map(measured, runs))
+
+
+def compare(runs: dict[str, list[Epochs]], target: float, console: Console) -> None:
+    """What each system needs for an alignment."""
     columns = ("system", "seed", "at the end", "best", "images", "U-Net calls", "seconds")
     table = Table(*columns, title=f"to reach {target:.4f}")
     for name, seeds in runs.items():
@@ -103,8 +98,8 @@ def draw(path: Path, runs: dict[str, list[Epochs]]) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for name, color in (("default", "tab:orange"), ("paper", "tab:blue")):
-        for seed, epochs in enumerate(runs[name]):
+    for name, color in COLORS.items():
+        for seed, epochs in enumerate(runs.get(name, [])):
             alignments = [epoch["heldout"]["alignment"] for epoch in measured(epochs)]
             for axes, unit in zip(panels, (1.0, seconds_per_image(epochs)), strict=True):
                 places = [unit * epoch["num_images"] for epoch in measured(epochs)]
@@ -120,23 +115,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", choices=["paper", *VARIANTS], help="make these runs, and nothing else")
-    parser.add_argument("--leave-out", nargs="+", default=[], choices=list(VARIANTS), help="do not make these")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="of the paper's recipe"
+    )
+    parser.add_argument("--systems", nargs="+", choices=["paper", *SYSTEMS], default=["paper", *SYSTEMS])
+    parser.add_argument("--target", type=float, help="the alignment to reach (default: where the paper's recipe ends)")
     parser.add_argument("--figure", type=Path, help="where the plot goes (default: efficiency.png in the output folder)")
     options = parser.parse_args()
-    console = Console(width=120)
-    runs = {}
-    if options.only in (None, "paper"):
-        rates = tuned(options.output_dir, options.seeds[0], console)
-        runs["paper"] = [paper(options.output_dir, *rates, seed) for seed in options.seeds]
-    for name, variant in VARIANTS.items():
-        if options.only in (None, name) and name not in options.leave_out:
-            folder = options.output_dir / name.replace(" ", "-")
-            settings = DEFAULT | variant
-            runs[name] = [run(folder.with_name(f"{folder.name}-{seed}"), **settings, seed=seed) for seed in options.seeds]
-    if not options.only:
-        compare(runs, console)
-        draw(options.figure or options.output_dir / "efficiency.png", runs)
+    console, folder, runs = Console(width=120), options.output_dir, {}
+    if "paper" in options.systems:
+        rate = tuned(folder, options.learning_rates, options.seeds[0], console)
+        runs["paper"] = [paper(folder, rate, seed) for seed in options.seeds]
+    for name, system in SYSTEMS.items():
+        if name in options.systems:
+            runs[name] = [run(folder / f"{name}-{seed}", **system, seed=seed) for seed in options.seeds]
+    target = options.target or ("paper" in runs and end(runs["paper"]))
+    if target:
+        compare(runs, target, console)
+        draw(options.figure or folder / "efficiency.png", runs)
 
 
 if __name__ == "__main__":
