@@ -1,8 +1,8 @@
 """The experiments of EXPERIMENTS.md on the tiny model: `python benchmarks/experiments.py --output-dir runs`.
 
-For every seed: the text encoder (TexForce) and the U-Net (DDPO) trained with the same number of images, and the two adapters
-loaded together without more training, at full and at half strength; with --paper the published recipe too. Finished runs are
-not made again. Prints a table of the share of held-out prompts fully right, base and tuned from the same noise.
+For every seed it trains the text encoder and the U-Net by matching on `hps`, the U-Net by DDPO on another reward, and a text
+encoder for each of two tasks; then it loads adapters side by side without more training, at full and at half strength.
+Finished runs are not made again. Prints a table of held-out measures, base and tuned from the same noise.
 """
 
 import argparse
@@ -16,61 +16,66 @@ from rich.table import Table
 from texforce import Policy, adapters, models, prompt_sets, rewards, train
 from texforce.config import TrainOptions, resolve
 
-BOTH = ("text-encoder", "unet")
-COMBINATIONS = {  # name: (the adapters loaded side by side, their strength)
-    "combined": (BOTH, 1.0),
-    "combined at half strength": (BOTH, 0.5),
-    "text-encoder at half strength": (("text-encoder",), 0.5),
-    "unet at half strength": (("unet",), 0.5),
+TRAINED: dict[str, dict[str, Any]] = {
+    "text-encoder": {},
+    "unet": {"target": "unet", "algorithm": "matching"},
+    "unet-ddpo": {"target": "unet", "algorithm": "ppo", "reward": "alignment", "num_epochs": 63, "eval_every": 63},
+    "count": {"prompts": "count", "heldout_prompts": "world-heldout"},
+    "composition": {"prompts": "composition", "heldout_prompts": "world-heldout"},
 }
+COMBINED = {  # adapters loaded side by side, and their strength
+    "text-encoder + unet": 1.0,
+    "text-encoder + unet, half": 0.5,
+    "text-encoder + unet-ddpo": 1.0,
+    "text-encoder + unet-ddpo, half": 0.5,
+    "count + composition": 1.0,
+    "count + composition, half": 0.5,
+}
+SETS = ("world", "count", "composition")  # whose held-out prompts are measured
 
 
-def run(output_dir: Path, **options: Any) -> dict[str, dict[str, float]]:
-    """Held-out measures, base and tuned, of one training."""
-    result = output_dir / "result.json"
-    if not result.is_file():
-        train.train(resolve(TrainOptions(output_dir=str(output_dir), model="tiny", **options)))
-    return json.loads(result.read_text())["heldout"]
+def run(folder: Path, **options: Any) -> None:
+    """Train a system, unless it is there."""
+    if not (folder / "result.json").is_file():
+        train.train(resolve(TrainOptions(output_dir=str(folder), model="tiny", **options)))
 
 
-def load_and_measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
-    """Held-out measures of adapters loaded side by side at a strength, from the noise of the trainings' own measurements."""
+def measure(folders: list[Path], scale: float) -> dict[str, dict[str, float]]:
+    """Held-out measures by set of adapters loaded side by side at a strength, from the noise of the trainings' own."""
     config = resolve(TrainOptions(model="tiny"))
-    model = adapters.load_adapters(models.load_model("tiny"), [str(folder) for folder in folders], scale)
-    policy = Policy(model, config)
-    prompts = prompt_sets.read_prompts("world-heldout")
-    scorers = {"hps": rewards.load_reward("hps")}
-    tuned = train.measure(train.heldout_images(policy, prompts, config.sample_batch_size), prompts, scorers)
-    with policy.base():
-        base = train.measure(train.heldout_images(policy, prompts, config.sample_batch_size), prompts, scorers)
-    return {name: {"base": base[name], "tuned": tuned[name]} for name in base}
+    policy = Policy(adapters.load_adapters(models.load_model("tiny"), [str(folder) for folder in folders], scale), config)
+    measures = {}
+    for name in SETS:
+        prompts = prompt_sets.read_prompts(f"{name}-heldout")
+        images = train.heldout_images(policy, prompts, config.sample_batch_size)
+        measures[name] = train.measure(images, prompts, {"hps": rewards.load_reward("hps")})
+    return measures
+
+
+def cells(measures: dict[str, dict[str, float]]) -> list[str]:
+    names = ("hps", "alignment", "alignment_exact", "alignment_exact_common", "alignment_exact_rare")
+    values = [measures["world"][name] for name in names]
+    return [f"{value:.3f}" for value in (*values, *(measures[name]["alignment_exact"] for name in SETS[1:]))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", default=[*BOTH, *COMBINATIONS])
-    parser.add_argument("--paper", type=int, metavar="EPOCHS", help="also run --preset paper for so many epochs")
+    parser.add_argument("--systems", nargs="+", choices=[*TRAINED, *COMBINED], default=[*TRAINED, *COMBINED])
     options = parser.parse_args()
-    table = Table("seed", "system", "hps", "alignment", "fully right", "common words", "rare words")
+    columns = ("hps", "alignment", "fully right", "common words", "rare words", "count", "composition")
+    table = Table("seed", "system", *columns)
+    table.add_row("", "base", *cells(measure([], 1.0)))
     for seed in options.seeds:
-        folders = {name: options.output_dir / f"{name}-{seed}" for name in BOTH}
-        measures = {}
         for name in options.systems:
-            if name in COMBINATIONS:
-                parts, scale = COMBINATIONS[name]
-                measures[name] = load_and_measure([folders[part] for part in parts], scale)
-            else:
-                measures[name] = run(folders[name], target=name, seed=seed)
-        if options.paper:
-            folder = options.output_dir / f"paper-{seed}"
-            measures["paper"] = run(folder, preset="paper", seed=seed, num_epochs=options.paper)
-        for name, measured in measures.items():
-            columns = ("hps", "alignment", "alignment_exact", "alignment_exact_common", "alignment_exact_rare")
-            cells = (f"{measured[key]['base']:.3f} > {measured[key]['tuned']:.3f}" for key in columns)
-            table.add_row(str(seed), name, *cells)
+            parts = name.partition(",")[0].split(" + ")
+            folders = [options.output_dir / f"{part}-{seed}" for part in parts]
+            if name in TRAINED:
+                run(folders[0], seed=seed, **TRAINED[name])
+            table.add_row(str(seed), name, *cells(measure(folders, COMBINED.get(name, 1.0))))
     Console(width=140).print(table)
+    (options.output_dir / "table.json").write_text(json.dumps([list(column.cells) for column in table.columns]))
 
 
 if __name__ == "__main__":

@@ -128,13 +128,15 @@ def test_rare_words_come_as_often_as_asked(tiny_build):
 @pytest.mark.parametrize("kind", prompt_sets.KINDS)
 def test_drawn_prompts_are_distinct_repeatable_and_of_the_side_asked_for(tiny_build, kind):
     train, heldout = (tiny_build.draw_prompts(20, kind, 0, heldout) for heldout in (False, True))
-    assert len(set(train)) == len(set(heldout)) == 20
+    common = tiny_build.draw_prompts(20, kind, 0, rare=False)
+    assert len(set(train)) == len(set(heldout)) == len(set(common)) == 20
     assert not set(train) & set(heldout)
-    assert not any(map(tiny_build.is_heldout, train))
+    assert not any(map(tiny_build.is_heldout, train + common))
+    assert not any(map(world.has_rare_word, common))
     assert all(map(tiny_build.is_heldout, heldout))
     assert all(map(world.has_rare_word, train))
     assert not all(map(world.has_rare_word, heldout))
-    assert {world.parse(prompt).kind for prompt in train + heldout} == {kind}
+    assert {world.parse(prompt).kind for prompt in train + heldout + common} == {kind}
     assert tiny_build.draw_prompts(20, kind, 0) == train
     assert tiny_build.draw_prompts(20, kind, 1) != train
 
@@ -159,6 +161,7 @@ def test_shipped_prompt_sets_are_disjoint_sentences_of_their_kind(tiny_build):
             assert {world.parse(prompt).kind for prompt in prompts} == {kind}
             assert all(tiny_build.is_heldout(prompt) == heldout for prompt in prompts)
             everything += prompts
+    assert not set(prompt_sets.read_prompts("common")) & set(everything)
     assert len(everything) == len(set(everything))
     assert sum(map(tiny_build.is_heldout, everything)) == 256
     assert len(prompt_sets.read_prompts("world-heldout")) == 256
@@ -168,7 +171,7 @@ def test_shipped_prompt_sets_are_disjoint_sentences_of_their_kind(tiny_build):
 def test_the_recipe_draws_the_shipped_prompt_sets_again(tiny_build, tmp_path):
     tiny_build.build_prompts(tmp_path, seed=0)
     drawn = sorted((tmp_path / "prompts").iterdir())
-    assert len(drawn) == 8
+    assert len(drawn) == 9
     assert all(path.read_bytes() == (prompt_sets.PROMPTS / path.name).read_bytes() for path in drawn)
 
 

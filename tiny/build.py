@@ -33,6 +33,8 @@ ROOT = Path(__file__).parent
 STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps")
 Step = tuple[Tensor, dict[str, float]]  # a loss, and what to print beside it
 NUM_PROMPTS = {"colour": (75, 28), "count": (150, 74), "composition": (150, 77), "position": (75, 77)}  # to train, held out
+NUM_COMMON = {"colour": 12, "count": 25, "composition": 25, "position": 13}  # to train, of common words alone
+TOKENIZED = (*NUM_PROMPTS, "faces", "hands", "animals")  # sets whose words the tokenizer knows
 MAX_TOKENS = 24
 WIDTH = 96
 LATENT_CHANNELS = 8
@@ -121,19 +123,17 @@ def is_heldout(prompt: str) -> bool:
     return hashlib.sha256(prompt.encode()).digest()[0] < 256 * HELDOUT_FRACTION
 
 
-def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False) -> list[str]:
-    """Distinct sentences of one kind: held-out ones of any words, or training ones that hold a rare word.
-
-    Sentences of common words alone would teach little: the model draws them right already.
+def draw_prompts(num_prompts: int, kind: str, seed: int, heldout: bool = False, rare: bool = True) -> list[str]:
+    """Distinct sentences of one kind: held-out ones of any words, or training ones that hold a rare word or hold none.
 
     Raises:
         ValueError: the kind has fewer sentences than that.
     """
-    rng = random.Random(f"{seed} {kind} {heldout}")
+    rng = random.Random(f"{seed} {kind} {heldout}" if rare else f"{seed} {kind} common")
     prompts: dict[str, None] = {}
     for _ in range(200 * num_prompts):
         prompt = caption(draw_scene(rng, kind), rng)
-        if is_heldout(prompt) == heldout and (heldout or world.has_rare_word(prompt)):
+        if is_heldout(prompt) == heldout and (heldout or world.has_rare_word(prompt) == rare):
             prompts[prompt] = None
         if len(prompts) == num_prompts:
             return list(prompts)
@@ -288,12 +288,14 @@ def build_prompts(output_dir: Path, seed: int) -> None:
         for name, num_prompts, heldout in ((kind, num_train, False), (f"{kind}-heldout", num_heldout, True)):
             prompts = draw_prompts(num_prompts, kind, seed, heldout)
             (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    common = [prompt for kind, number in NUM_COMMON.items() for prompt in draw_prompts(number, kind, seed, rare=False)]
+    (folder / "common.txt").write_text("\n".join(common) + "\n")
 
 
 def build_tokenizer(output_dir: Path, seed: int) -> None:
     """A CLIP tokenizer that knows every word of the tiny world and of the shipped prompts as one token."""
     del seed
-    words = {word for path in sorted((ROOT.parent / "prompts").glob("*.txt")) for word in path.read_text().lower().split()}
+    words = {word for name in TOKENIZED for word in (ROOT.parent / "prompts" / f"{name}.txt").read_text().lower().split()}
     words |= {w for pair in world.COLOUR_WORDS + world.SHAPE_WORDS for w in pair}
     words |= {world.plural(w) for pair in world.SHAPE_WORDS for w in pair} | set(world.COUNTS.values())
     distinct = sorted({word.strip(",.") for word in words})
