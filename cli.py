@@ -279,7 +279,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return saved | given
 
 
-FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt")
+FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "eta")
 
 
 # --- sample ---
@@ -300,8 +300,8 @@ def sample_command(given: dict[str, Any]) -> None:
         folder = Path(config.output_dir)
         shown = {
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
-            "num_inference_steps": config.num_inference_steps, "adapter": ", ".join(config.adapter or ()),
-            "unet": config.unet or "",
+            "sampler": config.sampler, "num_inference_steps": config.num_inference_steps,
+            "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
         }  # fmt: skip
         for name, drawn in images.items():
             labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]

@@ -46,6 +46,7 @@ Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
 Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
+Sampler = Literal["ddim", "dpm-solver"]
 NullPrompt = Literal["adapted", "base"]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
 
@@ -150,10 +151,11 @@ class TrainConfig:
     )
     model: str = option("'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
     prompts: str = option(
-        "a file, one prompt a line, or a set: world, colour, count, composition, position, faces, hands, animals", "world"
+        "a file, one prompt a line, a set: world, colour, count, composition, position, general, faces, hands, animals, or "
+        "the published training prompts of hps, imagereward or pickapic (default: world for tiny, else general)"
     )
     heldout_prompts: str | None = option(
-        "a file of prompts that are only measured (default: the tiny world's, else a tenth of --prompts)", None
+        "a file of prompts that are only measured (default: those of world and general, else a tenth of --prompts)", None
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper", "fast"] = option(
@@ -180,8 +182,11 @@ class TrainConfig:
     num_inner_epochs: Count = option(
         "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time", 1
     )
-    num_inference_steps: Count = option("DDIM steps")
-    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1; ppo needs some", 1.0)
+    sampler: Sampler = option(
+        "ddim or dpm-solver (DPM-Solver++ 2M: fewer steps, none of them random, so not for ppo)", "ddim"
+    )
+    num_inference_steps: Count = option("denoising steps")
+    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1; ppo needs some (default: 1, but 0 for dpm-solver)", 1.0)
     guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")
     timestep_window: StepShare = option(
         "share of the denoising steps, from the first and noisiest on, that may be trained on"
@@ -406,6 +411,8 @@ def resolve(options: Options) -> TrainConfig:
     precision = given.get("mixed_precision", default_precision(model, device))
     check_precision(precision, device)
     follows = {"model": model, "mixed_precision": precision, "lora_alpha": given.get("rank", _default(TrainConfig, "rank"))}
+    follows |= sampler_defaults(given.get("sampler", "ddim"), family(model))
+    follows["prompts"] = "world" if family(model) == "tiny" else "general"
     if rounds_by_batch(precision, device):
         usual = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
         size = given.get("sample_batch_size", given.get("micro_batch_size", usual))
@@ -483,7 +490,29 @@ def family(model: str) -> str:
     return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
 
 
+def sampler_defaults(sampler: str, family: str) -> dict[str, Any]:
+    """Settings that a sampler has of its own, instead of a preset's.
+
+    DPM-Solver++ needs 15 to 20 steps of Stable Diffusion (arXiv:2211.01095). The tiny model's few steps, and those that a
+    turbo model was distilled to, stay.
+    """
+    if sampler == "ddim":
+        return {}
+    return {"eta": 0.0} | ({"num_inference_steps": 20} if family in ("stable-diffusion", "sdxl") else {})
+
+
+def check_sampler(sampler: str, eta: float) -> None:
+    """Raise InputError for randomness that a sampler has not."""
+    if sampler == "dpm-solver" and eta != 0:
+        raise InputError(f"eta: must be 0 for dpm-solver, not {eta:g}: its steps are not random; leave it out, or use ddim")
+
+
 def _check_algorithm(config: TrainConfig) -> None:
+    if config.algorithm == "ppo" and config.sampler == "dpm-solver":
+        raise InputError(
+            "sampler: must be ddim for ppo, not dpm-solver: a step without randomness has no density to train on"
+        )
+    check_sampler(config.sampler, config.eta)
     if config.algorithm == "ppo" and config.eta == 0:
         raise InputError("eta: must be above 0 for ppo, not 0: a step without randomness has no density to train on")
     if config.algorithm != "ppo" and config.num_updates_per_epoch > config.num_prompts_per_epoch:
@@ -555,8 +584,9 @@ class DrawConfig:
     """How images are drawn, by `sample` and by `eval`."""
 
     model: str = option(MODEL_HELP)
-    num_inference_steps: Count = option("DDIM steps (default: the adapter's)")
-    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1)")
+    sampler: Sampler = option("ddim or dpm-solver (default: the adapter's, else ddim)")
+    num_inference_steps: Count = option("denoising steps (default: the adapter's)")
+    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1; 0 for dpm-solver)")
     guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
     resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
     batch_size: Count = option("images drawn at a time", 16)
@@ -649,8 +679,13 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     preset = PRESETS[family(model), "default"]
     usual: dict[str, Any] = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
+    sampler = given.get("sampler", saved.get("sampler", "ddim"))
+    usual |= {"sampler": sampler} | sampler_defaults(sampler, family(model))
+    if saved.get("sampler", sampler) != sampler:
+        saved.pop("eta", None)  # it was the other sampler's
     values = usual | saved | given | {"model": model}
     check_precision(values["mixed_precision"], device)
+    check_sampler(sampler, values["eta"])
     return values
 
 
@@ -670,7 +705,9 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
 def _saved_settings(path: Path) -> dict[str, Any]:
     """How a run's config.json, or a merge's texforce.json, says that images are to be sampled."""
     content = read_json(path)
-    names = ["model", "num_inference_steps", "guidance_scale", "eta"]
+    if "eta" in content:  # a run of before there was a choice
+        content = {"sampler": "ddim"} | content
+    names = ["model", "sampler", "num_inference_steps", "guidance_scale", "eta"]
     if content.get("target") != "unet":  # the null prompt goes through the text encoder
         names.append("null_prompt")
     saved = {name: content[name] for name in names if content.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Prompts from files, from the sets in prompts/, and from the published benchmarks."""
+"""Prompts from files, from the sets in prompts/, and from published training sets and benchmarks on the hub."""
 
 from __future__ import annotations
 
@@ -21,26 +21,44 @@ KINDS = ("colour", "composition", "position", "count")  # prompt sets that the t
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a file, or of a set shipped in prompts/; `world` is the four sets of the tiny world.
+    """The prompts of sets shipped in prompts/, of a set of TRAINING_SETS, or else of a file, each prompt once.
+
+    `world` is the four sets of the tiny world; `world,common` joins two. The name of a set always means the set: write ./hps
+    for a file of that name.
 
     Raises:
-        NotFoundError: there is neither such a file nor such a set.
+        NotFoundError: there is neither such a file nor such a set, or the hub cannot be reached.
         InputError: it holds no prompt, or is not UTF-8 text.
     """
-    known = sorted(path.stem for path in PROMPTS.glob("*.txt"))
-    if source.startswith("world"):
-        parts = [source.replace("world", kind) for kind in KINDS]
-        if set(parts) <= set(known):
-            return [prompt for part in parts for prompt in read_prompts(part)]
-    path = PROMPTS / f"{source}.txt" if source in known else Path(source)
-    if not path.is_file():
+    if source in TRAINING_SETS:
+        return _training_set(source)
+    shipped = _shipped_sets(source)
+    if shipped:
+        return list(dict.fromkeys(prompt for name in shipped for prompt in _read_lines(PROMPTS / f"{name}.txt")))
+    if not Path(source).is_file():
         raise NotFoundError(
-            f"prompts: there is no file {source!r} and no set of that name; sets are world, {', '.join(known)}"
+            f"prompts: there is no file {source!r} and no set of that name; sets are world, "
+            f"{', '.join(sorted(_known_sets()))}, and from the hub {', '.join(TRAINING_SETS)}"
         )
-    lines = read_text(path, "prompts").splitlines()
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    return _read_lines(Path(source))
+
+
+def _shipped_sets(source: str) -> list[str]:
+    """The sets in prompts/ that a name, or several joined by commas, stands for; none if one of them is not shipped."""
+    names = []
+    for name in source.split(","):
+        names += [name.replace("world", kind) for kind in KINDS] if name.startswith("world") else [name]
+    return names if set(names) <= _known_sets() else []
+
+
+def _known_sets() -> set[str]:
+    return {path.stem for path in PROMPTS.glob("*.txt")}
+
+
+def _read_lines(path: Path) -> list[str]:
+    prompts = list(dict.fromkeys(line.strip() for line in read_text(path, "prompts").splitlines() if line.strip()))
     if not prompts:
-        raise InputError(f"prompts: {source!r} holds no prompt; write one a line")
+        raise InputError(f"prompts: {str(path)!r} holds no prompt; write one a line")
     return prompts
 
 
@@ -51,18 +69,61 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
         NotFoundError, InputError: a file is not there or unusable, or every prompt is held out.
     """
     prompts = read_prompts(config.prompts)
+    kept_apart = [f"{name}-heldout" for name in _shipped_sets(config.prompts) if f"{name}-heldout" in _known_sets()]
     if config.heldout_prompts:
         heldout = read_prompts(config.heldout_prompts)
-    elif config.prompts in ("world", *KINDS):
-        heldout = read_prompts(f"{config.prompts}-heldout")
+    elif kept_apart:
+        heldout = read_prompts(",".join(kept_apart))
     elif len(prompts) == 1:
         return prompts, prompts
     else:
         heldout = prompts[:: min(10, len(prompts))][:64]
-    train = [prompt for prompt in prompts if prompt not in set(heldout)]
+    held_out = set(heldout)
+    train = [prompt for prompt in prompts if prompt not in held_out]
     if not train:
         raise InputError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
     return train, heldout
+
+
+@dataclass(frozen=True)
+class Published:
+    """A prompt set on the hub: files of it, or else its split `train`.
+
+    Where no revision is pinned the newest is taken, and the results say which it was.
+    """
+
+    repository: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+
+
+TRAINING_SETS = {  # prompts of the images that HPSv2, ImageReward and PickScore learnt from
+    "hps": Published("ymhao/HPDv2", "bb0f2563e451e11c3f376b2ba93615db00e042e1", ("train.json",)),
+    "imagereward": Published(
+        "zai-org/ImageRewardDB", "ce70065c88f101956e294bb65f78879ef89d68f9", ("metadata-train.parquet",)
+    ),
+    # The first version of Pick-a-Pic, without images and without the prompts that are not safe for work.
+    "pickapic": Published(
+        "CarperAI/pickapic_v1_no_images_training_sfw",
+        "ebca1a045fbb7d4192df1d4804865f9c4c91f27b",
+        ("pickapic_training_sfw.parquet",),
+    ),
+}
+NO_TEXT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # white space, control characters, halves of characters
+
+
+def _training_set(name: str) -> list[str]:
+    """The prompts of a set of TRAINING_SETS, in its order.
+
+    Users typed them. Control characters become spaces, and a row without a prompt is passed over.
+    """
+    rows, _ = _fetch(TRAINING_SETS[name], "prompts", "FILE, one prompt a line")
+    prompts = (_prompt_of(row) for _, row in rows)
+    texts = (NO_TEXT.sub(" ", prompt).strip() for prompt in prompts if isinstance(prompt, str))
+    found = list(dict.fromkeys(text for text in texts if text))
+    if not found:
+        raise InputError(f"prompts: {TRAINING_SETS[name].repository} holds no column `prompt` or `caption` with prompts")
+    return found
 
 
 # --- benchmarks ---
@@ -89,18 +150,6 @@ class Benchmark:
         return replace(self, prompts=[self.prompts[i] for i in rows], categories=[self.categories[i] for i in rows])
 
 
-@dataclass(frozen=True)
-class Published:
-    """A prompt set on the hub: files of it, or else its split `train`.
-
-    Where no revision is pinned the newest is taken, and the results say which it was.
-    """
-
-    repository: str
-    revision: str | None = None
-    files: tuple[str, ...] = ()
-
-
 BENCHMARKS = {
     "drawbench": Published("sayakpaul/drawbench", "ad794cba698c253ffdb6d18eff3fc87b004c1135"),
     "parti": Published("nateraw/parti-prompts", "944b156abfdad7627c3221b5ec4f6a6fb060a197"),
@@ -110,22 +159,22 @@ BENCHMARKS = {
     "imagereward": Published("THUDM/ImageRewardDB", files=("metadata-test.parquet",)),
 }
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-PROMPT_COLUMNS = ("prompt", "prompts")
+PROMPT_COLUMNS = ("prompt", "prompts", "caption")
 CATEGORY_COLUMNS = ("category", "classification")
 
 
 def read_benchmark(name: str) -> Benchmark:
     """A name of BENCHMARKS, `world` or another shipped set, a file of FORMATS, or a folder of such files.
 
-    A prompt is in what is called `prompt` (or `Prompts`), its category in `category` (or `classification`), in any case;
-    a list of texts has the file's name as its category. A prompt that comes twice is taken once.
+    A prompt is in what is called `prompt` (or `Prompts` or `caption`), its category in `category` (or `classification`), in
+    any case; a list of texts has the file's name as its category. A prompt that comes twice is taken once.
 
     Raises:
         NotFoundError: there is no such benchmark, or the hub cannot be reached.
         InputError: a file is malformed, or a prompt holds control characters; names file and line.
     """
     if name in BENCHMARKS:
-        rows, source = _fetch(name)
+        rows, source = _fetch(BENCHMARKS[name], "benchmark", f"FILE ({', '.join(FORMATS)})")
         return _benchmark(name, rows, source)
     path = Path(name)
     if name == "world":
@@ -165,7 +214,7 @@ def _benchmark(name: str, rows: Rows, source: dict[str, str]) -> Benchmark:
 
 def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     columns = {str(column).lower(): value for column, value in row.items()}
-    prompt = next((columns[column] for column in PROMPT_COLUMNS if column in columns), None)
+    prompt = _prompt_of(row)
     if not isinstance(prompt, str):
         seen = "no column `prompt`" if prompt is None else f"{type(prompt).__name__} for a prompt"
         raise InputError(f"benchmark: {where}: it has {seen}")
@@ -174,6 +223,12 @@ def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     if not prompt:
         raise InputError(f"benchmark: {where}: the prompt is empty")
     return prompt, category
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """What is in a row's column for the prompt, None without one."""
+    columns = {str(column).lower(): value for column, value in row.items()}
+    return next((columns[column] for column in PROMPT_COLUMNS if column in columns), None)
 
 
 def _one_line(text: str, where: str) -> str:
@@ -185,25 +240,25 @@ def _one_line(text: str, where: str) -> str:
     return text
 
 
-def _fetch(name: str) -> tuple[Rows, dict[str, str]]:
-    published = BENCHMARKS[name]
-    advice = f"fetch its prompts elsewhere and give their file with --benchmark FILE ({', '.join(FORMATS)})"
-    with reading(f"benchmark: {published.repository} could not be downloaded from the hub; {advice}", NotFoundError):
+def _fetch(published: Published, option: str, file: str) -> tuple[Rows, dict[str, str]]:
+    """The rows of a set on the hub, and where they are from; `option` and what `file` it takes are for messages."""
+    advice = f"fetch its prompts elsewhere and give their file with --{option} {file}"
+    with reading(f"{option}: {published.repository} could not be downloaded from the hub; {advice}", NotFoundError):
         if published.files:
             from huggingface_hub import hf_hub_download
 
             paths = [
-                Path(hf_hub_download(published.repository, file, revision=published.revision, repo_type="dataset"))
-                for file in published.files
+                Path(hf_hub_download(published.repository, name, revision=published.revision, repo_type="dataset"))
+                for name in published.files
             ]
             levels = len(Path(published.files[0]).parents)
-            rows: Rows = [row for path in paths for row in _read_file(path)]
+            rows: Rows = [row for path in paths for row in _read_file(path, option)]
             revision = published.revision or paths[0].parents[levels - 1].name  # snapshots/REVISION/FILE
         else:
             from datasets import load_dataset
 
             dataset = load_dataset(published.repository, split="train", revision=published.revision)
-            rows = [(f"{name}, row {i}", row) for i, row in enumerate(dataset, 1)]
+            rows = [(f"{published.repository}, row {i}", row) for i, row in enumerate(dataset, 1)]
             revision = str(published.revision)
     return rows, {"repository": published.repository, "revision": revision}
 
@@ -217,51 +272,52 @@ def _read_files(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not files:
         raise InputError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
     for file in files:
-        yield from _read_file(file)
+        yield from _read_file(file, "benchmark")
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a file, each with where it stands."""
-    kind = path.suffix.lower()
+def _read_file(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a file, each with where it stands; `option` is for messages."""
+    kind, file = path.suffix.lower(), f"{option}: {path.name}"
     if kind == ".parquet":
-        yield from ((f"{path.name}, row {i}", row) for i, row in enumerate(_read_parquet(path), 1))
+        yield from ((f"{path.name}, row {i}", row) for i, row in enumerate(_read_parquet(path, file), 1))
         return
-    text = read_text(path, "benchmark")
+    text = read_text(path, option)
     if kind in (".csv", ".tsv"):
         reader = csv.DictReader(text.splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
         try:
             yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
-            raise InputError(f"benchmark: {path.name}, line {reader.line_num}: {error}") from error
+            raise InputError(f"{file}, line {reader.line_num}: {error}") from error
     elif kind == ".json":
-        rows = _parse_json(text, path.name)
+        rows = _parse_json(text, file)
         if not isinstance(rows, list):
-            raise InputError(f"benchmark: {path.name}: must hold a JSON list")
-        yield from ((f"{path.name}, entry {i}", _as_row(row, path, f"entry {i}")) for i, row in enumerate(rows, 1))
+            raise InputError(f"{file}: must hold a JSON list")
+        for i, row in enumerate(rows, 1):
+            yield f"{path.name}, entry {i}", _as_row(row, path, f"{file}, entry {i}")
     else:
         for i, line in enumerate(text.split("\n"), 1):
-            where = f"{path.name}, line {i}"
+            where = f"{file}, line {i}"
             if line.strip():
-                yield where, _as_row(line if kind == ".txt" else _parse_json(line, where), path, f"line {i}")
+                yield f"{path.name}, line {i}", _as_row(line if kind == ".txt" else _parse_json(line, where), path, where)
 
 
 def _as_row(row: Any, path: Path, where: str) -> Mapping[str, Any]:
     if isinstance(row, str):  # a text alone; a list of them is of one category, as in HPDv2
         return {"prompt": row} | ({"category": path.stem} if path.suffix.lower() == ".json" else {})
     if not isinstance(row, dict):
-        raise InputError(f"benchmark: {path.name}, {where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
+        raise InputError(f"{where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
     return row
 
 
 def _parse_json(text: str, where: str) -> Any:
-    with reading(f"benchmark: {where}: not JSON", InputError):
+    with reading(f"{where}: not JSON", InputError):
         return json.loads(text)
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path, where: str) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
-    with reading(f"benchmark: {path.name}: not a parquet file", InputError):
+    with reading(f"{where}: not a parquet file", InputError):
         names = parquet.read_schema(path).names
         wanted = [name for name in names if name.lower() in (*PROMPT_COLUMNS, *CATEGORY_COLUMNS)]
         return parquet.read_table(path, columns=wanted).to_pylist()

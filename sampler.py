@@ -1,4 +1,4 @@
-"""Sampling: the DDIM transition with per-step log-probabilities, rollouts, and the U-Net fused by compilation."""
+"""Sampling: the steps of DDIM, with log-probabilities, and of DPM-Solver++, rollouts, and the U-Net fused by compilation."""
 
 from __future__ import annotations
 
@@ -24,30 +24,42 @@ MIN_STD = 1e-4  # a step with a smaller deviation counts as deterministic: it ha
 
 @dataclass(frozen=True)
 class Schedule:
-    """T steps of DDIM (arXiv:2010.02502 eq. 12 and 16) as Gaussian transitions, affine in the U-Net's output.
+    """T steps of a sampler as Gaussian transitions, affine in the U-Net's output; every tensor (T,).
 
-    next_latents ~ Normal(latents_weight * latents + output_weight * model_output, std); every tensor (T,).
+    next_latents ~ Normal(latents_weight * latents + output_weight * model_output + history, std). A multistep sampler's
+    history is history_latents_weight * latents + history_output_weight * model_output of the step before; DDIM has none.
     """
 
     timesteps: Tensor  # int64, descending
     latents_weight: Tensor
     output_weight: Tensor
     std: Tensor
+    history_latents_weight: Tensor | None = None
+    history_output_weight: Tensor | None = None
 
     @property
     def trainable_steps(self) -> Tensor:
         """Indices of the steps that have a density, without which there is no policy gradient."""
         return torch.nonzero(self.std > MIN_STD).flatten()
 
+    def mean(self, latents: Tensor, outputs: Tensor, steps: Tensor) -> Tensor:
+        """Means (N, C, H, W) of the transitions of latents and model outputs (N, C, H, W) at steps (N,), without history."""
+        return _at(self.latents_weight, steps) * latents + _at(self.output_weight, steps) * outputs
+
+    def history(self, latents: Tensor, outputs: Tensor, steps: Tensor) -> Tensor | None:
+        """What steps (N,) of latents and model outputs (N, C, H, W) add to the next steps' means, (N, C, H, W)."""
+        if self.history_latents_weight is None or self.history_output_weight is None:
+            return None
+        return _at(self.history_latents_weight, steps) * latents + _at(self.history_output_weight, steps) * outputs
+
     def to(self, device: torch.device) -> Schedule:
         """A copy on a device."""
-        return Schedule(
-            *(getattr(self, name).to(device) for name in ("timesteps", "latents_weight", "output_weight", "std"))
-        )
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Schedule(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stochastic: int | None = None) -> Schedule:
-    """The transitions that diffusers' DDIMScheduler.step makes, for epsilon, v and sample prediction.
+    """The transitions of DDIM (arXiv:2010.02502 eq. 12 and 16) that diffusers' DDIMScheduler.step makes.
 
     After the first num_stochastic steps, if given, they are deterministic, as at an eta of 0 (MixGRPO, arXiv:2507.21802).
 
@@ -58,22 +70,8 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     config = scheduler.config
     if not 0 <= eta <= 1:
         raise InputError(f"eta: must be from 0 to 1, not {eta}")
-    if not 1 <= num_inference_steps <= config.num_train_timesteps:
-        raise InputError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
-    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise InputError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
-    if config.clip_sample or config.thresholding:
-        raise InputError("model: schedulers with clip_sample or thresholding are not supported")
-    with reading("model: its scheduler_config.json cannot be used", InputError):
-        scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps.long().cpu()
-    if len(timesteps) != num_inference_steps or timesteps.min() < 0:  # diffusers' rounding of the trailing spacing, as of 61
-        raise InputError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
-    if timesteps.max() >= config.num_train_timesteps:
-        raise InputError(
-            f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} lead "
-            f"past its {config.num_train_timesteps} training timesteps; take fewer"
-        )
+    _check_scheduler(config, num_inference_steps)
+    timesteps = _spaced_timesteps(scheduler, num_inference_steps)
     previous = timesteps - config.num_train_timesteps // num_inference_steps
     alphas = scheduler.alphas_cumprod.double().cpu()
     alpha = alphas[timesteps]
@@ -87,6 +85,61 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     latents_weight = to_sample * sample[0] + to_noise * noise[0]
     output_weight = to_sample * sample[1] + to_noise * noise[1]
     return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
+
+
+def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
+    """The steps of DPM-Solver++(2M) (arXiv:2211.01095 algorithm 2) that diffusers' DPMSolverMultistepScheduler.step makes.
+
+    A step is linear in the latents, the U-Net's output and the clean sample that the step before predicted, so its weights
+    are what diffusers makes of unit vectors.
+
+    Raises:
+        InputError: too many steps, or a scheduler that clips its predictions, so that the steps are not linear.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    _check_scheduler(scheduler.config, num_inference_steps)
+    with reading("model: its scheduler_config.json cannot be used", InputError):
+        solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    timesteps = _spaced_timesteps(solver, num_inference_steps)
+    solver.set_begin_index(0)  # else it looks the first timestep up, which a spacing of too many steps repeats
+    latents, output, previous_sample = torch.eye(3)
+    weights, samples = torch.empty(2, len(timesteps), 3)
+    for k, timestep in enumerate(timesteps):
+        solver.model_outputs[-1] = previous_sample
+        weights[k] = solver.step(output, timestep, latents).prev_sample
+        samples[k] = solver.model_outputs[-1]
+    if not weights.isfinite().all():
+        raise InputError(f"num_inference_steps: {num_inference_steps} repeat a timestep of the scheduler; take fewer")
+    latents_weight, output_weight, sample_weight = weights.unbind(1)
+    # The first step takes no step before, so that the last one, which gets its weight, leaves nothing.
+    history = (sample_weight.roll(-1)[:, None] * samples).unbind(1)
+    return Schedule(timesteps, latents_weight, output_weight, torch.zeros(len(timesteps)), history[0], history[1])
+
+
+def _check_scheduler(config: Any, num_inference_steps: int) -> None:
+    if not 1 <= num_inference_steps <= config.num_train_timesteps:
+        raise InputError(f"num_inference_steps: must be 1 to {config.num_train_timesteps}, not {num_inference_steps}")
+    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise InputError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
+    if config.clip_sample or config.thresholding:
+        raise InputError("model: schedulers with clip_sample or thresholding are not supported")
+
+
+def _spaced_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
+    """The timesteps (T,) of a scheduler's own spacing, which are set in it too."""
+    config = scheduler.config
+    with reading("model: its scheduler_config.json cannot be used", InputError):
+        scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.long().cpu()
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0:  # diffusers' rounding of the trailing spacing, as of 61
+        raise InputError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
+    if timesteps.max() >= config.num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} lead "
+            f"past its {config.num_train_timesteps} training timesteps; take fewer"
+        )
+    return timesteps
 
 
 def _prediction_weights(prediction_type: str, alphas: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -146,8 +199,18 @@ def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A transition of N latents, as sampled."""
+
+    next_latents: Tensor  # (N, C, H, W)
+    log_probs: Tensor  # (N,) float32; of no use where the step has no density
+    null_outputs: Tensor | None  # (N, C, H, W), the null prompt's predictions with guidance
+    history: Tensor | None  # (N, C, H, W), of a multistep sampler, for the next step
+
+
+@dataclass(frozen=True)
 class Denoiser:
-    """The policy's actor: U-Net, classifier-free guidance (arXiv:2207.12598) and the DDIM transition.
+    """The policy's actor: U-Net, classifier-free guidance (arXiv:2207.12598) and the sampler's transition.
 
     Guidance is off at a scale of 1 or less, as in diffusers.
     """
@@ -169,7 +232,14 @@ class Denoiser:
     def mean(
         self, latents: Tensor, steps: Tensor, conditioning: Conditioning, null_outputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Means of the transitions of latents (N, C, H, W) at steps (N,), float32, and the null prompt's predictions.
+        """Means of the transitions of latents (N, C, H, W) at steps (N,), float32, and the null prompt's predictions."""
+        outputs, null_outputs = self.guided_outputs(latents, steps, conditioning, null_outputs)
+        return self.schedule.mean(latents, outputs, steps), null_outputs
+
+    def guided_outputs(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, null_outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The U-Net's outputs (N, C, H, W) float32 with guidance, and the null prompt's.
 
         Both branches of guidance go through the U-Net as one batch, unless the null prompt's predictions are given or
         `branches_apart` is set.
@@ -185,10 +255,7 @@ class Denoiser:
             embeds = torch.cat([conditioning.null_embeds.expand_as(embeds), embeds])
             null_outputs, text_outputs = self.predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).chunk(2)
             output = null_outputs + self.guidance_scale * (text_outputs - null_outputs)
-        latents_weight, output_weight = (
-            weight[steps][:, None, None, None] for weight in (self.schedule.latents_weight, self.schedule.output_weight)
-        )
-        return latents_weight * latents + output_weight * output, null_outputs
+        return output, null_outputs
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         """The U-Net's outputs (N, C, H, W) float32 for latents (N, C, H, W) at timesteps (N,), without guidance."""
@@ -222,17 +289,20 @@ class Denoiser:
 
     def std(self, steps: Tensor) -> Tensor:
         """Standard deviations (N, 1, 1, 1) of the transitions at steps (N,)."""
-        return self.schedule.std[steps][:, None, None, None]
+        return _at(self.schedule.std, steps)
 
     def step(
-        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sample the next latents (N, C, H, W), their log-probabilities (N,), and the null prompt's predictions."""
-        mean, null_outputs = self.mean(latents, steps, conditioning)
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noise: Tensor, history: Tensor | None = None
+    ) -> Step:
+        """Sample the next latents of latents (N, C, H, W) at steps (N,), with the history that the step before left."""
+        outputs, null_outputs = self.guided_outputs(latents, steps, conditioning)
+        mean = self.schedule.mean(latents, outputs, steps)
+        if history is not None:
+            mean = mean + history
         std = self.std(steps)
         next_latents = mean + std * noise
         log_probs = gaussian_log_prob(next_latents, mean, std.clamp(min=MIN_STD))
-        return next_latents, log_probs, null_outputs
+        return Step(next_latents, log_probs, null_outputs, self.schedule.history(latents, outputs, steps))
 
 
 # --- rollouts ---
@@ -333,15 +403,15 @@ def rollout(
     num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
     timesteps = denoiser.schedule.timesteps
     noises = draw_noise(len(timesteps), num_samples, shape, generator, device)
-    latents, log_probs, null_outputs = [next(noises)], [], []
+    latents, log_probs, null_outputs, history = [next(noises)], [], [], None
     with text_projected_once(denoiser):
         for k, noise in enumerate(noises):
-            steps = torch.full((num_samples,), k, device=device)
-            next_latents, log_prob, null_output = denoiser.step(latents[-1], steps, conditioning, noise)
-            latents.append(next_latents)
-            log_probs.append(log_prob)
-            if denoiser.keep_null_outputs and null_output is not None:
-                null_outputs.append(null_output)
+            step = denoiser.step(latents[-1], _steps(k, latents[-1]), conditioning, noise, history)
+            history = step.history
+            latents.append(step.next_latents)
+            log_probs.append(step.log_probs)
+            if denoiser.keep_null_outputs and step.null_outputs is not None:
+                null_outputs.append(step.null_outputs)
     return Trajectory(
         prompt_ids=prompt_ids,
         timesteps=timesteps.expand(num_samples, -1),
@@ -360,19 +430,18 @@ def sample_with_gradients(
     initial latents and each step's noise, (N, C, H, W) each. Steps are recomputed in the backward pass, so that memory grows
     with the latents alone.
     """
-    latents, num_steps = noises[0], len(denoiser.schedule.timesteps)
+    latents, history, num_steps = noises[0], None, len(denoiser.schedule.timesteps)
     first = num_steps - num_gradient_steps
+
+    def step(k: int, latents: Tensor, history: Tensor | None, *embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        taken = denoiser.step(latents, _steps(k, latents), Conditioning(*embeds), noises[1 + k], history)
+        return taken.next_latents, taken.history
+
     with torch.no_grad():
-        constant = Conditioning(embeds[rows], embeds[:1])
         for k in range(first):
-            latents = denoiser.step(latents, _steps(k, latents), constant, noises[1 + k])[0]
-
-    def step(latents: Tensor, prompt_embeds: Tensor, null_embeds: Tensor, noise: Tensor, k: int) -> Tensor:
-        steps = _steps(k, latents)
-        return denoiser.mean(latents, steps, Conditioning(prompt_embeds, null_embeds))[0] + denoiser.std(steps) * noise
-
+            latents, history = step(k, latents, history, embeds[rows], embeds[:1])
     for k in range(first, num_steps):
-        latents = checkpoint(step, latents, embeds[rows], embeds[:1], noises[1 + k], k, use_reentrant=False)
+        latents, history = checkpoint(step, k, latents, history, embeds[rows], embeds[:1], use_reentrant=False)
     return latents
 
 

@@ -137,7 +137,7 @@ class Policy:
         self.denoiser = self._make_denoiser(config)
         self.noise_process = sampler.noise_process(model.scheduler).to(model.device)
         self.anchor_ids, self.anchor_embeds = self._anchors(config)
-        # Users sample every step with noise, so held-out images do too, whatever training does.
+        # Users sample every step with the same eta, so held-out images do too, whatever training does.
         self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config), keep_null_outputs=False)
 
     def _make_denoiser(self, config: TrainConfig | DrawConfig) -> sampler.Denoiser:
@@ -234,6 +234,8 @@ class Policy:
 
 def _schedule(model: models.Model, config: TrainConfig | DrawConfig, training_schedule: bool = False) -> sampler.Schedule:
     """The transitions of a configuration; those of a training may be deterministic outside the window."""
+    if config.sampler == "dpm-solver":
+        return sampler.dpm_solver_schedule(model.scheduler, config.num_inference_steps).to(model.device)
     random_steps = None
     if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
         random_steps = window_end(config)

@@ -46,7 +46,7 @@ from . import files, interrupts, models, processes, rewards, run, scorers, world
 from .config import TrainConfig, default_device
 from .errors import DivergedError, InputError, RewardError
 from .files import read_json
-from .prompt_sets import split_prompts
+from .prompt_sets import TRAINING_SETS, split_prompts
 from .run import Run, Snapshot
 from .scorers import Scorer
 
@@ -90,14 +90,34 @@ def prepare(config: TrainConfig) -> Setup:
     return Setup(make_policy(model, config), reward, eval_rewards)
 
 
-def check_prompts(policy: Policy, config: TrainConfig, prompts: Sequence[str]) -> None:
+def check_prompts(
+    policy: Policy, config: TrainConfig, train_prompts: list[str], heldout_prompts: list[str]
+) -> tuple[list[str], list[str], int]:
     """Find a prompt that cannot be used before the training, and not in its fortieth epoch.
+
+    Returns the prompts that are used and the number of those left out. Only the sets from the hub lose the prompts that are
+    too long for the text encoder, as nobody can shorten them there.
 
     Raises:
         InputError: a prompt is too long, or a scorer cannot judge it.
     """
-    models.tokenize_for(policy.model, prompts)
-    rewards.check_prompts([config.reward, *(config.eval_reward or ())], prompts)
+    used = []
+    for source, prompts in ((config.prompts, train_prompts), (config.heldout_prompts or config.prompts, heldout_prompts)):
+        used.append(_fitting(policy, source, prompts) if source in TRAINING_SETS else prompts)
+        models.tokenize_for(policy.model, used[-1])
+        rewards.check_prompts([config.reward, *(config.eval_reward or ())], used[-1])
+    return used[0], used[1], len(train_prompts + heldout_prompts) - len(used[0] + used[1])
+
+
+def _fitting(policy: Policy, source: str, prompts: list[str]) -> list[str]:
+    """The prompts that the text encoder reads whole."""
+    tokenizers = [tokenizer for tokenizer in (policy.model.tokenizer, policy.model.tokenizer_2) if tokenizer is not None]
+    for tokenizer in tokenizers:
+        ids = tokenizer(prompts, verbose=False).input_ids if prompts else []
+        prompts = [prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) <= tokenizer.model_max_length]
+    if not prompts:
+        raise InputError(f"prompts: every prompt of {source!r} is too long for the text encoder")
+    return prompts
 
 
 # --- the run ---
@@ -133,7 +153,9 @@ def train(
         if finished:
             return finished
         setup = processes.agreed(prepare, config)
-        check_prompts(setup.policy, config, prompts)
+        train_prompts, heldout_prompts, num_too_long = check_prompts(setup.policy, config, train_prompts, heldout_prompts)
+        if num_too_long:
+            warn(f"prompts: {num_too_long} of {len(prompts)} are left out, too long for the text encoder")
         current = _begin(setup, config, train_prompts)
         if snapshot:
             current.restore(snapshot)
@@ -565,7 +587,7 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     run.check_folder(config.output_dir, resume)
     train_prompts, heldout_prompts = split_prompts(config)
     policy = prepare(config).policy
-    check_prompts(policy, config, train_prompts + heldout_prompts)
+    train_prompts, heldout_prompts, num_too_long = check_prompts(policy, config, train_prompts, heldout_prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     num_items = _items_per_image(policy, config)
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
@@ -576,7 +598,8 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "model": config.model,
         "device": str(policy.model.device),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
-        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out",
+        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out"
+        + (f", {num_too_long} left out, too long" if num_too_long else ""),
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,

@@ -256,6 +256,8 @@ BAD_TRAINING = [
     (["--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
     (["--reward", "hps", "--reward-checkpoint", "absent.pt"], ["absent.pt"]),
     (["--eta", "0"], ["eta", "above 0"]),
+    (["--sampler", "dpm-solver"], ["sampler", "ddim", "ppo"]),
+    (["--algorithm", "matching", "--sampler", "dpm-solver", "--eta", "1"], ["eta", "dpm-solver", "not 1"]),
     (["--algorithm", "dpo"], ["algorithm", "ppo, matching, gradient"]),
     (["--null-anchor", "1", "--anchor-prompts", "absent.txt"], ["absent.txt"]),
     (["--eta", "1.5"], ["eta"]),
@@ -428,6 +430,27 @@ def test_what_a_config_file_sets_apart_stays():
     saved = asdict(resolve(TrainOptions(model="tiny", lora_alpha=32, lr_warmup_steps=4, null_prompt="adapted")))
     config = resolve(TrainOptions(**cli.merge_options(saved, {"rank": 4, "num_epochs": 100})))
     assert (config.lora_alpha, config.lr_warmup_steps, config.null_prompt) == (32, 4, "adapted")
+
+
+@pytest.mark.parametrize(("saved", "given", "expected"), [
+    ({}, {"sampler": "dpm-solver"}, ("dpm-solver", 0.0)),
+    ({"sampler": "dpm-solver"}, {}, ("dpm-solver", 0.0)),
+    ({"sampler": "dpm-solver"}, {"sampler": "ddim"}, ("ddim", 1.0)),
+    ({"eta": 0.5}, {}, ("ddim", 0.5)),
+])  # fmt: skip
+def test_eta_follows_from_the_sampler_that_is_given_over_a_saved_config(saved, given, expected):
+    saved = asdict(resolve(TrainOptions(model="tiny", algorithm="matching", **saved)))
+    config = resolve(TrainOptions(**cli.merge_options(saved, given)))
+    assert (config.sampler, config.eta) == expected
+
+
+@pytest.mark.parametrize(("model", "steps"), [("tiny", 8), ("a/sd", 20), ("a/sdxl", 20), ("a/sdxl-turbo", 4)])
+def test_dpm_solver_takes_twenty_steps_of_stable_diffusion_where_ddim_takes_more(model, steps):
+    for algorithm in ("matching", "gradient"):
+        config = resolve(TrainOptions(model=model, algorithm=algorithm, sampler="dpm-solver", mixed_precision="no"))
+        assert (config.num_inference_steps, config.eta) == (steps, 0.0)
+    options = SampleOptions(model=model, prompt=["a red circle"], sampler="dpm-solver")
+    assert (resolve_sample(options).num_inference_steps, resolve_sample(options).eta) == (steps, 0.0)
 
 
 def test_null_in_a_config_file_is_as_if_the_option_was_not_given():
@@ -1159,6 +1182,30 @@ def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
     assert {dropped["prompt"] for dropped in metrics["dropped"]} == set(prompts)
 
 
+@pytest.mark.parametrize("algorithm", ["matching", "gradient"])
+def test_an_adapter_trained_with_dpm_solver_is_reproducible_and_sampled_with_it(shared_run, tmp_path, algorithm):
+    own = ("eta", "clip_range", "timestep_window", "timestep_fraction")
+    options = {name: value for name, value in shared_run.items() if name not in own} | {
+        "algorithm": algorithm, "sampler": "dpm-solver", "reward": "hps", "null_anchor": 0, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    result = run("train", *flags(options))
+    assert result.exit_code == 0, result.output
+    config = strict((tmp_path / "out" / "config.json").read_text())
+    assert (config["sampler"], config["eta"]) == ("dpm-solver", 0.0)
+    result = run("train", "--config", tmp_path / "out" / "config.json", "--output-dir", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+    labels, arguments = [], ["--adapter", tmp_path / "out", "--prompt", "a red circle", "--num-images", 1]
+    for number, given in enumerate(([], ["--sampler", "dpm-solver"], ["--sampler", "ddim", "--eta", 0])):
+        result = run("sample", *arguments, *given, "--num-inference-steps", 4, "--output-dir", tmp_path / str(number))
+        assert result.exit_code == 0, result.output
+        (picture,) = pictures(tmp_path / str(number))
+        labels.append((Image.open(picture).text["sampler"], Image.open(picture).text["eta"], Image.open(picture).tobytes()))
+    assert labels[0] == labels[1]
+    assert [label[:2] for label in labels] == [("dpm-solver", "0.0")] * 2 + [("ddim", "0.0")]
+    assert labels[2][2] != labels[0][2]
+
+
 BAD_SAMPLING = [
     ([], ["--prompt"]),
     (["--prompt", "a red circle", "--adapter", "absent"], ["absent"]),
@@ -1168,6 +1215,8 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--seed", "-1"], ["seed"]),
     (["--prompt", "a red circle", "--seed", str(2**64)], ["seed"]),
     (["--prompt", "a red circle", "--eta", "2"], ["eta"]),
+    (["--prompt", "a red circle", "--sampler", "dpm-solver", "--eta", "1"], ["eta", "dpm-solver", "not 1"]),
+    (["--prompt", "a red circle", "--sampler", "euler"], ["sampler", "ddim, dpm-solver"]),
     (["--prompt", "a red circle", "--eta", "nan"], ["eta"]),
     (["--prompt", "a red circle", "--scale", "nan"], ["scale"]),
     (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),

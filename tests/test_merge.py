@@ -493,6 +493,20 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
 
 
+def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
+    adapter = Path(shutil.copytree(trained / "text-encoder", tmp_path / "adapter"))
+    config = json.loads((adapter / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps(config | {"sampler": "dpm-solver", "eta": 0.0}))
+    for format, name in (("peft", "adapter"), ("pipeline", "model")):
+        options = MergeOptions(adapter=[str(adapter)], output=str(tmp_path / format), format=format)
+        place = str(merge.merge(resolve_merge(options)))
+        given = {"prompt": PROMPTS, name: [place] if name == "adapter" else place}
+        config = resolve_sample(SampleOptions(**given))
+        assert (config.sampler, config.eta, config.num_inference_steps) == ("dpm-solver", 0.0, 4)
+        config = resolve_sample(SampleOptions(**given, sampler="ddim"))
+        assert (config.sampler, config.eta, config.num_inference_steps) == ("ddim", 1.0, 4)
+
+
 # --- what is refused ---
 
 

@@ -1,6 +1,7 @@
-"""Prompt sets: the published benchmarks in their layouts, files of all kinds, and what is refused."""
+"""Prompt sets: the set `general`, published training sets and benchmarks in their layouts, files, and what is refused."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from texforce import prompt_sets, world
-from texforce.prompt_sets import BENCHMARKS, Published, read_benchmark
+from texforce import models, prompt_sets, run, train, world
+from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
+from texforce.errors import InputError, NotFoundError
+from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
 
 ROWS = [('A red car, "fast".', "Colors"), ("Two cats; three dogs.", "Counting"), ("Zwölf Würfel ☃", "Colors")]
 PROMPTS, CATEGORIES = ([row[k] for row in ROWS] for k in (0, 1))
@@ -34,6 +37,212 @@ def write_table(path, columns, rows, delimiter=","):
 def check(benchmark, prompts=PROMPTS, categories=CATEGORIES):
     assert benchmark.prompts == prompts
     assert benchmark.categories == categories
+
+
+# --- the set of sentences for Stable Diffusion ---
+
+GENERAL, HELDOUT = (read_prompts(name) for name in ("general", "general-heldout"))
+TOPICS = {  # of the lines in their order, the same number each; words that a topic's sentences have, and few of the others
+    "people": r"(wo)?m[ae]n|boy|girl|kids|child|(grand)?(mother|father)|[a-z]{3,}(er|or|ist|ian)",
+    "animals": r"cat|kitten|dog|fox|bear|owl|wolf|tiger|elephant|rabbit|sheep|goat|turtle|frog|seal|fur|paws?|beak|tail",
+    "objects": r"jar|cup|bowl|book|bottle|clock|key|lamp|candle|chair|teapot|basket|suitcase|violin|glass|brass|wooden",
+    "scenes": r"street|city|village|town|forest|lake|river|sea|mountain|cliff|desert|field|garden|castle|canal|station|hill",
+    "counts": r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|pair|trio",
+    "colours": r"red|blue|green|yellow|purple|violet|orange|pink|white|black|grey|golden|silver|teal|turquoise|scarlet",
+    "relations": r"under|beneath|below|above|behind|beside|between|inside|outside|left|right|top|opposite|next|front|over",
+    "styles": r"painting|photo|photograph|print|illustration|drawing|sketch|watercolour|art|render|poster|style|film|ink",
+}
+
+
+def words(prompt):
+    return re.findall(r"[a-z0-9]+", prompt.lower())
+
+
+def shares(topic, prompts):
+    """The share of the prompts with a topic's words, in the part of each topic."""
+    size, expected = len(prompts) // len(TOPICS), re.compile(rf"\b({TOPICS[topic]})\b")
+    parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return {
+        other: sum(bool(expected.search(prompt)) for prompt in part) / size
+        for other, part in zip(TOPICS, parts, strict=True)
+    }
+
+
+def test_general_has_its_size_and_no_sentence_comes_twice():
+    assert len(GENERAL) >= 800
+    assert len(HELDOUT) >= 100
+    lines = [(prompt_sets.PROMPTS / f"{name}.txt").read_text().splitlines() for name in ("general", "general-heldout")]
+    assert lines == [GENERAL, HELDOUT]
+    assert len({" ".join(words(prompt)) for prompt in GENERAL + HELDOUT}) == len(GENERAL + HELDOUT)
+
+
+def test_no_sentence_of_general_is_another_one_with_a_few_words_changed():
+    small = set(words("a an the of in on with and its his her to at from by for one their into over under"))
+    content = [set(words(prompt)) - small for prompt in GENERAL + HELDOUT]
+    for one, other in itertools.combinations(content, 2):
+        assert len(one & other) <= 0.4 * len(one | other), (one, other)
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_general_is_spread_evenly_over_its_topics(topic):
+    found = shares(topic, GENERAL)
+    assert max(found, key=found.get) == topic
+    if topic not in ("animals", "objects", "scenes"):  # whose words are too many for a list
+        assert found[topic] > 0.5
+        assert shares(topic, HELDOUT)[topic] > 0.5
+
+
+def test_every_sentence_of_general_fits_clip_easily():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()  # CLIP's vocabulary, which Stable Diffusion's text encoders have
+    for prompt in GENERAL + HELDOUT:
+        assert len(prompt.split()) <= 40
+        assert len(tokenizer.encode(prompt)) + 2 <= 60
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("tiny", "world"),
+        (STABLE_DIFFUSION, "general"),
+        ("stabilityai/sd-turbo", "general"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "general"),
+        ("stabilityai/sdxl-turbo", "general"),
+        ("./tiny", "general"),  # a folder: presets go by the name, and so do prompts
+    ],
+)
+def test_a_model_that_is_not_the_tiny_one_trains_on_general(model, expected):
+    assert resolve(TrainOptions(model=model)).prompts == expected
+    assert resolve(TrainOptions(model=model, prompts="colour")).prompts == "colour"
+
+
+def test_generals_held_out_sentences_are_its_own_and_no_others_are_held_out():
+    assert split_prompts(resolve(TrainOptions(model="some/model"))) == (GENERAL, HELDOUT)
+
+
+# --- published training prompts ---
+
+LONG = "a red circle " * 30  # for the tiny model, whose text encoder reads 24 tokens
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts rows on a fake hub, as the files of the training sets in their layouts; the list of downloads."""
+    asked = []
+
+    def put(prompts):
+        write(tmp_path / "train.json", json.dumps([{"human_preference": [1, 0], "prompt": prompt} for prompt in prompts]))
+        ranks = list(range(len(prompts)))
+        parquet.write_table(pyarrow.table({"prompt": prompts, "rank": ranks}), tmp_path / "metadata-train.parquet")
+        parquet.write_table(pyarrow.table({"caption": prompts, "rank": ranks}), tmp_path / "pickapic_training_sfw.parquet")
+        return asked
+
+    def download(repository, name, revision, repo_type):
+        asked.append(Published(repository, revision, (name,)))
+        assert repo_type == "dataset"
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return put
+
+
+@pytest.mark.parametrize("name", TRAINING_SETS)
+def test_a_published_training_set_is_read_at_its_pinned_revision_each_prompt_once(name, hub):
+    asked = hub(["a cat", "Zwölf Würfel ☃", " a\n\tcat ", "", "a\x1b[2J dog\x9b", None, "a bird"])
+    assert read_prompts(name) == ["a cat", "Zwölf Würfel ☃", "a [2J dog", "a bird"]
+    assert asked == [TRAINING_SETS[name]]
+    assert re.fullmatch("[0-9a-f]{40}", TRAINING_SETS[name].revision)
+
+
+def test_halves_of_characters_in_json_become_spaces(hub):
+    hub(["a cat"])
+    json_of_hps = Path(huggingface_hub.hf_hub_download("", "train.json", None, "dataset"))
+    json_of_hps.write_text('[{"prompt": "a \\ud83d dog"}]')
+    assert read_prompts("hps") == ["a dog"]
+
+
+@pytest.mark.parametrize("name", TRAINING_SETS)
+def test_a_tenth_of_a_published_training_set_is_held_out_and_at_most_64(name, hub):
+    prompts = [f"sentence number {i}" for i in range(1000)]
+    hub(prompts)
+    training, heldout = split_prompts(resolve(TrainOptions(model="some/model", prompts=name)))
+    assert heldout == prompts[:640:10]
+    assert training == [prompt for prompt in prompts if prompt not in heldout]
+
+
+@pytest.mark.parametrize("name", TRAINING_SETS)
+def test_without_the_hub_one_is_told_how_to_train_on_a_file(name):
+    repository = TRAINING_SETS[name].repository
+    with pytest.raises(NotFoundError, match=f"^prompts: {repository} could not be downloaded.*--prompts FILE"):
+        read_prompts(name)
+
+
+@pytest.mark.parametrize("name", [*TRAINING_SETS, "general", "world"])
+def test_the_name_of_a_set_means_the_set_though_a_file_has_it_too(name, hub, tmp_path, monkeypatch):
+    hub(["a cat", "a dog"])
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    Path(name).write_text("of the file\n")
+    assert "of the file" not in read_prompts(name)
+    assert read_prompts(f"./{name}") == ["of the file"]
+
+
+def test_an_unknown_set_of_prompts_lists_the_known_ones():
+    with pytest.raises(
+        NotFoundError, match=r"sets are world, animals, .*general, .*from the hub hps, imagereward, pickapic$"
+    ):
+        read_prompts("genral")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{}", "must hold a JSON list"), ("[", "not JSON"), ("[5]", "entry 1"), ('[{"text": "a"}]', "no column")],
+)
+def test_a_published_training_set_in_another_layout_is_refused(content, words, hub, tmp_path):
+    hub(["a cat"])
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(InputError, match=f"^prompts: .*{words}"):
+        read_prompts("hps")
+
+
+@pytest.fixture
+def options(small_run, narrow_model, monkeypatch, tmp_path):
+    """Options of a short training on ImageReward's prompts, of a narrow U-Net and without a curve."""
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    monkeypatch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
+    del small_run["heldout_prompts"]
+    return small_run | {"prompts": "imagereward", "output_dir": str(tmp_path / "out")}
+
+
+def test_published_prompts_that_are_too_long_are_left_out_and_counted(options, hub):
+    hub([f"a circle and {i} squares" if i not in (4, 10, 11) else f"{i} {LONG}" for i in range(20)])
+    messages, config = [], resolve(TrainOptions(**options))
+    assert train.plan(config)["prompts"] == "16 for training, 1 held out, 3 left out, too long"  # 10 was to be held out
+    result = train.train(config, warn=messages.append)
+    assert messages == ["prompts: 3 of 20 are left out, too long for the text encoder"]
+    assert train.train(config, resume=True) == result  # the same prompts as before
+
+
+def test_nothing_is_said_where_every_published_prompt_fits(options, hub):
+    hub([f"a circle and {i} squares" for i in range(20)])
+    messages = []
+    train.train(resolve(TrainOptions(**options)), warn=messages.append)
+    assert messages == []
+
+
+def test_a_published_set_without_a_short_prompt_is_refused(options, hub):
+    hub([f"{i} {LONG}" for i in range(20)])
+    with pytest.raises(InputError, match="every prompt of 'imagereward' is too long"):
+        train.train(resolve(TrainOptions(**options)))
+
+
+def test_a_long_prompt_in_a_file_is_refused_though_the_other_prompts_are_published(options, hub, tmp_path):
+    hub(["a circle", LONG, "a square"])
+    own = str(write(tmp_path / "long.txt", f"a cross\none {LONG}"))
+    for changes in ({"heldout_prompts": own}, {"prompts": own, "heldout_prompts": "imagereward"}):
+        with pytest.raises(InputError, match="tokens"):
+            train.plan(resolve(TrainOptions(**options | changes)))
 
 
 # --- published layouts ---
@@ -208,3 +417,13 @@ def test_an_unknown_benchmark_lists_the_known_ones(name, tmp_path, monkeypatch):
         FileNotFoundError, match=r"^benchmark: .*known are drawbench, parti, hps, imagereward, world, animals"
     ):
         read_benchmark(name)
+
+
+def test_sets_are_joined_by_commas_with_what_each_keeps_apart():
+    prompts = read_prompts("world,common")
+    assert prompts == [*read_prompts("world"), *read_prompts("common")]
+    training, heldout = split_prompts(resolve(TrainOptions(prompts="count,common,colour")))
+    assert training == [*read_prompts("count"), *read_prompts("common"), *read_prompts("colour")]
+    assert heldout == [*read_prompts("count-heldout"), *read_prompts("colour-heldout")]
+    with pytest.raises(NotFoundError, match="no file 'world,kommon'"):
+        read_prompts("world,kommon")

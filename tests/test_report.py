@@ -40,7 +40,8 @@ def write_evaluation(
     curve = [{"strength": s, "measures": told["te"]} for s in (0, 0.5, 1)] if "te" in systems else []
     return {
         "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
-        "model": "tiny", "num_images": num_images, "num_inference_steps": 8, "guidance_scale": 3.0, "eta": 1.0, "seed": 0,
+        "model": "tiny", "num_images": num_images, "sampler": "ddim", "num_inference_steps": 8, "guidance_scale": 3.0,
+        "eta": 1.0, "seed": 0,
         "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
         "strengths": {"te": {"chosen_by": "hps", "best": 0.5, "curve": curve}} if curve else {},
         "systems": {

@@ -1,8 +1,9 @@
 """The transition against diffusers' scheduler and pipeline, log-probabilities against torch.distributions, and rollouts."""
 
 import itertools
+import math
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from texforce import Policy, evaluate, models, sampler
 from texforce.config import SampleOptions, resolve_sample
-from texforce.errors import expected
+from texforce.errors import InputError, expected
 from texforce.models import Conditioning
-from texforce.sampler import Denoiser, Trajectory, ddim_schedule
+from texforce.sampler import Denoiser, Trajectory, ddim_schedule, dpm_solver_schedule
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 
@@ -137,18 +138,19 @@ def test_every_step_and_its_log_prob_equal_diffusers_and_torch(prediction_type, 
             outputs = torch.randn(4, 2, 2)
             denoiser = Denoiser(FakeUNet(outputs), schedule, guidance_scale=1.0)
             cond = Conditioning(torch.ones(3, 1, 1), torch.zeros(1, 1, 1))
-            next_latents, log_probs, null_outputs = denoiser.step(latents, torch.full((3,), k), cond, noise)
+            step = denoiser.step(latents, torch.full((3,), k), cond, noise)
             move = partial(reference.step, outputs.expand(3, -1, -1, -1).double(), timestep, latents.double(), eta=eta)
             expected = move(variance_noise=noise.double()).prev_sample
-            torch.testing.assert_close(next_latents.double(), expected, rtol=1e-5, atol=1e-5)
-            assert null_outputs is None
+            torch.testing.assert_close(step.next_latents.double(), expected, rtol=1e-5, atol=1e-5)
+            assert step.null_outputs is None
+            assert step.history is None
             std = eta * reference._get_variance(timestep, timestep - 1000 // num_steps).sqrt()
             torch.testing.assert_close(schedule.std[k].double(), std, rtol=1e-5, atol=1e-7)
             if k in schedule.trainable_steps:
                 num_densities += 1
                 normal = torch.distributions.Normal(move(variance_noise=torch.zeros(())).prev_sample, std)
-                per_image = normal.log_prob(next_latents.double()).mean(dim=(1, 2, 3))
-                torch.testing.assert_close(log_probs.double(), per_image, rtol=1e-5, atol=1e-5)
+                per_image = normal.log_prob(step.next_latents.double()).mean(dim=(1, 2, 3))
+                torch.testing.assert_close(step.log_probs.double(), per_image, rtol=1e-5, atol=1e-5)
     lasts = 2 * (set_alpha_to_one or steps_offset == 0)  # there the last step is deterministic
     assert num_densities == (60 - lasts if eta else 0)
 
@@ -239,6 +241,122 @@ def test_steps_without_density_are_not_trainable(options, eta, trainable):
 def test_schedule_refuses_what_it_cannot_do(num_steps, eta, options, words):
     with pytest.raises(ValueError, match=words):
         ddim_schedule(make_scheduler(**options), num_steps, eta)
+
+
+# --- DPM-Solver++ ---
+
+
+def dpm_solver(scheduler, num_steps: int):
+    """Diffusers' own solver for a model's scheduler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    solver.set_timesteps(num_steps)
+    return solver
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace", "num_train_timesteps": 700},
+    {"timestep_spacing": "trailing", "steps_offset": 0, "rescale_betas_zero_snr": True}, {"use_karras_sigmas": True},
+])  # fmt: skip
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_step_of_dpm_solver_equals_diffusers(prediction_type, options):
+    scheduler = make_scheduler()
+    scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type, **options)
+    torch.manual_seed(0)
+    mixing = torch.randn(4, 4) / 2
+
+    def model_output(latents: Tensor, timestep: Tensor) -> Tensor:
+        return torch.einsum("ij,njhw->nihw", mixing, latents).tanh() + (timestep / 1000).sin()
+
+    for num_steps in (1, 2, 4, 8, 20, 50):
+        solver, schedule = dpm_solver(scheduler, num_steps), dpm_solver_schedule(scheduler, num_steps)
+        assert torch.equal(schedule.timesteps, solver.timesteps)
+        assert len(schedule.trainable_steps) == 0
+        latents = expected = torch.randn(2, 4, 2, 2)
+        history: Tensor | float | None = 0.0
+        for k, timestep in enumerate(solver.timesteps):
+            output, steps = model_output(latents, timestep), torch.full((2,), k)
+            next_latents = schedule.mean(latents, output, steps) + history
+            history = schedule.history(latents, output, steps)
+            latents = next_latents
+            expected = solver.step(model_output(expected, timestep), timestep, expected).prev_sample
+            torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        assert not history.any()
+
+
+def test_a_second_step_of_dpm_solver_equals_the_equations_by_hand():
+    """arXiv:2211.01095, algorithm 2, at alphas 0.2, 0.5 and 0.8: its step from 0.5 to 0.8, with the step before."""
+    scheduler = make_scheduler(trained_betas=[0.2, 0.375, 0.6], num_train_timesteps=3, timestep_spacing="trailing")
+    schedule = dpm_solver_schedule(type(scheduler).from_config(scheduler.config, steps_offset=0), 3)
+    assert schedule.timesteps.tolist() == [2, 1, 0]
+    before, now, then = (0.5 * math.log(alpha / (1 - alpha)) for alpha in (0.2, 0.5, 0.8))
+    r = (now - before) / (then - now)
+    both = 0.8**0.5 * (1 - math.exp(now - then))  # the weight of D, which both predicted clean samples make up
+    sample, previous_sample = both * (1 + 1 / (2 * r)), -both / (2 * r)
+    # A clean sample is (latents - sqrt(1 - alpha) * output) / sqrt(alpha).
+    assert schedule.latents_weight[1].item() == pytest.approx((0.2 / 0.5) ** 0.5 + sample / 0.5**0.5, rel=1e-5)
+    assert schedule.output_weight[1].item() == pytest.approx(-sample, rel=1e-5)
+    assert schedule.history_latents_weight[0].item() == pytest.approx(previous_sample / 0.2**0.5, rel=1e-5)
+    assert schedule.history_output_weight[0].item() == pytest.approx(-previous_sample * (0.8 / 0.2) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "options", "words"), [
+    (0, {}, "num_inference_steps: .* 1000, not 0"),
+    (1001, {}, "num_inference_steps: .* 1000, not 1001"),
+    (1000, {"timestep_spacing": "leading"}, "num_inference_steps: 1000 repeat a timestep"),
+    (999, {"timestep_spacing": "leading"}, "steps_offset of 1, 999 lead past"),
+    (10, {"clip_sample": True}, "clip_sample"),
+    (10, {"thresholding": True}, "thresholding"),
+    (10, {"prediction_type": "flow"}, "prediction_type"),
+])  # fmt: skip
+def test_dpm_solver_refuses_what_it_cannot_do(num_steps, options, words):
+    scheduler = make_scheduler(**options)
+    with pytest.raises(InputError, match=words):
+        dpm_solver_schedule(scheduler, num_steps)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [4, 8, 20])
+def test_a_rollout_with_dpm_solver_equals_diffusers_pipeline(pipeline, prediction_type, num_steps):
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+    solving = type(pipeline)(
+        **pipeline.components | {"scheduler": dpm_solver(scheduler, num_steps)}, requires_safety_checker=False
+    )
+    solving.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": num_steps, "guidance_scale": 3.0, "output_type": "latent"}
+    with torch.no_grad():
+        expected = solving(PROMPTS, generator=seeded(7)[0], **options).images
+        ids = models.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
+        embeds = pipeline.text_encoder(ids).last_hidden_state
+        denoiser = Denoiser(pipeline.unet, dpm_solver_schedule(scheduler, num_steps), 3.0)
+        trajectory = sampler.rollout(denoiser, ids[:-1], Conditioning(embeds[:-1], embeds[-1:]), (4, 8, 8), seeded(7)[0])
+    torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver"])
+@pytest.mark.parametrize("num_gradient_steps", [2, 3, 5])
+def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name, num_gradient_steps):
+    scheduler, num_steps, scale = make_scheduler(prediction_type="v_prediction"), 5, 3.0
+    make = dpm_solver_schedule if name == "dpm-solver" else partial(ddim_schedule, eta=0.0)
+    denoiser = Denoiser(micro_unet(), make(scheduler, num_steps), scale)
+    unet, rows = micro_unet().double(), torch.tensor([0, 1, 1])
+    torch.manual_seed(1)
+    embeds, noises, direction = torch.randn(3, 5, 16), torch.randn(1 + num_steps, 3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    leaf = embeds.clone().requires_grad_()
+    latents = sampler.sample_with_gradients(denoiser, leaf, 1 + rows, noises.unbind(0), num_gradient_steps)
+    (gradient,) = torch.autograd.grad((latents * direction).sum(), leaf)
+
+    if name == "dpm-solver":
+        scheduler = dpm_solver(scheduler, num_steps)
+    leaf, expected = embeds.double().requires_grad_(), noises[0].double()
+    for k, timestep in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(k >= num_steps - num_gradient_steps):
+            null, text = (unet(expected, timestep, cond).sample for cond in (leaf[:1].expand(3, -1, -1), leaf[1 + rows]))
+            expected = scheduler.step(null + scale * (text - null), timestep, expected).prev_sample
+    (reference,) = torch.autograd.grad((expected * direction).sum(), leaf)
+    torch.testing.assert_close(latents.double(), expected, rtol=1e-5, atol=1e-5)
+    assert ((gradient - reference).norm() / reference.norm()).item() <= 1e-5
 
 
 # --- guidance ---
@@ -390,9 +508,9 @@ def test_the_text_is_projected_once_a_rollout_and_nothing_else_changes(monkeypat
 def test_steps_after_the_stochastic_ones_are_those_of_eta_0(prediction_type):
     scheduler = make_scheduler(prediction_type=prediction_type)
     mixed, random, none = (ddim_schedule(scheduler, 6, *eta) for eta in ((1.0, 2), (1.0,), (0.0,)))
-    for item in fields(sampler.Schedule):
+    for name in ("timesteps", "latents_weight", "output_weight", "std"):
         for part, source in ((slice(0, 2), random), (slice(2, 6), none)):
-            assert torch.equal(getattr(mixed, item.name)[part], getattr(source, item.name)[part])
+            assert torch.equal(getattr(mixed, name)[part], getattr(source, name)[part])
     assert mixed.trainable_steps.tolist() == [0, 1]
 
 
@@ -456,8 +574,8 @@ def check_compiled(denoiser: Denoiser) -> None:
     arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0, 9]), conditioning(2), torch.randn(2, 4, 8, 8))
     with torch.no_grad():
         plain, fused = denoiser.step(*arguments), replace(denoiser, compile=True).step(*arguments)
-    for one, other in zip(plain, fused, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    for name in ("next_latents", "log_probs", "null_outputs"):
+        torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
 
 
 def test_the_unet_is_compiled_once_and_not_for_every_rollout(monkeypatch):
