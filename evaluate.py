@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce import Policy, __version__, check_finite
+from texforce import Policy, __version__
 
 from . import adapters, files, measures, models, report, rewards, run, scorers
 from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
 from .errors import InputError, RewardError, reading
+from .experience import check_finite
 from .files import read_json
 from .prompt_sets import Benchmark, read_benchmark
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from texforce import Learner, Policy, PromptOrder, PromptStatistics, __version__
+from texforce import Learner, Policy, __version__
 
 from . import files
 from .config import TrainConfig
 from .errors import InputError, reading
+from .experience import PromptOrder, PromptStatistics
 
 if TYPE_CHECKING:
     from .rewards import Mixture

@@ -19,25 +19,14 @@ from torch import Tensor
 from texforce import (
     Learner,
     Policy,
-    PromptOrder,
-    PromptStatistics,
-    Samples,
-    Scored,
     UpdateStatistics,
-    check_finite,
-    collect,
-    compute_advantages,
     draw_noise_batch,
     finds_micro_batch,
-    finite_mean,
-    gather_scores,
     gradient_update,
     make_batch,
     make_policy,
     matching_update,
-    num_rollout_calls,
     ppo_update,
-    scored_by_update,
     trainable_steps,
     wants_kl,
 )
@@ -45,6 +34,19 @@ from texforce import (
 from . import files, interrupts, models, processes, rewards, run, scorers, world
 from .config import TrainConfig, default_device
 from .errors import DivergedError, InputError, RewardError
+from .experience import (
+    PromptOrder,
+    PromptStatistics,
+    Samples,
+    Scored,
+    check_finite,
+    collect,
+    compute_advantages,
+    finite_mean,
+    gather_scores,
+    num_rollout_calls,
+    scored_by_update,
+)
 from .files import read_json
 from .prompt_sets import TRAINING_SETS, split_prompts
 from .run import Run, Snapshot

@@ -32,7 +32,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import Batch, Learner, Policy, Share, models, run, sampler  # noqa: E402
+from texforce import Batch, Learner, Policy, Share, experience, models, run, sampler  # noqa: E402
 from texforce.config import (  # noqa: E402
     STABLE_DIFFUSION,
     TrainConfig,
@@ -90,7 +90,7 @@ class Bench:
         """A batch as a training has it, with advantages of 1 and -1, and the images."""
         reward: Any = KeptImages()
         config = replace(self.config, num_samples_per_prompt=1)
-        samples = texforce.collect(policy or self.policy, reward, prompts, config, generator)
+        samples = experience.collect(policy or self.policy, reward, prompts, config, generator)
         advantages = 1.0 - 2.0 * (torch.arange(len(prompts)) % 2)
         return texforce.make_batch(samples, advantages, self.config, torch.device(self.device)), torch.cat(reward.images)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import Batch, Learner, PromptStatistics, Share, prompt_sets, train
+from texforce import Batch, Learner, Share, experience, prompt_sets, train
 from texforce.config import TrainOptions, resolve
 
 
@@ -30,8 +30,8 @@ class Probe:
 
     def collect(self, prompts: list[str], num_samples_per_prompt: int) -> Batch:
         config = replace(self.config, num_samples_per_prompt=num_samples_per_prompt)
-        samples = texforce.collect(self.policy, self.reward, prompts, config, self.noise)
-        advantages = texforce.compute_advantages(samples, config, PromptStatistics())
+        samples = experience.collect(self.policy, self.reward, prompts, config, self.noise)
+        advantages = experience.compute_advantages(samples, config, experience.PromptStatistics())
         return texforce.make_batch(samples, advantages, self.config, self.policy.model.device)
 
     def gradient(self, batch: Batch, steps: list[int]) -> Tensor:

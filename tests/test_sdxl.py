@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, merge, models, rewards, sampler, train
+from texforce import cli, evaluate, experience, merge, models, rewards, sampler, train
 from texforce.config import (
     PRESETS,
     MergeOptions,
@@ -152,8 +152,8 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(sdxl, targe
     policy = texforce.make_policy(replace(models.load_model(str(sdxl)), zero_null=zeros), config)
     reward = rewards.Mixture({"brightness": lambda images, prompts: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
     noise = torch.Generator().manual_seed(0)
-    samples = texforce.collect(policy, reward, PROMPTS, config, noise)
-    advantages = texforce.compute_advantages(samples, config, texforce.PromptStatistics())
+    samples = experience.collect(policy, reward, PROMPTS, config, noise)
+    advantages = experience.compute_advantages(samples, config, experience.PromptStatistics())
     batch = texforce.make_batch(samples, advantages, config, policy.model.device)
     with torch.no_grad():  # off the start, where half of LoRA has no gradient
         for parameter in policy.parameters:

@@ -20,17 +20,15 @@ from texforce import (
     Batch,
     DivergedError,
     Learner,
-    PromptOrder,
-    PromptStatistics,
-    Samples,
     Share,
-    leave_one_out,
+    experience,
     models,
     rewards,
     sampler,
 )
 from texforce.config import TrainConfig, TrainOptions, resolve, window_end
 from texforce.errors import InputError, RewardError
+from texforce.experience import PromptOrder, PromptStatistics, Samples, leave_one_out
 
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
@@ -53,11 +51,11 @@ class Rig:
 
     def sample(self, prompts: list[str] = PROMPTS, reward: rewards.Mixture | None = None) -> Samples:
         reward = reward or rewards.Mixture({"scorer": self.scorer}, {"scorer": 1.0})
-        return texforce.collect(self.policy, reward, prompts, self.config, torch.Generator().manual_seed(0))
+        return experience.collect(self.policy, reward, prompts, self.config, torch.Generator().manual_seed(0))
 
     def collect(self, prompts: list[str] = PROMPTS) -> Batch:
         samples = self.sample(prompts)
-        advantages = texforce.compute_advantages(samples, self.config, PromptStatistics())
+        advantages = experience.compute_advantages(samples, self.config, PromptStatistics())
         return texforce.make_batch(samples, advantages, self.config, self.policy.model.device)
 
     def pairs(self, batch: Batch, steps: list[int] = WIDE_STEPS) -> Tensor:
@@ -437,14 +435,14 @@ def test_advantages_are_in_standard_deviations_and_clipped():
     std = torch.tensor([-3.0, -1.5, 4.5, -2.0, 2.0]).std(correction=0)
     expected = (raw / std).clamp(-1.5, 1.5)
     assert expected.max() == 1.5
-    torch.testing.assert_close(texforce.compute_advantages(samples, config, PromptStatistics()), expected)
+    torch.testing.assert_close(experience.compute_advantages(samples, config, PromptStatistics()), expected)
 
 
 def test_advantages_by_prompt_are_those_of_the_statistics_clipped_and_are_remembered():
     config = resolve(TrainOptions(model="tiny", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9))
     statistics = PromptStatistics(min_count=2)
     samples = scored(["a", "a", "b"], [1.0, 3.0, 2.0])
-    advantages = texforce.compute_advantages(samples, config, statistics)
+    advantages = experience.compute_advantages(samples, config, statistics)
     assert advantages.tolist() == pytest.approx([-0.9, 0.9, 0.0])
     assert {prompt: list(seen) for prompt, seen in statistics.history.items()} == {"a": [1.0, 3.0], "b": [2.0]}
 
@@ -977,7 +975,7 @@ def test_unet_calls_are_counted_as_they_happen(make_rig, options, calls_a_pair):
     rig.policy.model.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     batch = rig.collect()
     config = replace(rig.config, num_prompts_per_epoch=len(PROMPTS))
-    assert texforce.num_rollout_calls(rig.policy, config) == sum(calls)
+    assert experience.num_rollout_calls(rig.policy, config) == sum(calls)
     calls.clear()
     pairs = rig.pairs(batch)
     assert rig.accumulate(batch, pairs).num_unet_calls == sum(calls) == calls_a_pair * len(pairs)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Learner, PromptStatistics, Share, models, rewards, sampler, train, world
+from texforce import DivergedError, Learner, Share, experience, models, rewards, sampler, train, world
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 
@@ -213,14 +213,14 @@ def test_the_saved_adapter_is_the_average_over_updates(train_small, tmp_path, mo
 
 def test_ddpo_statistics_are_kept_from_epoch_to_epoch(train_small, monkeypatch):
     histories = []
-    original = PromptStatistics.advantages
+    original = experience.PromptStatistics.advantages
 
     def record(self, prompts, rewards):
         result = original(self, prompts, rewards)
         histories.append(sum(len(history) for history in self.history.values()))
         return result
 
-    monkeypatch.setattr(PromptStatistics, "advantages", record)
+    monkeypatch.setattr(experience.PromptStatistics, "advantages", record)
     train_small(advantages="per-prompt", num_epochs=2)
     assert histories == [8, 16]
 
@@ -347,8 +347,8 @@ def test_the_plan_foresees_the_memory_of_a_micro_batch(small_run, tmp_path, narr
     config = configure(small_run, tmp_path)
     policy, prompts = texforce.make_policy(narrow_model(), config), ["a red circle", "two blue squares"]
     reward = rewards.Mixture({"brightness": lambda images, _: images.mean(dim=(1, 2, 3))}, {"brightness": 1.0})
-    samples = texforce.collect(policy, reward, prompts, config, torch.Generator().manual_seed(0))
-    advantages = texforce.compute_advantages(samples, config, PromptStatistics())
+    samples = experience.collect(policy, reward, prompts, config, torch.Generator().manual_seed(0))
+    advantages = experience.compute_advantages(samples, config, experience.PromptStatistics())
     batch = texforce.make_batch(samples, advantages, config, policy.model.device)
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(2))
     with peak_of_saved_bytes(policy.model) as bytes_kept:
