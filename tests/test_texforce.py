@@ -438,6 +438,22 @@ def test_advantages_are_in_standard_deviations_and_clipped():
     torch.testing.assert_close(experience.compute_advantages(samples, config, PromptStatistics()), expected)
 
 
+def test_self_imitation_adds_what_is_above_the_epochs_mean_and_nothing_below_it():
+    rewards_of = torch.tensor([1.0, 1.0, 3.0, 3.0, 0.0, 2.0, NAN, 2.0])  # finite mean 12 / 7
+    deviation = (torch.tensor([1.0, 1, 3, 3, 0, 2, 2]) - 12 / 7).square().mean().sqrt()
+    above = torch.tensor([0, 0, 9 / 7, 9 / 7, 0, 2 / 7, 0, 2 / 7]) / deviation
+    torch.testing.assert_close(experience.above_mean(rewards_of), above)
+    samples = Samples(["a"] * 2 + ["b"] * 2 + ["c"] * 2 + ["d"] * 2, None, rewards_of, {}, torch.arange(8))
+    options = {"model": "tiny", "algorithm": "matching", "num_samples_per_prompt": 2}
+    plain, imitating = (
+        experience.compute_advantages(samples, resolve(TrainOptions(**options, imitation_weight=weight)), PromptStatistics())
+        for weight in (0.0, 0.5)
+    )
+    torch.testing.assert_close(imitating, plain + 0.5 * above)
+    assert plain[2] == 0 < imitating[2]  # a group of equal rewards teaches by imitation alone
+    assert experience.above_mean(torch.full((4,), 2.0)).abs().max() < 1e-6
+
+
 def test_advantages_by_prompt_are_those_of_the_statistics_clipped_and_are_remembered():
     config = resolve(TrainOptions(model="tiny", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9))
     statistics = PromptStatistics(min_count=2)
