@@ -146,11 +146,12 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
 
 
 def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
-    if item.default not in (None, dataclasses.MISSING):
-        return f" (default: {item.default})"
-    families = ("tiny", "stable-diffusion", "turbo", "sdxl")
-    tiny, stable_diffusion, turbo, sdxl = (PRESETS[family, "default"].get(item.name) for family in families)
-    if config_class is not TrainConfig or tiny is None:
+    default = None if item.default is dataclasses.MISSING else item.default
+    tiny, stable_diffusion, turbo, sdxl = (
+        PRESETS[family, "default"].get(item.name, default) if config_class is TrainConfig else default
+        for family in ("tiny", "stable-diffusion", "turbo", "sdxl")
+    )
+    if tiny is None:
         return ""
     large = f"; Stable Diffusion {stable_diffusion}" if stable_diffusion != tiny else ""
     few = f"; Turbo {turbo}" if turbo != stable_diffusion else ""
@@ -279,7 +280,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return saved | given
 
 
-FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "eta")
+FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_anchor", "eta")
 
 
 # --- sample ---

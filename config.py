@@ -151,15 +151,15 @@ class TrainConfig:
     )
     model: str = option("'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
     prompts: str = option(
-        "a file, one prompt a line, a set: world, colour, count, composition, position, general, faces, hands, animals, or "
-        "the published training prompts of hps, imagereward or pickapic (default: world for tiny, else general)"
+        "a file, one prompt a line; sets joined by commas: world, colour, count, composition, position, common, general, "
+        "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
     )
     heldout_prompts: str | None = option(
         "a file of prompts that are only measured (default: those of world and general, else a tenth of --prompts)", None
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper", "fast"] = option(
-        "default, paper: the published recipe, or fast: matching", "default"
+        "default (matching for tiny, else ppo), paper: the published recipe, or fast: matching", "default"
     )
     algorithm: Algorithm = option(
         "ppo (TexForce as published), matching (advantage-weighted matching of the final images: a tenth of the images) or "
@@ -264,6 +264,7 @@ TrainOptions = options_of(TrainConfig)
 # Findings on the tiny model are not carried to Stable Diffusion: its learning rate, clip range, steps and guidance are
 # published values (arXiv:2311.15657 and its released code); only the grouping and the batch shape are ours.
 _TINY = {
+    "prompts": "world",
     "num_epochs": 140,
     "guidance_scale": 3.0,
     "micro_batch_size": 128,
@@ -272,6 +273,7 @@ _TINY = {
     "checkpoint_every": 10,
 }
 _SD = {
+    "prompts": "general",
     "num_epochs": 320,
     "guidance_scale": 7.5,
     "micro_batch_size": 4,
@@ -312,7 +314,9 @@ _TINY_FAST = (
     | _TINY_STEPS
     | _PPO
     | {"algorithm": "matching", "advantages": "leave-one-out", "null_prompt": "adapted", "null_anchor": 1.0}
-    | {"num_updates_per_epoch": 1, "lr_warmup_steps": 5}
+    | {"num_epochs": 64, "num_prompts_per_epoch": 32, "num_samples_per_prompt": 4, "num_updates_per_epoch": 1}
+    | {"num_inner_epochs": 2, "num_noise_levels": 2, "kl_weight": 1.0, "imitation_weight": 0.5}
+    | {"learning_rate": 2e-3, "lr_warmup_steps": 5, "eval_every": 16, "prompts": "world,common"}
 )
 # Rate, KL weight, clipping and norm are those of DiffusionNFT's published code for SD 3.5 (arXiv:2509.16117); nobody has
 # measured them on Stable Diffusion 1.x to XL yet.
@@ -324,7 +328,7 @@ _SD_FAST = (
     | {"num_updates_per_epoch": 1, "num_inference_steps": 20}
 )
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("tiny", "default"): _TINY
+    ("tiny", "ppo"): _TINY
     | _GROUPS
     | _TINY_STEPS
     | _PPO
@@ -337,20 +341,21 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "null_prompt": "base",
     },
     ("tiny", "paper"): _TINY | _PAPER,
-    ("tiny", "fast"): _TINY_FAST
-    | {"num_epochs": 50, "num_prompts_per_epoch": 16, "num_samples_per_prompt": 4, "num_inner_epochs": 4}
-    | {"learning_rate": 1e-3, "kl_weight": 1.0, "eval_every": 10},
+    ("tiny", "fast"): _TINY_FAST,
     ("tiny", "gradient"): _TINY_FAST
     | {"algorithm": "gradient", "num_epochs": 40, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
-    | {"advantages": "per-prompt", "learning_rate": 2e-3, "eval_every": 10, "micro_batch_size": 32},
-    ("stable-diffusion", "default"): _SD | _PUBLISHED | _GROUPS | {"algorithm": "ppo", "num_prompts_per_epoch": 8},
+    | {"advantages": "per-prompt", "num_inner_epochs": 1, "kl_weight": 0.0, "imitation_weight": 0.0}
+    | {"prompts": "world", "eval_every": 10, "micro_batch_size": 32},
+    ("stable-diffusion", "ppo"): _SD | _PUBLISHED | _GROUPS | {"algorithm": "ppo", "num_prompts_per_epoch": 8},
     ("stable-diffusion", "paper"): _SD | _PAPER,
     ("stable-diffusion", "fast"): _SD_FAST,
     ("stable-diffusion", "gradient"): _SD_FAST
     | {"algorithm": "gradient", "kl_weight": 0.0, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
     | {"advantages": "per-prompt", "num_inner_epochs": 1},
 }
-for _preset in ("default", "paper", "fast", "gradient"):
+PRESETS["tiny", "default"] = PRESETS["tiny", "fast"]
+PRESETS["stable-diffusion", "default"] = PRESETS["stable-diffusion", "ppo"]
+for _preset in ("default", "ppo", "paper", "fast", "gradient"):
     PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
 
@@ -412,7 +417,6 @@ def resolve(options: Options) -> TrainConfig:
     check_precision(precision, device)
     follows = {"model": model, "mixed_precision": precision, "lora_alpha": given.get("rank", _default(TrainConfig, "rank"))}
     follows |= sampler_defaults(given.get("sampler", "ddim"), family(model))
-    follows["prompts"] = "world" if family(model) == "tiny" else "general"
     if rounds_by_batch(precision, device):
         usual = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
         size = given.get("sample_batch_size", given.get("micro_batch_size", usual))
@@ -445,7 +449,7 @@ def preset_for(family: str, preset: str, algorithm: str | None) -> dict[str, Any
         return PRESETS[family, preset]
     if preset != "default":
         raise InputError(f"algorithm: --preset {preset} is a recipe of {usual}, not of {algorithm}; leave one of them out")
-    return PRESETS[family, {"ppo": "default", "matching": "fast", "gradient": "gradient"}[algorithm]]
+    return PRESETS[family, {"ppo": "ppo", "matching": "fast", "gradient": "gradient"}[algorithm]]
 
 
 # Options that one algorithm has, and that have no effect on the others.

@@ -32,7 +32,7 @@ from texforce import (
 )
 
 from . import files, interrupts, models, processes, rewards, run, scorers, world
-from .config import TrainConfig, default_device
+from .config import TrainConfig, TrainOptions, default_device, resolve
 from .errors import DivergedError, InputError, RewardError
 from .experience import (
     PromptOrder,
@@ -606,7 +606,9 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
         f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": num_images * num_items / config.num_updates_per_epoch,
-        "U-Net calls an epoch": num_rollout_calls(policy, config) + num_images * num_items * _calls_per_item(policy, config),
+        "U-Net calls an epoch": _calls_per_epoch(policy, config),
+        "U-Net calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
+        **_ppo_beside(policy, config),
         "weights, MiB": mebibytes(_weight_bytes(policy.model)),
         "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
         "U-Net activations of a micro-batch, MiB": mebibytes(unet),
@@ -620,6 +622,22 @@ def mebibytes(num_bytes: int) -> float:
 
 
 ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what an image is trained on, by algorithm
+
+
+def _calls_per_epoch(policy: Policy, config: TrainConfig) -> int:
+    """U-Net calls of an epoch's sampling and update."""
+    num_pairs = config.num_prompts_per_epoch * config.num_samples_per_prompt * _items_per_image(policy, config)
+    return num_rollout_calls(policy, config) + num_pairs * _calls_per_item(policy, config)
+
+
+def _ppo_beside(policy: Policy, config: TrainConfig) -> dict[str, Any]:
+    """What ppo costs with its defaults for the model, beside another algorithm."""
+    if config.algorithm == "ppo":
+        return {}
+    ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target))
+    num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
+    num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
+    return {"the same by ppo's defaults": f"{num_calls} for {num_images} images"}
 
 
 def _items_per_image(policy: Policy, config: TrainConfig) -> int:

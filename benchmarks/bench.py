@@ -148,6 +148,7 @@ def configure(options: argparse.Namespace) -> tuple[float, TrainConfig]:
     changes = ("num_inference_steps", "resolution", "micro_batch_size", "sample_batch_size", "null_prompt", "compile")
     given = TrainOptions(
         model=model_name(options.model),
+        algorithm="ppo",
         mixed_precision=options.mixed_precision,
         gradient_checkpointing=options.gradient_checkpointing,
         timestep_window=1.0,

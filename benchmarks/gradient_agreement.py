@@ -22,7 +22,7 @@ class Probe:
     """The tiny model's default training before its first update."""
 
     def __init__(self, seed: int) -> None:
-        self.config = resolve(TrainOptions(model="tiny", seed=seed))
+        self.config = resolve(TrainOptions(model="tiny", algorithm="ppo", seed=seed))
         setup = train.prepare(self.config)
         self.policy, self.reward = setup.policy, setup.reward
         self.noise = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 
 
 def heldout_images(model: models.Model, prompts: list[str]) -> Tensor:
-    config = resolve(TrainOptions(model="tiny", null_prompt="adapted"))
+    config = resolve(TrainOptions(model="tiny"))
     return train.heldout_images(Policy(model, config), prompts, config.sample_batch_size)
 
 

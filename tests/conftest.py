@@ -41,6 +41,7 @@ def small_options(folder):
     (folder / "heldout.txt").write_text("\n".join(HELDOUT_PROMPTS) + "\n")
     return {
         "model": "tiny",
+        "algorithm": "ppo",
         "reward": "jpeg",
         "prompts": str(folder / "prompts.txt"),
         "heldout_prompts": str(folder / "heldout.txt"),

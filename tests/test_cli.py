@@ -183,16 +183,15 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
     for item in option_fields(config):
         assert f"--{item.name.replace('_', '-')}" in shown
         assert squash(item.metadata["help"]) in shown
-        if item.default not in (None, MISSING):
-            assert squash(f"{item.metadata['help']} (default: {item.default})") in shown
-        elif config is TrainConfig:
-            families = ("tiny", "stable-diffusion", "turbo", "sdxl")
-            tiny, large, turbo, xl = (PRESETS[family, "default"].get(item.name) for family in families)
-            if tiny is not None:
-                default = f"{tiny}; Stable Diffusion {large}" if large != tiny else f"{tiny}"
-                default += f"; Turbo {turbo}" if turbo != large else ""
-                default += f"; SDXL {xl}" if xl != large else ""
-                assert squash(f"{item.metadata['help']} (default: {default})") in shown
+        default = None if item.default is MISSING else item.default
+        families = ("tiny", "stable-diffusion", "turbo", "sdxl") if config is TrainConfig else ()
+        values = [PRESETS[family, "default"].get(item.name, default) for family in families] or [default] * 4
+        if values[0] is not None:
+            tiny, large, turbo, xl = values
+            text = f"{tiny}; Stable Diffusion {large}" if large != tiny else f"{tiny}"
+            text += f"; Turbo {turbo}" if turbo != large else ""
+            text += f"; SDXL {xl}" if xl != large else ""
+            assert squash(f"{item.metadata['help']} (default: {text})") in shown
 
 
 def readme_block(words: str) -> str:
@@ -334,8 +333,8 @@ def test_a_prompts_file_that_is_no_text_is_named(small_run, tmp_path):
 
 def test_a_short_run_does_not_spend_its_steps_on_the_warm_up():
     for num_epochs, expected in ((1, 0), (5, 0), (12, 0), (50, 5), (140, 10), (1000, 10)):
-        assert resolve(TrainOptions(model="tiny", num_epochs=num_epochs)).lr_warmup_steps == expected
-    assert resolve(TrainOptions(model="tiny", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
+        assert resolve(TrainOptions(model="tiny", algorithm="ppo", num_epochs=num_epochs)).lr_warmup_steps == expected
+    assert resolve(TrainOptions(model="tiny", algorithm="ppo", num_epochs=5, lr_warmup_steps=4)).lr_warmup_steps == 4
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
@@ -420,10 +419,16 @@ def test_a_preset_fills_in_what_a_file_of_a_few_options_leaves_open():
     ({"target": "unet"}, {"target": "unet", "null_prompt": "adapted"}),
 ])  # fmt: skip
 def test_what_follows_from_an_option_follows_anew_when_it_is_given_over_a_saved_config(given, expected):
-    saved = asdict(resolve(TrainOptions(model="tiny")))
+    saved = asdict(resolve(TrainOptions(model="tiny", algorithm="ppo")))
     assert (saved["lora_alpha"], saved["lr_warmup_steps"], saved["null_prompt"]) == (16, 10, "base")
     config = resolve(TrainOptions(**cli.merge_options(saved, given)))
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_no_null_prompt_is_anchored_where_a_saved_config_is_taken_to_the_unet():
+    saved = asdict(resolve(TrainOptions(model="tiny")))
+    config = resolve(TrainOptions(**cli.merge_options(saved, {"target": "unet"})))
+    assert (saved["null_anchor"], config.null_anchor) == (1.0, 0.0)
 
 
 def test_what_a_config_file_sets_apart_stays():

@@ -104,7 +104,7 @@ def test_every_sentence_of_general_fits_clip_easily():
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("tiny", "world"),
+        ("tiny", "world,common"),
         (STABLE_DIFFUSION, "general"),
         ("stabilityai/sd-turbo", "general"),
         ("stabilityai/stable-diffusion-xl-base-1.0", "general"),

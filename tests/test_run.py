@@ -334,7 +334,7 @@ def test_what_is_measured_stays_when_a_run_is_stopped_and_then_diverges(options,
 
 
 def test_options_that_an_older_run_did_not_know_had_their_default():
-    config = asdict(configure(model="tiny"))
+    config = asdict(configure(model="tiny", algorithm="ppo"))
     older = {name: value for name, value in config.items() if name != "num_inner_epochs"}
     assert run.differences(older, config) == []
     assert run.differences(older, config | {"num_inner_epochs": 7}) == ["num_inner_epochs: 1 -> 7"]

@@ -96,7 +96,7 @@ class Rig:
 
 
 OPTIONS = {
-    "model": "tiny", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
+    "model": "tiny", "algorithm": "ppo", "reward": "jpeg", "num_samples_per_prompt": 2, "num_inference_steps": 5, "rank": 4,
     "guidance_scale": 4.0, "timestep_window": 1.0, "timestep_fraction": 1.0, "ema_decay": 0.0, "micro_batch_size": 5,
     "lr_warmup_steps": 0, "lr_scheduler": "constant", "max_grad_norm": 1.0, "null_prompt": "adapted",
     "sample_batch_size": 6, "learning_rate": 1e-3, "num_updates_per_epoch": 1, "clip_range": 5e-4,
@@ -429,7 +429,7 @@ def scored(prompts: list[str], values: list[float]) -> Samples:
 
 
 def test_advantages_are_in_standard_deviations_and_clipped():
-    config = resolve(TrainOptions(model="tiny", num_samples_per_prompt=3, advantage_clip=1.5))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", num_samples_per_prompt=3, advantage_clip=1.5))
     samples = scored(["a"] * 3 + ["b"] * 3, [1.0, 2.0, 6.0, NAN, 3.0, 5.0])
     raw = torch.tensor([-3.0, -1.5, 4.5, 0.0, -2.0, 2.0])
     std = torch.tensor([-3.0, -1.5, 4.5, -2.0, 2.0]).std(correction=0)
@@ -455,7 +455,7 @@ def test_self_imitation_adds_what_is_above_the_epochs_mean_and_nothing_below_it(
 
 
 def test_advantages_by_prompt_are_those_of_the_statistics_clipped_and_are_remembered():
-    config = resolve(TrainOptions(model="tiny", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9))
     statistics = PromptStatistics(min_count=2)
     samples = scored(["a", "a", "b"], [1.0, 3.0, 2.0])
     advantages = experience.compute_advantages(samples, config, statistics)
@@ -497,7 +497,7 @@ def test_prompt_statistics_pass_over_dropped_samples():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 4), (0.5, 2), (0.01, 1)])
 def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image_with_an_advantage(fraction, expected):
-    config = resolve(TrainOptions(model="tiny", timestep_fraction=fraction))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_fraction=fraction))
     advantages, steps = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([0, 1, 2, 5])
     generator = torch.Generator().manual_seed(0)
     pairs = texforce.draw_pairs(advantages, steps, config, generator).tolist()
@@ -509,14 +509,14 @@ def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image_with_an_advan
 
 
 def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
-    config = resolve(TrainOptions(model="tiny", timestep_fraction=0.25))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_fraction=0.25))
     pairs = texforce.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
     assert torch.bincount(pairs[:, 1]).tolist() == pytest.approx([100] * 4, abs=40)
 
 
 @pytest.mark.parametrize(("window", "expected"), [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 1, 2]), (0.5, [0, 1, 2]), (0.01, [0])])
 def test_the_window_holds_the_first_and_noisiest_steps(narrow_model, window, expected):
-    config = resolve(TrainOptions(model="tiny", timestep_window=window, num_inference_steps=5))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_window=window, num_inference_steps=5))
     schedule = sampler.ddim_schedule(narrow_model().scheduler, 5, 1.0)
     steps = texforce.trainable_steps(schedule, config)
     assert steps.tolist() == expected
@@ -525,7 +525,7 @@ def test_the_window_holds_the_first_and_noisiest_steps(narrow_model, window, exp
 
 @pytest.mark.parametrize(("window", "num_steps", "expected"), [(0.28, 25, 7), (0.14, 50, 7), (0.55, 100, 55), (0.29, 25, 8)])
 def test_the_windows_end_is_not_what_rounding_makes_of_it(window, num_steps, expected):
-    config = resolve(TrainOptions(model="tiny", timestep_window=window, num_inference_steps=num_steps))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_window=window, num_inference_steps=num_steps))
     assert window_end(config) == expected
 
 
@@ -534,7 +534,7 @@ def test_a_step_without_density_is_never_trained_on():
 
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=0)  # its last step has no variance
     schedule = sampler.ddim_schedule(scheduler, 5, 1.0)
-    config = resolve(TrainOptions(model="tiny", timestep_window=1.0, num_inference_steps=5))
+    config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_window=1.0, num_inference_steps=5))
     assert schedule.std[-1] == 0
     assert texforce.trainable_steps(schedule, config).tolist() == [0, 1, 2, 3]
 

@@ -534,16 +534,16 @@ def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, na
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"eta": 0.0}, "eta: must be above 0 for ppo"),
-    ({"sampler": "dpm-solver"}, "sampler: must be ddim for ppo, not dpm-solver"),
-    ({"sampler": "dpm-solver", "eta": 0.0}, "sampler: must be ddim for ppo, not dpm-solver"),
+    ({"algorithm": "ppo", "eta": 0.0}, "eta: must be above 0 for ppo"),
+    ({"algorithm": "ppo", "sampler": "dpm-solver"}, "sampler: must be ddim for ppo, not dpm-solver"),
+    ({"algorithm": "ppo", "sampler": "dpm-solver", "eta": 0.0}, "sampler: must be ddim for ppo, not dpm-solver"),
     ({"algorithm": "matching", "sampler": "dpm-solver", "eta": 0.5}, "eta: must be 0 for dpm-solver, not 0.5"),
     ({"algorithm": "matching", "sampler": "euler"}, "sampler: must be one of ddim, dpm-solver, not 'euler'"),
     ({"algorithm": "matching", "num_prompts_per_epoch": 2, "num_updates_per_epoch": 3}, "num_updates_per_epoch"),
     ({"algorithm": "gradient", "backprop_steps": 9, "num_inference_steps": 8}, "backprop_steps: must be at most"),
     ({"algorithm": "gradient", "num_inner_epochs": 2}, "num_inner_epochs: must be 1"),
     ({"algorithm": "matching", "target": "unet", "null_anchor": 1.0}, "null_anchor: needs a text encoder"),
-    ({"anchor_prompts": "negative.txt"}, "anchor_prompts: needs a null_anchor"),
+    ({"algorithm": "ppo", "anchor_prompts": "negative.txt"}, "anchor_prompts: needs a null_anchor"),
     ({"preset": "paper", "algorithm": "matching"}, "--preset paper is a recipe of ppo"),
     ({"preset": "fast", "algorithm": "ppo"}, "--preset fast is a recipe of matching"),
 ])  # fmt: skip
