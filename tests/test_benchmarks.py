@@ -3,6 +3,9 @@
 import argparse
 import importlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ RATIOS = {"rollout_ratio", "update_ratio", "peak_memory_ratio", "matrix_rate_sha
 RATES = {"images_per_s", "unet_calls_per_s", "pairs_per_s", "textbook_images_per_s", "textbook_pairs_per_s", "matrix_rate"}
 SIZES = {"peak_memory_bytes", "equal_micro_batch_peak_memory_bytes", "textbook_peak_memory_bytes", "startup_seconds"}
 EXACT = {"ratio_deviation", "textbook_gradient_deviation", "textbook_log_prob_deviation", "textbook_image_deviation"}
+COSTS = {"seconds_per_image", "update_seconds_per_image", "images_per_s", "unet_calls_per_image", "peak_memory_bytes"}
 PROVENANCE = {"command", "commit", "torch", "machine", "num_threads", "date", "options", "config", "clip_range"}
 
 
@@ -168,3 +172,106 @@ def test_the_sweep_gives_images_per_second_of_each_sample_batch(bench, made, mon
     rates = bench.sweep(made, repeats=1)
     assert list(rates) == ["1", "4"]
     assert all(rate > 0 for rate in rates.values())
+
+
+def test_every_algorithm_is_measured_by_epochs_of_a_training(scripts, tmp_path, monkeypatch, capsys):
+    algorithms, epochs = scripts("algorithms"), []
+    train_epoch = algorithms.train.train_epoch
+    monkeypatch.setattr(
+        algorithms.train, "train_epoch", lambda run, config: epochs.append(config.algorithm) or train_epoch(run, config)
+    )
+    algorithms.main([*SMALL, "--json", str(tmp_path / "algorithms.json")])
+    assert epochs == ["ppo", "ppo", "matching", "matching", "gradient", "gradient"]  # one for memory, one is timed
+    results = json.loads((tmp_path / "algorithms.json").read_text())
+    measured = results["algorithms"]
+    assert set(results) >= {"commit", "machine", "date", "options"}
+    assert all(costs[name] > 0 for costs in measured.values() for name in COSTS)
+    calls = {name: costs["unet_calls_per_image"] for name, costs in measured.items()}
+    # Two steps with guidance, then: ppo the one step of the window, without the null prompt, which is the base model's;
+    # matching two passes over two noise levels, each also with the base model; gradient both steps a second time.
+    assert calls == {"ppo": 4 + 1, "matching": 4 + 8, "gradient": 4 + 4}
+    assert measured["ppo"]["sampling_seconds_per_image"] > 0 == measured["gradient"]["sampling_seconds_per_image"]
+    assert measured["ppo"]["ratio_deviation"] < measured["ppo"]["clip_range"] / 1000
+    assert "unet_calls_per_image" in capsys.readouterr().out
+
+
+def test_what_is_measured_of_an_algorithm_is_written_before_the_next_one_fails(scripts, tmp_path, monkeypatch):
+    algorithms = scripts("algorithms")
+
+    def measure(algorithm: str, options: argparse.Namespace) -> dict[str, float]:
+        if algorithm == "matching":
+            raise torch.OutOfMemoryError
+        return {"images_per_s": 2.0}
+
+    monkeypatch.setattr(algorithms, "measure", measure)
+    with pytest.raises(torch.OutOfMemoryError):
+        algorithms.main([*SMALL, "--json", str(tmp_path / "algorithms.json")])
+    assert json.loads((tmp_path / "algorithms.json").read_text())["algorithms"] == {"ppo": {"images_per_s": 2.0}}
+
+
+def test_an_algorithm_is_measured_with_its_own_defaults_but_for_what_is_given(scripts):
+    algorithms = scripts("algorithms")
+    options = algorithms.parse(["--model", "sd15", "--device", "cpu", "--num-images", "4", "--mixed-precision", "no"])
+    ppo, matching, gradient = (algorithms.configure(name, options) for name in algorithms.ALGORITHMS)
+    assert [config.algorithm for config in (ppo, matching, gradient)] == ["ppo", "matching", "gradient"]
+    assert (ppo.num_inference_steps, matching.num_inference_steps, gradient.backprop_steps) == (50, 20, 4)
+    assert (ppo.num_updates_per_epoch, matching.num_inner_epochs, matching.kl_weight) == (2, 2, 1e-4)
+    assert (ppo.num_prompts_per_epoch, ppo.num_samples_per_prompt, gradient.num_prompts_per_epoch) == (1, 4, 4)
+    options = algorithms.parse(["--model", "tiny", "--device", "cpu", "--num-inference-steps", "2"])
+    config = algorithms.configure("gradient", options)
+    assert (config.num_prompts_per_epoch, config.num_inference_steps, config.backprop_steps) == (64, 2, 2)
+
+
+def test_an_odd_number_of_images_is_refused_as_groups_of_one_teach_nothing(scripts, capsys):
+    with pytest.raises(SystemExit):
+        scripts("algorithms").parse(["--num-images", "3"])
+    assert "--num-images must be even, not 3" in capsys.readouterr().err
+
+
+def run_gpu_script(folder, **environment):
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), str(folder)]
+    return subprocess.run(command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True)
+
+
+def program(path, text):
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_gpu_script_goes_on_after_a_failure_and_ends_within_twelve_minutes(scripts, tmp_path):
+    """`timeout` is replaced by a program that writes its arguments down, so that nothing is measured."""
+    program(tmp_path / "timeout", f'echo "$@" >> {tmp_path}/commands; [[ "$*" != *exact* ]]')
+    done = run_gpu_script(tmp_path, GPU_OPTIONS="--device cpu --repeats 1")
+    assert done.returncode == 1
+    assert done.stderr == "sd15-exact failed or took more than 180 s\n"
+    commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    assert [Path(command[-1]).stem for command in commands] == [
+        "gpu-sd15-exact", "gpu-sd15-checkpointing", "gpu-sd15-algorithms", "gpu-sdxl",
+    ]  # fmt: skip
+    assert sum(int(command[1]) + int(command[0].removeprefix("--kill-after=")) for command in commands) <= 12 * 60
+    for _, _, _, script, *arguments in commands:
+        assert scripts(Path(script).stem).parse(arguments).device == "cpu"
+
+
+def test_the_gpu_script_runs_the_benches_that_are_named(scripts, tmp_path):
+    program(tmp_path / "timeout", f'echo "$@" >> {tmp_path}/commands')
+    assert run_gpu_script(tmp_path, GPU_BENCHES="tiny sd15").returncode == 0
+    commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    assert [scripts(Path(command[3]).stem).parse(command[4:]).model for command in commands] == ["sd15", "tiny"]
+
+
+@pytest.mark.slow
+def test_the_gpu_script_measures_small_shapes_on_a_cpu(tmp_path):
+    small = "--device cpu --model tiny --resolution 64 --num-images 4 --num-inference-steps 2 --repeats 1"
+    done = run_gpu_script(tmp_path, GPU_OPTIONS=small)
+    assert done.returncode == 0, done.stderr
+    results = {path.stem: json.loads(path.read_text())["algorithms"] for path in tmp_path.glob("*.json")}
+    assert {name: list(costs) for name, costs in results.items()} == {
+        "gpu-sd15-exact": ["ppo"],
+        "gpu-sd15-checkpointing": ["ppo"],
+        "gpu-sd15-algorithms": ["ppo", "matching", "gradient"],
+        "gpu-sdxl": ["ppo", "matching", "gradient"],
+    }
+    exact, checkpointing = (results[f"gpu-sd15-{name}"]["ppo"] for name in ("exact", "checkpointing"))
+    assert checkpointing["peak_memory_bytes"] < exact["peak_memory_bytes"]

@@ -455,7 +455,9 @@ def test_self_imitation_adds_what_is_above_the_epochs_mean_and_nothing_below_it(
 
 
 def test_advantages_by_prompt_are_those_of_the_statistics_clipped_and_are_remembered():
-    config = resolve(TrainOptions(model="tiny", algorithm="ppo", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9))
+    config = resolve(
+        TrainOptions(model="tiny", algorithm="ppo", advantages="per-prompt", num_samples_per_prompt=1, advantage_clip=0.9)
+    )
     statistics = PromptStatistics(min_count=2)
     samples = scored(["a", "a", "b"], [1.0, 3.0, 2.0])
     advantages = experience.compute_advantages(samples, config, statistics)
