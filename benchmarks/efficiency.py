@@ -22,12 +22,27 @@ from texforce.config import TrainOptions, resolve
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 PAPER = {"preset": "paper", "num_epochs": 16, "eval_every": 2}
+# More optimizer steps for each image: fewer images, and more time for each.
+SMALL_EPOCHS = {
+    "num_prompts_per_epoch": 16,
+    "num_inner_epochs": 4,
+    "num_noise_levels": 4,
+    "learning_rate": 1e-3,
+    "num_epochs": 50,
+}
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "matching": {"algorithm": "matching", "eval_every": 5},
-    "gradient": {"algorithm": "gradient", "eval_every": 5},
+    "matching": {"algorithm": "matching", "eval_every": 4},
+    "matching, small epochs": {"algorithm": "matching", **SMALL_EPOCHS, "eval_every": 4},
+    "gradient": {"algorithm": "gradient", "eval_every": 4},
     "ppo": {"algorithm": "ppo", "num_epochs": 63, "eval_every": 3},  # 16,128 images
 }
-COLORS = {"paper": "tab:blue", "ppo": "tab:orange", "gradient": "tab:purple", "matching": "tab:green"}
+COLORS = {
+    "paper": "tab:blue",
+    "ppo": "tab:orange",
+    "gradient": "tab:purple",
+    "matching": "tab:green",
+    "matching, small epochs": "tab:olive",
+}
 Epochs = list[dict[str, Any]]
 
 
@@ -128,7 +143,8 @@ def main() -> None:
         runs["paper"] = [paper(folder, rate, seed) for seed in options.seeds]
     for name, system in SYSTEMS.items():
         if name in options.systems:
-            runs[name] = [run(folder / f"{name}-{seed}", **system, seed=seed) for seed in options.seeds]
+            base = name.replace(", ", "-").replace(" ", "-")
+            runs[name] = [run(folder / f"{base}-{seed}", **system, seed=seed) for seed in options.seeds]
     target = options.target or ("paper" in runs and end(runs["paper"]))
     if target:
         compare(runs, target, console)
