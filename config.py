@@ -315,7 +315,7 @@ _TINY_FAST = (
     | _PPO
     | {"algorithm": "matching", "advantages": "leave-one-out", "null_prompt": "adapted", "null_anchor": 1.0}
     | {"num_epochs": 64, "num_prompts_per_epoch": 32, "num_samples_per_prompt": 4, "num_updates_per_epoch": 1}
-    | {"num_inner_epochs": 2, "num_noise_levels": 2, "kl_weight": 1.0, "imitation_weight": 0.5}
+    | {"num_inner_epochs": 2, "num_noise_levels": 2, "kl_weight": 1.5, "imitation_weight": 0.5}
     | {"learning_rate": 2e-3, "lr_warmup_steps": 5, "eval_every": 16, "prompts": "world,common"}
 )
 # Rate, KL weight, clipping and norm are those of DiffusionNFT's published code for SD 3.5 (arXiv:2509.16117); nobody has
