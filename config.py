@@ -316,7 +316,7 @@ _TINY_FAST = (
     | {"algorithm": "matching", "advantages": "leave-one-out", "null_prompt": "adapted", "null_anchor": 1.0}
     | {"num_epochs": 64, "num_prompts_per_epoch": 32, "num_samples_per_prompt": 4, "num_updates_per_epoch": 1}
     | {"num_inner_epochs": 2, "num_noise_levels": 2, "kl_weight": 1.5, "imitation_weight": 0.5}
-    | {"learning_rate": 2e-3, "lr_warmup_steps": 5, "eval_every": 16, "prompts": "world,common"}
+    | {"learning_rate": 2e-3, "lr_warmup_steps": 5, "rank": 64, "eval_every": 16, "prompts": "world,common"}
 )
 # Rate, KL weight, clipping and norm are those of DiffusionNFT's published code for SD 3.5 (arXiv:2509.16117); nobody has
 # measured them on Stable Diffusion 1.x to XL yet.
@@ -415,7 +415,8 @@ def resolve(options: Options) -> TrainConfig:
     preset = preset_for(family(model), given.get("preset", "default"), given.get("algorithm"))
     precision = given.get("mixed_precision", default_precision(model, device))
     check_precision(precision, device)
-    follows = {"model": model, "mixed_precision": precision, "lora_alpha": given.get("rank", _default(TrainConfig, "rank"))}
+    rank = given.get("rank", preset.get("rank", _default(TrainConfig, "rank")))
+    follows = {"model": model, "mixed_precision": precision, "lora_alpha": rank}
     follows |= sampler_defaults(given.get("sampler", "ddim"), family(model))
     if rounds_by_batch(precision, device):
         usual = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
