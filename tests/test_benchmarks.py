@@ -222,6 +222,16 @@ def test_an_algorithm_is_measured_with_its_own_defaults_but_for_what_is_given(sc
     assert (config.num_prompts_per_epoch, config.num_inference_steps, config.backprop_steps) == (64, 2, 2)
 
 
+def test_random_weights_are_trained_on_a_reward_that_costs_nothing(scripts, monkeypatch):
+    algorithms = scripts("algorithms")
+    build = algorithms.bench.architectures.build
+    monkeypatch.setattr(algorithms.bench.architectures, "build", lambda _, *arguments: build("tiny", *arguments))
+    given = ["--model", "sd15", "--device", "cpu", "--num-images", "2", "--num-inference-steps", "2", "--repeats", "1"]
+    costs = algorithms.measure("gradient", algorithms.parse([*given, "--mixed-precision", "no"]))
+    assert costs["config"]["reward"] == "brightness"
+    assert (costs["num_images"], costs["unet_calls_per_image"]) == (2, 8)
+
+
 def test_an_odd_number_of_images_is_refused_as_groups_of_one_teach_nothing(scripts, capsys):
     with pytest.raises(SystemExit):
         scripts("algorithms").parse(["--num-images", "3"])
