@@ -271,7 +271,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         InputError: a preset over a file that decides all that a preset would, so that it would change nothing.
     """
     preset = saved.get("preset", "default")
-    if given.get("preset", preset) != preset and all(saved.get(name) is not None for name in PRESETS["tiny", "default"]):
+    if given.get("preset", preset) != preset and all(saved.get(name) is not None for name in PRESETS["tiny", "ppo"]):
         raise InputError("preset: the config file decides all that a preset would; give --preset or --config, not both")
     for name in set(FOLLOWING_OPTIONS) & set(saved) - set(given):
         with suppress(InputError):  # the file alone may be unusable, without what is given

@@ -155,7 +155,9 @@ class TrainConfig:
         "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
     )
     heldout_prompts: str | None = option(
-        "a file of prompts that are only measured (default: those of world and general, else a tenth of --prompts)", None
+        "a file of prompts that are only measured (default: those kept apart from the shipped sets, as world's and "
+        "general's, else a tenth of --prompts)",
+        None,
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper", "fast"] = option(
@@ -295,7 +297,8 @@ _PUBLISHED = {
     "null_prompt": "adapted",
 }
 # As the released code runs with ImageReward's prompts: 51,200 images, 1,600 updates, warm-up over 3 % of them; DDIM and
-# Adam are trl 0.9.6's. Ours: prompts are drawn without replacement, and several processes share one gradient.
+# Adam are trl 0.9.6's. Ours: the prompts (theirs are `--prompts imagereward`), drawn without replacement, and one gradient
+# for several processes.
 _PAPER = (
     _PUBLISHED
     | {"algorithm": "ppo", "num_samples_per_prompt": 1, "advantages": "per-prompt", "guidance_scale": 5.0}
@@ -307,7 +310,7 @@ _TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0, "timestep_fraction": 
 _SDXL = {"micro_batch_size": 2, "sample_batch_size": 2}  # of 1024x1024, four times the pixels
 _GROUPS = {"num_samples_per_prompt": 8, "advantages": "leave-one-out"}
 _TINY_STEPS = {"num_inference_steps": 8, "lr_scheduler": "cosine", "max_grad_norm": 5e-3, "ema_decay": 0.9}
-# Of ppo, and without effect elsewhere, where they still need a value.
+# Options of ppo; the other algorithms ignore them.
 _PPO = {"timestep_window": 0.5, "timestep_fraction": 1.0, "clip_range": 5e-3}
 _TINY_FAST = (
     _TINY
@@ -345,7 +348,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "gradient"): _TINY_FAST
     | {"algorithm": "gradient", "num_epochs": 40, "num_prompts_per_epoch": 64, "num_samples_per_prompt": 1}
     | {"advantages": "per-prompt", "num_inner_epochs": 1, "kl_weight": 0.0, "imitation_weight": 0.0}
-    | {"prompts": "world", "eval_every": 10, "micro_batch_size": 32},
+    | {"prompts": "world", "rank": 16, "eval_every": 10, "micro_batch_size": 32},
     ("stable-diffusion", "ppo"): _SD | _PUBLISHED | _GROUPS | {"algorithm": "ppo", "num_prompts_per_epoch": 8},
     ("stable-diffusion", "paper"): _SD | _PAPER,
     ("stable-diffusion", "fast"): _SD_FAST,
@@ -507,7 +510,7 @@ def sampler_defaults(sampler: str, family: str) -> dict[str, Any]:
 
 
 def check_sampler(sampler: str, eta: float) -> None:
-    """Raise InputError for randomness that a sampler has not."""
+    """Raise InputError for randomness that a sampler does not have."""
     if sampler == "dpm-solver" and eta != 0:
         raise InputError(f"eta: must be 0 for dpm-solver, not {eta:g}: its steps are not random; leave it out, or use ddim")
 

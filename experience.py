@@ -259,6 +259,8 @@ def above_mean(rewards: Tensor) -> Tensor:
     comes out right each time; this holds such prompts where they are, while others move.
     """
     finite = rewards[rewards.isfinite()]
+    if finite.amax() == finite.amin():  # the mean of equal rewards is rounded: what that leaves is no advantage
+        return torch.zeros_like(rewards)
     scaled = (rewards - finite.mean()) / (finite.std(correction=0) + 1e-8)
     return scaled.clamp(min=0).nan_to_num(nan=0.0)
 
@@ -271,6 +273,6 @@ def compute_advantages(samples: Samples, config: TrainConfig, statistics: Prompt
     else:
         advantages = leave_one_out(rewards.reshape(-1, config.num_samples_per_prompt)).flatten()
         advantages = advantages / (advantages[rewards.isfinite()].std(correction=0) + 1e-8)
-    if config.imitation_weight:
+    if config.algorithm == "matching" and config.imitation_weight:
         advantages = advantages + config.imitation_weight * above_mean(rewards)
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)

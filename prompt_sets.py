@@ -36,6 +36,8 @@ def read_prompts(source: str) -> list[str]:
     if shipped:
         return list(dict.fromkeys(prompt for name in shipped for prompt in _read_lines(PROMPTS / f"{name}.txt")))
     if not Path(source).is_file():
+        if set(map(str.strip, source.split(","))) & set(TRAINING_SETS):
+            raise InputError(f"prompts: {source!r}: sets from the hub stand alone; join them with others in a file")
         raise NotFoundError(
             f"prompts: there is no file {source!r} and no set of that name; sets are world, "
             f"{', '.join(sorted(_known_sets()))}, and from the hub {', '.join(TRAINING_SETS)}"
@@ -46,7 +48,7 @@ def read_prompts(source: str) -> list[str]:
 def _shipped_sets(source: str) -> list[str]:
     """The sets in prompts/ that a name, or several joined by commas, stands for; none if one of them is not shipped."""
     names = []
-    for name in source.split(","):
+    for name in map(str.strip, source.split(",")):
         names += [name.replace("world", kind) for kind in KINDS] if name.startswith("world") else [name]
     return names if set(names) <= _known_sets() else []
 

@@ -249,7 +249,7 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
             f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
             "have a density to train on; raise one of them"
         )
-    if config.algorithm != "ppo" and model.device.type == "cpu":  # a sixth faster there; ppo keeps the bits that it has
+    if config.algorithm != "ppo" and model.device.type == "cpu":  # faster there, but rounds differently: ppo stays as it was
         policy.model.unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         policy.model.unet.enable_gradient_checkpointing()

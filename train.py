@@ -637,7 +637,7 @@ def _ppo_beside(policy: Policy, config: TrainConfig) -> dict[str, Any]:
     ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target))
     num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
     num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
-    return {"the same by ppo's defaults": f"{num_calls} for {num_images} images"}
+    return {"U-Net calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}
 
 
 def _items_per_image(policy: Policy, config: TrainConfig) -> int:

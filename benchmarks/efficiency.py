@@ -1,8 +1,8 @@
 """Sample efficiency on the tiny model: `python benchmarks/efficiency.py --output-dir runs`.
 
 The published recipe (`--preset paper`) is trained on 16,384 images at every learning rate of a list with the first seed, and
-with the others at the one with the best held-out `hps`; the systems beside it on what SYSTEMS says. Runs that are finished,
-or have diverged, are not made again. Prints the list and what each system needs to reach an alignment, by default that of
+with the others at the one with the best held-out `hps`; the other systems as SYSTEMS configures them. Runs that are
+finished, or have diverged, are not made again. Prints the list and what each system needs to reach an alignment, by default that of
 the published recipe's end, averaged over the seeds, and draws held-out alignment against images and against seconds. Seconds
 are images times those of one in the fastest epoch, which is the least disturbed one; the measurements on held-out prompts
 are left out.
@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--target", type=float, help="the alignment to reach (default: where the paper's recipe ends)")
     parser.add_argument("--figure", type=Path, help="where the plot goes (default: efficiency.png in the output folder)")
     options = parser.parse_args()
+    if "paper" not in options.systems and not options.target:
+        parser.error("give --target, or the system paper, whose end is the target")
     console, folder, runs = Console(width=120), options.output_dir, {}
     if "paper" in options.systems:
         rate = tuned(folder, options.learning_rates, options.seeds[0], console)
@@ -145,10 +147,8 @@ def main() -> None:
         if name in options.systems:
             base = name.replace(", ", "-").replace(" ", "-")
             runs[name] = [run(folder / f"{base}-{seed}", **system, seed=seed) for seed in options.seeds]
-    target = options.target or ("paper" in runs and end(runs["paper"]))
-    if target:
-        compare(runs, target, console)
-        draw(options.figure or folder / "efficiency.png", runs)
+    compare(runs, options.target or end(runs["paper"]), console)
+    draw(options.figure or folder / "efficiency.png", runs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The experiments of EXPERIMENTS.md on the tiny model: `python benchmarks/experiments.py --output-dir runs`.
 
-For every seed it trains the text encoder and the U-Net by matching on `hps`, the text encoder on the judge itself, the U-Net
-by DDPO on another reward, and a text encoder for each of two tasks; then it loads adapters side by side without more
+For every seed it trains the text encoder and the U-Net by matching on `hps`, the text encoder and the U-Net (by DDPO) on
+`alignment`, the judge itself, and a text encoder for each of two tasks; then it loads adapters side by side without more
 training, at full and at half strength. Finished runs are not made again. Prints a table of held-out measures, all from the
 same noise; the second row is the base model with each rare word replaced by its common synonym: what a text encoder that
 knew them would draw.
@@ -53,14 +53,14 @@ def with_common_words(prompt: str) -> str:
 
 def measure(folders: list[Path], scale: float, replaced: bool = False) -> dict[str, dict[str, float]]:
     """Held-out measures by set of adapters loaded side by side at a strength, from the noise of the trainings' own."""
-    config = resolve(TrainOptions(model="tiny"))
+    config, hps = resolve(TrainOptions(model="tiny")), rewards.load_reward("hps")
     policy = Policy(adapters.load_adapters(models.load_model("tiny"), [str(folder) for folder in folders], scale), config)
     measures = {}
     for name in SETS:
         prompts = prompt_sets.read_prompts(f"{name}-heldout")
         drawn = [with_common_words(prompt) for prompt in prompts] if replaced else prompts
         images = train.heldout_images(policy, drawn, config.sample_batch_size)
-        measures[name] = train.measure(images, prompts, {"hps": rewards.load_reward("hps")})
+        measures[name] = train.measure(images, prompts, {"hps": hps})
     return measures
 
 

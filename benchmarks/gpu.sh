@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What waits for a GPU, most important first, in at most 12 minutes: bash benchmarks/gpu.sh [FOLDER FOR THE JSON FILES]
-# GPU_BENCHES chooses by name: GPU_BENCHES="sd15 tiny" bash benchmarks/gpu.sh compares with the textbook loop, in longer.
+# GPU_BENCHES chooses by name: GPU_BENCHES="sd15 tiny" bash benchmarks/gpu.sh compares with the textbook loop, which takes longer.
 # GPU_OPTIONS are given to every command, after its own. To try the script without a GPU:
 #   GPU_OPTIONS="--device cpu --model tiny --resolution 64 --num-images 4 --num-inference-steps 2" bash benchmarks/gpu.sh /tmp
 set -uo pipefail

@@ -425,5 +425,8 @@ def test_sets_are_joined_by_commas_with_what_each_keeps_apart():
     training, heldout = split_prompts(resolve(TrainOptions(prompts="count,common,colour")))
     assert training == [*read_prompts("count"), *read_prompts("common"), *read_prompts("colour")]
     assert heldout == [*read_prompts("count-heldout"), *read_prompts("colour-heldout")]
+    assert read_prompts("world, common") == prompts
     with pytest.raises(NotFoundError, match="no file 'world,kommon'"):
         read_prompts("world,kommon")
+    with pytest.raises(InputError, match="'world,hps': sets from the hub stand alone"):
+        read_prompts("world,hps")

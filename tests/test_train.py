@@ -149,11 +149,11 @@ def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monk
 def test_the_plan_of_another_algorithm_tells_what_ppo_would_cost(tmp_path):
     ppo = resolve(TrainOptions(model="tiny", algorithm="ppo", output_dir=str(tmp_path / "out")))
     alone = train.plan(ppo)
-    assert "the same by ppo's defaults" not in alone
+    assert "U-Net calls in all of ppo with its defaults" not in alone
     expected = f"{alone['U-Net calls in all']} for {alone['images in all']} images"
     for options in ({"preset": "fast"}, {"algorithm": "gradient"}):
         plan = train.plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
-        assert plan["the same by ppo's defaults"] == expected
+        assert plan["U-Net calls in all of ppo with its defaults"] == expected
         assert plan["U-Net calls in all"] < alone["U-Net calls in all"]
 
 
