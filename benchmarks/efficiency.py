@@ -2,10 +2,10 @@
 
 The published recipe (`--preset paper`) is trained on 16,384 images at every learning rate of a list with the first seed, and
 with the others at the one with the best held-out `hps`; the other systems as SYSTEMS configures them. Runs that are
-finished, or have diverged, are not made again. Prints the list and what each system needs to reach an alignment, by default that of
-the published recipe's end, averaged over the seeds, and draws held-out alignment against images and against seconds. Seconds
-are images times those of one in the fastest epoch, which is the least disturbed one; the measurements on held-out prompts
-are left out.
+finished, or have diverged, are not made again. Prints the list and what each system needs to reach an alignment, by default
+that of the published recipe's end, averaged over the seeds, and draws held-out alignment against images and against seconds.
+Seconds are images times those of one in the fastest epoch, which is the least disturbed one; the measurements on held-out
+prompts are left out.
 """
 
 import argparse
