@@ -114,6 +114,8 @@ class Policy:
 
     def __init__(self, model: models.Model, config: TrainConfig | DrawConfig) -> None:
         self.model = model
+        if isinstance(config, TrainConfig) and config.algorithm != "ppo" and model.device.type == "cpu":
+            model.unet.to(memory_format=torch.channels_last)  # faster there, but rounds differently: ppo stays as it was
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
         self.named_parameters = {
             f"{part}.{name}": parameter
@@ -249,8 +251,6 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
             f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
             "have a density to train on; raise one of them"
         )
-    if config.algorithm != "ppo" and model.device.type == "cpu":  # faster there, but rounds differently: ppo stays as it was
-        policy.model.unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         policy.model.unet.enable_gradient_checkpointing()
         policy.model.unet.train()  # diffusers recomputes in training mode only; these U-Nets have no dropout
