@@ -99,11 +99,10 @@ class Published:
     files: tuple[str, ...] = ()
 
 
+IMAGEREWARD = ("zai-org/ImageRewardDB", "ce70065c88f101956e294bb65f78879ef89d68f9")
 TRAINING_SETS = {  # prompts of the images that HPSv2, ImageReward and PickScore learnt from
     "hps": Published("ymhao/HPDv2", "bb0f2563e451e11c3f376b2ba93615db00e042e1", ("train.json",)),
-    "imagereward": Published(
-        "zai-org/ImageRewardDB", "ce70065c88f101956e294bb65f78879ef89d68f9", ("metadata-train.parquet",)
-    ),
+    "imagereward": Published(*IMAGEREWARD, ("metadata-train.parquet",)),
     # The first version of Pick-a-Pic, without images and without the prompts that are not safe for work.
     "pickapic": Published(
         "CarperAI/pickapic_v1_no_images_training_sfw",
@@ -158,7 +157,7 @@ BENCHMARKS = {
     "hps": Published(
         "zhwang/HPDv2", files=tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo"))
     ),
-    "imagereward": Published("THUDM/ImageRewardDB", files=("metadata-test.parquet",)),
+    "imagereward": Published(*IMAGEREWARD, ("metadata-test.parquet",)),
 }
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "prompts", "caption")

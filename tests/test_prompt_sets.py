@@ -298,13 +298,19 @@ def test_imagerewards_test_set_is_read_in_its_layout_each_prompt_once(tmp_path, 
             "rank": list(range(6)),
         }
     )
-    path = tmp_path / "snapshots" / "feed" / "metadata-test.parquet"
+    revision = BENCHMARKS["imagereward"].revision
+    path = tmp_path / "snapshots" / revision / "metadata-test.parquet"
     path.parent.mkdir(parents=True)
     parquet.write_table(table, path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments, **options: str(path))
+
+    def download(repository, file, **options):
+        assert (options["revision"], file) == (revision, path.name)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     benchmark = read_benchmark("imagereward")
     check(benchmark)
-    assert benchmark.source["revision"] == "feed"
+    assert benchmark.source["revision"] == revision
     prompts = write(tmp_path / "benchmark-prompts.json", json.dumps([{"id": "1", "prompt": prompt} for prompt in PROMPTS]))
     check(read_benchmark(str(prompts)), PROMPTS, 3 * [""])  # as on GitHub
 
