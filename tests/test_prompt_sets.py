@@ -42,7 +42,7 @@ def check(benchmark, prompts=PROMPTS, categories=CATEGORIES):
 # --- the set of sentences for Stable Diffusion ---
 
 GENERAL, HELDOUT = (read_prompts(name) for name in ("general", "general-heldout"))
-TOPICS = {  # of the lines in their order, the same number each; words that a topic's sentences have, and few of the others
+TOPICS = {  # in the order of the file, equally many lines each; the pattern matches words that are typical of the topic
     "people": r"(wo)?m[ae]n|boy|girl|kids|child|(grand)?(mother|father)|[a-z]{3,}(er|or|ist|ian)",
     "animals": r"cat|kitten|dog|fox|bear|owl|wolf|tiger|elephant|rabbit|sheep|goat|turtle|frog|seal|fur|paws?|beak|tail",
     "objects": r"jar|cup|bowl|book|bottle|clock|key|lamp|candle|chair|teapot|basket|suitcase|violin|glass|brass|wooden",
