@@ -26,7 +26,6 @@ from rich.text import Text
 from . import interrupts
 from .config import (
     BASE,
-    PRESETS,
     EvalConfig,
     EvalOptions,
     MergeConfig,
@@ -44,6 +43,7 @@ from .config import (
 )
 from .errors import InputError, NotFoundError, OutOfMemory, ProcessLost, RewardError, StorageError, expected
 from .files import read_json
+from .presets import PRESETS
 from .prompt_sets import read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from texforce import Learner, Policy, __version__
+from texforce import Policy, __version__
 
 from . import files
 from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
+from .learner import Learner
 
 if TYPE_CHECKING:
     from .rewards import Mixture

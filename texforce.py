@@ -2,8 +2,8 @@
 
 The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps, or one of two
 others: matching, or the reward's own gradient. Read top to bottom: the policy, what a step learns from, a loss for each
-algorithm, the learner, the updates. experience.py makes the images, scores and advantages; train.py repeats the two epoch by
-epoch. This file is also the package `texforce`.
+algorithm, the updates. experience.py makes the images, scores and advantages; train.py repeats the two epoch by epoch. This
+file is also the package `texforce`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts
-from .config import DrawConfig, TrainConfig, num_optimizer_steps, rounds_by_batch, window_end
+from .config import DrawConfig, TrainConfig, rounds_by_batch, window_end
 from .errors import DivergedError, InputError, is_out_of_memory
 from .prompt_sets import read_prompts
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from . import models, processes, rewards, sampler
     from .experience import Samples
+    from .learner import Learner
 else:
 
     class _Lazy:
@@ -78,7 +79,6 @@ FLOAT32_TOLERANCE = 5e-6
 # The same in half precision and on a GPU, where, with unequal batch sizes, it depends on the number of steps, the guidance
 # and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
-MAX_SKIPPED_STEPS = 20  # in a row in fp16: by then the loss scale has fallen a millionfold
 
 
 # --- the policy ---
@@ -307,15 +307,11 @@ def make_batch(samples: Samples, advantages: Tensor, config: TrainConfig, device
     )
 
 
-def draw_pairs(advantages: Tensor, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement.
-
-    Images without advantage have no gradient and are left out, unless the KL term wants them.
-    """
+def draw_pairs(num_images: int, steps: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """(image, step) pairs (M, 2): of each image a fraction of the trainable steps, drawn without replacement."""
     num_steps = max(1, round(config.timestep_fraction * len(steps)))
-    order = torch.rand(len(advantages), len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
-    wanted = torch.nonzero((advantages != 0).cpu() | (config.kl_weight > 0)).flatten()
-    return torch.stack([wanted.repeat_interleave(num_steps), steps.cpu()[order[wanted]].flatten()], dim=1)
+    order = torch.rand(num_images, len(steps), generator=generator).argsort(dim=1)[:, :num_steps]
+    return torch.stack([torch.arange(num_images).repeat_interleave(num_steps), steps.cpu()[order].flatten()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -326,6 +322,7 @@ class Share:
     pairs: Tensor  # (M, 2): of image and step, or of image and number of a noising
     loss: LossFunction
     on_policy: bool = False  # nothing was learned since the sampling: the loss takes the ratio for 1
+    num_silent: int = 0  # further pairs, whose loss has no gradient: the mean counts them, and the U-Net need not run
 
 
 @dataclass(frozen=True)
@@ -548,117 +545,6 @@ def gradient_micro_batch(
 LossFunction = Callable[[Policy, MicroBatch, Embeddings, TrainConfig], tuple[Any, UpdateStatistics]]
 
 
-# --- the learner ---
-
-
-def finds_micro_batch(config: TrainConfig, device: torch.device) -> bool:
-    """Whether micro-batches begin at the size of sampling's batches, and are halved whenever memory runs out.
-
-    On a CPU a lack of memory is no error, it kills the process.
-    """
-    return config.micro_batch == "auto" and device.type == "cuda"
-
-
-class Learner:
-    """The optimizer with its learning rate schedule, loss scaling for fp16, and the running average of the adapter."""
-
-    def __init__(self, parameters: list[nn.Parameter], config: TrainConfig) -> None:
-        from diffusers.optimization import get_scheduler
-        from diffusers.training_utils import EMAModel
-
-        self.parameters, self.max_grad_norm = parameters, config.max_grad_norm
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-        self.lr_scheduler = get_scheduler(
-            name,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=num_optimizer_steps(config),
-        )
-        self.scaler = torch.amp.GradScaler("cuda", enabled=config.mixed_precision == "fp16")
-        self.num_skipped = 0  # steps in a row
-        self.finds_micro_batch = finds_micro_batch(config, parameters[0].device)
-        self.micro_batch_size = config.sample_batch_size if self.finds_micro_batch else config.micro_batch_size
-        self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
-
-    def step(self) -> float:
-        """One optimizer step with the gradients accumulated; returns their norm.
-
-        Raises:
-            DivergedError: the gradient is not finite. In fp16 the step is skipped instead, and the loss scale lowered, as
-                often as lowering it can help.
-        """
-        # The scaler sets itself up at its first scale(), which a process without pairs of its own never calls.
-        self.scaler.scale(torch.zeros((), device=self.parameters[0].device))
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.num_skipped = 0 if norm.isfinite() else self.num_skipped + 1
-        if self.num_skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
-            raise DivergedError("the gradient is not finite; lower --learning-rate")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if not self.num_skipped:
-            self.lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.parameters)
-        return norm.item()
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the running average into the parameters, if one is kept, and take it out again at the end."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": {str(i): dict(self.optimizer.state[item]) for i, item in enumerate(self.parameters)},
-            "num_steps": self.lr_scheduler.last_epoch,
-            "scaler": self.scaler.state_dict(),
-            "num_skipped": self.num_skipped,
-            "micro_batch_size": self.micro_batch_size,
-            "ema": None
-            if self.ema is None
-            else {"step": self.ema.optimization_step, **{str(i): item for i, item in enumerate(self.ema.shadow_params)}},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as it was; rates and decay are the configuration's, which may have been changed by force."""
-        self.optimizer.state.clear()
-        for i, parameter in enumerate(self.parameters):
-            moments = state["optimizer"].get(str(i))
-            if moments:  # none before the first step; the step count stays on the CPU, as AdamW has it
-                self.optimizer.state[parameter] = {
-                    name: tensor.clone() if name == "step" else tensor.to(parameter.device, copy=True)
-                    for name, tensor in moments.items()
-                }
-        if self.ema is not None and state["ema"] is not None:
-            for i, average in enumerate(self.ema.shadow_params):
-                average.copy_(state["ema"][str(i)])
-            self.ema.optimization_step = state["ema"]["step"]
-        self._set_num_steps(state["num_steps"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.num_skipped = state["num_skipped"]
-        if self.finds_micro_batch:  # as it was found before: another size rounds otherwise
-            self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
-
-    def _set_num_steps(self, number: int) -> None:
-        """Go on with the learning rate as it is after so many optimizer steps."""
-        self.lr_scheduler.last_epoch = number
-        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
-        self.lr_scheduler._last_lr = [base * factor(number) for base, factor in rates]
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._last_lr, strict=True):
-            group["lr"] = rate
-
-
 # --- the update ---
 
 
@@ -675,15 +561,15 @@ def ppo_update(
     """
     total, shares = UpdateStatistics(), _draw_shares(policy, batch, config, generator)
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
-    for number, pairs in enumerate(shares):
-        share = Share(batch, pairs, ppo_micro_batch, on_policy=number == 0 and policy.rounds_by_batch)
+    for number, (pairs, num_silent) in enumerate(shares):
+        share = Share(batch, pairs, ppo_micro_batch, number == 0 and policy.rounds_by_batch, num_silent)
         statistics = gather_gradients(policy, share, learner, config)
         if number == 0:
             total.first_ratio_deviation = statistics.ratio_deviation
             _check_ratio(statistics.ratio_deviation, policy, config)
         apart = statistics.ratio_deviation > config.clip_range / 10 or not filled
         if share.on_policy and apart and len(shares) > 1:
-            later = Share(batch, torch.cat(shares[1:]).unique(dim=0), ppo_micro_batch)
+            later = Share(batch, torch.cat([pairs for pairs, _ in shares[1:]]).unique(dim=0), ppo_micro_batch)
             batch, calls = processes.agreed(recompute_log_probs, policy, later, learner)
             statistics.num_unet_calls += sum(processes.gather(calls))
         total.add_step(statistics, learner.step())
@@ -776,14 +662,21 @@ def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generato
     return Noising(timesteps.to(policy.model.device), noise.to(policy.model.device))
 
 
-def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[Tensor]:
-    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps."""
-    pairs = draw_pairs(batch.advantages, trainable_steps(policy.denoiser.schedule, config), config, generator)
-    pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]  # the KL term wants all images but those that were dropped
-    shares = []
+def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[tuple[Tensor, int]]:
+    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps, drawn anew in each pass; the number of silent ones.
+
+    Pairs of images without advantage are silent, unless the KL term wants them. Dropped images have no pairs.
+    """
+    steps, num_images = trainable_steps(policy.denoiser.schedule, config), len(batch.advantages)
+    wanted, shares = (batch.advantages != 0).cpu() | (config.kl_weight > 0), []
     for _ in range(config.num_inner_epochs):
-        images = torch.randperm(len(batch.advantages), generator=generator).tensor_split(config.num_updates_per_epoch)
-        shares += [share for share in (pairs[torch.isin(pairs[:, 0], chosen)] for chosen in images) if len(share)]
+        pairs = draw_pairs(num_images, steps, config, generator)
+        pairs = pairs[batch.rewards[pairs[:, 0]].isfinite()]
+        for images in torch.randperm(num_images, generator=generator).tensor_split(config.num_updates_per_epoch):
+            drawn = pairs[torch.isin(pairs[:, 0], images)]
+            chosen = drawn[wanted[drawn[:, 0]]]
+            if len(chosen):
+                shares.append((chosen, len(drawn) - len(chosen)))
     return shares
 
 
@@ -799,7 +692,7 @@ def _check_ratio(deviation: float, policy: Policy, config: TrainConfig) -> None:
 
 
 def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config: TrainConfig) -> UpdateStatistics:
-    """Add the gradient of the loss, averaged over the share's pairs, to LoRA's parameters.
+    """Add the gradient of the loss, averaged over the share's pairs and its silent ones, to LoRA's parameters.
 
     The text encoder runs once, over the distinct prompts and the null prompt. The gradient of every micro-batch is gathered
     on the embeddings, and one backward pass takes it through the text encoder: the U-Net's activations grow with the
@@ -820,7 +713,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""
         loss, measured = share.loss(policy, micro_batch, embeds, config)
-        loss = learner.scaler.scale(loss * (micro_batch.number / len(share.pairs)))
+        loss = learner.scaler.scale(loss * (micro_batch.number / (len(share.pairs) + share.num_silent)))
         return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
 
     while total.num_pairs < len(local.pairs):

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from texforce import (
-    Learner,
     Policy,
     UpdateStatistics,
     draw_noise_batch,
-    finds_micro_batch,
     gradient_update,
     make_batch,
     make_policy,
@@ -48,6 +46,7 @@ from .experience import (
     scored_by_update,
 )
 from .files import read_json
+from .learner import Learner, finds_micro_batch
 from .prompt_sets import TRAINING_SETS, split_prompts
 from .run import Run, Snapshot
 from .scorers import Scorer
@@ -158,7 +157,7 @@ def train(
         train_prompts, heldout_prompts, num_too_long = check_prompts(setup.policy, config, train_prompts, heldout_prompts)
         if num_too_long:
             warn(f"prompts: {num_too_long} of {len(prompts)} are left out, too long for the text encoder")
-        current = _begin(setup, config, train_prompts)
+        current = begin(setup, config, train_prompts)
         if snapshot:
             current.restore(snapshot)
         if processes.is_first():
@@ -232,7 +231,7 @@ class _Opening:
         return run.read_checkpoint(checkpoint) if checkpoint else None
 
 
-def _begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> Run:
+def begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> Run:
     """A run before its first epoch."""
     noise = torch.Generator(setup.policy.model.device).manual_seed(config.seed)
     choice = torch.Generator().manual_seed(config.seed)

@@ -69,7 +69,7 @@ def begin(config: TrainConfig, options: argparse.Namespace) -> Run:
     else:
         reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED)
     policy = bench.make_policy(options.model, options.device, config)
-    return train._begin(train.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
+    return train.begin(train.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import texforce  # noqa: E402
-from texforce import Batch, Learner, Policy, Share, experience, models, run, sampler  # noqa: E402
+from texforce import Batch, Policy, Share, experience, models, run, sampler  # noqa: E402
 from texforce.config import (  # noqa: E402
     STABLE_DIFFUSION,
     TrainConfig,
@@ -41,6 +41,7 @@ from texforce.config import (  # noqa: E402
     default_precision,
     resolve,
 )
+from texforce.learner import Learner  # noqa: E402
 
 # Float32's rounding: the mean over the images, the largest over the log-probabilities, the gradient's relative norm.
 DEVIATIONS = ("textbook_image_deviation", "textbook_log_prob_deviation", "textbook_gradient_deviation")

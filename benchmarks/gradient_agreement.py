@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import Batch, Learner, Share, experience, prompt_sets, train
+from texforce import Batch, Share, experience, prompt_sets, train
 from texforce.config import TrainOptions, resolve
+from texforce.learner import Learner
 
 
 class Probe:

@@ -29,7 +29,6 @@ from typer.testing import CliRunner, Result
 import texforce
 from texforce import cli, models, rewards, sampler, train
 from texforce.config import (
-    PRESETS,
     EvalConfig,
     MergeConfig,
     SampleConfig,
@@ -41,6 +40,7 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.errors import DivergedError, InputError, RewardError
+from texforce.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"

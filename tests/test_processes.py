@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Learner, cli, interrupts, models, processes, rewards, run, scorers, train
+from texforce import cli, interrupts, models, processes, rewards, run, scorers, train
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, NotFoundError, RewardError
+from texforce.learner import Learner
 
 WEIGHTS = "adapter_model.safetensors"
 LOAD_MODEL = models.load_model  # which the fixture `quick` replaces

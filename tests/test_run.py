@@ -23,10 +23,11 @@ import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Learner, cli, files, models, rewards, run, train
+from texforce import cli, files, models, rewards, run, train
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
+from texforce.learner import Learner
 
 WEIGHTS = "adapter_model.safetensors"
 WRITE_CURVE = run.write_curve  # which the fixture `quick` replaces

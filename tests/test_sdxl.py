@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 import texforce
 from texforce import cli, evaluate, experience, merge, models, rewards, sampler, train
 from texforce.config import (
-    PRESETS,
     MergeOptions,
     SampleOptions,
     TrainOptions,
-    family,
     resolve,
     resolve_merge,
     resolve_sample,
 )
+from texforce.learner import Learner
+from texforce.presets import PRESETS, family
 
 PROMPTS = ["a red circle", "two blue squares"]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -159,7 +159,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(sdxl, targe
         for parameter in policy.parameters:
             parameter += 1e-2 * torch.randn(parameter.shape, generator=noise)
     pairs = torch.tensor([[0, 0], [0, 2], [1, 1], [2, 0], [3, 1], [3, 2]])
-    learner = texforce.Learner(policy.parameters, config)
+    learner = Learner(policy.parameters, config)
     statistics = texforce.accumulate_gradients(
         policy, texforce.Share(batch, pairs, texforce.ppo_micro_batch), learner, config
     )

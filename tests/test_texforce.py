@@ -19,7 +19,6 @@ import texforce
 from texforce import (
     Batch,
     DivergedError,
-    Learner,
     Share,
     experience,
     models,
@@ -29,6 +28,7 @@ from texforce import (
 from texforce.config import TrainConfig, TrainOptions, resolve, window_end
 from texforce.errors import InputError, RewardError
 from texforce.experience import PromptOrder, PromptStatistics, Samples, leave_one_out
+from texforce.learner import MAX_SKIPPED_STEPS, Learner
 
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
@@ -500,21 +500,17 @@ def test_prompt_statistics_pass_over_dropped_samples():
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 4), (0.5, 2), (0.01, 1)])
-def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image_with_an_advantage(fraction, expected):
+def test_pairs_are_a_fraction_of_the_trainable_steps_of_each_image(fraction, expected):
     config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_fraction=fraction))
-    advantages, steps = torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([0, 1, 2, 5])
-    generator = torch.Generator().manual_seed(0)
-    pairs = texforce.draw_pairs(advantages, steps, config, generator).tolist()
-    assert len({tuple(pair) for pair in pairs}) == len(pairs) == 3 * expected
-    assert {image for image, _ in pairs} == {0, 2, 3}
-    assert {step for _, step in pairs} <= {0, 1, 2, 5}
-    pairs = texforce.draw_pairs(advantages, steps, replace(config, kl_weight=0.1), generator).tolist()
+    pairs = texforce.draw_pairs(4, torch.tensor([0, 1, 2, 5]), config, torch.Generator().manual_seed(0)).tolist()
+    assert len({tuple(pair) for pair in pairs}) == len(pairs) == 4 * expected
     assert {image for image, _ in pairs} == {0, 1, 2, 3}
+    assert {step for _, step in pairs} <= {0, 1, 2, 5}
 
 
 def test_steps_are_drawn_anew_for_each_image_and_all_of_them_sometimes():
     config = resolve(TrainOptions(model="tiny", algorithm="ppo", timestep_fraction=0.25))
-    pairs = texforce.draw_pairs(torch.ones(400), torch.arange(4), config, torch.Generator().manual_seed(0))
+    pairs = texforce.draw_pairs(400, torch.arange(4), config, torch.Generator().manual_seed(0))
     assert torch.bincount(pairs[:, 1]).tolist() == pytest.approx([100] * 4, abs=40)
 
 
@@ -1310,6 +1306,35 @@ def test_each_pass_over_an_epochs_images_trains_on_all_of_them_shared_out_anew(m
     assert statistics.num_pairs == 3 * 6 * 5
 
 
+def test_each_pass_draws_the_steps_of_each_image_anew(make_rig, shares):
+    rig = make_rig(num_inner_epochs=3, timestep_fraction=0.4)
+    rig.update(rig.collect())
+    drawn = [set(map(tuple, share.pairs.tolist())) for share in shares]
+    assert [len(pairs) for pairs in drawn] == [6 * 2] * 3
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("silenced", [[0, 3, 4], [1], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_images_without_advantage_count_in_the_mean_as_zero_and_cost_no_unet_calls(
+    make_rig, monkeypatch, silenced, kl_weight
+):
+    rig = make_rig(kl_weight=kl_weight, num_updates_per_epoch=1)
+    batch = rig.collect()
+    advantages = batch.advantages.clone()
+    advantages[silenced] = 0
+    batch = replace(batch, advantages=advantages, rewards=torch.ones(6))
+    rig.perturb(1e-6)
+    expected = rig.gradient(batch, rig.pairs(batch, ALL_STEPS))  # of all pairs, as a textbook loop has them
+    monkeypatch.setattr(Learner, "step", lambda learner: 0.0)  # leaves the gradient where it is
+    for parameter in rig.policy.parameters:
+        parameter.grad = None
+    statistics = rig.update(batch)
+    assert relative_difference(gradient_of(rig.policy.parameters), expected) < 1e-5
+    num_learned = 6 if kl_weight else 6 - len(silenced)
+    assert statistics.num_unet_calls == num_learned * 5 * 2 * (2 if kl_weight else 1)
+
+
 def test_images_that_cannot_be_shared_out_evenly_still_give_as_many_updates_as_asked(make_rig, shares):
     rig = make_rig(num_updates_per_epoch=4)
     learner = rig.learner()
@@ -1435,7 +1460,7 @@ def test_fp16_gives_up_when_lowering_the_scale_does_not_help():
         learner.scaler.scale(torch.ones(()))
         learner.step()
 
-    for _ in range(texforce.MAX_SKIPPED_STEPS):
+    for _ in range(MAX_SKIPPED_STEPS):
         fail()
     with pytest.raises(DivergedError, match="gradient is not finite"):
         fail()

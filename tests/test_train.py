@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Learner, Share, experience, models, rewards, sampler, train, world
+from texforce import DivergedError, Share, experience, models, rewards, sampler, train, world
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
+from texforce.learner import Learner
 
 TIMES = {"seconds", "images_per_s", "sampling_share"}  # what two runs of the same seed may differ in
 NAN = math.nan
