@@ -663,7 +663,7 @@ def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generato
 
 
 def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[tuple[Tensor, int]]:
-    """The (image, step) pairs (M, 2) of each of an epoch's optimizer steps, drawn anew in each pass; the number of silent ones.
+    """The (image, step) pairs (M, 2) of each optimizer step, drawn anew in each pass; the number of silent ones.
 
     Pairs of images without advantage are silent, unless the KL term wants them. Dropped images have no pairs.
     """
