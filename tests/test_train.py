@@ -562,3 +562,15 @@ def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, na
 def test_options_that_do_not_fit_the_algorithm_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         resolve(TrainOptions(model="tiny", **options))
+
+
+def test_the_published_recipe_is_listed_in_the_documents_as_it_is():
+    """Every row of the table in docs/training.md, beside the resolved preset for both models."""
+    text = (Path(texforce.__file__).parent / "docs" / "training.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    listed = {row[0].strip("`"): row[-1] for row in rows if row[0].strip("`") in TrainConfig.__dataclass_fields__}
+    assert len(listed) >= 20
+    for model in ("tiny", "CompVis/stable-diffusion-v1-4"):
+        paper = resolve(TrainOptions(model=model, preset="paper"))
+        resolved = {name: getattr(paper, name) for name in listed}
+        assert resolved == {name: type(resolved[name])(value.replace(",", "")) for name, value in listed.items()}
