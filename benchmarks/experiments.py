@@ -1,7 +1,8 @@
 """The experiments of EXPERIMENTS.md on the tiny model: `python benchmarks/experiments.py --output-dir runs`.
 
 For every seed it trains the text encoder and the U-Net by matching on `hps`, the text encoder and the U-Net (by DDPO) on
-`alignment`, the judge itself, and a text encoder for each of two tasks; then it loads adapters side by side without more
+`alignment`, the judge itself, the text encoder on more images, by matching and by the reward's gradient, and a text encoder
+for each of two tasks; then it loads adapters side by side without more
 training, at full and at half strength. Finished runs are not made again. Prints a table of held-out measures, all from the
 same noise; the second row is the base model with each rare word replaced by its common synonym: what a text encoder that
 knew them would draw.
@@ -22,6 +23,8 @@ from texforce.config import TrainOptions, resolve
 TRAINED: dict[str, dict[str, Any]] = {
     "text-encoder": {},
     "text-encoder-alignment": {"reward": "alignment"},
+    "text-encoder-long": {"num_epochs": 280, "eval_every": 35},  # 35,840 images
+    "gradient-long": {"algorithm": "gradient", "num_epochs": 560, "eval_every": 70},  # the same
     "unet": {"target": "unet", "algorithm": "matching"},
     "unet-ddpo": {"target": "unet", "algorithm": "ppo", "reward": "alignment", "num_epochs": 63, "eval_every": 63},
     "count": {"prompts": "count", "heldout_prompts": "world-heldout"},
