@@ -52,15 +52,15 @@ class Scene:
 
     folder: Path
 
-    def files(self) -> list[str]:
-        """The files that commands read."""
-        paths = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return [path for path in paths if self.command(path) and Path(path).name not in (LOCK, HOLDER)]
-
-    def command(self, file: str) -> str | None:
-        """The command that reads a file; None for one that no command reads."""
-        part = next((part for part in COMMANDS if file.startswith(part)), None)
-        return COMMANDS[part].format(file=file) if part else None
+    def files(self) -> dict[str, list[str]]:
+        """The files that each command of COMMANDS reads; what only people read is not among them."""
+        unread = {LOCK, HOLDER, "README.md", "report.html", "results.csv", "curve.png"}
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name not in unread)
+        found = {}
+        for path in (path.relative_to(self.folder).as_posix() for path in paths):
+            if part := next((part for part in COMMANDS if path.startswith(part)), None):
+                found.setdefault(part, []).append(path)
+        return found
 
 
 def run(command: str, folder: Path) -> Result:
@@ -142,9 +142,9 @@ def harm(result: Result, events: list[str], folder: Path) -> str:
     if (folder / "created").exists():
         return "code was run"
     outside = [path for path in re.findall(r"^open (.*)$", "\n".join(events), re.M) if not inside(path, folder)]
-    started = [
-        event for event in events if event.startswith(("os.system", "subprocess", "os.posix_spawn", "os.exec", "socket"))
-    ]
+    starts = ("os.system", "subprocess", "os.posix_spawn", "os.exec", "socket")
+    ours = "subprocess.Popen git"  # asks for the commit
+    started = [event for event in events if event.startswith(starts) and event != ours]
     return f"events: {outside + started}" if outside or started else ""
 
 
@@ -160,18 +160,19 @@ def test_whatever_is_wrong_in_a_file_a_command_refuses_it_or_works(scene, tmp_pa
         run(command.format(file="prompts/a.txt"), link_folder(scene.folder, tmp_path / "warm"))
         shutil.rmtree(tmp_path / "warm")
     before, files, failures = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, scene.files(), []
-    assert len(files) > 30
+    assert files.keys() == COMMANDS.keys()
+    broken = st.one_of(*(st.tuples(st.just(part), st.sampled_from(found)) for part, found in files.items()))
 
     @settings(max_examples=200, deadline=None, derandomize=True, phases=[Phase.generate])
-    @given(st.sampled_from(files), st.sampled_from(KINDS), st.floats(0, 0.999), st.sampled_from(VALUES))
-    def check(file, kind, place, value):
-        folder = link_folder(scene.folder, tmp_path / "copy")
+    @given(broken, st.sampled_from(KINDS), st.floats(0, 0.999), st.sampled_from(VALUES))
+    def check(broken, kind, place, value):
+        (part, file), folder = broken, link_folder(scene.folder, tmp_path / "copy")
         try:
             whole = (folder / file).read_bytes()
             (folder / file).unlink()  # it may be a hard link
             (folder / file).write_bytes(damaged(whole, kind, place, value, folder))
             with recorded() as events:
-                result = run(scene.command(file), folder)
+                result = run(COMMANDS[part].format(file=file), folder)
             if problem := harm(result, events, folder):
                 failures.append((file, kind, place, value if kind == "value" else "", problem))
         finally:
