@@ -558,8 +558,8 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
     sampler = given.get("sampler", saved.get("sampler", "ddim"))
     usual |= {"sampler": sampler} | sampler_defaults(sampler, family(model))
-    if saved.get("sampler", sampler) != sampler:
-        saved.pop("eta", None)  # it was the other sampler's
+    if saved.get("sampler", sampler) != sampler:  # what a sampler has of its own was the other one's
+        saved = {name: value for name, value in saved.items() if name not in sampler_defaults("dpm-solver", family(model))}
     values = usual | saved | given | {"model": model}
     check_precision(values["mixed_precision"], device)
     check_sampler(sampler, values["eta"])
