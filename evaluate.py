@@ -178,8 +178,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
                     f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
                 )
     files.write_json(path, settings | {"systems": systems})
-    for folder in (evaluation.folder, *(evaluation.folder / "images").glob("*/")):
-        files.remove_temporaries(folder)
+    files.remove_temporaries(evaluation.folder, "images/*/")
     return settings
 
 

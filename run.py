@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
@@ -71,11 +72,9 @@ def check_room(folder: Path, config: TrainConfig) -> None:
     Raises:
         OSError: there is not.
     """
-    probe = folder / ".room.tmp"
-    try:
-        probe.write_bytes(bytes(checkpoint_size(config)))
-    finally:
-        probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:  # without a name that a link could have
+        probe.write(bytes(checkpoint_size(config)))
+        probe.flush()
 
 
 def checkpoint_size(config: TrainConfig) -> int:
@@ -410,7 +409,8 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
             canvas.paste(Image.fromarray(pixels).resize((cell, cell), method), (x, top + label))
             if i % per_side == 0:
                 draw.text((x, 2), name, fill="grey", font=font)
-    canvas.save(path)
+    with files.replacing(path) as temporary:
+        canvas.save(temporary, "png")
 
 
 def _shorten(text: str, font: Any, width: int) -> str:
@@ -444,4 +444,5 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
         )  # fmt: skip
         right.legend(loc="lower right")
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

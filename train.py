@@ -222,8 +222,7 @@ class _Opening:
 
     def _newest(self, output_dir: Path) -> Snapshot | None:
         """The newest valid checkpoint of a run; warns of each that is broken, and if there is none."""
-        for folder in (output_dir, *output_dir.glob("*/")):  # adapters of other parts lie in folders of their own
-            files.remove_temporaries(folder)
+        files.remove_temporaries(output_dir, "*/")  # adapters of other parts lie in folders of their own
         checkpoint = run.newest_checkpoint(
             output_dir / run.CHECKPOINTS, lambda path: self.warn(f"{path} is damaged or incomplete, and is passed over")
         )
