@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
+MAX_PIXELS = 2**25  # of an image that is read; with 12 bytes a pixel it takes less than a GiB
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 
 
@@ -243,7 +244,7 @@ def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:
     import torch
 
     image = open_image(path)
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
     return pixels, dict(getattr(image, "text", {}))  # only PNG has it
 
 
@@ -251,7 +252,7 @@ def open_image(path: Path) -> Image:
     """PIL's image of a file, read whole.
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: it is damaged, or larger than anything that is drawn here.
     """
     from PIL import Image
 
@@ -259,6 +260,8 @@ def open_image(path: Path) -> Image:
         reading(f"{path}: not an image that can be read; delete it and run the command again to draw it anew"),
         Image.open(path) as image,
     ):
+        if image.width * image.height > MAX_PIXELS:  # by the header: decoding it could take all memory
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         image.load()
         return image
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from . import scorers, world
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, reading
 from .files import describe_files
-from .scorers import EMBEDDED_HPS, Scorer, score, to_bytes
+from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import describe_source, find_weights
 
 URL = ("http://", "https://")
@@ -336,15 +336,19 @@ class Mixture:
         Raises:
             RewardError: a part failed, or broke the protocol. InputError: one does not take such a prompt or image.
         """
-        return {name: score(part, images, prompts) for name, part in self.parts.items()}
+        return {name: score(part, images, prompts, name) for name, part in self.parts.items()}
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The scores (N,) of each part, whose gradients reach the images (N, 3, H, W).
 
         Raises:
-            InputError: a part has no gradients.
+            InputError: a part has no gradients. RewardError: a part failed, or its scores carry none.
         """
-        return {name: gradient_function(part, name)(images, prompts) for name, part in self.parts.items()}
+        scores = {name: call(gradient_function(part, name), images, prompts, name) for name, part in self.parts.items()}
+        for name, part in scores.items():
+            if images.requires_grad and not part.requires_grad:
+                raise RewardError(f"reward: {name} says with_gradients = True, but its scores carry no gradients")
+        return scores
 
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ bottom: the protocol, preprocessing, networks, file size, detectors of text, fac
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,10 +39,11 @@ class Scorer(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def score(scorer: Scorer, images: Tensor, prompts: Sequence[str], name: str = "the scorer") -> Tensor:
     """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
 
-    The score of an image that is not finite is NaN; the scorer is not called if no image is finite.
+    `name` is what messages call it. The score of an image that is not finite is NaN; the scorer is not called if no image is
+    finite.
 
     Raises:
         RewardError: the scorer raised, or returned something other than one number an image.
@@ -49,6 +52,16 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     finite = are_finite(images)
     if not finite.any():
         return torch.full((len(images),), torch.nan)
+    scores = call(scorer, images, prompts, name)
+    return scores.detach().float().cpu().where(finite, torch.nan)  # nothing can be said of a broken image
+
+
+def call(scorer: Scorer, images: Tensor, prompts: Sequence[str], name: str) -> Tensor:
+    """The scores (N,) that a scorer returns; a list or an array of numbers becomes a tensor.
+
+    Raises:
+        RewardError: the scorer raised, or returned something other than one real number an image.
+    """
     try:
         scores = scorer(images, prompts)
     except (RewardError, InputError):
@@ -56,13 +69,16 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise RewardError(f"reward: the scorer raised {describe(error)}") from error
+        raise RewardError(f"reward: {name} raised {describe(error)}") from error
+    if isinstance(scores, list | tuple | np.ndarray):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):  # no numbers, which the message says
+            scores = torch.as_tensor(list(scores))
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-        seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
+        seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"{type(scores).__name__}"
+        raise RewardError(f"reward: {name} must return a tensor or list of shape ({len(images)},) but returned {seen}")
     if scores.is_complex():
-        raise RewardError(f"reward: the scorer must return real numbers but returned {scores.dtype}")
-    return scores.detach().float().cpu().where(finite, torch.nan)  # nothing can be said of a broken image
+        raise RewardError(f"reward: {name} must return real numbers but returned {scores.dtype}")
+    return scores
 
 
 def are_finite(images: Tensor) -> Tensor:

@@ -491,7 +491,7 @@ def score_share(
     scored = {}
     for start, batch in images.items():
         chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
-        scores = {name: scorers.score(scorer, batch.to(device), chunk) for name, scorer in measured_by.items()}
+        scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
         scored[start] = Scored(finite, scores)
     return scored
 

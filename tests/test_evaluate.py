@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -451,6 +452,23 @@ def test_a_damaged_image_is_named(finished, options, tmp_path):
     for wanted in ("hps,alignment,jpeg", "hps,alignment"):  # to be scored, and to be shown
         result = command_line(*flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
         check_failure(result, 3, "00002_1.png", "delete it")
+
+
+CELLS = ["=1+1", "+1", "-1", "@SUM(A1)", "\ttab", "\rreturn", "also a = b", "'quoted'", "a red circle"]
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_text(tmp_path):
+    config = SimpleNamespace(num_images=1, output_dir=str(tmp_path), batch_size=1, seed=0)
+    benchmark = SimpleNamespace(prompts=CELLS, categories=CELLS[::-1])
+    evaluation = evaluate.Evaluation(config, benchmark, [System("base")])
+    evaluate.write_csv(evaluation, {"base": {"@mine.py:f": -np.ones((len(CELLS), 1))}})
+    with (tmp_path / "results.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[-1] == "'@mine.py:f"
+    expected = [*(f"'{cell}" for cell in CELLS[:6]), *CELLS[6:]]
+    assert [row[1] for row in rows] == expected
+    assert [row[2] for row in rows] == expected[::-1]
+    assert {row[-1] for row in rows} == {"-1.0"}  # a number stays one
 
 
 # --- options ---

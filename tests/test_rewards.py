@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import tomllib
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +36,8 @@ from typer.testing import CliRunner
 
 from texforce import cli, rewards, scorers, weights, world
 from texforce.errors import InputError, RewardError
+
+from .hostile import blank_png
 
 PROMPTS = ["a red circle", "zwei Würfel ☃", "a red circle"]
 
@@ -359,6 +360,35 @@ def test_a_function_that_changes_its_images_changes_nobody_elses(tmp_path):
     scores = rewards.load_reward(f"{tmp_path / 'mine.py'}:f=1,jpeg=1").score(images, ["", ""])
     assert torch.equal(images, before)
     assert torch.equal(scores["jpeg"], scorers.jpeg(before, ["", ""]))
+
+
+@pytest.mark.parametrize(("body", "scores"), [
+    ("images.mean(dim=(1, 2, 3)).tolist()", "as the tensor's"),
+    ("images.mean(dim=(1, 2, 3)).numpy()", "as the tensor's"),
+    ("None", "must return .*shape \\(3,\\) but returned NoneType"),
+    ("1 / 0", "raised ZeroDivisionError"),
+    ("['a'] * 3", "must return .* returned list"),
+], ids=["a list", "an array", "nothing", "also an exception", "also texts"])  # fmt: skip
+def test_a_function_of_a_file_may_return_numbers_and_is_named_if_it_does_not(tmp_path, body, scores):
+    (tmp_path / "mine.py").write_text(f"def f(images, prompts):\n    return {body}\n")
+    reward, images = rewards.load_reward(f"{tmp_path / 'mine.py'}:f"), random_images(3)
+    if scores == "as the tensor's":
+        torch.testing.assert_close(reward(images, PROMPTS), images.mean(dim=(1, 2, 3)))
+    else:
+        with pytest.raises(RewardError, match=rf"^reward: {tmp_path / 'mine.py'}:f {scores}"):
+            reward(images, PROMPTS)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("images.mean(dim=(1, 2, 3)).detach()", "says with_gradients = True, but its scores carry no gradients"),
+    ("images.mean(dim=(1, 2, 3)).tolist()", "says with_gradients = True, but its scores carry no gradients"),
+    ("1 / 0", "raised ZeroDivisionError"),
+], ids=["also detached scores", "a list", "also an exception"])  # fmt: skip
+def test_a_function_that_promises_gradients_must_have_them(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"def f(images, prompts):\n    return {body}\nf.with_gradients = True\n")
+    reward = rewards.load_reward(f"{tmp_path / 'mine.py'}:f")
+    with pytest.raises(RewardError, match=rf"mine\.py:f {words}"):
+        reward.with_gradients(random_images(3).requires_grad_(), PROMPTS)
 
 
 def test_a_failure_is_told_in_a_line_of_bounded_length():
@@ -737,33 +767,24 @@ def status_of(connection: socket.socket) -> int:
     return int(answered.split()[1])
 
 
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def blank_png(*sizes: tuple[int, int], rows: int | None = None) -> str:
-    """A black PNG of two colours in base64, with a header for each size, and rows of the last one."""
-    width, height = sizes[-1]
-    headers = [png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)) for size in sizes]
-    pixels = zlib.compress(bytes((width + 7) // 8 + 1) * (height if rows is None else rows), 9)
-    parts = (b"\x89PNG\r\n\x1a\n", *headers, png_chunk(b"IDAT", pixels), png_chunk(b"IEND", b""))
-    return base64.b64encode(b"".join(parts)).decode()
+def encoded_png(*sizes: tuple[int, int], rows: int | None = None) -> str:
+    return base64.b64encode(blank_png(*sizes, rows=rows)).decode()
 
 
 def request_of(images: list[str], prompt: str = "a") -> bytes:
     return json.dumps({"prompts": [prompt] * len(images), "images": images}).encode()
 
 
-LARGE = blank_png((4000, 4000))
+LARGE = encoded_png((4000, 4000))
 TOO_MUCH = {
     "blank images of 4,000 x 4,000": lambda: request_of([LARGE] * 200),
-    "also an image of 60,000 x 60,000": lambda: request_of([blank_png((60_000, 60_000), rows=1)]),
-    "also a second header with another size": lambda: request_of([blank_png((4, 4), (10_000, 10_000))]),
-    "also images that are too many together": lambda: request_of([blank_png((2048, 2048))] * 3),
+    "also an image of 60,000 x 60,000": lambda: request_of([encoded_png((60_000, 60_000), rows=1)]),
+    "also a second header with another size": lambda: request_of([encoded_png((4, 4), (10_000, 10_000))]),
+    "also images that are too many together": lambda: request_of([encoded_png((2048, 2048))] * 3),
     "also lists that take more room when they are read": lambda: b'{"prompts": [' + b"[]," * 13_000_000 + b"[]]}",
     "also numbers": lambda: b'{"images": [' + b"0," * 19_000_000 + b"0]}",
-    "also very many images": lambda: request_of([blank_png((1, 1))] * 5000),
-    "also a long prompt": lambda: request_of([blank_png((1, 1))], "a" * 30_000_000),
+    "also very many images": lambda: request_of([encoded_png((1, 1))] * 5000),
+    "also a long prompt": lambda: request_of([encoded_png((1, 1))], "a" * 30_000_000),
 }
 
 
@@ -794,13 +815,13 @@ def test_a_request_beyond_a_limit_is_answered_with_413_and_takes_less_than_a_gib
     status, content = post(url, TOO_MUCH[case]())
     assert (status, "may have" in content["error"]) == (413, True)
     assert most_memory(pid) < 2**30
-    assert post(url, request_of([blank_png((8, 8))])) == (200, {"scores": [0.0]})
+    assert post(url, request_of([encoded_png((8, 8))])) == (200, {"scores": [0.0]})
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory a process has had")
 def test_as_many_pixels_and_bytes_as_the_limits_allow_take_less_than_a_gibibyte(server_of_its_own):
     url, pid = server_of_its_own
-    assert post(url, request_of([blank_png((2048, 2048))] * 2))[0] == 200
+    assert post(url, request_of([encoded_png((2048, 2048))] * 2))[0] == 200
     announced = b"POST /score HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % rewards.MAX_REQUEST_BYTES
     waiting = [connected(url, announced + bytes(rewards.MAX_REQUEST_BYTES - 1)) for _ in range(4)]
     assert status_of(connected(url, announced)) == 503  # there is no room for a fifth

@@ -185,14 +185,33 @@ def test_non_finite_scores_are_passed_on():
     (torch.zeros(2), r"shape \(3,\) but returned a tensor of shape \(2,\)"),
     (torch.zeros(3, 1), r"shape \(3, 1\)"),
     (torch.zeros(()), r"shape \(\)"),
-    ([1.0, 2.0, 3.0], "returned list"),
+    ([1.0, 2.0], r"shape \(2,\)"),
+    ([1.0, "2.0", 3.0], "returned list"),
+    ([1.0, None, 3.0], "returned list"),
+    ([1.0, 10**400, 3.0], "returned list"),
+    (["1", "2", "3"], "returned list"),
+    (np.array(["1", "2", "3"]), "returned ndarray"),
+    (np.zeros((3, 1)), r"shape \(3, 1\)"),
+    (np.zeros(()), "returned ndarray"),
+    ({0: 1.0, 1: 2.0, 2: 3.0}, "returned dict"),
+    ([1j, 2j, 3j], "real numbers"),
     (1.0, "returned float"),
     (None, "returned NoneType"),
-    (np.zeros(3), "returned ndarray"),
 ])  # fmt: skip
-def test_a_scorer_that_returns_something_else_is_a_reward_error(returned, words):
-    with pytest.raises(RewardError, match=words):
-        scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3)
+def test_a_scorer_that_returns_something_else_is_a_reward_error_with_its_name(returned, words):
+    with pytest.raises(RewardError, match=rf"^reward: mine\.py:f must return .*{words}"):
+        scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3, "mine.py:f")
+
+
+@pytest.mark.parametrize("returned", [
+    [0.5, 1.0, float("nan")], np.array([0.5, 1.0, np.nan]), (0.5, 1, float("nan")),
+    [torch.tensor(0.5), torch.tensor(1.0), torch.tensor(torch.nan)], np.array([np.nan, 1.0, 0.5], dtype=">f8")[::-1],
+    list(np.array([0.5, 1.0, np.nan], dtype=np.float16)),
+], ids=["a list", "an array", "also a tuple", "also tensors", "also other bytes", "also half precision"])  # fmt: skip
+def test_a_scorer_may_return_a_list_or_an_array(returned):
+    scores = scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx([0.5, 1.0, float("nan")], nan_ok=True)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("boom"), ZeroDivisionError("zero"), AssertionError("no face")])
