@@ -377,7 +377,7 @@ def test_images_of_a_prompt_that_differ_in_size_are_refused_by_name(tmp_path, si
 @pytest.mark.parametrize("line", [
     '{"system": 1}', "[]", "[" * 100_000, '{"a":' * 100_000, '{"system": [1], "measure": "a", "start": 0, "scores": []}',
     "7", '{"system": "base", "measure": {}, "start": 0, "scores": []}',
-], ids=["no measure", "a list", "deep lists", "also deep objects", "also a name", "also a number", "also an object"])  # fmt: skip
+], ids=["no measure", "a list", "deep lists", "also objects", "also a name", "also a number", "also an object"])  # fmt: skip
 def test_a_line_of_scores_that_is_none_is_bad_input_that_is_named(tmp_path, line):
     path = tmp_path / evaluate.SCORES
     path.write_text(line + "\n")
