@@ -281,15 +281,15 @@ def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping
 
 @contextlib.contextmanager
 def metrics(
-    config: TrainConfig, output_dir: Path, epochs: Sequence[Mapping[str, Any]]
+    output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker that --report-to names.
+    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker.
 
     The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
     """
     path = output_dir / "metrics.jsonl"
     files.write_text(path, "".join(json.dumps(measures, allow_nan=False) + "\n" for measures in epochs))
-    with path.open("a") as file, tracker(config, output_dir) as track:
+    with path.open("a") as file:
 
         def log(measures: dict[str, Any]) -> None:
             file.write(json.dumps(measures, allow_nan=False) + "\n")
@@ -299,8 +299,16 @@ def metrics(
         yield log
 
 
+Track = Callable[[dict[str, Any]], None]  # of an epoch's measures
+
+
+def needs_account(config: TrainConfig) -> bool:
+    """Whether the tracker may ask for an account, so that it starts before any work, and writes elsewhere than the run."""
+    return config.report_to in ("wandb", "trackio")
+
+
 @contextlib.contextmanager
-def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Track]:
     """accelerate's tracker, as a function of an epoch's measures.
 
     Raises:
@@ -309,12 +317,13 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
     if config.report_to == "none":
         yield lambda measures: None
         return
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
     arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
     failed = f"report_to: {config.report_to} failed; mend it, or choose another tracker or none"
     with reading(failed, InputError):
+        PartialState()  # the trackers' own logging asks for it
         kept = getattr(tracking, name)("texforce", **arguments)
         kept.start()
 
