@@ -298,7 +298,7 @@ def evaluate(config: EvalConfig, progress: Progress = lambda stage, done, total:
 
 
 def check(evaluation: Evaluation) -> dict[str, Any]:
-    """Find bad input before anything is drawn; returns which weights each reward takes.
+    """Find bad input before anything is drawn; returns what each reward measures by: its weights, and how it is fed.
 
     Raises:
         NotFoundError, InputError: a reward, adapter, model or folder cannot be used.
@@ -317,7 +317,8 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     files.check_writable(evaluation.folder)
     checkpoints = _checkpoints(config)
     models.find_model(config.model)
-    return {spec: rewards.locate(spec, checkpoints) for spec in config.measures}
+    exact = {"preprocessing": "exact"} if config.exact_preprocessing else {}
+    return {spec: rewards.locate(spec, checkpoints) | exact for spec in config.measures}
 
 
 # --- drawing ---
@@ -409,7 +410,10 @@ def _checkpoints(config: EvalConfig) -> dict[str, str | Path]:
 
 
 def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:
-    return rewards.load_reward(spec, default_device(), _checkpoints(config), timeout=config.reward_timeout)
+    reward = rewards.load_reward(spec, default_device(), _checkpoints(config), timeout=config.reward_timeout)
+    if config.exact_preprocessing:
+        reward.preprocess_exactly()
+    return reward
 
 
 def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) -> Tensor:

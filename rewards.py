@@ -350,6 +350,12 @@ class Mixture:
                 raise RewardError(f"reward: {name} says with_gradients = True, but its scores carry no gradients")
         return scores
 
+    def preprocess_exactly(self) -> None:
+        """Let the networks preprocess images as their own code does it, on 8 bits; gradients end there."""
+        for part in self.parts.values():
+            if isinstance(part, scorers.NetworkScorer):
+                part.exact = True
+
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:
         """Features (N, D) of length 1 of images (N, 3, H, W), by the first part that has features."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, files, measures, models, rewards, train
+from texforce import cli, evaluate, files, measures, models, rewards, scorers, train
 from texforce.config import (
     EvalOptions,
     SampleOptions,
@@ -332,6 +332,23 @@ def test_results_of_a_sweep_can_be_computed_anew_too(options, tmp_path):
     for point in results["strengths"]["tuned"]["curve"]:
         scores = np.array(point["scores"]["alignment"], dtype=float)
         assert point["measures"]["alignment"]["mean"] == pytest.approx(scores[halves].mean())
+
+
+def test_exact_preprocessing_is_asked_for_said_in_the_results_and_scored_apart(finished, options, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "eval")
+    before, seen = results_of(finished), []
+    pad = scorers.pad_to_square_exactly
+    monkeypatch.setattr(scorers, "pad_to_square_exactly", lambda *given: seen.append(len(given[0])) or pad(*given))
+    given = options | {"reward": ["hps,jpeg"], "num_images": 2}
+    run_eval(given, tmp_path / "eval")
+    assert seen == []
+    run_eval(given | {"exact_preprocessing": True}, tmp_path / "eval")
+    results = results_of(tmp_path / "eval")
+    assert sum(seen) == 2 * 2 * 2 * len(PROMPTS)  # scores and features, two systems, two images
+    assert {source["preprocessing"] for source in results["rewards"].values()} == {"exact"}
+    assert results["rewards"]["hps"] == before["rewards"]["hps"] | {"preprocessing": "exact"}
+    means = [found["systems"]["base"]["measures"]["hps"]["mean"] for found in (before, results)]
+    assert 0 < abs(means[0] - means[1]) < 0.01
 
 
 def test_two_evaluations_in_one_folder_exclude_each_other(options, tmp_path):
