@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -51,7 +52,15 @@ EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 nobody reads the output
 
 
 class PipeConsole(Console):
-    """A console whose reader may leave, as `| head` does: the command then ends without a message, as by SIGPIPE."""
+    """A console that prints texts of others, and whose reader may leave, as `| head` does.
+
+    Whatever a text holds, it cannot drive the terminal; only the console's own control codes do. When the reader has left,
+    the command ends without a message, as by SIGPIPE.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -93,7 +102,7 @@ def exit_codes(memory_options: str = "") -> Iterator[None]:
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
-    progress.print(Text("error: ", style="bold red") + Text(printable(str(error))))
+    progress.print(Text("error: ", style="bold red") + Text(str(error)))
     raise typer.Exit(code)
 
 
@@ -103,11 +112,11 @@ def printable(text: str) -> str:
 
 
 def show(result: str) -> None:
-    output.print(Text(printable(result)), soft_wrap=True)
+    output.print(Text(result), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    progress.print(Text(printable(message)), soft_wrap=True)
+    progress.print(Text(message), soft_wrap=True)
 
 
 # --- options ---
@@ -454,9 +463,9 @@ class EpochView:
         title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
         caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
         parts = self.rows[-1].get("parts", {})
-        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(printable(caption)))
+        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(caption))
         for name in parts:
-            table.add_column(Text(printable(name)))
+            table.add_column(Text(name))
         for row in self.rows[-self.num_rows :]:
             cells = [f"{row[name]:{form}}" if name in row else "" for name, _, form in shown]
             cells += [f"{row['parts'][name]:.4f}" if "parts" in row else "" for name in parts]
@@ -499,7 +508,7 @@ class StageView:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(printable(stage), total=total)
+            self.tasks[stage] = self.bars.add_task(stage, total=total)
         self.bars.update(self.tasks[stage], completed=done)
         if done == total and self.bars.disable:
             warn(f"{stage}: done")
@@ -511,16 +520,15 @@ class StageView:
 def rows_table(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
-        table.add_row(Text(name), Text(printable(str(value))))
+        table.add_row(Text(name), Text(str(value)))
     return table
 
 
 def results_table(result: dict[str, Any]) -> Table:
-    table = Table("held-out", "base", "tuned", "change", title=f"{result['num_images']} images in {result['seconds']:.0f} s")
+    title = f"{result['num_images']} images in {result['seconds']:.0f} s"
+    table = Table("held-out", "base", "tuned", "change", title=Text(title))
     for name, value in result["heldout"].items():
-        table.add_row(
-            Text(printable(name)), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}"
-        )
+        table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
     return table
 
 
@@ -531,11 +539,9 @@ def evaluation_table(results: dict[str, Any]) -> Table:
     about = results["benchmark"]
     total = f" of {about['num_prompts']}" if results["strengths"] else ""
     title = f"{about['name']}: {results['num_prompts_measured']}{total} prompts, {results['num_images']} images each"
-    table = Table(
-        "", "mean", "change", "wins", title=Text(printable(title)), box=None, padding=(0, 1, 0, 0), header_style="underline"
-    )
+    table = Table("", "mean", "change", "wins", title=Text(title), box=None, padding=(0, 1, 0, 0), header_style="underline")
     for measure, base in results["systems"][BASE]["measures"].items():
-        table.add_row(Text(printable(measure), style="bold"))
+        table.add_row(Text(measure, style="bold"))
         table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
         for name in list(results["systems"])[1:]:
             system = results["systems"][name]
@@ -548,7 +554,7 @@ def evaluation_table(results: dict[str, Any]) -> Table:
                 change,
                 report.interval(summary["win_rate"], "%"),
             )
-            table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return table
 
 

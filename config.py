@@ -663,6 +663,11 @@ class EvalConfig(DrawConfig):
     )
     reward_checkpoint: list[str] | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
     reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
+    exact_preprocessing: bool = option(
+        "resize images for the scorers as their own code does, on 8 bits, for figures beside published ones; else as in "
+        "training, on floats (docs/rewards.md)",
+        False,
+    )
     strength: str | None = option(
         "strengths to try of every system, as 0,0.5,1: the best one on half of the prompts is measured on the other half",
         None,

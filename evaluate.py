@@ -26,7 +26,7 @@ from texforce import Policy, __version__
 
 from . import adapters, files, measures, models, report, rewards, run, scorers
 from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
-from .errors import InputError, RewardError, reading
+from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
 from .files import read_json
 from .prompt_sets import Benchmark, read_benchmark
@@ -117,11 +117,14 @@ class Evaluation:
         """Images (N, 3, H, W) of a chunk, as they lie in the folder: NaN where what was drawn is not finite.
 
         Raises:
-            ArtifactError: one is damaged.
+            ArtifactError: one is damaged, or of another size than the others.
         """
-        images = []
+        images: list[Tensor] = []
         for i, k in self.images(chunk):
-            pixels, labels = files.read_image(self.folder / self.image(system, i, k))
+            path = self.folder / self.image(system, i, k)
+            pixels, labels = files.read_image(path)
+            if images and pixels.shape != images[0].shape:
+                raise ArtifactError(f"{path}: another size than the image before it; delete both to draw them anew")
             images.append(torch.full_like(pixels, torch.nan) if BROKEN in labels else pixels)
         return torch.stack(images)
 
@@ -178,8 +181,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
                     f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
                 )
     files.write_json(path, settings | {"systems": systems})
-    for folder in (evaluation.folder, *(evaluation.folder / "images").glob("*/")):
-        files.remove_temporaries(folder)
+    files.remove_temporaries(evaluation.folder, "images/*/")
     return settings
 
 
@@ -296,7 +298,7 @@ def evaluate(config: EvalConfig, progress: Progress = lambda stage, done, total:
 
 
 def check(evaluation: Evaluation) -> dict[str, Any]:
-    """Find bad input before anything is drawn; returns which weights each reward takes.
+    """Find bad input before anything is drawn; returns what each reward measures by: its weights, and how it is fed.
 
     Raises:
         NotFoundError, InputError: a reward, adapter, model or folder cannot be used.
@@ -315,7 +317,8 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     files.check_writable(evaluation.folder)
     checkpoints = _checkpoints(config)
     models.find_model(config.model)
-    return {spec: rewards.locate(spec, checkpoints) for spec in config.measures}
+    exact = {"preprocessing": "exact"} if config.exact_preprocessing else {}
+    return {spec: rewards.locate(spec, checkpoints) | exact for spec in config.measures}
 
 
 # --- drawing ---
@@ -407,7 +410,10 @@ def _checkpoints(config: EvalConfig) -> dict[str, str | Path]:
 
 
 def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:
-    return rewards.load_reward(spec, default_device(), _checkpoints(config), timeout=config.reward_timeout)
+    reward = rewards.load_reward(spec, default_device(), _checkpoints(config), timeout=config.reward_timeout)
+    if config.exact_preprocessing:
+        reward.preprocess_exactly()
+    return reward
 
 
 def _diversity(reward: rewards.Mixture, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -476,17 +482,23 @@ def _sweep(evaluation: Evaluation, scores: Scores, validation: np.ndarray) -> di
     return sweeps
 
 
+def as_text(cell: str) -> str:
+    """A cell that spreadsheets show as it is: with an apostrophe before what they would compute."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
 def write_csv(evaluation: Evaluation, scores: Scores) -> None:
     """`results.csv`: a row for every image, with its scores."""
     text = io.StringIO()
     names = list(scores[BASE])
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["system", "prompt", "category", "seed", "image", *names])
+    table = csv.writer(text)  # its line ends are RFC 4180's; with others a lone carriage return would end a row
+    table.writerow(["system", "prompt", "category", "seed", "image", *map(as_text, names)])
     for system in evaluation.systems:
         for i, k in evaluation.images(range(len(evaluation.benchmark.prompts))):
             own = [scores[system.name][name] for name in names]
             cells = [values[i, min(k, values.shape[1] - 1)] for values in own]  # diversity has one number a prompt
-            about = [system.name, evaluation.benchmark.prompts[i], evaluation.benchmark.categories[i], evaluation.seed(i, k)]
+            texts = (system.name, evaluation.benchmark.prompts[i], evaluation.benchmark.categories[i])
+            about = [*map(as_text, texts), evaluation.seed(i, k)]
             image = evaluation.image(system, i, k).as_posix()
             table.writerow([*about, image, *("" if np.isnan(cell) else repr(float(cell)) for cell in cells)])
     files.write_text(evaluation.folder / "results.csv", text.getvalue())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
+MAX_PIXELS = 2**25  # of an image that is read; with 12 bytes a pixel it takes less than a GiB
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 
 
@@ -106,9 +107,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add an object to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content, allow_nan=False) + "\n")
+    """Add an object to a file of JSON lines, which is not a link; raises OSError if it is one."""
+    line = json.dumps(content, allow_nan=False) + "\n"
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(line)
 
 
 @contextlib.contextmanager
@@ -150,19 +153,24 @@ def take_place(temporary: Path, path: Path) -> None:
     shutil.rmtree(place)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what writings that were cut off have left in a folder."""
-    for orphan in folder.glob(f".*{TEMPORARY}"):
-        if orphan.is_dir() and not orphan.is_symlink():
-            shutil.rmtree(orphan)
-        else:
-            orphan.unlink()
+def remove_temporaries(folder: Path, *subfolders: str) -> None:
+    """Remove what writings that were cut off have left in a folder and in its subfolders by glob patterns.
+
+    A subfolder that a link leads to is another's, and stays as it is.
+    """
+    for place in (folder, *(path for pattern in subfolders for path in folder.glob(pattern))):
+        if place.resolve().is_relative_to(folder.resolve()):
+            for orphan in place.glob(f".*{TEMPORARY}"):
+                if orphan.is_dir() and not orphan.is_symlink():
+                    shutil.rmtree(orphan)
+                else:
+                    orphan.unlink()
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; it is renamed first, so that an interrupted removal leaves no valid checkpoint behind."""
-    doomed = folder.with_name(f".{folder.name}.old{TEMPORARY}")
-    folder.rename(doomed)
+    """Remove a folder; it is moved aside first, so that an interrupted removal leaves no valid checkpoint behind."""
+    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
+    folder.rename(doomed / folder.name)
     shutil.rmtree(doomed)
 
 
@@ -236,7 +244,7 @@ def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:
     import torch
 
     image = open_image(path)
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
     return pixels, dict(getattr(image, "text", {}))  # only PNG has it
 
 
@@ -244,7 +252,7 @@ def open_image(path: Path) -> Image:
     """PIL's image of a file, read whole.
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: it is damaged, or larger than anything that is drawn here.
     """
     from PIL import Image
 
@@ -252,6 +260,8 @@ def open_image(path: Path) -> Image:
         reading(f"{path}: not an image that can be read; delete it and run the command again to draw it anew"),
         Image.open(path) as image,
     ):
+        if image.width * image.height > MAX_PIXELS:  # by the header: decoding it could take all memory
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         image.load()
         return image
 
@@ -303,8 +313,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = (folder / HOLDER).read_text() if (folder / HOLDER).is_file() else "another process"
-        raise InputError(f"output_dir: {str(folder)!r} is in use by {holder}") from None
+        raise InputError(f"output_dir: {str(folder)!r} is in use by {_holder(folder)}") from None
     try:
         write_text(folder / HOLDER, f"process {os.getpid()} on {platform.node()}")
         check()
@@ -312,3 +321,11 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """The process that says it works in a folder."""
+    path = folder / HOLDER
+    if path.is_symlink() or not path.is_file():
+        return "another process"
+    return path.read_text(errors="replace")[:200]

@@ -18,7 +18,9 @@ from . import adapters, files, ldm, models
 from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in
 from .config import SETTINGS, MergeConfig
 from .errors import InputError
+from .files import read_json
 
+WRITTEN = "texforce-merge.json"  # the files of an output with their SHA-256; what it does not name is somebody else's
 LORA_FORMATS = ("peft", "diffusers", "kohya")
 FULL_FORMATS = ("pipeline", "checkpoint")
 
@@ -64,6 +66,8 @@ def merge(config: MergeConfig) -> Path:
         (folder / "README.md").write_text(model_card(config, adapter))
         baked = ("model", "null_prompt") if config.format in FULL_FORMATS else ()
         files.write_json(folder / SETTINGS, {name: value for name, value in config.settings.items() if name not in baked})
+        files.write_json(folder / WRITTEN, files.describe_files(folder)["sha256"])
+        check_output(config)  # again: a merge takes time, in which others can write
     return output
 
 
@@ -94,15 +98,32 @@ def check_output(config: MergeConfig) -> None:
             raise InputError(f"output: {config.output!r} and the input {str(path)!r} must not lie in each other")
     if output.exists() and not config.overwrite:
         raise InputError(f"output: {config.output!r} exists; choose another, or give --overwrite")
-    if output.exists() and not _is_ours(output):
-        raise InputError(f"output: {config.output!r} was not written by texforce merge; it is not overwritten")
+    check_replaceable(Path(config.output))
     files.check_writable(output.parent)
 
 
-def _is_ours(output: Path) -> bool:
-    """Whether a folder is empty, or was written by `merge`."""
-    card = output / "README.md"
-    return output.is_dir() and (not any(output.iterdir()) or (card.is_file() and CARD in card.read_text(errors="replace")))
+def check_replaceable(output: Path) -> None:
+    """Check that an output is not there, or is an empty folder, or holds what `merge` wrote and nothing else.
+
+    Raises:
+        InputError: there is something else, which is not to be removed; names it.
+    """
+    if output.is_symlink():
+        raise InputError(f"output: {str(output)!r} is a link, which is not replaced; name the folder itself, or another")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / WRITTEN).is_file():
+        raise InputError(f"output: {str(output)!r} was not written by texforce merge; it is not overwritten")
+    written = read_json(output / WRITTEN)
+    folders = {parent.as_posix() for name in written for parent in Path(name).parents}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        is_named = name in folders if path.is_dir() else path.is_file() and name in {*written, WRITTEN}
+        if path.is_symlink() or not is_named or (name in written and written[name] != files.sha256(path)):
+            raise InputError(
+                f"output: {str(path)!r} was not written by texforce merge, or has changed since; it is not overwritten, "
+                "so choose another output or move it away"
+            )
 
 
 def load_pipeline(name: str) -> Any:
@@ -124,9 +145,6 @@ def load_pipeline(name: str) -> Any:
 # --- the folder ---
 
 
-CARD = "Merged by texforce"
-
-
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
     """The README.md of a merge: its inputs and their weights."""
     rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
@@ -136,7 +154,7 @@ def model_card(config: MergeConfig, adapter: Adapter) -> str:
         [
             "---", "library_name: diffusers", "tags: [texforce, text-to-image, lora]", "---",
             f"# {Path(config.output).name}", "",
-            f"{CARD} {__version__} into the format `{config.format}`, for the model `{config.model}`. "
+            f"Merged by texforce {__version__} into the format `{config.format}`, for the model `{config.model}`. "
             "Changes are summed, each times its weight.",
             "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "",
         ]

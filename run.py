@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
@@ -72,11 +73,9 @@ def check_room(folder: Path, config: TrainConfig) -> None:
     Raises:
         OSError: there is not.
     """
-    probe = folder / ".room.tmp"
-    try:
-        probe.write_bytes(bytes(checkpoint_size(config)))
-    finally:
-        probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:  # without a name that a link could have
+        probe.write(bytes(checkpoint_size(config)))
+        probe.flush()
 
 
 def checkpoint_size(config: TrainConfig) -> int:
@@ -283,15 +282,15 @@ def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping
 
 @contextlib.contextmanager
 def metrics(
-    config: TrainConfig, output_dir: Path, epochs: Sequence[Mapping[str, Any]]
+    output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker that --report-to names.
+    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker.
 
     The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
     """
     path = output_dir / "metrics.jsonl"
     files.write_text(path, "".join(json.dumps(measures, allow_nan=False) + "\n" for measures in epochs))
-    with path.open("a") as file, tracker(config, output_dir) as track:
+    with path.open("a") as file:
 
         def log(measures: dict[str, Any]) -> None:
             file.write(json.dumps(measures, allow_nan=False) + "\n")
@@ -301,8 +300,16 @@ def metrics(
         yield log
 
 
+Track = Callable[[dict[str, Any]], None]  # of an epoch's measures
+
+
+def needs_account(config: TrainConfig) -> bool:
+    """Whether the tracker may ask for an account, so that it starts before any work, and writes elsewhere than the run."""
+    return config.report_to in ("wandb", "trackio")
+
+
 @contextlib.contextmanager
-def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Track]:
     """accelerate's tracker, as a function of an epoch's measures.
 
     Raises:
@@ -311,12 +318,13 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Callable[[dict[st
     if config.report_to == "none":
         yield lambda measures: None
         return
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
     arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
     failed = f"report_to: {config.report_to} failed; mend it, or choose another tracker or none"
     with reading(failed, InputError):
+        PartialState()  # the trackers' own logging asks for it
         kept = getattr(tracking, name)("texforce", **arguments)
         kept.start()
 
@@ -411,7 +419,8 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
             canvas.paste(Image.fromarray(pixels).resize((cell, cell), method), (x, top + label))
             if i % per_side == 0:
                 draw.text((x, 2), name, fill="grey", font=font)
-    canvas.save(path)
+    with files.replacing(path) as temporary:
+        canvas.save(temporary, "png")
 
 
 def _shorten(text: str, font: Any, width: int) -> str:
@@ -445,4 +454,5 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
         )  # fmt: skip
         right.legend(loc="lower right")
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -6,6 +6,7 @@ bottom: the protocol, preprocessing, networks, file size, detectors of text, fac
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,10 +39,11 @@ class Scorer(Protocol):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def score(scorer: Scorer, images: Tensor, prompts: Sequence[str], name: str = "the scorer") -> Tensor:
     """Call a scorer and hold it to the protocol; scores (N,) float32 on the CPU, non-finite ones passed on.
 
-    The score of an image that is not finite is NaN; the scorer is not called if no image is finite.
+    `name` is what messages call it. The score of an image that is not finite is NaN; the scorer is not called if no image is
+    finite.
 
     Raises:
         RewardError: the scorer raised, or returned something other than one number an image.
@@ -49,6 +52,16 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     finite = are_finite(images)
     if not finite.any():
         return torch.full((len(images),), torch.nan)
+    scores = call(scorer, images, prompts, name)
+    return scores.detach().float().cpu().where(finite, torch.nan)  # nothing can be said of a broken image
+
+
+def call(scorer: Scorer, images: Tensor, prompts: Sequence[str], name: str) -> Tensor:
+    """The scores (N,) that a scorer returns; a list or an array of numbers becomes a tensor.
+
+    Raises:
+        RewardError: the scorer raised, or returned something other than one real number an image.
+    """
     try:
         scores = scorer(images, prompts)
     except (RewardError, InputError):
@@ -56,13 +69,16 @@ def score(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise RewardError(f"reward: the scorer raised {describe(error)}") from error
+        raise RewardError(f"reward: {name} raised {describe(error)}") from error
+    if isinstance(scores, list | tuple | np.ndarray):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):  # no numbers, which the message says
+            scores = torch.as_tensor(list(scores))
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-        seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward: the scorer must return a tensor of shape ({len(images)},) but returned {seen}")
+        seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"{type(scores).__name__}"
+        raise RewardError(f"reward: {name} must return a tensor or list of shape ({len(images)},) but returned {seen}")
     if scores.is_complex():
-        raise RewardError(f"reward: the scorer must return real numbers but returned {scores.dtype}")
-    return scores.detach().float().cpu().where(finite, torch.nan)  # nothing can be said of a broken image
+        raise RewardError(f"reward: {name} must return real numbers but returned {scores.dtype}")
+    return scores
 
 
 def are_finite(images: Tensor) -> Tensor:
@@ -100,6 +116,35 @@ def crop_to_square(images: Tensor, size: int, offset: Callable[[float], int] = r
     return images[..., top : top + size, left : left + size]
 
 
+def pad_to_square_exactly(images: Tensor, size: int) -> Tensor:
+    """`pad_to_square` as HPSv2's own code does it: of 8-bit images, by torchvision, and what the filter overshoots stays."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as tv
+
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    shape = [max(1, round(height * scale)), max(1, round(width * scale))]
+    down, across = size - shape[0], size - shape[1]
+    pixels = to_bytes(images).permute(0, 3, 1, 2).float().div(255)
+    resized = tv.resize(pixels, shape, InterpolationMode.BICUBIC, antialias=True)
+    return tv.pad(resized, [across // 2, down // 2, across - across // 2, down - down // 2])
+
+
+def crop_to_square_exactly(images: Tensor, size: int, offset: Callable[[float], int] = round) -> Tensor:
+    """`crop_to_square` of 8-bit images by PIL, which rounds to 8 bits again, as the scorers' own code does it."""
+    from PIL import Image
+
+    height, width = images.shape[-2:]
+    shortest = min(height, width)
+    shape = (size * height // shortest, size * width // shortest)
+    top, left = offset((shape[0] - size) / 2), offset((shape[1] - size) / 2)
+    rows = [
+        np.array(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC))[top : top + size, left : left + size]
+        for pixels in to_bytes(images).numpy()
+    ]
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float().div(255)
+
+
 def normalise(images: Tensor) -> Tensor:
     """Subtract CLIP's mean and divide by its deviation, a channel each."""
     mean, std = images.new_tensor(CLIP_MEAN), images.new_tensor(CLIP_STD)
@@ -121,7 +166,25 @@ class FrozenNetwork:
 
 
 class NetworkScorer(FrozenNetwork):
-    """A scorer that is a network; only `with_gradients` carries gradients to the images."""
+    """A scorer that is a network; only `with_gradients` carries gradients to the images.
+
+    With `exact`, images are preprocessed as the scorer's own code does it, on 8 bits and without gradients.
+    """
+
+    exact = False
+
+    def pad(self, images: Tensor, size: int) -> Tensor:
+        """Images (N, 3, size, size) on the device, for HPSv2."""
+        resized = pad_to_square_exactly(images, size) if self.exact else pad_to_square(images.to(self.device).float(), size)
+        return normalise(resized.to(self.device)).to(self.dtype)
+
+    def crop(self, images: Tensor, size: int, offset: Callable[[float], int] = round) -> Tensor:
+        """Images (N, 3, size, size) on the device, for the others."""
+        if self.exact:
+            resized = crop_to_square_exactly(images, size, offset)
+        else:
+            resized = crop_to_square(images.to(self.device).float(), size, offset)
+        return normalise(resized.to(self.device)).to(self.dtype)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -156,8 +219,7 @@ class HPS(NetworkScorer):
             )
         size = self.model.visual.image_size
         size = size[0] if isinstance(size, tuple) else size
-        pixels = normalise(pad_to_square(images.to(self.device).float(), size)).to(self.dtype)
-        return F.normalize(self.model.encode_image(pixels).float(), dim=1)
+        return F.normalize(self.model.encode_image(self.pad(images, size)).float(), dim=1)
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image_features = self.image_features(images)
@@ -208,12 +270,13 @@ class CLIP(NetworkScorer):
         self.model: Any = self.freeze(load_pretrained(CLIPModel, folder))
         self.tokenize = clip_tokenizer(folder, self.model.config.text_config)
 
-    def crop(self, images: Tensor) -> Tensor:
-        return crop_to_square(images, self.model.config.vision_config.image_size)
+    def offset(self, half: float) -> int:
+        """Where the middle square begins, if half of what is over is `half`."""
+        return round(half)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features (N, D) of length 1 of images (N, 3, H, W)."""
-        pixels = normalise(self.crop(images.to(self.device).float())).to(self.dtype)
+        pixels = self.crop(images, self.model.config.vision_config.image_size, self.offset)
         return F.normalize(self.model.get_image_features(pixels).pooler_output.float(), dim=1)
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -253,8 +316,8 @@ def clip_tokenizer(folder: Path, config: Any) -> Callable[[list[str]], Tensor]:
 class PickScore(CLIP):
     """PickScore (arXiv:2305.01569): the cosine times the model's own scale of about 100, mostly 18 to 23."""
 
-    def crop(self, images: Tensor) -> Tensor:
-        return crop_to_square(images, self.model.config.vision_config.image_size, math.floor)
+    def offset(self, half: float) -> int:
+        return math.floor(half)
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.model.logit_scale.float().exp() * self.cosine(images, prompts)
@@ -287,6 +350,7 @@ class Aesthetic(NetworkScorer):
 
     def image_features(self, images: Tensor) -> Tensor:
         """CLIP's (N, D), of length 1."""
+        self.clip.exact = self.exact
         return self.clip.image_features(images)
 
 
@@ -313,7 +377,7 @@ class ImageReward(NetworkScorer):
         self.vision, self.text, self.head = self.freeze(vision), self.freeze(text), self.freeze(head).float()
 
     def with_gradients(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = normalise(crop_to_square(images.to(self.device).float(), self.IMAGE_SIZE)).to(self.dtype)
+        pixels = self.crop(images, self.IMAGE_SIZE)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.MAX_TOKENS, truncation=True, return_tensors="pt"
         ).to(self.device)

@@ -171,7 +171,7 @@ def train(
             current.epochs.append({"epoch": 0, "heldout": heldout.base} | spent)
         if force:  # perhaps with other held-out prompts than those that it began with
             current.epochs[0] = current.epochs[0] | {"heldout": heldout.base}
-        log = stack.enter_context(run.metrics(config, output_dir, current.epochs)) if processes.is_first() else report
+        log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
         _Training(current, setup, config, heldout, prompts).train(log, report, warn)
         return _finish(current, config)
 
@@ -191,15 +191,16 @@ def check_shares(config: TrainConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Opening:
-    """The opening of an output folder, for a run that begins or goes on."""
+    """The opening of an output folder and of the tracker, for a run that begins or goes on."""
 
     config: TrainConfig
     prompts: Sequence[str]
     warn: Callable[[str], None]
     resume: bool
     force: bool
+    track: run.Track | None = None
 
     def open(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any] | None, Snapshot | None]:
         """Lock the folder for as long as a stack is open; the result of a finished run, or where to go on from."""
@@ -217,12 +218,21 @@ class _Opening:
                 self.warn(f"the run in {config.output_dir} is finished; nothing is left to do")
                 return read_json(output_dir / run.RESULT), None
         run.check_room(output_dir, config)
+        if run.needs_account(config):
+            self.track = stack.enter_context(run.tracker(config, output_dir))
         return None, snapshot
+
+    def metrics(
+        self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]
+    ) -> contextlib.AbstractContextManager[Report]:
+        """What takes the measures of each epoch: a file, and the tracker that --report-to names."""
+        output_dir = Path(self.config.output_dir)
+        track = self.track or stack.enter_context(run.tracker(self.config, output_dir))
+        return run.metrics(output_dir, epochs, track)
 
     def _newest(self, output_dir: Path) -> Snapshot | None:
         """The newest valid checkpoint of a run; warns of each that is broken, and if there is none."""
-        for folder in (output_dir, *output_dir.glob("*/")):  # adapters of other parts lie in folders of their own
-            files.remove_temporaries(folder)
+        files.remove_temporaries(output_dir, "*/")  # adapters of other parts lie in folders of their own
         checkpoint = run.newest_checkpoint(
             output_dir / run.CHECKPOINTS, lambda path: self.warn(f"{path} is damaged or incomplete, and is passed over")
         )
@@ -491,7 +501,7 @@ def score_share(
     scored = {}
     for start, batch in images.items():
         chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
-        scores = {name: scorers.score(scorer, batch.to(device), chunk) for name, scorer in measured_by.items()}
+        scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
         scored[start] = Scored(finite, scores)
     return scored
 

@@ -1,8 +1,10 @@
 """Speed of the scorers, and how far a batch's scores are from those of single images: `python benchmarks/scoring.py`.
 
 The networks have their published architectures and random weights, so nothing is downloaded. On CUDA they compute in half
-precision, and how far that is from float32 is measured too. `face` is left out, as pyiqa fetches its own weights, and so is
-what judges the sentences of the tiny world only. The JSON file is written after each scorer.
+precision, and how far that is from float32 is measured too. So is how far the preprocessing of training, on floats, is from
+that of the scorers' own code, on 8 bits: in levels of 255, and in scores. `face` is left out, as pyiqa fetches its own
+weights, and so is what judges the sentences of the tiny world only. The JSON file is written after each scorer, and the
+table shows what was measured even if a later scorer fails.
 """
 
 import argparse
@@ -128,6 +130,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     batch, scores = timed(lambda: scorer(images, prompts), options.device)
     result = {"images_per_s_1": 1 / single, f"images_per_s_{options.batch_size}": options.batch_size / batch}
     result |= {"batch_deviation": (scores[:4] - each).abs().max().item(), "deviation_over_images": scores.std().item()}
+    if isinstance(scorer, scorers.NetworkScorer):
+        for kind, given in (("smooth", images), ("noise", torch.rand_like(images))):
+            given = (given * 255).round() / 255  # as they lie in an evaluation's folder
+            scorer.exact = False
+            floats = scorer(given, prompts)
+            scorer.exact = True
+            result[f"exact_deviation_{kind}"] = (scorer(given, prompts) - floats).abs().max().item()
     if options.device != "cpu" and isinstance(scorer, scorers.NetworkScorer):
         with tempfile.TemporaryDirectory() as folder:
             exact = load(name, "cpu", Path(folder))(images[:4].cpu(), prompts[:4])
@@ -135,9 +144,27 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     return result
 
 
+def pixel_deviations(resolution: int, size: int = 224) -> dict[str, dict[str, float]]:
+    """How far the two kinds of preprocessing are from each other, in levels of 255, over images of both kinds."""
+    noise = torch.randint(256, (8, 3, resolution, resolution), generator=torch.Generator().manual_seed(0)) / 255
+    coarse = F.interpolate(noise[..., :8, :8], (resolution,) * 2, mode="bicubic").clamp(0, 1)
+    smooth = (coarse * 255).round() / 255
+    pairs = {
+        "crop": (scorers.crop_to_square, scorers.crop_to_square_exactly),
+        "pad": (scorers.pad_to_square, scorers.pad_to_square_exactly),
+    }
+    deviations = {}
+    for name, (on_floats, exactly) in pairs.items():
+        for kind, images in (("smooth", smooth), ("noise", noise)):
+            levels = 255 * (on_floats(images, size) - exactly(images, size)).abs()
+            deviations[f"{name}, {kind}"] = {"mean": levels.mean().item(), "largest": levels.max().item()}
+    return deviations
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
+    usable = [name for name in NAMES if not rewards.missing_packages(name)]
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=usable)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -145,14 +172,25 @@ def main() -> None:
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU x{torch.get_num_threads()}"
     results: dict[str, Any] = {"machine": where, "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
-    results |= {"resolution": options.resolution, "scorers": {}}
-    for name in options.names:
-        results["scorers"][name] = measure(name, options)
-        print(name, {key: float(f"{value:.3g}") for key, value in results["scorers"][name].items()}, flush=True)
-        if options.json:
-            files.write_json(options.json, results)
+    results |= {"resolution": options.resolution, "levels": pixel_deviations(options.resolution), "scorers": {}}
+    print(
+        "levels of 255",
+        {name: {k: float(f"{v:.3g}") for k, v in found.items()} for name, found in results["levels"].items()},
+    )
+    try:
+        for name in options.names:
+            results["scorers"][name] = measure(name, options)
+            print(name, {key: float(f"{value:.3g}") for key, value in results["scorers"][name].items()}, flush=True)
+            if options.json:
+                files.write_json(options.json, results)
+    finally:
+        show(where, results)
+
+
+def show(where: str, results: dict[str, Any]) -> None:
+    """Print the table of what was measured."""
     columns = list(dict.fromkeys(key for result in results["scorers"].values() for key in result))
-    table = Table("scorer", *columns, title=f"{where}, images of {options.resolution} pixels")
+    table = Table("scorer", *columns, title=f"{where}, images of {results['resolution']} pixels")
     for name, result in results["scorers"].items():
         table.add_row(name, *(f"{result[key]:.3g}" if key in result else "" for key in columns))
     Console().print(table)

@@ -1,9 +1,11 @@
-"""Objects whose pickles run code when they are loaded, and a record of what is run."""
+"""Objects whose pickles run code when they are loaded, a record of what is run, and PNGs that are large inside."""
 
 import contextlib
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,3 +57,15 @@ def recorded() -> Iterator[list[str]]:
         yield EVENTS
     finally:
         RECORDING[0] = False
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def blank_png(*sizes: tuple[int, int], rows: int | None = None) -> bytes:
+    """A black PNG of two colours, with a header for each size, and so many rows of the last one."""
+    width, height = sizes[-1]
+    headers = [png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)) for size in sizes]
+    pixels = zlib.compress(bytes((width + 7) // 8 + 1) * (height if rows is None else rows), 9)
+    return b"".join((b"\x89PNG\r\n\x1a\n", *headers, png_chunk(b"IDAT", pixels), png_chunk(b"IEND", b"")))

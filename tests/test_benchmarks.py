@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from texforce.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
@@ -69,20 +72,43 @@ def test_no_benchmark_puts_a_denoiser_together_itself():
     assert not [name for name in SCRIPTS if "Denoiser(" in (BENCHMARKS / f"{name}.py").read_text()]
 
 
-def test_what_is_measured_of_a_scorer_is_written_before_the_next_one_fails(scripts, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [
+    InputError("prompts: 'red' is none of the world's"), RuntimeError("no tesseract"), KeyboardInterrupt("stop"),
+], ids=["a prompt it cannot judge", "also a bug", "also an interruption"])  # fmt: skip
+def test_what_is_measured_of_a_scorer_is_written_and_shown_before_the_next_one_fails(
+    scripts, monkeypatch, tmp_path, capsys, error
+):
     scoring = scripts("scoring")
 
     def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         if name == "ocr":
-            raise RuntimeError("no tesseract")
+            raise error
         return {"images_per_s_1": 2.0}
 
     monkeypatch.setattr(scoring, "measure", measure)
+    monkeypatch.setattr(scoring, "pixel_deviations", lambda resolution: {})
     options = ["--names", "jpeg", "ocr", "--device", "cpu", "--json", str(tmp_path / "scoring.json")]
     monkeypatch.setattr(sys, "argv", ["scoring.py", *options])
-    with pytest.raises(RuntimeError, match="no tesseract"):
+    with pytest.raises(type(error)):
         scoring.main()
     assert json.loads((tmp_path / "scoring.json").read_text())["scorers"] == {"jpeg": {"images_per_s_1": 2.0}}
+    assert re.search(r"jpeg\W+2\b", capsys.readouterr().out.partition("scorer")[2])  # the table
+
+
+def test_scorers_whose_packages_are_missing_are_left_out_unless_they_are_named(scripts, monkeypatch):
+    scoring, measured = scripts("scoring"), []
+    monkeypatch.setattr(scoring.rewards, "missing_packages", lambda name: ["rapidocr"] if name == "ocr" else [])
+    monkeypatch.setattr(scoring, "measure", lambda name, options: measured.append(name) or {})
+    monkeypatch.setattr(scoring, "pixel_deviations", lambda resolution: {})
+    monkeypatch.setattr(sys, "argv", ["scoring.py", "--device", "cpu"])
+    scoring.main()
+    assert measured == [name for name in scoring.NAMES if name != "ocr"]
+
+
+def test_the_preprocessing_of_training_is_near_the_scorers_own_in_levels_of_255(scripts):
+    levels = scripts("scoring").pixel_deviations(64, size=32)
+    assert set(levels) == {"crop, smooth", "crop, noise", "pad, smooth", "pad, noise"}
+    assert 0 < levels["crop, smooth"]["mean"] < levels["crop, smooth"]["largest"] < 2  # of the rounding to 8 bits
 
 
 def test_scorers_that_judge_only_the_tiny_world_are_not_timed(scripts):

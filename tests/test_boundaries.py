@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from texforce import adapters, evaluate, files, merge, models, prompt_sets, rewards, sampler, scorers
+from texforce import adapters, evaluate, files, merge, models, prompt_sets, report, rewards, sampler, scorers
 from texforce.adapters import lora_tensors
 from texforce.config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
 
-from .hostile import hostile_objects
+from .hostile import blank_png, hostile_objects
 from .small_models import random_layers
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -348,6 +348,40 @@ def test_a_damaged_image_of_an_evaluation_is_refused_by_name(tmp_path, kind):
     files.write_image(path, torch.rand(3, 16, 16), {"prompt": "a red circle"})
     damage(path, kind, tmp_path)
     check_refused(lambda: files.read_image(path), path, ArtifactError, tmp_path)
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [
+    ([(60_000, 60_000)], 1), ([(8192, 4097)], 1), ([(16, 16), (8192, 8192)], None),
+], ids=["60,000 x 60,000", "also a little too large", "also with two headers"])  # fmt: skip
+def test_an_image_larger_than_any_that_is_drawn_is_refused_before_it_is_decoded(tmp_path, monkeypatch, sizes, rows):
+    from PIL import PngImagePlugin
+
+    path = tmp_path / "00000_0.png"
+    path.write_bytes(blank_png(*sizes, rows=rows))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("it was decoded"))
+    for read in (files.read_image, report.thumbnail):
+        check_refused(lambda read=read: read(path), path, ArtifactError, tmp_path)
+
+
+@pytest.mark.parametrize("size", [(4, 8), (8, 4), (16, 16)], ids=["also upright", "also lying", "another size"])
+def test_images_of_a_prompt_that_differ_in_size_are_refused_by_name(tmp_path, size):
+    config = SimpleNamespace(num_images=2, output_dir=str(tmp_path), batch_size=2)
+    evaluation = evaluate.Evaluation(config, SimpleNamespace(prompts=["a"]), [System("base")])
+    (tmp_path / "images" / "base").mkdir(parents=True)
+    paths = [tmp_path / evaluation.image(System("base"), 0, k) for k in range(2)]
+    for path, shape in zip(paths, ((8, 8), size), strict=True):
+        path.write_bytes(blank_png(shape))
+    check_refused(lambda: evaluation.read_images(System("base"), range(1)), paths[1], ArtifactError, tmp_path)
+
+
+@pytest.mark.parametrize("line", [
+    '{"system": 1}', "[]", "[" * 100_000, '{"a":' * 100_000, '{"system": [1], "measure": "a", "start": 0, "scores": []}',
+    "7", '{"system": "base", "measure": {}, "start": 0, "scores": []}',
+], ids=["no measure", "a list", "deep lists", "also objects", "also a name", "also a number", "also an object"])  # fmt: skip
+def test_a_line_of_scores_that_is_none_is_bad_input_that_is_named(tmp_path, line):
+    path = tmp_path / evaluate.SCORES
+    path.write_text(line + "\n")
+    check_refused(lambda: evaluate.ScoreFile(path), path, InputError, tmp_path)
 
 
 @pytest.fixture

@@ -654,6 +654,69 @@ def test_what_a_user_named_cannot_drive_the_terminal(monkeypatch):
     assert "\x1b" not in sys.stdout.getvalue() + sys.stderr.getvalue()
 
 
+HOSTILE = "\x1b[2J\x1b]0;title\x07[/b]\x9b31m\u202etxt"
+HOSTILE_SIGNS = {"\x07", "\x9b", "\u202e"}
+
+
+def results_of_systems(measure: str, name: str) -> dict[str, Any]:
+    """The results of an evaluation, with names of somebody else."""
+    numbers = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    summary = numbers | {"paired": numbers, "win_rate": numbers, "num_images_dropped": 0}
+    systems = {system: {"strength": 1, "measures": {measure: summary}} for system in ("base", name)}
+    about = {"name": name, "num_prompts": 1}
+    return {"benchmark": about, "strengths": {}, "num_prompts_measured": 1, "num_images": 1, "systems": systems}
+
+
+def show_stages(name: str) -> None:
+    with cli.StageView() as view:
+        view(name, 1, 1)
+
+
+def show_epochs(name: str) -> None:
+    with cli.EpochView(resolve(TrainOptions(model="tiny", num_epochs=1))) as view:
+        measures = {"epoch": 0, "seconds": 0.0, "parts": {name: 1.0}, "heldout": {name: 1.0}}
+        view(measures | {"dropped": [{"prompt": name, "seed": 0}]})
+
+
+VIEWS: dict[str, Callable[[str], object]] = {
+    "a result": lambda text: cli.show(text),
+    "also a warning": lambda text: cli.warn(text),
+    "also a plan": lambda text: cli.output.print(cli.rows_table("plan", {text: text})),
+    "also results": lambda text: cli.output.print(
+        cli.results_table({"num_images": text, "seconds": 1.0, "heldout": {text: {"base": 0.0, "tuned": 1.0}}})
+    ),
+    "also an evaluation": lambda text: cli.output.print(cli.evaluation_table(results_of_systems(text, text))),
+    "also stages": show_stages,
+    "also epochs": show_epochs,
+}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("case", VIEWS)
+def test_no_view_lets_a_text_drive_the_terminal(monkeypatch, case, terminal):
+    shown = io.StringIO()
+    for name in ("output", "progress"):
+        monkeypatch.setattr(cli, name, cli.PipeConsole(file=shown, width=1000, force_terminal=terminal))
+    VIEWS[case](HOSTILE)
+    assert "title" in shown.getvalue()
+    assert not set(shown.getvalue()) & HOSTILE_SIGNS
+    assert "\x1b[2J" not in shown.getvalue()
+    assert "\x1b]" not in shown.getvalue()
+
+
+@pytest.mark.parametrize("command", [
+    "sample --prompt a --adapter", "merge --adapter", "eval --adapter", "train --dry-run --config", "train --resume",
+    "train --dry-run --reward",
+], ids=lambda command: command.split(" --")[0])  # fmt: skip
+def test_a_model_that_a_foreign_folder_names_cannot_drive_the_terminal(tmp_path, command):
+    (tmp_path / "config.json").write_text(json.dumps({"model": HOSTILE, "num_inference_steps": 2, HOSTILE: 1}))
+    argument = tmp_path / "config.json" if "--config" in command else HOSTILE if "--reward" in command else tmp_path
+    result = run(*command.split(), argument)
+    assert result.exit_code in (2, 3), result.output
+    assert "title" in result.output
+    assert not set(result.output) & (HOSTILE_SIGNS | {"\x1b"})
+
+
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
     original, epochs = train.train_epoch, []
 

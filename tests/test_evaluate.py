@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, files, measures, models, rewards, train
+from texforce import cli, evaluate, files, measures, models, rewards, scorers, train
 from texforce.config import (
     EvalOptions,
     SampleOptions,
@@ -333,6 +334,23 @@ def test_results_of_a_sweep_can_be_computed_anew_too(options, tmp_path):
         assert point["measures"]["alignment"]["mean"] == pytest.approx(scores[halves].mean())
 
 
+def test_exact_preprocessing_is_asked_for_said_in_the_results_and_scored_apart(finished, options, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "eval")
+    before, seen = results_of(finished), []
+    pad = scorers.pad_to_square_exactly
+    monkeypatch.setattr(scorers, "pad_to_square_exactly", lambda *given: seen.append(len(given[0])) or pad(*given))
+    given = options | {"reward": ["hps,jpeg"], "num_images": 2}
+    run_eval(given, tmp_path / "eval")
+    assert seen == []
+    run_eval(given | {"exact_preprocessing": True}, tmp_path / "eval")
+    results = results_of(tmp_path / "eval")
+    assert sum(seen) == 2 * 2 * 2 * len(PROMPTS)  # scores and features, two systems, two images
+    assert {source["preprocessing"] for source in results["rewards"].values()} == {"exact"}
+    assert results["rewards"]["hps"] == before["rewards"]["hps"] | {"preprocessing": "exact"}
+    means = [found["systems"]["base"]["measures"]["hps"]["mean"] for found in (before, results)]
+    assert 0 < abs(means[0] - means[1]) < 0.01
+
+
 def test_two_evaluations_in_one_folder_exclude_each_other(options, tmp_path):
     with files.locked(tmp_path / "eval", lambda: None):
         result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
@@ -451,6 +469,23 @@ def test_a_damaged_image_is_named(finished, options, tmp_path):
     for wanted in ("hps,alignment,jpeg", "hps,alignment"):  # to be scored, and to be shown
         result = command_line(*flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
         check_failure(result, 3, "00002_1.png", "delete it")
+
+
+CELLS = ["=1+1", "+1", "-1", "@SUM(A1)", "\ttab", "\rreturn", "also a = b", "'quoted'", "a red circle"]
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_text(tmp_path):
+    config = SimpleNamespace(num_images=1, output_dir=str(tmp_path), batch_size=1, seed=0)
+    benchmark = SimpleNamespace(prompts=CELLS, categories=CELLS[::-1])
+    evaluation = evaluate.Evaluation(config, benchmark, [System("base")])
+    evaluate.write_csv(evaluation, {"base": {"@mine.py:f": -np.ones((len(CELLS), 1))}})
+    with (tmp_path / "results.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[-1] == "'@mine.py:f"
+    expected = [*(f"'{cell}" for cell in CELLS[:6]), *CELLS[6:]]
+    assert [row[1] for row in rows] == expected
+    assert [row[2] for row in rows] == expected[::-1]
+    assert {row[-1] for row in rows} == {"-1.0"}  # a number stays one
 
 
 # --- options ---

@@ -6,12 +6,13 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from texforce import files
+from texforce import files, run
 from texforce.errors import ArtifactError, InputError, NotFoundError, StorageError
 
 # --- replacing ---
@@ -209,6 +210,86 @@ def test_a_folder_is_removed(tmp_path):
     write_old(tmp_path / "place", "folder")
     files.remove_folder(tmp_path / "place")
     assert contents(tmp_path) == {}
+
+
+# --- links in folders that came from others ---
+
+
+def lock_and_release(folder: Path) -> None:
+    with files.locked(folder, nothing):
+        pass
+
+
+def remove_an_epoch(folder: Path) -> None:
+    (folder / "epoch").mkdir()
+    files.remove_folder(folder / "epoch")
+
+
+def check_room(folder: Path) -> None:
+    run.check_room(folder, SimpleNamespace(rank=1, model="tiny"))
+
+
+IMAGE, EPOCHS = torch.zeros(1, 3, 4, 4), [{"num_images": n, "reward_mean": 0.5} for n in (0, 1)]
+# What writes, and the name at which a link waits for it.
+WRITERS = {
+    "the holder of a lock": (lock_and_release, ".holder.tmp"),
+    "also the holder's own place": (lock_and_release, ".holder"),
+    "also the room for a checkpoint": (check_room, ".room.tmp"),
+    "also the removal of a checkpoint": (remove_an_epoch, ".epoch.old.tmp"),
+    "also JSON": (lambda folder: files.write_json(folder / "a.json", {"a": 1}), ".a.json.tmp"),
+    "also JSON in its own place": (lambda folder: files.write_json(folder / "a.json", {"a": 1}), "a.json"),
+    "also an image": (lambda folder: files.write_image(folder / "0.png", IMAGE[0], {}), "0.png"),
+    "also a grid": (lambda folder: run.write_grid(folder / "grid.png", ["a"], {"base": IMAGE}), "grid.png"),
+    "also a curve": (lambda folder: run.write_curve(folder / "curve.png", EPOCHS, "jpeg"), "curve.png"),
+}
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_nothing_is_written_through_a_link(tmp_path, case):
+    write, name = WRITERS[case]
+    (tmp_path / "victim").write_text("precious")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / name).symlink_to(tmp_path / "victim")
+    write(folder)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("write", [
+    lambda folder: files.append_line(folder / "place", {"a": 1}),
+    lambda folder: (folder / ".lock").symlink_to(folder / "place") or lock_and_release(folder),
+], ids=["lines that are added", "also a lock"])  # fmt: skip
+def test_what_cannot_take_a_links_place_stops_at_it(tmp_path, write):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "place").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"):
+        write(tmp_path)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_temporary_files_are_removed_in_subfolders_but_not_beyond_links(tmp_path):
+    for name in ("ours/images/base", "theirs/inner"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ".0.png.x.tmp").write_text("")
+    (tmp_path / "ours" / "images" / "link").symlink_to(tmp_path / "theirs" / "inner")
+    (tmp_path / "ours" / "link").symlink_to(tmp_path / "theirs")
+    files.remove_temporaries(tmp_path / "ours", "images/*/", "link/*/")
+    assert [path.parent.name for path in tmp_path.rglob("*.tmp")] == ["inner"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 10_000, None], ids=["also no text", "also a long text", "a link"])
+def test_whatever_a_foreign_holder_says_the_message_is_short(tmp_path, content):
+    (tmp_path / "secret").write_text("secret")
+    with files.locked(tmp_path / "out", nothing):
+        (tmp_path / "out" / files.HOLDER).unlink()
+        if content is None:
+            (tmp_path / "out" / files.HOLDER).symlink_to(tmp_path / "secret")
+        else:
+            (tmp_path / "out" / files.HOLDER).write_bytes(content)
+        with pytest.raises(InputError) as caught, files.locked(tmp_path / "out", nothing):
+            pytest.fail("two hold it")
+    assert "secret" not in str(caught.value).partition(" in use by ")[2]
+    assert len(str(caught.value)) < 600
 
 
 # --- JSON and text ---

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluate, ldm, merge, models, train
+from texforce import adapters, cli, evaluate, files, ldm, merge, models, train
 from texforce.adapters import Layer
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import InputError
@@ -388,8 +388,71 @@ def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours
     (output / "mine.txt").unlink()
     merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
     merge_into(bases("tiny"), output, one, format="kohya", overwrite=True)
-    assert {path.name for path in output.iterdir()} == {"README.md", "merged.safetensors", "texforce.json"}
+    names = {"README.md", "merged.safetensors", "texforce.json", "texforce-merge.json"}
+    assert {path.name for path in output.iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.fixture(scope="module")
+def written(bases, pairs, tmp_path_factory) -> Path:
+    """What `merge` wrote. Do not change it."""
+    return merge_into(bases("tiny"), tmp_path_factory.mktemp("written") / "merged", str(pairs("tiny")[0]), format="peft")
+
+
+def test_what_merge_wrote_is_listed_with_its_sums(written):
+    listed = json.loads((written / merge.WRITTEN).read_text())
+    there = {path.relative_to(written).as_posix(): path for path in written.rglob("*") if path.is_file()}
+    assert "unet/adapter_model.safetensors" in listed
+    assert listed == {name: files.sha256(path) for name, path in there.items() if name != merge.WRITTEN}
+
+
+FOREIGN = {
+    "a card with our words": lambda output: (output / merge.WRITTEN).unlink(),
+    "also a file of somebody else": lambda output: (output / "unet" / "notes.txt").write_text("mine"),
+    "also a hidden folder": lambda output: (output / ".git").mkdir(),
+    "also a card that was edited": lambda output: (output / "README.md").write_text("Merged by texforce, and mine"),
+    "also a link": lambda output: (
+        (output / "texforce.json").rename(output.parent / "t") and (output / "texforce.json").symlink_to(output.parent / "t")
+    ),
+    "also a list of other words": lambda output: (output / merge.WRITTEN).write_text("{}"),
+    "also a list that is none": lambda output: (output / merge.WRITTEN).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_folder_that_holds_something_else_is_not_overwritten(bases, pairs, written, tmp_path, case):
+    output, one = Path(shutil.copytree(written, tmp_path / "merged")), str(pairs("tiny")[0])
+    FOREIGN[case](output)
+    before = {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=r"not written by texforce merge|must hold a JSON object"):
+        merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
+    assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before
+
+
+def test_what_somebody_writes_while_a_merge_runs_is_not_overwritten(bases, pairs, written, tmp_path, monkeypatch):
+    output, one = Path(shutil.copytree(written, tmp_path / "merged")), str(pairs("tiny")[0])
+    write_peft = merge.WRITERS["peft"]
+    monkeypatch.setitem(
+        merge.WRITERS, "peft", lambda *given: (write_peft(*given), (output / "notes.txt").write_text("mine"))
+    )
+    with pytest.raises(InputError, match=r"notes\.txt' was not written by texforce merge"):
+        merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["a merge", "also an empty folder", "also nothing"])
+def test_a_link_as_the_output_stays_one(bases, pairs, written, tmp_path, target):
+    real, link, one = tmp_path / "real", tmp_path / "merged", str(pairs("tiny")[0])
+    if target == "a merge":
+        shutil.copytree(written, real)
+    elif target == "also an empty folder":
+        real.mkdir()
+    link.symlink_to(real)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"merged' is a link, which is not replaced"):
+        merge_into(bases("tiny"), link, one, format="peft", overwrite=True)
+    assert link.is_symlink()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_input_is_written_over(bases, pairs, tmp_path):

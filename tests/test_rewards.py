@@ -11,9 +11,11 @@ import math
 import os
 import random
 import re
+import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -34,6 +36,8 @@ from typer.testing import CliRunner
 
 from texforce import cli, rewards, scorers, weights, world
 from texforce.errors import InputError, RewardError
+
+from .hostile import blank_png
 
 PROMPTS = ["a red circle", "zwei Würfel ☃", "a red circle"]
 
@@ -356,6 +360,35 @@ def test_a_function_that_changes_its_images_changes_nobody_elses(tmp_path):
     scores = rewards.load_reward(f"{tmp_path / 'mine.py'}:f=1,jpeg=1").score(images, ["", ""])
     assert torch.equal(images, before)
     assert torch.equal(scores["jpeg"], scorers.jpeg(before, ["", ""]))
+
+
+@pytest.mark.parametrize(("body", "scores"), [
+    ("images.mean(dim=(1, 2, 3)).tolist()", "as the tensor's"),
+    ("images.mean(dim=(1, 2, 3)).numpy()", "as the tensor's"),
+    ("None", "must return .*shape \\(3,\\) but returned NoneType"),
+    ("1 / 0", "raised ZeroDivisionError"),
+    ("['a'] * 3", "must return .* returned list"),
+], ids=["a list", "an array", "nothing", "also an exception", "also texts"])  # fmt: skip
+def test_a_function_of_a_file_may_return_numbers_and_is_named_if_it_does_not(tmp_path, body, scores):
+    (tmp_path / "mine.py").write_text(f"def f(images, prompts):\n    return {body}\n")
+    reward, images = rewards.load_reward(f"{tmp_path / 'mine.py'}:f"), random_images(3)
+    if scores == "as the tensor's":
+        torch.testing.assert_close(reward(images, PROMPTS), images.mean(dim=(1, 2, 3)))
+    else:
+        with pytest.raises(RewardError, match=rf"^reward: {tmp_path / 'mine.py'}:f {scores}"):
+            reward(images, PROMPTS)
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("images.mean(dim=(1, 2, 3)).detach()", "says with_gradients = True, but its scores carry no gradients"),
+    ("images.mean(dim=(1, 2, 3)).tolist()", "says with_gradients = True, but its scores carry no gradients"),
+    ("1 / 0", "raised ZeroDivisionError"),
+], ids=["also detached scores", "a list", "also an exception"])  # fmt: skip
+def test_a_function_that_promises_gradients_must_have_them(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"def f(images, prompts):\n    return {body}\nf.with_gradients = True\n")
+    reward = rewards.load_reward(f"{tmp_path / 'mine.py'}:f")
+    with pytest.raises(RewardError, match=rf"mine\.py:f {words}"):
+        reward.with_gradients(random_images(3).requires_grad_(), PROMPTS)
 
 
 def test_a_failure_is_told_in_a_line_of_bounded_length():
@@ -713,10 +746,156 @@ def test_a_request_elsewhere_or_too_long_is_refused(served):
 
 
 def test_a_client_that_keeps_its_connection_open_does_not_stop_the_others(served):
-    host, port = re.match(r"http://(.+):(\d+)", served).groups()
-    with socket.create_connection((host, int(port))) as idle:
-        idle.send(b"POST /score HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+    with connected(served, b"POST /score HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"):
         assert ask(served, timeout=5).isfinite().all()
+
+
+# --- the server's limits ---
+
+
+def connected(url: str, sent: bytes = b"") -> socket.socket:
+    host, port = re.match(r"http://(.+):(\d+)", url).groups()
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(sent)
+    return connection
+
+
+def status_of(connection: socket.socket) -> int:
+    """The status that a connection is answered with, read to its end."""
+    answered = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert json.loads(answered.partition(b"\r\n\r\n")[2])["error"]
+    return int(answered.split()[1])
+
+
+def encoded_png(*sizes: tuple[int, int], rows: int | None = None) -> str:
+    return base64.b64encode(blank_png(*sizes, rows=rows)).decode()
+
+
+def request_of(images: list[str], prompt: str = "a") -> bytes:
+    return json.dumps({"prompts": [prompt] * len(images), "images": images}).encode()
+
+
+LARGE = encoded_png((4000, 4000))
+TOO_MUCH = {
+    "blank images of 4,000 x 4,000": lambda: request_of([LARGE] * 200),
+    "also an image of 60,000 x 60,000": lambda: request_of([encoded_png((60_000, 60_000), rows=1)]),
+    "also a second header with another size": lambda: request_of([encoded_png((4, 4), (10_000, 10_000))]),
+    "also images that are too many together": lambda: request_of([encoded_png((2048, 2048))] * 3),
+    "also lists that take more room when they are read": lambda: b'{"prompts": [' + b"[]," * 13_000_000 + b"[]]}",
+    "also numbers": lambda: b'{"images": [' + b"0," * 19_000_000 + b"0]}",
+    "also very many images": lambda: request_of([encoded_png((1, 1))] * 5000),
+    "also a long prompt": lambda: request_of([encoded_png((1, 1))], "a" * 30_000_000),
+}
+
+
+@pytest.fixture(scope="module")
+def server_of_its_own():
+    """The URL and the process of a server, whose memory is nobody else's."""
+    code = (
+        "import os\nfrom texforce import rewards\n"
+        "server = rewards.make_server(lambda images, prompts: images[:, 0, 0, 0], 0)\n"
+        "print(server.server_port, flush=True)\nserver.serve_forever()\n"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/score", process.pid
+        finally:
+            process.kill()
+
+
+def most_memory(pid: int) -> int:
+    """Bytes of memory that a process has had at most."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory a process has had")
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_a_request_beyond_a_limit_is_answered_with_413_and_takes_less_than_a_gibibyte(server_of_its_own, case):
+    url, pid = server_of_its_own
+    status, content = post(url, TOO_MUCH[case]())
+    assert (status, "may have" in content["error"]) == (413, True)
+    assert most_memory(pid) < 2**30
+    assert post(url, request_of([encoded_png((8, 8))])) == (200, {"scores": [0.0]})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory a process has had")
+def test_as_many_pixels_and_bytes_as_the_limits_allow_take_less_than_a_gibibyte(server_of_its_own):
+    url, pid = server_of_its_own
+    assert post(url, request_of([encoded_png((2048, 2048))] * 2))[0] == 200
+    announced = b"POST /score HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % rewards.MAX_REQUEST_BYTES
+    waiting = [connected(url, announced + bytes(rewards.MAX_REQUEST_BYTES - 1)) for _ in range(4)]
+    assert status_of(connected(url, announced)) == 503  # there is no room for a fifth
+    strange = '{"prompts": ["\U0001f6a9"], "images": ["' + "A" * 39_000_000 + '"]}'  # text of four bytes a letter
+    for connection in waiting:
+        connection.close()
+    while (status := post(url, strange.encode())[0]) == 503:
+        time.sleep(0.05)
+    assert status == 400
+    assert most_memory(pid) < 2**30
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "+5", "1_0", "4e3", "\xb2", str(2**40), ""], ids=[
+    "of 5,000 digits", "also negative", "also with a sign", "also with an underscore", "also with an exponent",
+    "also of a raised digit", "also of a tebibyte", "also none",
+])  # fmt: skip
+def test_a_content_length_that_is_none_is_answered_with_413(served, length):
+    assert (
+        status_of(connected(served, f"POST /score HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{{}}".encode("latin-1")))
+        == 413
+    )
+    assert ask(served).isfinite().all()
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending(served):
+    connection = connected(served, b"POST /score HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n" + bytes(10_000_000))
+    connection.shutdown(socket.SHUT_WR)
+    assert status_of(connection) == 413
+
+
+def test_clients_that_are_too_many_are_answered_with_503_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(rewards, "MAX_CLIENTS", 3)
+    server = rewards.make_server(brightness, 0)
+    with running(server) as url:
+        idle = [connected(url) for _ in range(3)]
+        while server.num_clients < 3:
+            time.sleep(0.01)
+        num_threads = threading.active_count()
+        assert [status_of(connected(url)) for _ in range(10)] == [503] * 10
+        assert threading.active_count() <= num_threads + 1
+        idle.pop().close()
+        assert rewards.Remote(url, 10.0, backoff=0.05)(eight_bit_images(3), PROMPTS).isfinite().all()  # 503 is tried again
+
+
+@pytest.mark.parametrize("sent", [
+    b"", b"POST /sc", b"POST /score HTTP/1.1\r\nContent-Length: 100\r\n\r\n{",
+    b"POST /score HTTP/1.1\r\nX: ",
+], ids=["nothing", "also half a line", "half a request", "also half a header"])  # fmt: skip
+def test_a_client_that_drips_is_answered_with_408_when_its_time_is_over(monkeypatch, sent):
+    monkeypatch.setattr(rewards, "SECONDS_TO_SEND", 0.6)
+    with running(rewards.make_server(brightness, 0)) as url:
+        connection, start = connected(url, sent), time.monotonic()
+        while sent and not select.select([connection], [], [], 0.1)[0]:
+            connection.sendall(b"a")  # each byte within any time that a single one may take
+        assert status_of(connection) == 408
+        assert 0.5 < time.monotonic() - start < 10
+        assert ask(url).isfinite().all()
+
+
+def test_more_images_than_a_request_may_hold_are_sent_in_several(monkeypatch):
+    images = eight_bit_images(5)
+    with running(rewards.make_server(brightness, 0)) as url:
+        monkeypatch.setattr(rewards, "MAX_PIXELS", 2 * images[0, 0].numel())
+        prompts = ["a", "b", "nan", "d", "e"]
+        torch.testing.assert_close(rewards.load_reward(url)(images, prompts), brightness(images, prompts), equal_nan=True)
+
+
+def test_a_client_that_leaves_is_no_bug_with_a_traceback(served, capsys):
+    for sent in (b"", b"GET / HTTP/1.1\r\n", b"POST /score HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"):
+        connection = connected(served, sent)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so that it ends by a reset
+        connection.close()
+    assert ask(served).isfinite().all()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_png_keeps_eight_bits_and_any_shape():

@@ -141,6 +141,70 @@ def test_cropping_equals_openclips_and_transformers_own_within_their_rounding(he
         assert levels.max() <= 1.6  # of 255
 
 
+# --- the preprocessing of the scorers' own code, to the bit ---
+
+
+def levels_of_255(images: Tensor) -> Tensor:
+    return (images * 255).round() / 255
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_exact_cropping_is_that_of_the_scorers_own_code_to_the_bit(height, width):
+    """torchvision's, as CLIP, ImageReward and LAION's predictor have it, and that of transformers, as PickScore has it."""
+    from torchvision import transforms
+    from transformers import CLIPImageProcessorPil
+
+    images = levels_of_255(random_images(2, height, width))
+    pictures = [to_pil(image) for image in images]
+    steps = (transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor())
+    theirs = torch.stack([transforms.Compose(steps)(picture) for picture in pictures])
+    assert torch.equal(scorers.crop_to_square_exactly(images, 224), theirs)
+    processed = CLIPImageProcessorPil()(pictures, return_tensors="pt").pixel_values
+    mine = scorers.normalise(scorers.crop_to_square_exactly(images, 224, math.floor))
+    torch.testing.assert_close(mine, processed, rtol=0, atol=1e-6)  # it multiplies by 1 / 255
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_exact_padding_is_that_of_hpsv2s_own_code_to_the_bit_with_its_overshoot(height, width):
+    from torchvision import transforms
+    from torchvision.transforms import functional as tv
+
+    images, theirs = levels_of_255(random_images(2, height, width).round()), []
+    for image in images:
+        pixels, scale = transforms.ToTensor()(to_pil(image)), 224 / float(max(height, width))
+        size = [round(height * scale), round(width * scale)]
+        pixels = tv.resize(pixels, size, transforms.InterpolationMode.BICUBIC)
+        over = [224 - size[1], 224 - size[0]]
+        theirs.append(tv.pad(pixels, [over[0] // 2, over[1] // 2, over[0] - over[0] // 2, over[1] - over[1] // 2]))
+    mine = scorers.pad_to_square_exactly(images, 224)
+    assert torch.equal(mine, torch.stack(theirs))
+    assert (mine.amax() > 1) == ((height, width) != (224, 224))
+
+
+@pytest.mark.parametrize(("exact", "on_floats"), [
+    (scorers.crop_to_square_exactly, scorers.crop_to_square), (scorers.pad_to_square_exactly, scorers.pad_to_square),
+])  # fmt: skip
+def test_exact_preprocessing_is_of_eight_bits_and_near_that_of_training_where_images_are_smooth(exact, on_floats):
+    images = smooth_images(2, 301, 227)
+    assert torch.equal(exact(images, 224), exact(levels_of_255(images), 224))
+    assert 0 < (exact(images, 224) - on_floats(images, 224)).abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize("name", ["hps", "imagereward", "pickscore", "aesthetic", "clip"])
+def test_a_network_scores_what_its_own_code_would_make_of_the_images(small_networks, monkeypatch, name):
+    scorer, images, prompts = small_networks[name], smooth_images(4, 60, 48), [f"{i} red circles" for i in range(4)]
+    on_floats = scorer(images, prompts)
+    monkeypatch.setattr(scorer, "exact", True)
+    scores = scorer(images, prompts)
+    if name == "aesthetic":
+        monkeypatch.setattr(scorer.clip, "exact", False)
+    assert torch.equal(scores, scorer(levels_of_255(images), prompts))
+    assert 0 < (scores - on_floats).abs().max() < on_floats.std()
+    monkeypatch.setattr(scorers, "crop_to_square", lambda *_: pytest.fail("it was resized on floats"))
+    monkeypatch.setattr(scorers, "pad_to_square", lambda *_: pytest.fail("it was resized on floats"))
+    assert torch.equal(scores, scorer(images, prompts))
+
+
 # --- file size ---
 
 
@@ -185,14 +249,33 @@ def test_non_finite_scores_are_passed_on():
     (torch.zeros(2), r"shape \(3,\) but returned a tensor of shape \(2,\)"),
     (torch.zeros(3, 1), r"shape \(3, 1\)"),
     (torch.zeros(()), r"shape \(\)"),
-    ([1.0, 2.0, 3.0], "returned list"),
+    ([1.0, 2.0], r"shape \(2,\)"),
+    ([1.0, "2.0", 3.0], "returned list"),
+    ([1.0, None, 3.0], "returned list"),
+    ([1.0, 10**400, 3.0], "returned list"),
+    (["1", "2", "3"], "returned list"),
+    (np.array(["1", "2", "3"]), "returned ndarray"),
+    (np.zeros((3, 1)), r"shape \(3, 1\)"),
+    (np.zeros(()), "returned ndarray"),
+    ({0: 1.0, 1: 2.0, 2: 3.0}, "returned dict"),
+    ([1j, 2j, 3j], "real numbers"),
     (1.0, "returned float"),
     (None, "returned NoneType"),
-    (np.zeros(3), "returned ndarray"),
 ])  # fmt: skip
-def test_a_scorer_that_returns_something_else_is_a_reward_error(returned, words):
-    with pytest.raises(RewardError, match=words):
-        scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3)
+def test_a_scorer_that_returns_something_else_is_a_reward_error_with_its_name(returned, words):
+    with pytest.raises(RewardError, match=rf"^reward: mine\.py:f must return .*{words}"):
+        scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3, "mine.py:f")
+
+
+@pytest.mark.parametrize("returned", [
+    [0.5, 1.0, float("nan")], np.array([0.5, 1.0, np.nan]), (0.5, 1, float("nan")),
+    [torch.tensor(0.5), torch.tensor(1.0), torch.tensor(torch.nan)], np.array([np.nan, 1.0, 0.5], dtype=">f8")[::-1],
+    list(np.array([0.5, 1.0, np.nan], dtype=np.float16)),
+], ids=["a list", "an array", "also a tuple", "also tensors", "also other bytes", "also half precision"])  # fmt: skip
+def test_a_scorer_may_return_a_list_or_an_array(returned):
+    scores = scorers.score(lambda images, prompts: returned, random_images(3), ["a"] * 3)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx([0.5, 1.0, float("nan")], nan_ok=True)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("boom"), ZeroDivisionError("zero"), AssertionError("no face")])
