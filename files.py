@@ -301,7 +301,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     `check` runs before anything is written into a folder that holds no lock yet, and again with the lock held.
 
     Raises:
-        InputError: another process works in it. Whatever the check raises.
+        InputError: another process works in it, or its lock is a link. Whatever the check raises.
     """
     from filelock import FileLock, Timeout
 
@@ -309,6 +309,8 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
         check()
         make_folder(folder)
     check_writable(folder)
+    if (folder / LOCK).is_symlink():
+        raise InputError(f"output_dir: {str(folder / LOCK)!r} is a link, through which nothing is written; remove it")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
