@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import ldm
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
+from .files import locate
 from .models import Model, tokenize
 from .weights import read_finite
 
@@ -80,6 +81,7 @@ def find_files(path: Path) -> list[_File]:
     Raises:
         NotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
     """
+    path = locate(path)
     if path.is_file():
         config = path.parent / "adapter_config.json"
         if path.name.startswith("adapter_model.") and config.is_file():
@@ -488,7 +490,7 @@ def check_inputs(system: System) -> None:
     for path, _ in system.adapters:
         find_files(Path(path))
     for path, _ in system.unets:
-        if not Path(path).exists():
+        if not locate(path).exists():
             raise NotFoundError(f"unet: there is no file or folder {path!r}")
 
 
@@ -505,6 +507,7 @@ def adapter_files(path: Path) -> list[Path]:
 
 def unet_files(path: Path) -> list[Path]:
     """The files that a tuned U-Net consists of; raises what `adapter_files` does."""
+    path = locate(path)
     whole = [file for file in (unet_file(path), unet_file(path / "unet")) if file]
     return whole[:1] or adapter_files(path)
 
@@ -658,7 +661,7 @@ def read_unet(path: str | Path, model: Any) -> TunedUNet:
         NotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
             another U-Net's, or all equal to this one's.
     """
-    path = Path(path)
+    path = locate(path)
     for folder in (path, path / "unet"):
         if file := unet_file(folder):
             return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), model.unet, file))

@@ -356,8 +356,10 @@ def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.fl
         InputError: files are missing or damaged, or tensors missing or of other shapes.
     """
     with reading_part(source, part):
-        options: dict[str, Any] = find_weights(Path(source, part)) if Path(source).is_dir() else {}
-        model, info = cls.from_pretrained(source, subfolder=part, torch_dtype=dtype, output_loading_info=True, **options)
+        place, options = source, {"subfolder": part}
+        if Path(source).is_dir():  # not as a subfolder: diffusers looks for weights in the pipeline's folder first
+            place, options = str(Path(source, part)), find_weights(Path(source, part))
+        model, info = cls.from_pretrained(place, torch_dtype=dtype, output_loading_info=True, **options)
         missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
         if missing:
             raise InputError(f"model: {source}/{part} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
