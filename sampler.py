@@ -134,9 +134,9 @@ def _check_weights(config: Any, timesteps: Tensor, weights: Tensor) -> None:
     """
     if wrong := timesteps[~weights.isfinite()].tolist():
         raise InputError(
-            f"model: the prediction_type {config.prediction_type!r} in its scheduler_config.json says nothing of the image at "
-            f"timestep {wrong[0]}: a schedule of zero terminal SNR (rescale_betas_zero_snr) goes with v_prediction; correct "
-            "one of the two there"
+            f"model: the prediction_type {config.prediction_type!r} in its scheduler_config.json says nothing of the image "
+            f"at timestep {wrong[0]}: a schedule of zero terminal SNR (rescale_betas_zero_snr) goes with v_prediction; "
+            "correct one of the two there"
         )
 
 

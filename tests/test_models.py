@@ -372,22 +372,17 @@ def add_tokens(folder: Path, *tokens: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def add_far_token(folder: Path) -> None:
-    """Give a token a number past those of the others, and take another one out."""
+def number_past_the_rows(folder: Path) -> None:
+    """Give a token a number past those of the others."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    vocabulary, merges = content["model"]["vocab"], {word for pair in content["model"]["merges"] for word in pair}
-    merges |= {"".join(pair) for pair in content["model"]["merges"]}
-    added = {token["content"] for token in content["added_tokens"]}
-    del vocabulary[next(word for word in vocabulary if word not in merges | added)]
-    kinds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    content["added_tokens"].append({"id": 5000, "content": "<far>"} | kinds)
+    content["model"]["vocab"]["red</w>"] = 5000
     path.write_text(json.dumps(content))
 
 
 MISFITS = {
     "more tokens than rows": lambda folder: add_tokens(folder / "tokenizer", "<cat>", "<dog>"),
-    "also a token of a number past the rows": lambda folder: add_far_token(folder / "tokenizer"),
+    "also a token of a number past the rows": lambda folder: number_past_the_rows(folder / "tokenizer"),
     "also an end that is never found": lambda folder: change(folder / "text_encoder" / "config.json", eos_token_id=7),
     "also longer prompts": lambda folder: change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=30),
 }
