@@ -126,7 +126,8 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
         parts = models.load_tokenizers(source, second) | models.load_parts(source, second=second)
         models.unet_size(parts["unet"])
         parts |= _accessories(source, without)
-        with models.reading_part(source, "scheduler", ("scheduler_config.json",)):
+        models.scheduler_config(source)  # diffusers would take the class's defaults for a file of something else
+        with models.reading_part(source, "scheduler", (models.SCHEDULER_FILE,)):
             pipeline = DiffusionPipeline.from_pretrained(source, **parts)
         models.check_text(pipeline, source)
     return pipeline

@@ -21,8 +21,9 @@ TINY = Path(__file__).parent / "tiny"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
 NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them holds the words
+SCHEDULER_FILE = "scheduler_config.json"
 JSON_FILES = (
-    "config.json", "preprocessor_config.json", "scheduler_config.json", "special_tokens_map.json", "tokenizer_config.json",
+    "config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", SCHEDULER_FILE,
     *TOKENIZER_FILES,
 )  # fmt: skip
 WEIGHTS = re.compile(
@@ -126,16 +127,27 @@ def load_scheduler(source: str) -> Any:
     """
     from diffusers import DDIMScheduler
 
-    with reading_part(source, "scheduler", ("scheduler_config.json",)):
-        config: Any = dict(DDIMScheduler.load_config(source, subfolder="scheduler"))
+    config = scheduler_config(source)
+    with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
         config = _noise_defaults(config, source) | config
         # Schedulers that know neither option do not clip, and end in a step with noise.
-        if not str(config["_class_name"]).startswith(("DDIM", "DDPM")):
+        if not config["_class_name"].startswith(("DDIM", "DDPM")):
             config = {"clip_sample": False, "set_alpha_to_one": False} | config
         if not pipeline_kind(source)[0]:  # as the plain pipeline does for all but SDXL
             config = {"clip_sample": False} | config
             config["steps_offset"] = config.get("steps_offset") or 1
         return DDIMScheduler.from_config(config)
+
+
+def scheduler_config(source: str) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler, which names its class; raises InputError."""
+    from diffusers import DDIMScheduler
+
+    with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
+        config: Any = dict(DDIMScheduler.load_config(source, subfolder="scheduler"))
+    if not isinstance(config.get("_class_name"), str):
+        raise InputError(f"model: {Path(source, 'scheduler', SCHEDULER_FILE)} names no scheduler as its _class_name")
+    return config
 
 
 def _noise_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -146,9 +158,7 @@ def _noise_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     import diffusers
 
-    where, name = f"the scheduler_config.json of {source!r}", str(config.get("_class_name"))
-    if name == "None":
-        raise InputError(f"model: {where} names no scheduler")
+    where, name = f"the {SCHEDULER_FILE} of {source!r}", config["_class_name"]
     cls, known = getattr(diffusers, name, None), name.removesuffix("Scheduler") in SCHEDULERS
     flow = config.get("use_flow_sigmas") or "flow" in str(config.get("prediction_type"))
     if flow or config.get("timestep_type") == "continuous" or (cls is not None and not known):
