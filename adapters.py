@@ -11,10 +11,12 @@ import copy
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +25,14 @@ from torch import Tensor, nn
 from . import ldm
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
+from .files import locate
 from .models import Model, tokenize
 from .weights import read_finite
 
 PARTS = ("text_encoder", "text_encoder_2", "unet")
 PROBE = "a photo of a red cube on a blue sphere"
+MATCHING_SECONDS = 3.0  # for the names of all layers; a pattern in a foreign file may take for ever
+MAX_PATTERN = 1000  # letters of a pattern, and repetitions that it counts, on which its compilation depends
 
 
 # --- records ---
@@ -76,6 +81,7 @@ def find_files(path: Path) -> list[_File]:
     Raises:
         NotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
     """
+    path = locate(path)
     if path.is_file():
         config = path.parent / "adapter_config.json"
         if path.name.startswith("adapter_model.") and config.is_file():
@@ -109,10 +115,8 @@ def _read_peft_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ArtifactError(f"{path}: not a peft adapter's configuration: no object")
-    layers = config.get("target_modules")
-    # A pattern there could hang the matching; peft itself writes a plain list of names.
-    if config.get("peft_type") != "LORA" or not isinstance(layers, list) or not all(isinstance(n, str) for n in layers):
-        raise ArtifactError(f"{path}: peft_type must be LORA and target_modules a list of layer names")
+    if config.get("peft_type") != "LORA" or config.get("target_modules") is None:
+        raise ArtifactError(f"{path}: peft_type must be LORA and target_modules a list of layer names or a pattern")
     _check_lora_config(config, path)
     return config
 
@@ -122,6 +126,7 @@ def _check_lora_config(config: dict[str, Any], path: Path) -> None:
     alpha: Any = config.get("lora_alpha")
     if not _is_number(rank) or not 1 <= rank <= MAX_RANK or not _is_number(alpha) or not 0 < alpha < 1e6:
         raise ArtifactError(f"{path}: r must be 1 to {MAX_RANK} and lora_alpha a number, not {rank!r} and {alpha!r}")
+    _check_targets(config, path)
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         # peft takes these names for regular expressions, which can hang; here they are names and nothing else.
@@ -136,6 +141,20 @@ def _check_lora_config(config: dict[str, Any], path: Path) -> None:
         unsupported.append("init_lora_weights")  # the others change the base weights too
     if unsupported:
         raise ArtifactError(f"{path}: {unsupported[0]} is not supported")
+
+
+def _check_targets(config: dict[str, Any], path: Path) -> None:
+    """Check the types of what says which layers have LoRA."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value: Any = config.get(name) or []
+        if not isinstance(value, str | list) or not all(isinstance(item, str) for item in value):
+            raise ArtifactError(f"{path}: {name} must be a list of names or a pattern, not {value!r}"[:300])
+    patterns = config.get("layers_pattern") or []
+    if not all(re.fullmatch(r"[\w.]+", name) for name in ([patterns] if isinstance(patterns, str) else patterns)):
+        raise ArtifactError(f"{path}: layers_pattern must hold names of layers")  # peft takes them for expressions
+    indices: Any = config.get("layers_to_transform") or []
+    if not all(isinstance(index, int) for index in (indices if isinstance(indices, list) else [indices])):
+        raise ArtifactError(f"{path}: layers_to_transform must be numbers of layers")
 
 
 def _is_number(value: Any) -> bool:
@@ -194,6 +213,14 @@ _SUFFIXES = {
     **dict.fromkeys((*_UP, ".lora_up.weight", "_lora.up.weight"), "up"),
     ".alpha": "alpha",
 }
+# Parts of names by which other changes of weights than LoRA are known, and what they are.
+_OTHER_KINDS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT",
+    "oft_blocks": "OFT", "a1.weight": "GLoRA", "on_input": "IA3", "ia3_": "IA3", "lora_mid": "LoRA in Tucker's form",
+    "diff": "full differences of weights", "diff_b": "full differences of weights", "w_norm": "norms", "b_norm": "norms",
+    "emb_params": "a textual inversion", "string_to_param": "a textual inversion", "lora_embedding_": "LoRA of embeddings",
+    "lora_bias": "LoRA with a bias",
+}  # fmt: skip
 _PREFIXES = {
     "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "unet.": "unet",
     "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_unet_": "unet",
@@ -240,6 +267,13 @@ def _place(key: str, names: Mapping[str, Mapping[str, str]], default: str | None
     return None
 
 
+def _other_kind(key: str) -> str | None:
+    """What a tensor that is no LoRA is, by the ends of its name's levels; None if it is not known."""
+    levels = key.removesuffix(".weight").split(".")[1:]
+    starts = [kind for mark, kind in _OTHER_KINDS.items() if mark.endswith("_") and any(x.startswith(mark) for x in levels)]
+    return next(iter(starts), None) or next((_OTHER_KINDS[level] for level in levels if level in _OTHER_KINDS), None)
+
+
 # --- reading ---
 
 
@@ -267,7 +301,8 @@ def read_adapter(path: str | Path, model: Any) -> Adapter:
         for part, found in _by_part(tensors, names, file).items():
             config = configs.get(part, configs.get(None))
             layers = {name: _make_layer(name, layer, config, file.path) for name, layer in found.items()}
-            _check_whole(layers, part, names[part], file)
+            if not _is_told(layers, part, header, file.path):
+                _check_whole(layers, part, names[part], _Declared(config or {}, file.path))
             adapter[part] = _fit(layers, modules[part], file.path)
     return adapter
 
@@ -280,6 +315,10 @@ def _by_part(
     for key, tensor in tensors.items():
         place = _place(key, names, file.part)
         if place is None:
+            if kind := _other_kind(key):
+                raise ArtifactError(
+                    f"{file.path}: it holds {kind}, as {key}, and only LoRA is supported; train or export it so"
+                )
             raise ArtifactError(f"{file.path}: the tensor {key} is of no layer of this model; see --model")
         part, name, kind = place
         if kind in found[part][name]:
@@ -337,22 +376,66 @@ def _fit(layers: Mapping[str, Layer], module: nn.Module, path: Path) -> dict[str
     return fitted
 
 
-def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str], file: _File) -> None:
-    """Check that no layer is missing: of peft's configuration, a text encoder, or a block beside others of its kind."""
+@dataclass(frozen=True)
+class _Declared:
+    """What a configuration of peft says of the layers that have LoRA; empty where there is no configuration."""
+
+    config: Mapping[str, Any]
+    path: Path  # of the tensors
+
+    def layers(self, names: Iterable[str]) -> set[str]:
+        """The names of layers that peft would choose."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        fields = {name: self.config.get(name) for name in ("target_modules", "exclude_modules")}
+        for name, value in fields.items():
+            if isinstance(value, str):
+                fields[name] = _matching(value, names, f"{self.path}: the {name} {value[:80]!r} cannot be used")
+        wanted = {name: self.config.get(name) for name in ("layers_to_transform", "layers_pattern")} | fields
+        choice = SimpleNamespace(**wanted, modules_to_save=None, target_parameters=None)
+        return {name for name in names if check_target_module_exists(choice, name)}
+
+
+def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    """The names that a pattern of a foreign file matches as a whole, which it may not take long for."""
+    import regex  # unlike re it can be stopped
+
+    repetitions = math.prod(max(1, int(number)) for number in re.findall(r"[{,]\s*(\d+)", pattern[:MAX_PATTERN]))
+    with reading(what):
+        if len(pattern) > MAX_PATTERN or repetitions > MAX_PATTERN:
+            raise ValueError("the pattern is too long, or counts too many repetitions")
+        expression, end = regex.compile(pattern, regex.VERSION0), time.monotonic() + MATCHING_SECONDS
+        return [name for name in names if expression.fullmatch(name, timeout=max(1e-3, end - time.monotonic()))]
+
+
+def _is_told(layers: Mapping[str, Layer], part: str, header: Mapping[str, str], path: Path) -> bool:
+    """Whether the header that `merge` writes into kohya's files says that the layers are all there are."""
+    with reading(f"{path}: its metadata of texforce cannot be read"):
+        told = json.loads(header.get("texforce", "{}"))
+    numbers = told.get("layers") if isinstance(told, dict) else None
+    return isinstance(numbers, dict) and numbers.get(part) == len(layers)
+
+
+def _check_whole(layers: Mapping[str, Layer], part: str, names: Mapping[str, str], declared: _Declared) -> None:
+    """Check that no layer is missing: of peft's configuration, or else of a text encoder, or of a block beside its kind."""
     known = set(names.values())
-    if file.config is not None:
-        targets = [str(target).removeprefix("text_model.") for target in file.config["target_modules"]]
-        expected = {name for name in known if any(name == target or name.endswith("." + target) for target in targets)}
-        if expected != layers.keys():
-            wrong = expected ^ layers.keys()
-            raise ArtifactError(f"{file.path}: {len(wrong)} layers are missing or not among target_modules, as {min(wrong)}")
+    if declared.config.get("target_modules") is not None:
+        chosen = []
+        for prefix in ("", "text_model."):  # a configuration has the names of the transformers that wrote it
+            spelled = {prefix + name: name for name in known}
+            chosen.append({spelled[name] for name in declared.layers(spelled)})
+        if wrong := min((expected ^ layers.keys() for expected in chosen), key=len):
+            raise ArtifactError(
+                f"{declared.path}: {len(wrong)} layers are missing or not among target_modules, as {min(wrong)}"
+            )
+        return
     possible, present = _children(known), _children(layers)
     for kind in {_kind(parent) for parent in present}:
         alike = {parent for parent in possible if _kind(parent) == kind}
         wanted = set().union(*(present.get(parent, set()) for parent in alike))
         for parent in sorted(alike if part != "unet" else alike & present.keys()):
             if lacking := (wanted & possible[parent]) - present.get(parent, set()):
-                raise ArtifactError(f"{file.path}: the {part} is incomplete: {parent} lacks {min(lacking)}")
+                raise ArtifactError(f"{declared.path}: the {part} is incomplete: {parent} lacks {min(lacking)}")
 
 
 def _children(names: Iterable[str]) -> dict[str, set[str]]:
@@ -407,7 +490,7 @@ def check_inputs(system: System) -> None:
     for path, _ in system.adapters:
         find_files(Path(path))
     for path, _ in system.unets:
-        if not Path(path).exists():
+        if not locate(path).exists():
             raise NotFoundError(f"unet: there is no file or folder {path!r}")
 
 
@@ -424,6 +507,7 @@ def adapter_files(path: Path) -> list[Path]:
 
 def unet_files(path: Path) -> list[Path]:
     """The files that a tuned U-Net consists of; raises what `adapter_files` does."""
+    path = locate(path)
     whole = [file for file in (unet_file(path), unet_file(path / "unet")) if file]
     return whole[:1] or adapter_files(path)
 
@@ -508,8 +592,8 @@ def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Laye
     tuned = copy.deepcopy(text_encoder)
     bake(tuned, layers)
     prompt_ids = tokenize(tokenizer, [PROBE]).to(text_encoder.device)
-    base, changed = (encoder(input_ids=prompt_ids).last_hidden_state for encoder in (text_encoder, tuned))
-    if torch.equal(base, changed):
+    base, changed = (encoder(input_ids=prompt_ids).to_tuple() for encoder in (text_encoder, tuned))
+    if all(torch.equal(one, other) for one, other in zip(base, changed, strict=True)):  # the pooled text is among them
         raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
 
 
@@ -535,9 +619,15 @@ def lora_tensors(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
 
 
 def named_as_in(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Layers by the names of the module itself, which has `text_model.` in some versions of transformers."""
-    prefix = "text_model." if hasattr(module, "text_model") else ""
-    return {prefix + name: layer for name, layer in layers.items()}
+    """Layers by the names of the module itself, some or all of which have `text_model.` by version and class."""
+    own = {name.removeprefix("text_model."): name for name, _ in module.named_modules()}
+    return {own[name]: layer for name, layer in layers.items()}
+
+
+def named_as_published(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """A text encoder's layers by the names that files of LoRA have kept: all within `text_model.` but the projection."""
+    named = named_as_in(module, layers)
+    return named if hasattr(module, "text_model") else {f"text_model.{name}": layer for name, layer in named.items()}
 
 
 def _add_lora(module: nn.Module, layers: Mapping[str, Layer]) -> Any:
@@ -571,7 +661,7 @@ def read_unet(path: str | Path, model: Any) -> TunedUNet:
         NotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
             another U-Net's, or all equal to this one's.
     """
-    path = Path(path)
+    path = locate(path)
     for folder in (path, path / "unet"):
         if file := unet_file(folder):
             return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), model.unet, file))

@@ -23,8 +23,12 @@ import pydantic.dataclasses
 from pydantic import Field
 
 from .errors import InputError
+<<<<<<< HEAD
 from .files import read_json
 from .presets import PRESETS, family, preset_for, sampler_defaults
+=======
+from .files import locate, read_json
+>>>>>>> faults-models
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
@@ -440,10 +444,11 @@ def _check_together(config: TrainConfig) -> None:
 # --- sample ---
 
 ADAPTER_HELP = (
-    "output folder of a training, or a LoRA file or folder of any layout; PATH:WEIGHT weights it; repeatable, summed"
+    "output folder of a training, a LoRA file or folder of any layout, or a hub name; PATH:WEIGHT weights it; repeatable, "
+    "summed"
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
-UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net or a single-file checkpoint"
+UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
 MODEL_HELP = "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)"
 
 
@@ -572,9 +577,9 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
     Raises:
         InputError: a file is nonsense.
     """
-    paths = [path for system in systems for path, _ in (*system.adapters, *system.unets)]
-    paths += [given["model"]] if given.get("model") else []
-    for path in (Path(path) / name for path in paths for name in ("config.json", SETTINGS)):
+    paths = [locate(path) for system in systems for path, _ in (*system.adapters, *system.unets)]
+    paths += [Path(given["model"])] if given.get("model") else []
+    for path in (path / name for path in paths for name in ("config.json", SETTINGS)):
         if path.is_file():
             yield _saved_settings(path)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
@@ -76,6 +78,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             lines.append(_parse_object(last, path))
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def locate(name: str | Path) -> Path:
+    """The file or folder of an adapter or a U-Net; of a repository on the hub, its copy in the hub's cache.
+
+    A name whose first part is a folder here is a path: the hub is not asked about a mistyped one.
+
+    Raises:
+        NotFoundError: there is neither such a path nor such a repository.
+    """
+    path = Path(name)
+    if path.exists() or path.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    return _fetch_weights(str(name))
+
+
+@functools.cache
+def _fetch_weights(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with reading(f"adapter: there is no file or folder {name!r}, and the hub does not give it", NotFoundError):
+        found = snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns=["*checkpoint*/*"]
+        )
+    return Path(found)
 
 
 def sha256(path: Path) -> str:

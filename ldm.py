@@ -76,6 +76,8 @@ def vae_name(name: str, num_blocks: int) -> str:
     if "mid_block.attentions.0" in name:
         for ours, theirs in (("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v")):
             name = name.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
+    if "mid_block" in name or "_blocks." in name:
+        raise InputError(f"a VAE with {name} has no single-file layout")
     return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
 
@@ -105,6 +107,10 @@ def open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             elif layer == "self_attn.q_proj":
                 parts = [tensors[f"encoder.layers.{number}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
                 named[f"{block}attn.in_proj_{kind}"] = torch.cat(parts)
+            elif layer not in ("self_attn.k_proj", "self_attn.v_proj"):  # they are joined with q_proj
+                raise InputError(f"a text encoder with {name} has no single-file layout")
+        else:
+            raise InputError(f"a text encoder with {name} has no single-file layout")
     return named
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +15,16 @@ from torch import Tensor
 from texforce import __version__
 
 from . import adapters, files, ldm, models
-from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in
+from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in, named_as_published
 from .config import SETTINGS, MergeConfig
-from .errors import InputError
+from .errors import ArtifactError, InputError
 from .files import read_json
+from .weights import read_tensors
 
 WRITTEN = "texforce-merge.json"  # the files of an output with their SHA-256; what it does not name is somebody else's
 LORA_FORMATS = ("peft", "diffusers", "kohya")
 FULL_FORMATS = ("pipeline", "checkpoint")
+ACCESSORIES = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def merge(config: MergeConfig) -> Path:
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
-    model = load_pipeline(config.model)
+    # Only a whole pipeline is written with what is no network of the model.
+    model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES)
     terms = adapters.read_terms(system.adapters, model)
     whole_unet = False
     if config.unet:
@@ -62,7 +65,9 @@ def merge(config: MergeConfig) -> Path:
     files.make_folder(output.parent)
     with files.replacing(output) as folder:
         folder.mkdir()
-        WRITERS[config.format](Merged(model, adapter, config), folder)
+        merged = Merged(model, adapter, config)
+        WRITERS[config.format](merged, folder)
+        check_written(merged, folder)
         (folder / "README.md").write_text(model_card(config, adapter))
         baked = ("model", "null_prompt") if config.format in FULL_FORMATS else ()
         files.write_json(folder / SETTINGS, {name: value for name, value in config.settings.items() if name not in baked})
@@ -126,8 +131,10 @@ def check_replaceable(output: Path) -> None:
             )
 
 
-def load_pipeline(name: str) -> Any:
+def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
     """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, none of its tensors missing, in float32.
+
+    The parts in `without` are not read.
 
     Raises:
         NotFoundError, InputError: as `models.load_model`.
@@ -137,9 +144,31 @@ def load_pipeline(name: str) -> Any:
     source = models.find_model(name)
     with models.reading_model(name):
         second, _ = models.pipeline_kind(source)
-        parts = models.load_parts(source, second=second)
+        parts = models.load_tokenizers(source, second) | models.load_parts(source, second=second)
         models.unet_size(parts["unet"])
-        return DiffusionPipeline.from_pretrained(source, **parts)
+        parts |= _accessories(source, without)
+        models.scheduler_config(source)  # diffusers would take the class's defaults for a file of something else
+        with models.reading_part(source, "scheduler", (models.SCHEDULER_FILE,)):
+            pipeline = DiffusionPipeline.from_pretrained(source, **parts)
+        models.check_text(pipeline, source)
+    return pipeline
+
+
+def _accessories(source: str, without: Sequence[str]) -> dict[str, Any]:
+    """The safety checker of a pipeline and what it reads images with; None for those in `without`."""
+    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    index: Any = DiffusionPipeline.load_config(source)
+    parts: dict[str, Any] = {part: None for part in without if part in index}
+    there = [part for part in ACCESSORIES if part not in parts and (index.get(part) or [None])[-1] is not None]
+    if "safety_checker" in there:
+        parts["safety_checker"] = models.load_network(StableDiffusionSafetyChecker, source, "safety_checker")
+    if "feature_extractor" in there:
+        with models.reading_part(source, "feature_extractor", ("preprocessor_config.json",)):
+            parts["feature_extractor"] = CLIPImageProcessor.from_pretrained(source, subfolder="feature_extractor")
+    return parts
 
 
 # --- the folder ---
@@ -188,7 +217,7 @@ def write_diffusers(merged: Merged, folder: Path) -> None:
     arguments: dict[str, Any] = {}
     for part, layers in merged.adapter.items():
         layers = {name: Layer(layer.down, layer.scale * layer.up, layer.rank) for name, layer in layers.items()}
-        named = layers if part == "unet" else {f"text_model.{name}": layer for name, layer in layers.items()}
+        named = layers if part == "unet" else named_as_published(getattr(merged.model, part), layers)
         arguments[f"{part}_lora_layers"] = lora_tensors(named)
         arguments[f"{part}_lora_adapter_metadata"] = lora_config(layers)
     merged.model.save_lora_weights(folder, **arguments)
@@ -200,9 +229,10 @@ def write_kohya(merged: Merged, folder: Path) -> None:
     prefixes = {"text_encoder": "lora_te_" if second is None else "lora_te1_", "text_encoder_2": "lora_te2_"}
     tensors = {}
     for part, layers in merged.adapter.items():
-        for name, layer in layers.items():
+        named = layers if part == "unet" else named_as_published(getattr(merged.model, part), layers)
+        for name, layer in named.items():
             if part != "unet":
-                full = prefixes[part] + "text_model_" + name
+                full = prefixes[part] + name
             elif second is None:
                 full = "lora_unet_" + name
             else:  # Stable Diffusion XL's go by the names of its own code
@@ -255,7 +285,10 @@ def modelspec(merged: Merged, kind: str) -> dict[str, str]:
         "modelspec.resolution": f"{pixels}x{pixels}",
         "modelspec.prediction_type": prediction_type(model),
         "modelspec.description": f"merged by texforce {__version__}",
-        "texforce": json.dumps({"adapter": config.adapter, "unet": config.unet, "model": config.model}),
+        "texforce": json.dumps(
+            {"adapter": config.adapter, "unet": config.unet, "model": config.model}
+            | {"layers": {part: len(layers) for part, layers in merged.adapter.items()}}
+        ),
     }  # fmt: skip
 
 
@@ -263,6 +296,44 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) ->
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def check_written(merged: Merged, folder: Path) -> None:
+    """Check that what was written is what was merged, read back by the names that it has in the file.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    if merged.config.format in FULL_FORMATS:
+        wrong = _differing_tensors(merged, folder)
+    else:
+        again = adapters.read_adapter(folder, merged.model)
+        pairs = {(part, name): layer for part, layers in merged.adapter.items() for name, layer in layers.items()}
+        found = {(part, name): layer for part, layers in again.items() for name, layer in layers.items()}
+        wrong = [name for name in pairs.keys() ^ found.keys()] or [
+            name for name, layer in pairs.items() if not torch.allclose(layer.delta(), found[name].delta(), 1e-4, 1e-6)
+        ]
+    if wrong:
+        raise ArtifactError(f"output: {len(wrong)} layers or tensors were not written as they were merged, as {min(wrong)}")
+
+
+def _differing_tensors(merged: Merged, folder: Path) -> list[str]:
+    """Names of tensors in a written pipeline or checkpoint that are missing, foreign or not those of the merged model."""
+    if merged.config.format == "checkpoint":
+        written = read_tensors(next(folder.glob("*.safetensors")), "a checkpoint")
+        expected = ldm.checkpoint_tensors(merged.model)
+        return _differing(written, expected)
+    wrong = []
+    for part in (name for name in (*adapters.PARTS, "vae") if getattr(merged.model, name, None) is not None):
+        module = getattr(merged.model, part)
+        written = models.load_network(type(module), str(folder), part).state_dict()
+        wrong += [f"{part}.{name}" for name in _differing(written, module.state_dict())]
+    return wrong
+
+
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    both = one.keys() & other.keys()
+    return [*(one.keys() ^ other.keys()), *(name for name in both if not torch.equal(one[name], other[name]))]
 
 
 # --- whole models ---

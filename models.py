@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, NotFoundError, reading
-from .files import describe_files
+from .files import describe_files, read_json
+from .weights import check_content
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
 NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them holds the words
+SCHEDULER_FILE = "scheduler_config.json"
+JSON_FILES = (
+    "config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", SCHEDULER_FILE,
+    *TOKENIZER_FILES,
+)  # fmt: skip
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+)
+# diffusers' schedulers of the noise process that DDIM has too: alphas from betas, by numbered training timesteps.
+SCHEDULERS = (
+    "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+    "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
+    "UniPCMultistep",
+)  # fmt: skip
+# Options of a U-Net that takes more than latents, a timestep and text: class labels, images, or (LCM's) guidance.
+MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 # --- loading ---
@@ -59,16 +81,13 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         NotFoundError: there is no such model.
         InputError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
     """
-    from transformers import CLIPTokenizer
-
     source = find_model(name)
     with reading_model(name):
         second, zero_null = pipeline_kind(source)
-        parts = {"scheduler": load_scheduler(source)}
-        for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
-            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+        parts = {"scheduler": load_scheduler(source)} | load_tokenizers(source, second)
         parts |= load_parts(source, dtype, second)
         model = Model(name, zero_null=zero_null, **parts)
+        check_text(model, source)
         _check_kind(model)
     for part in (*model.policy_parts.values(), model.vae):
         part.to(device)
@@ -86,7 +105,10 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
     """
     from diffusers import DiffusionPipeline
 
-    index: Any = DiffusionPipeline.load_config(source)
+    path = Path(source, "model_index.json")
+    if path.parent.is_dir() and not path.is_file():
+        raise NotFoundError(f"model: {source!r} could not be loaded: there is no model_index.json in it")
+    index: Any = read_json(path) if path.is_file() else DiffusionPipeline.load_config(source)
     if "unet" not in index:
         raise InputError(f"model: the model_index.json of {source!r} names no U-Net")
     second, first = ((index.get(part) or [None])[-1] is not None for part in ("text_encoder_2", "text_encoder"))
@@ -98,17 +120,59 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
 def load_scheduler(source: str) -> Any:
     """A pipeline's noise schedule, of whatever sampler it comes with, for DDIM.
 
-    Euler's and others' configurations may lack what only DDIM has; its defaults are not Stable Diffusion's, which neither
-    clips nor ends in a step without noise.
+    What the file of a known scheduler leaves out is that scheduler's default, and not DDIM's.
+
+    Raises:
+        InputError: the scheduler has another noise process, or its file does not say which.
     """
     from diffusers import DDIMScheduler
 
-    config: Any = DDIMScheduler.load_config(source, subfolder="scheduler")
-    if "_class_name" not in config:
-        raise InputError(f"model: the scheduler_config.json of {source!r} names no scheduler")
-    if not str(config["_class_name"]).startswith(("DDIM", "DDPM", "PNDM")):
-        config = {"clip_sample": False, "set_alpha_to_one": False} | config
-    return DDIMScheduler.from_config(config)
+    config = scheduler_config(source)
+    with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
+        config = _noise_defaults(config, source) | config
+        # Schedulers that know neither option do not clip, and end in a step with noise.
+        if not config["_class_name"].startswith(("DDIM", "DDPM")):
+            config = {"clip_sample": False, "set_alpha_to_one": False} | config
+        if not pipeline_kind(source)[0]:  # as the plain pipeline does for all but SDXL
+            config = {"clip_sample": False} | config
+            config["steps_offset"] = config.get("steps_offset") or 1
+        return DDIMScheduler.from_config(config)
+
+
+def scheduler_config(source: str) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler, which names its class; raises InputError."""
+    from diffusers import DDIMScheduler
+
+    with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
+        config: Any = dict(DDIMScheduler.load_config(source, subfolder="scheduler"))
+    if not isinstance(config.get("_class_name"), str):
+        raise InputError(f"model: {Path(source, 'scheduler', SCHEDULER_FILE)} names no scheduler as its _class_name")
+    return config
+
+
+def _noise_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a scheduler's class takes for what its configuration does not say of the noise.
+
+    Raises:
+        InputError: it is not DDIM's kind of noise, or neither the class nor the configuration says what DDIM needs.
+    """
+    import diffusers
+
+    where, name = f"the {SCHEDULER_FILE} of {source!r}", config["_class_name"]
+    cls, known = getattr(diffusers, name, None), name.removesuffix("Scheduler") in SCHEDULERS
+    flow = config.get("use_flow_sigmas") or "flow" in str(config.get("prediction_type"))
+    if flow or config.get("timestep_type") == "continuous" or (cls is not None and not known):
+        raise InputError(
+            f"model: {where} is of a {name} whose noise is not DDIM's (as in flow matching or EDM), which is not supported; "
+            "give a model with a scheduler such as DDIM, PNDM or EulerDiscrete"
+        )
+    parameters = inspect.signature(cls).parameters if cls is not None else {}
+    fields = (*NOISE, "trained_betas", "set_alpha_to_one", "rescale_betas_zero_snr")
+    defaults = {field: parameters[field].default for field in fields if field in parameters}
+    wanted = {"num_train_timesteps", "prediction_type"} if config.get("trained_betas") else NOISE
+    if missing := sorted(field for field in wanted if (defaults | config).get(field) is None):
+        raise InputError(f"model: {where} is of a {name}, which texforce does not know, and lacks {', '.join(missing)}")
+    return defaults
 
 
 def find_model(name: str) -> str:
@@ -120,6 +184,8 @@ def find_model(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     source = str(TINY) if name == "tiny" else name
+    if Path(source).is_file():
+        raise InputError(f"model: {name!r} is a file; give 'tiny', a folder in diffusers' format or a name on the hub")
     if not Path(source).is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise NotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
@@ -145,6 +211,55 @@ def reading_model(name: str) -> contextlib.AbstractContextManager[None]:
     return reading(f"model: {name!r} could not be loaded as a diffusers pipeline", InputError)
 
 
+@contextlib.contextmanager
+def reading_part(source: str, part: str, needed: Sequence[str] = ("config.json",)) -> Iterator[None]:
+    """Raise InputError, with the part's folder, for whatever goes wrong while it is read, and name a file that is no JSON.
+
+    One of the files `needed` must be there: where the part's folder lacks it, diffusers reads the pipeline's.
+    """
+    folder = Path(source, part)
+    if Path(source).is_dir():
+        if not any((folder / name).is_file() for name in needed):
+            files = " or ".join(needed)
+            raise NotFoundError(f"model: the {part} could not be loaded: there is no {files} in {str(folder)!r}")
+        for name in JSON_FILES:
+            if (folder / name).is_file():
+                read_json(folder / name)
+    with reading(f"model: the {part} in {str(folder)!r} could not be loaded", InputError):
+        yield
+
+
+def find_weights(folder: Path) -> dict[str, Any]:
+    """Arguments by which `from_pretrained` finds the weights in a part's folder: plain ones, or else the only variant.
+
+    Raises:
+        NotFoundError: there are none. InputError: there are several variants, or a file holds no weights.
+    """
+    matches = [match for match in (WEIGHTS.fullmatch(file.name) for file in sorted(folder.glob("*"))) if match]
+    if not matches:
+        raise NotFoundError(f"model: there are no weights in {str(folder)!r}, as model.safetensors")
+    plain = [match for match in matches if match["variant"] is None]
+    if len(variants := {match["variant"] for match in plain or matches}) > 1:
+        raise InputError(f"model: {str(folder)!r} holds weights of the variants {', '.join(sorted(variants))}; keep one")
+    kind = max(match["kind"] for match in plain or matches)  # safetensors rather than bin
+    for match in plain or matches:
+        if match["kind"] == kind:
+            with reading(f"model: {str(folder / match[0])!r} holds no weights", InputError):
+                check_content(folder / match[0])
+    return {"variant": variants.pop(), "use_safetensors": kind == "safetensors"}
+
+
+def load_tokenizers(source: str, second: bool = False) -> dict[str, Any]:
+    """The tokenizer of a pipeline; with `second` also the one that Stable Diffusion XL has for its second text encoder."""
+    from transformers import CLIPTokenizer
+
+    parts = {}
+    for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
+        with reading_part(source, part, TOKENIZER_FILES):
+            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+    return parts
+
+
 def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = False) -> dict[str, Any]:
     """The networks of a pipeline, frozen; with `second` also the second text encoder that Stable Diffusion XL has."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -154,26 +269,43 @@ def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = F
     dtypes = dict.fromkeys(classes, dtype)
     if second:
         classes["text_encoder_2"], dtypes["text_encoder_2"] = CLIPTextModelWithProjection, dtype
-        config: Any = AutoencoderKL.load_config(source, subfolder="vae")
-        if dtype == torch.float16 and config.get("force_upcast", True):  # SDXL's overflows; others say so for no reason
-            dtypes["vae"] = torch.float32
-    parts = {part: _load_strictly(cls, source, part, dtypes[part]) for part, cls in classes.items()}
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    return parts
+        with reading_part(source, "vae"):
+            config: Any = AutoencoderKL.load_config(source, subfolder="vae")
+            if dtype == torch.float16 and config.get("force_upcast", True):  # SDXL's overflows; others say so for no reason
+                dtypes["vae"] = torch.float32
+    return {part: load_network(cls, source, part, dtypes[part]) for part, cls in classes.items()}
+
+
+def check_text(model: Any, source: str) -> None:
+    """Check that the tokenizers of a pipeline, or a Model, fit its text encoders.
+
+    Raises:
+        InputError: one does not.
+    """
+    for part, (tokenizer, text_encoder) in _text_pairs(model).items():
+        config = text_encoder.config
+        with reading(f"model: the {part} in {str(Path(source, part))!r} does not fit its text encoder", InputError):
+            check_tokenizer(tokenizer, config.vocab_size)
+            # transformers makes a tokenizer of no length limit where its configuration is missing.
+            if tokenizer.model_max_length > config.max_position_embeddings:
+                length = tokenizer.model_max_length
+                raise ValueError(f"it allows prompts of {length} tokens, and {config.max_position_embeddings} are read")
+            # 2 stands for any in transformers; where no token has the number, the start token's embedding would be pooled.
+            if config.eos_token_id not in (2, tokenizer.eos_token_id):
+                raise ValueError(f"it ends prompts with {tokenizer.eos_token_id}, and {config.eos_token_id} is looked for")
+
+
+def _text_pairs(model: Any) -> dict[str, tuple[Any, Any]]:
+    """The tokenizers of a model by their names, each with its text encoder."""
+    names = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    pairs = {name: (getattr(model, name, None), getattr(model, encoder, None)) for name, encoder in names.items()}
+    return {name: pair for name, pair in pairs.items() if None not in pair}
 
 
 def _check_kind(model: Model) -> None:
     """Refuse refiners, inpainting models and parts that do not fit each other."""
     name, unet, vae, second = model.name, model.unet.config, model.vae.config, model.text_encoder_2
-    pairs = [(model.tokenizer, model.text_encoder)] + ([] if second is None else [(model.tokenizer_2, second)])
-    for tokenizer, text_encoder in pairs:
-        # transformers makes an empty tokenizer, of no length limit, where its files are missing.
-        if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
-            raise InputError(
-                f"model: a tokenizer of {name!r} is missing, or allows longer prompts than the text encoder reads"
-            )
-        check_tokenizer(tokenizer, text_encoder.config.vocab_size)
+    pairs = _text_pairs(model).values()
     if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
         raise InputError(f"model: the two tokenizers of {name!r} differ in length")
     width = sum(text_encoder.config.hidden_size for _, text_encoder in pairs)
@@ -193,10 +325,18 @@ def _check_kind(model: Model) -> None:
         if second.config.projection_dim > width:
             raise InputError(f"model: the pooled text of {name!r} is wider than its embeddings")
     unet_size(model.unet)
-    if unet.in_channels != vae.latent_channels:
+    for option in MORE_CONDITIONING:
+        if unet.get(option) is not None:
+            raise InputError(
+                f"model: the U-Net of {name!r} has {option}, so that it takes more than a prompt: not supported"
+            )
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
         raise InputError(
-            f"model: the U-Net of {name!r} takes {unet.in_channels} channels, its VAE makes {vae.latent_channels}"
+            f"model: the U-Net of {name!r} takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE makes "
+            f"{vae.latent_channels}"
         )
+    if vae.out_channels != 3:
+        raise InputError(f"model: the VAE of {name!r} makes images of {vae.out_channels} channels, not 3")
     if vae.latents_mean is not None:
         raise InputError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
     if unet.cross_attention_dim != width:
@@ -210,19 +350,30 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
     Where files are missing transformers makes a tokenizer that knows no word.
     """
-    if not len(tokenizer.all_special_ids) < len(tokenizer) <= vocab_size:
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # numbers may be left out
+    if not len(tokenizer.all_special_ids) < len(tokenizer) <= size <= vocab_size:
         raise ValueError(
-            f"a tokenizer is missing, or of another model: it knows {len(tokenizer)} tokens, its text encoder {vocab_size}"
+            f"a tokenizer is missing, or of another model: it knows {size} tokens, its text encoder {vocab_size}"
         )
 
 
-def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
-    """Load one part; diffusers and transformers fill missing tensors at random with only a warning, here it is an error."""
-    model, info = cls.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype, output_loading_info=True)
-    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-    if missing:
-        raise InputError(f"model: {source}/{subfolder} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
-    return model
+def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a network of a pipeline, frozen.
+
+    diffusers and transformers fill missing tensors at random with only a warning, here it is an error.
+
+    Raises:
+        InputError: files are missing or damaged, or tensors missing or of other shapes.
+    """
+    with reading_part(source, part):
+        place, options = source, {"subfolder": part}
+        if Path(source).is_dir():  # not as a subfolder: diffusers looks for weights in the pipeline's folder first
+            place, options = str(Path(source, part)), find_weights(Path(source, part))
+        model, info = cls.from_pretrained(place, torch_dtype=dtype, output_loading_info=True, **options)
+        missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+        if missing:
+            raise InputError(f"model: {source}/{part} lacks {len(missing)} tensors or has wrong shapes, as {missing[0]}")
+    return model.requires_grad_(False).eval()
 
 
 # --- prompts ---
@@ -237,7 +388,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -
     length = tokenizer.model_max_length
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
         raise InputError("prompt: it holds a lone surrogate, which is not text")
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=truncation).input_ids
+    texts = convert_prompts(tokenizer, prompts)
+    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=truncation).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
             raise InputError(
@@ -245,6 +397,22 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -
                 f"{length}; shorten it"
             )
     return torch.tensor(ids)
+
+
+def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts with every token of a textual inversion of several vectors, which diffusers saves as `<cat> <cat>_1 ...`.
+
+    The pipeline converts them so before it tokenizes them.
+    """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    return TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+
+
+def fits(tokenizer: Any, prompts: Sequence[str]) -> list[bool]:
+    """Whether the text encoder reads each prompt whole."""
+    ids = tokenizer(convert_prompts(tokenizer, prompts), verbose=False).input_ids if prompts else []
+    return [len(row) <= tokenizer.model_max_length for row in ids]
 
 
 def tokenize_for(model: Model, prompts: Sequence[str], truncation: bool = False) -> Tensor:

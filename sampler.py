@@ -84,6 +84,7 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     to_sample, to_noise = next_alpha.sqrt(), (1 - next_alpha - std.square()).clamp(min=0).sqrt()
     latents_weight = to_sample * sample[0] + to_noise * noise[0]
     output_weight = to_sample * sample[1] + to_noise * noise[1]
+    _check_weights(config, timesteps, latents_weight + output_weight + std)
     return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
 
 
@@ -124,6 +125,19 @@ def _check_scheduler(config: Any, num_inference_steps: int) -> None:
         raise InputError(f"model: the scheduler's prediction_type {config.prediction_type!r} is not supported")
     if config.clip_sample or config.thresholding:
         raise InputError("model: schedulers with clip_sample or thresholding are not supported")
+
+
+def _check_weights(config: Any, timesteps: Tensor, weights: Tensor) -> None:
+    """Check that the steps at timesteps (T,) have finite weights (T,).
+
+    They have not where the schedule ends in pure noise (arXiv:2305.08891) and the U-Net predicts the noise.
+    """
+    if wrong := timesteps[~weights.isfinite()].tolist():
+        raise InputError(
+            f"model: the prediction_type {config.prediction_type!r} in its scheduler_config.json says nothing of the image "
+            f"at timestep {wrong[0]}: a schedule of zero terminal SNR (rescale_betas_zero_snr) goes with v_prediction; "
+            "correct one of the two there"
+        )
 
 
 def _spaced_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:

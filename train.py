@@ -6,6 +6,7 @@ One epoch collects, computes advantages and updates (texforce.py); run.py holds 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,8 +115,7 @@ def _fitting(policy: Policy, source: str, prompts: list[str]) -> list[str]:
     """The prompts that the text encoder reads whole."""
     tokenizers = [tokenizer for tokenizer in (policy.model.tokenizer, policy.model.tokenizer_2) if tokenizer is not None]
     for tokenizer in tokenizers:
-        ids = tokenizer(prompts, verbose=False).input_ids if prompts else []
-        prompts = [prompt for prompt, row in zip(prompts, ids, strict=True) if len(row) <= tokenizer.model_max_length]
+        prompts = list(itertools.compress(prompts, models.fits(tokenizer, prompts)))
     if not prompts:
         raise InputError(f"prompts: every prompt of {source!r} is too long for the text encoder")
     return prompts

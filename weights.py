@@ -133,9 +133,7 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
     if not path.is_file():
         raise NotFoundError(f"reward: there is no checkpoint {str(path)!r}")
     with refused(path, kind):
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
+        check_content(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         check_cached(path)
@@ -146,6 +144,16 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
         ):
             raise ValueError("it holds no tensors by name")
         return tensors
+
+
+def check_content(path: Path) -> None:
+    """Check that a file of weights is not what is left of one; raises ValueError."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
+    if not start:
+        raise ValueError("it is empty; fetch it anew")
 
 
 def check_cached(path: Path) -> None:

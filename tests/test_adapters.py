@@ -1,5 +1,6 @@
 """Adapters: read in every layout, put on as plain peft and diffusers do it, refused where they are damaged."""
 
+import contextlib
 import copy
 import json
 import math
@@ -21,7 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluate, ldm, merge, models, train
+from texforce import adapters, cli, evaluate, files, ldm, merge, models, train
 from texforce.adapters import Layer
 from texforce.config import (
     MergeOptions,
@@ -300,6 +301,169 @@ def test_a_whole_unet_of_every_origin_is_read(small, tmp_path, origin):
     tensors = adapters.read_unet(path, small).tensors
     assert tensors.keys() == state.keys()
     assert all(torch.equal(tensors[key], state[key]) for key in state)
+
+
+# --- what peft's own configuration declares is whole ---
+
+
+DECLARED = {
+    "layers_to_transform": {"target_modules": ["q_proj", "out_proj"], "layers_to_transform": [0, 2]},
+    "full names": {"target_modules": ["encoder.layers.1.self_attn.v_proj", "encoder.layers.2.mlp.fc1"]},
+    "a pattern": {"target_modules": r".*layers\.[01]\.self_attn\.(q|k)_proj"},
+    "also one layer by its number": {
+        "target_modules": ["q_proj", "fc2"], "layers_to_transform": 1, "layers_pattern": "layers",
+    },
+    "also all but excluded ones": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.1.*k_proj"},
+    "also all but the names of some": {
+        "target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.k_proj"],
+    },
+}  # fmt: skip
+
+
+def save_declared(folder: Path, module: torch.nn.Module, config: dict) -> torch.nn.Module:
+    """Save LoRA of a configuration as plain peft does; gives peft's model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    adapted = get_peft_model(copy.deepcopy(module), LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **config))
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("kind", DECLARED)
+def test_lora_on_some_layers_gives_the_embeddings_of_plain_peft(small, stable_diffusion, tmp_path, kind):
+    plain = save_declared(tmp_path, small.text_encoder, DECLARED[kind])
+    model = models.load_model(str(stable_diffusion))
+    ids = models.tokenize(model.tokenizer, PROMPTS)
+    with torch.no_grad():
+        expected, base = plain(input_ids=ids).last_hidden_state, models.encode(model, ids)
+        found = models.encode(load_adapter(model, tmp_path), ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - base).abs().max() > 1e-2
+    tensors = load_file(tmp_path / WEIGHTS)
+    lost = min(tensors).partition(".lora_")[0]
+    save_file({key: tensor for key, tensor in tensors.items() if lost not in key}, tmp_path / WEIGHTS)
+    with pytest.raises(ArtifactError, match="1 layers are missing or not among target_modules"):
+        adapters.read_adapter(tmp_path, small)
+
+
+@pytest.mark.parametrize("targets", [r".*attn2\.to_(k|v)", r"also a pattern|mid_block.*(to_q|to_out\.0)"])
+def test_lora_of_a_unet_on_the_layers_of_a_pattern_predicts_as_plain_peft(small, stable_diffusion, tmp_path, targets):
+    plain = save_declared(tmp_path / "unet", small.unet, {"target_modules": targets})
+    model = load_adapter(models.load_model(str(stable_diffusion)), tmp_path)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(7), torch.randn(1, 24, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.unet(*inputs).sample, plain(*inputs).sample, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(small.unet(*inputs).sample, plain(*inputs).sample, atol=1e-3)
+
+
+def test_names_and_patterns_of_transformers_before_5_6_are_understood(small, adapter):
+    for targets in (r"text_model\.encoder\.layers\.\d+\.self_attn\.\w+_proj", [
+        f"text_model.encoder.layers.{n}.self_attn.{kind}" for n in range(3) for kind in PEFT["target_modules"]
+    ]):  # fmt: skip
+        change_config(adapter, target_modules=targets)
+        assert len(adapters.read_adapter(adapter, small)["text_encoder"]) == 12
+
+
+def test_what_the_metadata_of_a_diffusers_file_declare_is_whole(small, tmp_path):
+    layers = random_layers(small.text_encoder, 3)
+    some = {name: layer for name, layer in layers.items() if "layers.1" in name}
+    metadata = adapters.lora_config(some) | {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    for declared in ({"layers_to_transform": [1]}, {}):
+        small.save_lora_weights(
+            tmp_path,
+            text_encoder_lora_layers=adapters.lora_tensors(some),
+            text_encoder_lora_adapter_metadata=metadata | declared,
+        )
+        if declared:
+            check_same(adapters.read_adapter(tmp_path, small)["text_encoder"], some, True)
+        else:
+            with pytest.raises(ArtifactError, match="8 layers are missing"):
+                adapters.read_adapter(tmp_path, small)
+
+
+@pytest.mark.parametrize("pattern", [
+    r"^(([a-z]+)+\.?)+$", r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3!", r"((((a{5000}){5000}){5000}){5000})",
+    "(" * 400 + ")*" * 400, "x" * 10**6, "(", "[",
+], ids=lambda pattern: pattern[:20])  # fmt: skip
+@pytest.mark.parametrize("field", ["target_modules", "also exclude_modules"])
+def test_a_hostile_pattern_is_refused_or_excludes_nothing_in_seconds(small, adapter, field, pattern):
+    change_config(adapter, **{field.removeprefix("also "): pattern})
+    with at_most(10):
+        if field == "target_modules":
+            with pytest.raises(ArtifactError, match=rf"{WEIGHTS}: .*target_modules"):
+                adapters.read_adapter(adapter, small)
+        else:  # one that excludes nothing does no harm
+            with contextlib.suppress(ArtifactError):
+                assert len(adapters.read_adapter(adapter, small)["text_encoder"]) == 12
+
+
+# --- what is no LoRA ---
+
+
+OTHER_KINDS = {
+    "DoRA": ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "dora_scale"),
+    "LoHa": ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "hada_w1_a"),
+    "LoKr": ("lora_unet_mid_block_attentions_0_proj_in", "lokr_w1"),
+    "full differences of weights": ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "diff"),
+    "also full differences of weights": ("diffusion_model.input_blocks.0.0", "diff_b"),
+    "also peft's DoRA": ("base_model.model.encoder.layers.0.self_attn.q_proj", "lora_magnitude_vector.weight"),
+    "also LoRA in Tucker's form": ("lora_unet_conv_in", "lora_mid.weight"),
+    "also a textual inversion": ("bundle_emb.cat", "string_to_param"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_what_is_no_lora_is_called_what_it_is(small, tmp_path, kind):
+    layers = in_layout("kohya", random_layers(small.text_encoder, 1), False)
+    save_file(layers | {".".join(OTHER_KINDS[kind]): torch.ones(3, 3)}, tmp_path / "file.safetensors")
+    words = kind.removeprefix("also ").removeprefix("peft's ")
+    with pytest.raises(ArtifactError, match=rf"file.safetensors: it holds {words}, as .* and only LoRA is supported"):
+        adapters.read_adapter(tmp_path / "file.safetensors", small)
+
+
+# --- the hub ---
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A folder for each repository that the hub gives, and a list of what it was asked for."""
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append(name)
+        if not (tmp_path / "hub" / name).is_dir():
+            raise FileNotFoundError(f"no {name}")
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    files._fetch_weights.cache_clear()
+    return tmp_path / "hub", asked
+
+
+def test_an_adapter_and_a_unet_may_be_names_on_the_hub(runs, hub):
+    folder, asked = hub
+    shutil.copytree(runs / "text-encoder", folder / "me" / "adapter")
+    shutil.copytree(runs / "unet" / "unet", folder / "me" / "also-unet" / "unet")
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    assert torch.equal(sample(["me/adapter"])["tuned"], sample([runs / "text-encoder"])["tuned"])  # with the run's settings
+    drawn = sample(["me/adapter:0.5"], unet="me/also-unet", **options)["tuned"]
+    assert torch.equal(drawn, sample([f"{runs / 'text-encoder'}:0.5"], unet=str(runs / "unet"), **options)["tuned"])
+    assert sorted(asked) == ["me/adapter", "me/also-unet"]
+    described = evaluate.describe_systems(resolve_sample(SampleOptions(adapter=["me/adapter"], prompt=PROMPTS)).systems)
+    assert described["tuned"]["adapters"][0]["path"] == "me/adapter"
+
+
+def test_the_hub_is_not_asked_about_a_mistyped_path(hub, small):
+    (hub[0].parent / "runs").mkdir()
+    for name in ("runs/absent", "absent", "./absent", "../runs/absent", "/absent/absent"):
+        with pytest.raises(NotFoundError, match="adapter: there is no file or folder"):
+            adapters.read_adapter(name, small)
+    assert hub[1] == []
+    with pytest.raises(NotFoundError, match=r"adapter: there is no .* 'me/absent', and the hub does not give it: "):
+        adapters.read_adapter("me/absent", small)
+    assert hub[1] == ["me/absent"]
 
 
 # --- fusion ---

@@ -107,7 +107,78 @@ def test_a_damaged_file_of_a_model_is_bad_input_that_names_the_model(stable_diff
         path.unlink()
     else:
         damage(path, kind, tmp_path)
-    check_refused(lambda: models.load_model(str(folder)), path, InputError, tmp_path)
+    part = path if path.parent == folder else path.parent
+    check_refused(lambda: models.load_model(str(folder)), part, InputError, tmp_path)
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("kind", ["a pointer of git-lfs", "also empty", "also no UTF-8"])
+def test_a_file_of_a_model_that_has_no_content_of_its_kind_is_named_itself(stable_diffusion, tmp_path, name, kind):
+    folder = link_folder(stable_diffusion, tmp_path / "model")
+    path = folder / name
+    if path.suffix == ".bin":
+        next(path.parent.glob("*.safetensors")).rename(path)
+    if path.suffix != ".json" and kind == "also no UTF-8":
+        return
+    damage(path, kind.removeprefix("also "), tmp_path)
+    with pytest.raises(InputError, match=name):
+        models.load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def with_checker(stable_diffusion, tmp_path_factory) -> Path:
+    """The folder of a pipeline with a safety checker. Do not change it."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    folder = link_folder(stable_diffusion, tmp_path_factory.mktemp("checked") / "model")
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").unlink()  # a hard link
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+ACCESSORIES = (
+    "safety_checker/config.json", "safety_checker/model.safetensors", "safety_checker/pytorch_model.bin",
+    "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "a pointer of git-lfs", "JSON of other fields", PICKLE, "nothing"])
+@pytest.mark.parametrize("name", ACCESSORIES)
+@pytest.mark.usefixtures("no_safety_by_environment")
+def test_a_damaged_file_of_a_pipeline_to_merge_into_is_bad_input_that_names_the_part(with_checker, tmp_path, name, kind):
+    folder = link_folder(with_checker, tmp_path / "model")
+    path = folder / name
+    if path.suffix == ".bin":
+        safe = next(path.parent.glob("*.safetensors"))
+        torch.save(load_file(safe), path)
+        safe.unlink()
+    if kind == "nothing":
+        path.unlink()
+    else:
+        damage(path, kind, tmp_path)
+    if (path.parent.name, kind) == ("feature_extractor", "JSON of other fields"):  # its fields are all optional
+        merge.load_pipeline(str(folder))
+        return
+    check_refused(lambda: merge.load_pipeline(str(folder)), path.parent, InputError, tmp_path)
+
+
+def test_a_pipeline_with_a_safety_checker_is_loaded_whole_and_its_parts_are_only_read_if_wanted(with_checker, tmp_path):
+    folder = link_folder(with_checker, tmp_path / "model")
+    checker = merge.load_pipeline(str(folder)).safety_checker.state_dict()
+    for name, tensor in load_file(folder / "safety_checker" / "model.safetensors").items():
+        assert torch.equal(checker[name.replace("vision_model.vision_model", "vision_model")], tensor)
+    for part in merge.ACCESSORIES:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    assert merge.load_pipeline(str(folder), merge.ACCESSORIES).safety_checker is None
+    models.load_model(str(folder))
 
 
 WRONG_FIELDS = [

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from texforce import adapters, cli, evaluate, files, ldm, merge, models, train
 from texforce.adapters import Layer
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
-from texforce.errors import InputError
+from texforce.errors import ArtifactError, InputError
 
 from .small_models import attention_names, random_layers, save_stable_diffusion, save_stable_diffusion_xl
 
@@ -353,6 +353,139 @@ def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs
     torch.testing.assert_close(drawn[0]["base"], drawn[1]["tuned"], rtol=0, atol=1e-4)
     alone = merge_into(bases("tiny"), tmp_path / "alone", unet=unet)
     assert not torch.equal(draw(read_by_others(bases("tiny"), "pipeline", alone)), bases("tiny").latents)
+
+
+# --- names are the modules', and what was written is read back ---
+
+
+def projection_file(pipeline, folder: Path, attentions: bool) -> tuple[Path, Tensor]:
+    """kohya's file of LoRA on the second text encoder's projection, and perhaps its attentions, and the texts with it."""
+    tensors, tuned = {}, copy.deepcopy(pipeline.text_encoder_2)
+    layers = random_layers(pipeline.text_encoder_2, 5) if attentions else {}
+    weight = pipeline.text_encoder_2.text_projection.weight
+    layers["text_projection"] = Layer(torch.randn(3, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 3), 6.0)
+    adapters.bake(tuned, layers)
+    for name, layer in layers.items():
+        full = "lora_te2_" + (name if name == "text_projection" else f"text_model_{name}".replace(".", "_"))
+        tensors |= {f"{full}.lora_down.weight": layer.down, f"{full}.lora_up.weight": layer.up}
+        tensors[f"{full}.alpha"] = torch.tensor(layer.alpha)
+    save_file(tensors, folder / "lora.safetensors")
+    return folder / "lora.safetensors", texts(type(pipeline)(**pipeline.components | {"text_encoder_2": tuned}))
+
+
+def texts(pipeline) -> Tensor:
+    """The prompts' embeddings and pooled text by plain diffusers, as `models.encode` gives them."""
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1)
+    pooled = torch.nn.functional.pad(pooled, (0, embeds.shape[-1] - pooled.shape[-1]))
+    return torch.cat([embeds, pooled[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("attentions", [True, False], ids=["with the attentions", "also alone"])
+def test_lora_on_sdxls_text_projection_is_the_same_in_every_format_and_in_sampling(bases, tmp_path, attentions):
+    base = bases("sdxl")
+    path, expected = projection_file(base.loaded, tmp_path, attentions)
+    assert (expected - texts(base.loaded)).abs().max() > 0.1
+    model = models.load_model(str(base.folder))
+    tuned = adapters.load_adapters(model, [str(path)])
+    with torch.no_grad():
+        found = models.encode(tuned, models.tokenize_for(model, PROMPTS))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for format in FORMATS:
+        folder = merge_into(base, tmp_path / format, str(path), format=format)
+        if format in ("diffusers", "kohya") and not attentions:  # diffusers knows its own files by the attentions
+            continue
+        pipeline = base.pipeline()
+        if format == "peft":
+            from peft import PeftModel
+
+            pipeline.text_encoder_2 = PeftModel.from_pretrained(pipeline.text_encoder_2, folder / "text_encoder_2")
+        else:
+            pipeline = read_by_others(base, format, folder)
+        torch.testing.assert_close(texts(pipeline), expected, rtol=1e-5, atol=1e-4)
+
+
+def wrong_names(module, layers):
+    return {f"text_model.model.{name}": layer for name, layer in layers.items()}
+
+
+def lost_layers(layers):
+    return dict(list(adapters.lora_tensors(layers).items())[2:])
+
+
+WRONG_WRITING = {
+    "kohya": ("named_as_published", wrong_names), "diffusers": ("named_as_published", wrong_names),
+    "peft": ("named_as_in", wrong_names), "also lost layers": ("lora_tensors", lost_layers),
+    "also a baked pipeline that is none": ("_bake", None), "also a checkpoint that loses a tensor": ("save", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_WRITING)
+def test_what_is_not_written_as_it_was_merged_is_no_merge(bases, pairs, tmp_path, monkeypatch, kind):
+    name, function = WRONG_WRITING[kind]
+    format = {"lora_tensors": "peft", "_bake": "pipeline", "save": "checkpoint"}.get(name, kind)
+    original = getattr(merge, name)
+    if name == "save":
+
+        def function(tensors, path, metadata):
+            original({key: tensor for key, tensor in tensors.items() if key != min(tensors)}, path, metadata)
+
+    elif name == "_bake":
+        monkeypatch.setattr(type(bases("tiny").loaded), "save_pretrained", lambda self, folder: shutil.copytree(
+            bases("tiny").folder, folder, dirs_exist_ok=True
+        ))  # fmt: skip
+    if function:
+        monkeypatch.setattr(merge, name, function)
+    with pytest.raises(ArtifactError, match=r"not written as they were merged|is of no layer|missing|lacks"):
+        merge_into(bases("tiny"), tmp_path / "merged", str(pairs("tiny")[0]), format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", merge.LORA_FORMATS)
+def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
+    from peft import LoraConfig, get_peft_model
+
+    base = bases("tiny")
+    config = LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(base.loaded.text_encoder), config)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    folder = merge_into(base, tmp_path / "merged", str(tmp_path / "adapter"), format=format)
+    ids = models.tokenize(base.loaded.tokenizer, PROMPTS)
+    tuned = adapters.load_adapters(models.load_model("tiny"), [str(folder)])
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(models.encode(tuned, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_without_a_single_file_layout_are_refused_by_name():
+    with pytest.raises(InputError, match=r"a text encoder with encoder\.layers\.0\.gate\.weight has no single-file layout"):
+        ldm.open_clip_tensors({"encoder.layers.0.gate.weight": torch.ones(1)})
+    with pytest.raises(InputError, match=r"a text encoder with head\.bias has no single-file layout"):
+        ldm.open_clip_tensors({"head.bias": torch.ones(1)})
+    with pytest.raises(InputError, match=r"a VAE with encoder\.down_blocks\.0\.attentions\.0\.to_q\.weight has no"):
+        ldm.vae_name("encoder.down_blocks.0.attentions.0.to_q.weight", 4)
+
+
+# --- the safety checker ---
+
+
+@pytest.mark.parametrize("format", [*merge.LORA_FORMATS, "checkpoint", "pipeline"])
+def test_only_a_whole_pipeline_is_written_with_the_safety_checker(bases, pairs, tmp_path, format):
+    folder = Path(shutil.copytree(models.TINY, tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    options = MergeOptions(
+        adapter=[str(pairs("tiny")[0])], model=str(folder), output=str(tmp_path / "merged"), format=format
+    )
+    if format == "pipeline":
+        with pytest.raises(InputError, match=f"the safety_checker could not be loaded: .* '{folder / 'safety_checker'}'"):
+            merge.merge(resolve_merge(options))
+        return
+    merged = merge.merge(resolve_merge(options))
+    expected = adapted_by_hand(bases("tiny"), (pairs("tiny")[0], 1.0))
+    torch.testing.assert_close(draw(read_by_others(bases("tiny"), format, merged)), draw(expected), rtol=0, atol=5e-4)
 
 
 # --- the folder that is written ---

@@ -4,13 +4,16 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, models, sampler
+from texforce import cli, evaluate, merge, models, sampler
+from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import InputError, NotFoundError
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
@@ -150,8 +153,6 @@ def test_a_pipeline_without_one_of_its_parts_is_refused(copied, part):
 )
 @pytest.mark.parametrize("damage", ["lacking", "misshapen", "truncated"])
 def test_weights_that_do_not_fill_the_model_are_refused(copied, part, file, damage):
-    from safetensors.torch import load_file, save_file
-
     path = copied / part / file
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -192,6 +193,277 @@ def test_sdxls_vae_alone_stays_in_float32_where_it_would_overflow(copied_xl):
         assert {model.unet.dtype, model.text_encoder.dtype, model.text_encoder_2.dtype} == {dtype}
         dtypes[dtype, upcast] = model.vae.dtype
     assert list(dtypes.values()) == [torch.float32, torch.bfloat16, torch.float16]
+
+
+# --- the scheduler's family ---
+
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NO_NOISE = {
+    "FlowMatchEulerDiscreteScheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    "EDMEulerScheduler": {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"},
+    "also a DPM-Solver of flow matching": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+    "also UniPC's prediction of a flow": {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+    "also an Euler of continuous time": {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+    "also one of another signal": {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0},
+}
+
+
+@pytest.mark.parametrize("kind", NO_NOISE)
+def test_a_scheduler_of_another_noise_than_ddims_is_refused(copied, kind):
+    (copied / SCHEDULER_FILE).write_text(json.dumps(NO_NOISE[kind] | {"num_train_timesteps": 1000}))
+    with pytest.raises(InputError, match=f"model: .*{NO_NOISE[kind]['_class_name']} whose noise is not DDIM's"):
+        models.load_model(str(copied))
+
+
+@pytest.mark.parametrize("lacking", ["beta_start", "beta_schedule", "prediction_type", "num_train_timesteps"])
+def test_a_scheduler_that_is_not_known_must_say_what_ddim_needs(copied, lacking):
+    path = copied / SCHEDULER_FILE
+    change(path, _class_name="MyScheduler")
+    known = models.load_scheduler(str(copied))
+    assert known.config.beta_schedule == "scaled_linear"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != lacking}))
+    with pytest.raises(InputError, match=f"MyScheduler, which texforce does not know, and lacks {lacking}"):
+        models.load_scheduler(str(copied))
+    if lacking.startswith("beta"):
+        change(path, trained_betas=[0.1] * 10, num_train_timesteps=10)
+        torch.testing.assert_close(models.load_scheduler(str(copied)).alphas_cumprod[-1], torch.tensor(0.9**10))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # some of diffusers' schedulers beside today's numpy
+@pytest.mark.parametrize("name", models.SCHEDULERS)
+def test_what_the_file_of_a_known_scheduler_leaves_out_is_its_own_default(copied, name):
+    import diffusers
+
+    cls = getattr(diffusers, f"{name}Scheduler")
+    (copied / SCHEDULER_FILE).write_text(json.dumps({"_class_name": cls.__name__}))
+    try:
+        expected = cls.from_pretrained(copied / "scheduler")
+    except ImportError:  # of a package that is not needed here
+        with pytest.raises(InputError, match="lacks beta_end, beta_schedule"):
+            models.load_scheduler(str(copied))
+        return
+    ours = models.load_scheduler(str(copied))
+    torch.testing.assert_close(ours.alphas_cumprod, torch.as_tensor(expected.alphas_cumprod), rtol=0, atol=0)
+    assert ours.config.prediction_type == expected.config.prediction_type
+
+
+LEFT_OUT = {
+    "PNDM without clip_sample and steps_offset": ("PNDMScheduler", ("clip_sample", "steps_offset"), {}),
+    "DDPM without clip_sample and steps_offset": ("DDPMScheduler", ("clip_sample", "steps_offset"), {}),
+    "also DDIM without them": ("DDIMScheduler", ("clip_sample", "steps_offset"), {}),
+    "also a steps_offset of 0": ("DDIMScheduler", (), {"steps_offset": 0}),
+}
+
+
+def draw_both(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of `texforce sample`, and of the plain pipeline with DDIM by the same file."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0}
+    config = resolve_sample(SampleOptions(model=str(folder), prompt=PROMPTS, **options))
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    plain = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
+    plain.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    return evaluate.sample(config, PROMPTS, [5, 6, 7])["base"], plain(
+        PROMPTS, generator=generators, output_type="pt", **options
+    ).images
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_stable_diffusions_old_scheduler_files_are_completed_as_the_plain_pipeline_does(copied, kind):
+    name, without, values = LEFT_OUT[kind]
+    path = copied / SCHEDULER_FILE
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in without}
+    path.write_text(json.dumps(config | values | {"_class_name": name}))
+    ours, plain = draw_both(copied)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+# --- files of weights ---
+
+
+def rename(folder: Path, ending: str, half: bool) -> None:
+    """Save a part's weights anew, by names that end so, in two files where the ending holds %d."""
+    safe = next(folder.glob("*.safetensors"))
+    stem, tensors, kind = safe.stem, load_file(safe), ending.rpartition(".")[2]
+    safe.unlink()
+    stem = "pytorch_model" if kind == "bin" and stem == "model" else stem
+    names, index = sorted(tensors), {}
+    for number, share in enumerate((names[::2], names[1::2]) if "%d" in ending else (names,), 1):
+        file = stem + (ending % number if "%d" in ending else ending)
+        content = {name: tensors[name].half() if half else tensors[name] for name in share}
+        save_file(content, folder / file, {"format": "pt"}) if kind == "safetensors" else torch.save(content, folder / file)
+        index |= dict.fromkeys(share, file)
+    if "%d" in ending:
+        variant = ending.partition("-")[0]
+        name = f"{stem}.{kind}.index{variant}.json"
+        (folder / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+
+
+WEIGHT_FILES = {
+    "only fp16": ".fp16.safetensors", "sharded bin": "-0000%d-of-00002.bin",
+    "also sharded fp16": ".fp16-0000%d-of-00002.safetensors", "also a variant of bin": ".non_ema.bin",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WEIGHT_FILES)
+def test_weights_of_every_kind_of_files_are_the_models(copied, small, kind):
+    half = "fp16" in kind
+    for part in ("unet", "vae", "text_encoder"):
+        rename(copied / part, WEIGHT_FILES[kind], half)
+    loaded = models.load_model(str(copied))
+    for part in ("unet", "vae", "text_encoder"):
+        state = getattr(loaded, part).state_dict()
+        for name, tensor in getattr(small, part).state_dict().items():
+            assert torch.equal(state[name], tensor.half().float() if half else tensor)
+
+
+def test_two_variants_without_plain_weights_are_refused_by_name(copied):
+    rename(copied / "unet", ".fp16.safetensors", half=True)
+    shutil.copy(
+        copied / "unet" / UNET_WEIGHTS.replace(".s", ".fp16.s"), copied / "unet" / UNET_WEIGHTS.replace(".s", ".ema.s")
+    )
+    with pytest.raises(InputError, match=r"unet' holds weights of the variants ema, fp16; keep one"):
+        models.load_model(str(copied))
+
+
+# --- what is missing is named ---
+
+
+@pytest.mark.parametrize("given", ["a.safetensors", "some/a.safetensors", "also/a.ckpt", "also/unet/config.json"])
+def test_a_file_that_is_given_for_a_model_is_called_a_file(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    Path(given).parent.mkdir(parents=True, exist_ok=True)
+    Path(given).write_bytes(b"weights")
+    with pytest.raises(InputError, match=f"model: '{given}' is a file; give 'tiny', a folder in diffusers' format"):
+        models.load_model(given)
+
+
+PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("load", [models.load_model, merge.load_pipeline], ids=["to sample", "also to merge"])
+def test_a_missing_part_is_named_and_not_the_folder_above_it(copied, part, load):
+    """diffusers reads the pipeline's own config.json where a part has none."""
+    shutil.copytree(copied / part, copied, dirs_exist_ok=True)
+    shutil.rmtree(copied / part)
+    with pytest.raises(NotFoundError, match=f"model: the {part} could not be loaded: there is no .* in '{copied / part}'"):
+        load(str(copied))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_part_without_weights_is_named(copied, part):
+    next((copied / part).glob("*.safetensors")).unlink()
+    with pytest.raises(NotFoundError, match=f"model: there are no weights in '{copied / part}'"):
+        models.load_model(str(copied))
+
+
+# --- parts that do not fit each other ---
+
+
+def add_tokens(folder: Path, *tokens: str) -> None:
+    """Add tokens to a tokenizer's folder."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+
+
+def number_past_the_rows(folder: Path) -> None:
+    """Give a token a number past those of the others."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["red</w>"] = 5000
+    path.write_text(json.dumps(content))
+
+
+MISFITS = {
+    "more tokens than rows": lambda folder: add_tokens(folder / "tokenizer", "<cat>", "<dog>"),
+    "also a token of a number past the rows": lambda folder: number_past_the_rows(folder / "tokenizer"),
+    "also an end that is never found": lambda folder: change(folder / "text_encoder" / "config.json", eos_token_id=7),
+    "also longer prompts": lambda folder: change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=30),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize("load", [models.load_model, merge.load_pipeline], ids=["to sample", "also to merge"])
+def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused_by_name(copied, kind, load):
+    MISFITS[kind](copied)
+    with pytest.raises(
+        InputError, match=f"model: the tokenizer in '{copied / 'tokenizer'}' does not fit its text encoder: "
+    ):
+        load(str(copied))
+
+
+def test_the_second_tokenizer_of_sdxl_is_held_against_the_second_text_encoder(copied_xl):
+    add_tokens(copied_xl / "tokenizer_2", "<cat>")
+    with pytest.raises(InputError, match=r"model: the tokenizer_2 in .* 1145 tokens, its text encoder 1144"):
+        models.load_model(str(copied_xl))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"out_channels": 8}, "gives 8"),  # learned variances
+    ({"time_cond_proj_dim": 8}, "time_cond_proj_dim"),  # latent consistency models take the guidance
+    ({"class_embed_type": "timestep"}, "class_embed_type"),
+    ({"num_class_embeds": 10}, "num_class_embeds"),  # upscalers take the noise level
+    ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 16}, "encoder_hid_dim_type"),
+])  # fmt: skip
+def test_a_unet_that_takes_or_gives_more_than_the_other_parts_do_is_refused(copied, changes, words):
+    replace_unet(copied, **changes)
+    with pytest.raises(InputError, match=f"model: the U-Net of .*{words}"):
+        models.load_model(str(copied))
+
+
+# --- textual inversion ---
+
+
+TOKEN = "<cat>"  # noqa: S105
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion", "also sdxl"])
+def inverted(request, tmp_path_factory):
+    """The folder of a pipeline with a textual inversion of three vectors, as plain diffusers saves it, and the pipeline."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(request.param.removeprefix("also ")))
+    vectors = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    pipeline.load_textual_inversion(
+        {TOKEN: vectors[:, :16]}, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
+    )
+    if "text_encoder_2" in pipeline.config:
+        second = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
+        pipeline.load_textual_inversion({TOKEN: vectors}, **second)
+    folder = tmp_path_factory.mktemp("inverted") / "model"
+    pipeline.save_pretrained(folder)
+    return folder, pipeline
+
+
+@pytest.mark.parametrize("prompt", [f"a {TOKEN} circle", f"also {TOKEN} left of {TOKEN}", "also a red circle"])
+def test_a_textual_inversion_in_a_saved_pipeline_has_all_its_vectors(inverted, prompt):
+    folder, pipeline = inverted
+    model = models.load_model(str(folder))
+    with torch.no_grad():
+        expected = pipeline.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        embeds = models.encode(model, models.tokenize_for(model, [prompt]))
+    if model.text_encoder_2 is not None:
+        torch.testing.assert_close(embeds[:, -1, :24], expected[2], rtol=1e-5, atol=1e-5)
+        embeds = embeds[:, :-1]
+    torch.testing.assert_close(embeds, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_length_of_a_prompt_is_that_with_all_vectors(inverted):
+    model = models.load_model(str(inverted[0]))
+    long = " ".join(["red"] * 20 + [TOKEN])  # 21 tokens before and 23 after, with start and end 25
+    with pytest.raises(InputError, match=r"has 25 tokens with its start and end, but the text encoder reads 24"):
+        models.tokenize_for(model, [long])
+    assert models.fits(model.tokenizer, [long, long.replace("red ", "", 1)]) == [False, True]
+    assert models.tokenize(model.tokenizer, [long], truncation=True)[0, -2:].tolist() == [
+        model.tokenizer.convert_tokens_to_ids(f"{TOKEN}_1"), model.tokenizer.eos_token_id,
+    ]  # fmt: skip
 
 
 PLAIN_UNET = dict.fromkeys(

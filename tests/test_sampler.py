@@ -246,6 +246,22 @@ def test_schedule_refuses_what_it_cannot_do(num_steps, eta, options, words):
 # --- DPM-Solver++ ---
 
 
+@pytest.mark.parametrize("options", [
+    {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+    {"timestep_spacing": "linspace", "rescale_betas_zero_snr": True},
+    {"prediction_type": "sample", "trained_betas": [0.0] + [0.1] * 9, "num_train_timesteps": 10},  # a noise that is none
+], ids=["trailing", "also linspace", "also no noise"])  # fmt: skip
+def test_a_schedule_with_a_step_that_the_prediction_says_nothing_of_is_refused_as_such(options):
+    scheduler = make_scheduler(**{"prediction_type": "epsilon", "steps_offset": 0} | options)
+    with pytest.raises(InputError, match=r"model: the prediction_type '(epsilon|sample)' in its scheduler_config.json says"):
+        ddim_schedule(scheduler, 5, 1.0)
+
+
+def test_an_epsilon_model_of_zero_terminal_snr_may_leave_the_last_timestep_out():
+    scheduler = make_scheduler(prediction_type="epsilon", rescale_betas_zero_snr=True, timestep_spacing="leading")
+    assert ddim_schedule(scheduler, 5, 1.0).output_weight.isfinite().all()
+
+
 def dpm_solver(scheduler, num_steps: int):
     """Diffusers' own solver for a model's scheduler."""
     from diffusers import DPMSolverMultistepScheduler
