@@ -23,12 +23,8 @@ import pydantic.dataclasses
 from pydantic import Field
 
 from .errors import InputError
-<<<<<<< HEAD
-from .files import read_json
-from .presets import PRESETS, family, preset_for, sampler_defaults
-=======
 from .files import locate, read_json
->>>>>>> faults-models
+from .presets import PRESETS, family, preset_for, sampler_defaults
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
