@@ -401,7 +401,7 @@ def serve_command(
 ) -> None:
     """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
     with exit_codes():
-        from . import rewards
+        from . import rewards, server
         from .config import check_device, default_device
 
         if not 0 <= port < 65536:
@@ -411,11 +411,11 @@ def serve_command(
         checkpoints = checkpoints | rewards.parse_checkpoints(reward_checkpoint or (), [reward])
         scorer = rewards.load_reward(reward, device, checkpoints)
         try:
-            server = rewards.make_server(scorer, port, host)
+            listening = server.make_server(scorer, port, host)
         except OSError as error:
             raise InputError(f"port: {host}:{port} cannot be listened at: {error.strerror or error}") from error
-        show(f"{reward} at http://{host}:{server.server_port}/score")
-        server.serve_forever()
+        show(f"{reward} at http://{host}:{listening.server_port}/score")
+        listening.serve_forever()
 
 
 # --- progress ---

@@ -28,6 +28,7 @@ from typer.testing import CliRunner, Result
 
 import texforce
 from texforce import cli, models, rewards, sampler, train
+from texforce import server as serving
 from texforce.config import (
     EvalConfig,
     MergeConfig,
@@ -881,7 +882,7 @@ def test_the_parts_of_a_normalised_mixture_have_unit_spread(small_run, tmp_path)
 
 
 def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained_by_jpeg, tmp_path):
-    server = rewards.make_server(rewards.load_reward("jpeg"), 0)
+    server = serving.make_server(rewards.load_reward("jpeg"), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         result = run_train(small_run, output_dir=tmp_path / "out", reward=f"http://127.0.0.1:{server.server_port}/score")

@@ -35,6 +35,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from texforce import cli, rewards, scorers, weights, world
+from texforce import server as serving
 from texforce.errors import InputError, RewardError
 
 from .hostile import blank_png
@@ -676,7 +677,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.fixture
 def served():
-    with running(rewards.make_server(brightness, 0)) as url:
+    with running(serving.make_server(brightness, 0)) as url:
         yield url
 
 
@@ -696,7 +697,7 @@ def test_a_served_scorer_scores_as_it_does_here(served):
 
 def test_the_embedded_hps_scores_the_same_over_http():
     hps, images = rewards.load_reward("hps"), eight_bit_images(3, 32, 32)
-    with running(rewards.make_server(hps, 0)) as url:
+    with running(serving.make_server(hps, 0)) as url:
         torch.testing.assert_close(rewards.load_reward(url)(images, PROMPTS), hps(images, PROMPTS))
 
 
@@ -742,7 +743,7 @@ def test_other_pictures_than_png_are_not_opened(served):
 
 def test_a_request_elsewhere_or_too_long_is_refused(served):
     assert post(served.replace("/score", "/other"), b"{}")[0] == 404
-    assert post(served, b"", **{"Content-Length": str(10 * rewards.MAX_REQUEST_BYTES)})[0] == 413
+    assert post(served, b"", **{"Content-Length": str(10 * serving.MAX_REQUEST_BYTES)})[0] == 413
 
 
 def test_a_client_that_keeps_its_connection_open_does_not_stop_the_others(served):
@@ -792,8 +793,8 @@ TOO_MUCH = {
 def server_of_its_own():
     """The URL and the process of a server, whose memory is nobody else's."""
     code = (
-        "import os\nfrom texforce import rewards\n"
-        "server = rewards.make_server(lambda images, prompts: images[:, 0, 0, 0], 0)\n"
+        "from texforce import server\n"
+        "server = server.make_server(lambda images, prompts: images[:, 0, 0, 0], 0)\n"
         "print(server.server_port, flush=True)\nserver.serve_forever()\n"
     )
     with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
@@ -822,8 +823,8 @@ def test_a_request_beyond_a_limit_is_answered_with_413_and_takes_less_than_a_gib
 def test_as_many_pixels_and_bytes_as_the_limits_allow_take_less_than_a_gibibyte(server_of_its_own):
     url, pid = server_of_its_own
     assert post(url, request_of([encoded_png((2048, 2048))] * 2))[0] == 200
-    announced = b"POST /score HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % rewards.MAX_REQUEST_BYTES
-    waiting = [connected(url, announced + bytes(rewards.MAX_REQUEST_BYTES - 1)) for _ in range(4)]
+    announced = b"POST /score HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % serving.MAX_REQUEST_BYTES
+    waiting = [connected(url, announced + bytes(serving.MAX_REQUEST_BYTES - 1)) for _ in range(4)]
     assert status_of(connected(url, announced)) == 503  # there is no room for a fifth
     strange = '{"prompts": ["\U0001f6a9"], "images": ["' + "A" * 39_000_000 + '"]}'  # text of four bytes a letter
     for connection in waiting:
@@ -853,8 +854,8 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(served):
 
 
 def test_clients_that_are_too_many_are_answered_with_503_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(rewards, "MAX_CLIENTS", 3)
-    server = rewards.make_server(brightness, 0)
+    monkeypatch.setattr(serving, "MAX_CLIENTS", 3)
+    server = serving.make_server(brightness, 0)
     with running(server) as url:
         idle = [connected(url) for _ in range(3)]
         while server.num_clients < 3:
@@ -871,8 +872,8 @@ def test_clients_that_are_too_many_are_answered_with_503_and_the_others_go_on(mo
     b"POST /score HTTP/1.1\r\nX: ",
 ], ids=["nothing", "also half a line", "half a request", "also half a header"])  # fmt: skip
 def test_a_client_that_drips_is_answered_with_408_when_its_time_is_over(monkeypatch, sent):
-    monkeypatch.setattr(rewards, "SECONDS_TO_SEND", 0.6)
-    with running(rewards.make_server(brightness, 0)) as url:
+    monkeypatch.setattr(serving, "SECONDS_TO_SEND", 0.6)
+    with running(serving.make_server(brightness, 0)) as url:
         connection, start = connected(url, sent), time.monotonic()
         while sent and not select.select([connection], [], [], 0.1)[0]:
             connection.sendall(b"a")  # each byte within any time that a single one may take
@@ -883,7 +884,7 @@ def test_a_client_that_drips_is_answered_with_408_when_its_time_is_over(monkeypa
 
 def test_more_images_than_a_request_may_hold_are_sent_in_several(monkeypatch):
     images = eight_bit_images(5)
-    with running(rewards.make_server(brightness, 0)) as url:
+    with running(serving.make_server(brightness, 0)) as url:
         monkeypatch.setattr(rewards, "MAX_PIXELS", 2 * images[0, 0].numel())
         prompts = ["a", "b", "nan", "d", "e"]
         torch.testing.assert_close(rewards.load_reward(url)(images, prompts), brightness(images, prompts), equal_nan=True)
@@ -900,9 +901,9 @@ def test_a_client_that_leaves_is_no_bug_with_a_traceback(served, capsys):
 
 def test_png_keeps_eight_bits_and_any_shape():
     image = eight_bit_images(1, 5, 9)[0]
-    torch.testing.assert_close(rewards.decode_png(rewards.encode_png(image)), image)
+    torch.testing.assert_close(serving.decode_png(rewards.encode_png(image)), image)
     assert torch.equal(
-        rewards.decode_png(rewards.encode_png(2 * image - 0.5)),
+        serving.decode_png(rewards.encode_png(2 * image - 0.5)),
         scorers.to_bytes((2 * image - 0.5)[None])[0].permute(2, 0, 1) / 255,
     )
 
@@ -915,7 +916,7 @@ def serve(*arguments: str):
 
 
 def test_the_command_serves_until_it_is_terminated(monkeypatch):
-    served, original = {}, rewards.make_server
+    served, original = {}, serving.make_server
 
     def ask_and_terminate(url: str) -> None:
         try:
@@ -928,7 +929,7 @@ def test_the_command_serves_until_it_is_terminated(monkeypatch):
         threading.Thread(target=ask_and_terminate, args=(f"http://{host}:{server.server_port}/score",)).start()
         return server
 
-    monkeypatch.setattr(rewards, "make_server", make_server)
+    monkeypatch.setattr(serving, "make_server", make_server)
     previous = signal.signal(signal.SIGTERM, lambda *_: None)  # should the command have ended before
     try:
         result = serve("jpeg", "--port", "0")
@@ -978,7 +979,7 @@ def test_a_server_answers_a_lack_of_memory_with_500(error):
         raise error
 
     body = json.dumps({"prompts": ["a"], "images": [rewards.encode_png(torch.rand(3, 8, 8))]}).encode()
-    status, content = rewards.answer(exhausted, body)
+    status, content = serving.answer(exhausted, body)
     assert (status, "out of memory" in content["error"]) == (500, True)
 
 
