@@ -570,12 +570,12 @@ def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     with reading("not a PNG in base64", InputError):
         try:
-            image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+            opened = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         except Image.DecompressionBombError as error:
             raise _too_many_pixels() from error
-        if math.prod(image.size) > max_pixels:
+        if math.prod(opened.size) > max_pixels:
             raise _too_many_pixels()
-        image = image.convert("RGB")
+        image = opened.convert("RGB")
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1) / 255
 
@@ -725,7 +725,7 @@ class ScoreServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """End the reading from clients whose time is over; called twice a second."""
         for connection, deadline in list(self.deadlines.items()):
-            if time.monotonic() > deadline and self.deadlines.pop(connection, None):
+            if time.monotonic() > deadline and self.deadlines.pop(connection, None) is not None:
                 with contextlib.suppress(OSError):  # it has just ended
                     connection.shutdown(socket.SHUT_RD)
 

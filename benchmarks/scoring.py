@@ -145,17 +145,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def pixel_deviations(resolution: int, size: int = 224) -> dict[str, dict[str, float]]:
-    """How far the two kinds of preprocessing are from each other, in levels of 255, over images of both kinds."""
+    """How far the two kinds of preprocessing are from each other, in levels of 255, over images of three kinds."""
     noise = torch.randint(256, (8, 3, resolution, resolution), generator=torch.Generator().manual_seed(0)) / 255
     coarse = F.interpolate(noise[..., :8, :8], (resolution,) * 2, mode="bicubic").clamp(0, 1)
-    smooth = (coarse * 255).round() / 255
+    edges = F.interpolate(noise[..., :8, :8].round(), (resolution,) * 2, mode="nearest")
+    kinds = {"smooth": (coarse * 255).round() / 255, "edges": edges, "noise": noise}
     pairs = {
         "crop": (scorers.crop_to_square, scorers.crop_to_square_exactly),
         "pad": (scorers.pad_to_square, scorers.pad_to_square_exactly),
     }
     deviations = {}
     for name, (on_floats, exactly) in pairs.items():
-        for kind, images in (("smooth", smooth), ("noise", noise)):
+        for kind, images in kinds.items():
             levels = 255 * (on_floats(images, size) - exactly(images, size)).abs()
             deviations[f"{name}, {kind}"] = {"mean": levels.mean().item(), "largest": levels.max().item()}
     return deviations
