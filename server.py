@@ -45,12 +45,12 @@ def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     with reading("not a PNG in base64", InputError):
         try:
-            image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+            opened = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         except Image.DecompressionBombError as error:
             raise _too_many_pixels() from error
-        if math.prod(image.size) > max_pixels:
+        if math.prod(opened.size) > max_pixels:
             raise _too_many_pixels()
-        image = image.convert("RGB")
+        image = opened.convert("RGB")
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1) / 255
 

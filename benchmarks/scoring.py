@@ -131,12 +131,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     result = {"images_per_s_1": 1 / single, f"images_per_s_{options.batch_size}": options.batch_size / batch}
     result |= {"batch_deviation": (scores[:4] - each).abs().max().item(), "deviation_over_images": scores.std().item()}
     if isinstance(scorer, scorers.NetworkScorer):
-        for kind, given in (("smooth", images), ("noise", torch.rand_like(images))):
-            given = (given * 255).round() / 255  # as they lie in an evaluation's folder
-            scorer.exact = False
-            floats = scorer(given, prompts)
-            scorer.exact = True
-            result[f"exact_deviation_{kind}"] = (scorer(given, prompts) - floats).abs().max().item()
+        given = (images * 255).round() / 255  # as they lie in an evaluation's folder
+        floats = scorer(given, prompts)
+        scorer.exact = True
+        result["exact_deviation"] = (scorer(given, prompts) - floats).abs().max().item()
     if options.device != "cpu" and isinstance(scorer, scorers.NetworkScorer):
         with tempfile.TemporaryDirectory() as folder:
             exact = load(name, "cpu", Path(folder))(images[:4].cpu(), prompts[:4])
@@ -145,17 +143,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def pixel_deviations(resolution: int, size: int = 224) -> dict[str, dict[str, float]]:
-    """How far the two kinds of preprocessing are from each other, in levels of 255, over images of both kinds."""
+    """How far the two kinds of preprocessing are from each other, in levels of 255, over images of three kinds."""
     noise = torch.randint(256, (8, 3, resolution, resolution), generator=torch.Generator().manual_seed(0)) / 255
     coarse = F.interpolate(noise[..., :8, :8], (resolution,) * 2, mode="bicubic").clamp(0, 1)
-    smooth = (coarse * 255).round() / 255
+    edges = F.interpolate(noise[..., :8, :8].round(), (resolution,) * 2, mode="nearest")
+    kinds = {"smooth": (coarse * 255).round() / 255, "edges": edges, "noise": noise}
     pairs = {
         "crop": (scorers.crop_to_square, scorers.crop_to_square_exactly),
         "pad": (scorers.pad_to_square, scorers.pad_to_square_exactly),
     }
     deviations = {}
     for name, (on_floats, exactly) in pairs.items():
-        for kind, images in (("smooth", smooth), ("noise", noise)):
+        for kind, images in kinds.items():
             levels = 255 * (on_floats(images, size) - exactly(images, size)).abs()
             deviations[f"{name}, {kind}"] = {"mean": levels.mean().item(), "largest": levels.max().item()}
     return deviations
