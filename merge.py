@@ -310,8 +310,10 @@ def check_written(merged: Merged, folder: Path) -> None:
         again = adapters.read_adapter(folder, merged.model)
         pairs = {(part, name): layer for part, layers in merged.adapter.items() for name, layer in layers.items()}
         found = {(part, name): layer for part, layers in again.items() for name, layer in layers.items()}
-        wrong = [name for name in pairs.keys() ^ found.keys()] or [
-            name for name, layer in pairs.items() if not torch.allclose(layer.delta(), found[name].delta(), 1e-4, 1e-6)
+        wrong = [" ".join(name) for name in pairs.keys() ^ found.keys()] or [
+            " ".join(name)
+            for name, layer in pairs.items()
+            if not torch.allclose(layer.delta(), found[name].delta(), 1e-4, 1e-6)
         ]
     if wrong:
         raise ArtifactError(f"output: {len(wrong)} layers or tensors were not written as they were merged, as {min(wrong)}")

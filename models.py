@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def load_scheduler(source: str) -> Any:
     """
     from diffusers import DDIMScheduler
 
-    config = scheduler_config(source)
+    config: Any = scheduler_config(source)
     with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
         config = _noise_defaults(config, source) | config
         # Schedulers that know neither option do not clip, and end in a step with noise.
@@ -135,7 +135,7 @@ def load_scheduler(source: str) -> Any:
             config = {"clip_sample": False, "set_alpha_to_one": False} | config
         if not pipeline_kind(source)[0]:  # as the plain pipeline does for all but SDXL
             config = {"clip_sample": False} | config
-            config["steps_offset"] = config.get("steps_offset") or 1
+            config["steps_offset"] = 1 if isinstance(config.get("steps_offset", 0), int) else config["steps_offset"]
         return DDIMScheduler.from_config(config)
 
 
@@ -150,7 +150,7 @@ def scheduler_config(source: str) -> dict[str, Any]:
     return config
 
 
-def _noise_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _noise_defaults(config: dict[str, Any], source: str) -> dict[str, Any]:
     """What a scheduler's class takes for what its configuration does not say of the noise.
 
     Raises:

@@ -230,7 +230,7 @@ def test_a_scheduler_that_is_not_known_must_say_what_ddim_needs(copied, lacking)
         torch.testing.assert_close(models.load_scheduler(str(copied)).alphas_cumprod[-1], torch.tensor(0.9**10))
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # some of diffusers' schedulers beside today's numpy
+@pytest.mark.filterwarnings("ignore:.*__array__ implementation")  # some of diffusers' schedulers beside today's numpy
 @pytest.mark.parametrize("name", models.SCHEDULERS)
 def test_what_the_file_of_a_known_scheduler_leaves_out_is_its_own_default(copied, name):
     import diffusers
@@ -253,6 +253,7 @@ LEFT_OUT = {
     "DDPM without clip_sample and steps_offset": ("DDPMScheduler", ("clip_sample", "steps_offset"), {}),
     "also DDIM without them": ("DDIMScheduler", ("clip_sample", "steps_offset"), {}),
     "also a steps_offset of 0": ("DDIMScheduler", (), {"steps_offset": 0}),
+    "also a steps_offset of 2": ("DDIMScheduler", (), {"steps_offset": 2}),
 }
 
 
