@@ -132,8 +132,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def take_place(temporary: Path, path: Path) -> None:
-    """Move a file or folder to `path`; what was there is moved aside first if it is a folder, and comes back on failure."""
-    if not path.is_dir():
+    """Move a file or folder to `path`; what was there is moved aside first, and comes back on failure.
+
+    A file takes the place of another one at once.
+    """
+    if not os.path.lexists(path) or not (path.is_dir() or temporary.is_dir()):
         temporary.rename(path)
         return
     # Not beside `temporary`, whose folder is removed even if the old one cannot be moved back.
@@ -143,7 +146,7 @@ def take_place(temporary: Path, path: Path) -> None:
         path.rename(aside)
         temporary.rename(path)
     except BaseException:
-        if aside.exists():
+        if os.path.lexists(aside):
             aside.rename(path)
         place.rmdir()
         raise
@@ -153,17 +156,21 @@ def take_place(temporary: Path, path: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what writings that were cut off have left in a folder."""
     for orphan in folder.glob(f".*{TEMPORARY}"):
-        if orphan.is_dir() and not orphan.is_symlink():
-            shutil.rmtree(orphan)
-        else:
-            orphan.unlink()
+        _remove(orphan)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; it is renamed first, so that an interrupted removal leaves no valid checkpoint behind."""
-    doomed = folder.with_name(f".{folder.name}.old{TEMPORARY}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def remove(path: Path) -> None:
+    """Remove a folder or file; it is renamed first, so that an interrupted removal leaves no valid checkpoint behind."""
+    doomed = path.with_name(f".{path.name}.old{TEMPORARY}")
+    path.rename(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def open_to_umask(path: Path) -> None:

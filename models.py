@@ -41,6 +41,11 @@ class Model:
         return next(self.unet.parameters()).device
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """The tokenizer, or SDXL's two."""
+        return [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
+
+    @property
     def text_encoders(self) -> dict[str, Any]:
         """The text encoder, or SDXL's two, by name."""
         second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
@@ -59,14 +64,10 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         NotFoundError: there is no such model.
         InputError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
     """
-    from transformers import CLIPTokenizer
-
     source = find_model(name)
     with reading_model(name):
         second, zero_null = pipeline_kind(source)
-        parts = {"scheduler": load_scheduler(source)}
-        for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
-            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+        parts = {"scheduler": load_scheduler(source), **load_tokenizers(source, second)}
         parts |= load_parts(source, dtype, second)
         model = Model(name, zero_null=zero_null, **parts)
         _check_kind(model)
@@ -93,6 +94,14 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
     if second and not first:
         raise InputError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
     return second, second and index.get("force_zeros_for_empty_prompt", True)
+
+
+def load_tokenizers(source: str, second: bool) -> dict[str, Any]:
+    """The tokenizers of a pipeline by name; with `second` both that Stable Diffusion XL has."""
+    from transformers import CLIPTokenizer
+
+    names = ("tokenizer", "tokenizer_2") if second else ("tokenizer",)
+    return {name: CLIPTokenizer.from_pretrained(source, subfolder=name) for name in names}
 
 
 def load_scheduler(source: str) -> Any:
@@ -129,13 +138,14 @@ def find_model(name: str) -> str:
 
 
 def revision(name: str) -> Any:
-    """The version of a model: the commit in the hub's cache, or the SHA-256 of a folder's files; None for tiny."""
+    """The version of a model: the commit in the hub's cache, or the SHA-256 of the files read of a folder; None for tiny."""
     from huggingface_hub import try_to_load_from_cache
 
     if name == "tiny":
         return None
     if Path(name).is_dir():
-        return describe_files(Path(name))["sha256"]
+        read = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
+        return {part: describe_files(Path(name, part))["sha256"] for part in read if Path(name, part).exists()}
     cached = try_to_load_from_cache(name, "model_index.json")
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
 
@@ -228,32 +238,63 @@ def _load_strictly(cls: Any, source: str, subfolder: str, dtype: torch.dtype) ->
 # --- prompts ---
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -> Tensor:
-    """Token ids (N, L) int64, padded, or with `truncation` cut, to the text encoder's length L.
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids (N, L) int64, padded or cut to the L tokens that the text encoder reads (77 of Stable Diffusion).
 
     Raises:
-        InputError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
+        InputError: a prompt is not text.
     """
+    _check_text(prompts)
     length = tokenizer.model_max_length
+    return torch.tensor(tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids)
+
+
+def _check_text(prompts: Sequence[str]) -> None:
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
         raise InputError("prompt: it holds a lone surrogate, which is not text")
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=truncation).input_ids
-    for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > length:
-            raise InputError(
-                f"prompt {prompt[:60]!r}... has {len(row)} tokens with its start and end, but the text encoder reads "
-                f"{length}; shorten it"
-            )
-    return torch.tensor(ids)
 
 
-def tokenize_for(model: Model, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+def tokenize_for(model: Model, prompts: Sequence[str]) -> Tensor:
     """Prompt ids (N, L) for `encode`, as of `tokenize`; for SDXL (N, 2L), those of both tokenizers side by side.
 
     The two differ in how they pad.
     """
-    tokenizers = [model.tokenizer] if model.tokenizer_2 is None else [model.tokenizer, model.tokenizer_2]
-    return torch.cat([tokenize(tokenizer, prompts, truncation) for tokenizer in tokenizers], dim=1)
+    return torch.cat([tokenize(tokenizer, prompts) for tokenizer in model.tokenizers], dim=1)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The prompts among others whose end is not read: `tokenize` cuts it off, as diffusers' pipelines do."""
+
+    prompts: list[str]
+    num_prompts: int  # with those that are read whole
+    num_tokens: int  # that the text encoder reads
+
+    def __str__(self) -> str:
+        first = f", as {self.prompts[0][:60]!r}..." if self.prompts else ""
+        number = f"{len(self.prompts)} of {self.num_prompts} prompts"
+        return f"{number} are cut to the {self.num_tokens} tokens that the text encoder reads{first}"
+
+
+def find_cut(tokenizers: Sequence[Any], prompts: Sequence[str]) -> Cut:
+    """The prompts that are longer than the text encoders read, by their tokenizers.
+
+    Raises:
+        InputError: a prompt is not text.
+    """
+    _check_text(prompts)
+    distinct = dict.fromkeys(prompts)
+    for tokenizer in tokenizers if distinct else ():
+        for prompt, ids in zip(distinct, tokenizer(list(distinct), verbose=False).input_ids, strict=True):
+            distinct[prompt] = distinct[prompt] or len(ids) > tokenizer.model_max_length
+    return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), tokenizers[0].model_max_length)
+
+
+def open_tokenizers(name: str) -> list[Any]:
+    """The tokenizers of a model, without its networks; raises as `load_model`."""
+    source = find_model(name)
+    with reading_model(name):
+        return list(load_tokenizers(source, pipeline_kind(source)[0]).values())
 
 
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:
