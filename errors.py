@@ -104,7 +104,7 @@ def naming_origins(origins: Mapping[str, str]) -> Iterator[None]:
         name = str(error).partition(":")[0]
         if name not in origins:
             raise
-        raise type(error)(f"{error} ({name} comes from {origins[name]}; --{name.replace('_', '-')} overrides it)") from error
+        raise type(error)(f"{error} (it comes from {origins[name]}; --{name.replace('_', '-')} overrides it)") from error
 
 
 def cause(error: BaseException) -> str:

@@ -161,12 +161,12 @@ def check_reward(spec: str) -> None:
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query
     except ValueError:  # of the port
         usable = False
     if not usable:
-        url = re.sub("//.*@", "//", url)  # perhaps a password with a slash
-        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
+        url = re.sub("//.*@", "//", url)  # before the @ there may be a password with a slash
+        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score, with %XX for signs within a password")
 
 
 def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
