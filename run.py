@@ -275,7 +275,7 @@ def _check_epochs(epochs: Sequence[Mapping[str, Any]]) -> None:
     """Raise whatever epochs of other fields than a training's measures make Python raise."""
     for number, measures in enumerate(epochs):
         names = ("num_images", "num_unet_calls", "seconds", *(("reward_mean", "reward_std") if number else ()))
-        numbers = [measures[name] for name in names] + list(measures.get(find_measured(measures), {}).values())
+        numbers = [measures[name] for name in names] + list(measures.get(find_measured(measures) or "", {}).values())
         if measures["epoch"] != number or not all(map(math.isfinite, numbers)):
             raise ValueError(f"epochs: {number} does not hold the measures of that epoch")
     if find_measured(epochs[0]) is None:
@@ -481,14 +481,14 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
     images, means = zip(*((measures["num_images"], measures["reward_mean"]) for measures in epochs[1:]), strict=True)
     axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
     measured = [(measures, name) for measures in epochs if (name := find_measured(measures))]
-    images = [measures["num_images"] for measures, _ in measured]
+    places = [measures["num_images"] for measures, _ in measured]
     about = "held-out prompts" if measured[0][1] == "heldout" else "training prompts, from the same noise"
-    axes.plot(images, [measures[name][reward] for measures, name in measured], "o-", color="tab:orange", label=about)
+    axes.plot(places, [measures[name][reward] for measures, name in measured], "o-", color="tab:orange", label=about)
     exact = [measures[name].get("alignment_exact") for measures, name in measured]
     if None not in exact:
         right = axes.twinx()
         right.set(ylabel=f"{about}: share fully right", ylim=(0, 1))
-        right.plot(images, exact, "s--", color="tab:green", label="fully right")
+        right.plot(places, exact, "s--", color="tab:green", label="fully right")
         right.legend(loc="lower right")
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
