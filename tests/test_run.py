@@ -343,7 +343,7 @@ def from_files(options, tmp_path_factory) -> tuple[Path, dict]:
     for name in ("model_index.json", "unet/config.json", "notes.txt"):
         (folder / "model" / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / "model" / name).write_text("{}")
-    (folder / "prompts.txt").write_text("a red circle\na blue square\na navy box\n")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na navy box\na green disc\na red cross\n")
     (folder / "anchors.txt").write_text("ugly\n")
     (folder / "heldout.txt").write_text("a green square\nan ivory box\n")
     options = options | {
