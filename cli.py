@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import shlex
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,11 +42,21 @@ from .config import (
     resolve_eval,
     resolve_merge,
     resolve_sample,
+    without_passwords,
 )
-from .errors import InputError, NotFoundError, OutOfMemory, ProcessLost, RewardError, StorageError, expected
+from .errors import (
+    InputError,
+    NotFoundError,
+    OutOfMemory,
+    ProcessLost,
+    RewardError,
+    StorageError,
+    expected,
+    naming_origins,
+)
 from .files import read_json
 from .presets import PRESETS
-from .prompt_sets import read_prompts
+from .prompt_sets import MEASURED_ON, find_measured, read_prompts
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
 EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 nobody reads the output"
@@ -77,6 +88,11 @@ app = typer.Typer(
 )
 
 
+OPTION_NAMES = sorted(
+    {item.name for config in (TrainConfig, SampleConfig, MergeConfig, EvalConfig) for item in option_fields(config)}
+    | {"config", "resume", "force_resume", "port", "device"}
+)
+
 # --- exit codes ---
 
 
@@ -102,8 +118,22 @@ def exit_codes(memory_options: str = "") -> Iterator[None]:
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
-    progress.print(Text("error: ", style="bold red") + Text(str(error)))
+    message = as_typed(str(error)) if code == InputError.exit_code else str(error)
+    progress.print(Text("error: ", style="bold red") + Text(message))
     raise typer.Exit(code)
+
+
+def as_typed(message: str) -> str:
+    """A message about an option, with which it begins, that calls options as one types them: --num-epochs for num_epochs.
+
+    A message about a file begins with the file, and calls the fields as they are called there.
+    """
+    if message.partition(":")[0] not in OPTION_NAMES:
+        return message
+    whole, underscored = "|".join(OPTION_NAMES), "|".join(name for name in OPTION_NAMES if "_" in name)
+    # As "name: ...", also after another one; names of two words wherever they are no part of a path or a quoted text.
+    pattern = rf"(?:^|(?<=[:;] ))(?:{whole})(?=: )|(?<![\w./'\"-])(?:{underscored})(?![\w./'\"])"
+    return re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), message)
 
 
 def printable(text: str) -> str:
@@ -188,7 +218,14 @@ def train_command(
         ),
     ] = None,
     force_resume: Annotated[
-        bool, typer.Option("--force-resume", help="with --resume, though options or prompts have changed")
+        bool,
+        typer.Option("--force-resume", help="with --resume, though options, or the content of their files, have changed"),
+    ] = False,
+    trust_reward_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-reward-code", help="run the file of a reward function that --config or --resume names, and --reward not"
+        ),
     ] = False,
 ) -> None:
     """Train LoRA on the text encoder against a reward."""
@@ -202,6 +239,8 @@ def train_command(
             options = resumed_options(resume, options)
         settings = resolve(TrainOptions(**options))
         check_algorithm_options(given, settings.algorithm)
+        if not (dry_run or trust_reward_code):
+            check_trusted(settings, given)
         if processes.is_first():
             warn(f"model: {settings.model} ({_why(options)})")
         from . import train
@@ -226,18 +265,39 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """
     if Path(given.get("output_dir") or folder) != folder:
         raise InputError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
-    saved = folder / "config.json"
     if folder.is_file():
         raise InputError(f"resume: {str(folder)!r} is a file; give the output folder of a training")
-    if not saved.is_file() and not given:
+    from . import run
+
+    if not run.is_run(folder) and not given:
         raise NotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
-    return merge_options(read_config(saved) if saved.is_file() else {}, given) | {"output_dir": str(folder)}
+    saved = check_options(run.saved_options(folder), folder / "config.json") if run.is_run(folder) else {}
+    return merge_options(saved, given) | {"output_dir": str(folder)}
+
+
+def check_trusted(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Check that the files of reward functions, which are code, are named on the command line itself.
+
+    Raises:
+        InputError: one comes from --config or --resume alone.
+    """
+    from .rewards import functions_of
+
+    def paths(specs: Iterable[str]) -> set[Path]:
+        return {Path(name.rpartition(":")[0]) for spec in specs for name in functions_of(spec)}
+
+    named = paths([*([given["reward"]] if "reward" in given else []), *given.get("eval_reward", ())])
+    if foreign := paths([config.reward, *(config.eval_reward or ())]) - named:
+        raise InputError(
+            f"reward: {str(min(foreign))!r} is code that --config or --resume names, not this command line; read it, and "
+            "give --trust-reward-code to run it"
+        )
 
 
 @contextmanager
 def hint_to_resume(config: TrainConfig) -> Iterator[None]:
     """Say how a training can go on that was stopped by a signal, the disk, memory, a scorer or a lost process."""
-    from . import processes, run
+    from . import processes, rewards, run
 
     try:
         with interrupts.recognised():
@@ -247,7 +307,9 @@ def hint_to_resume(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) or isinstance(expected(error), passing):
             with interrupts.deferred():  # as in the saving before it
                 if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
-                    warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}")
+                    code = any(map(rewards.functions_of, [config.reward, *(config.eval_reward or ())]))
+                    trust = " --trust-reward-code" if code else ""
+                    warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}{trust}")
         raise
 
 
@@ -265,9 +327,21 @@ def read_config(path: Path | None) -> dict[str, Any]:
     Raises:
         NotFoundError, InputError: the file is not there, not JSON, or has fields that are no options.
     """
-    content = read_json(path) if path else {}
+    return check_options(read_json(path), path) if path else {}
+
+
+def check_options(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Options of train from a file, as they are.
+
+    Raises:
+        InputError: there are fields that are no options, or values that an option does not take; names the file.
+    """
     if foreign := sorted(set(content) - {item.name for item in option_fields(TrainConfig)}):
-        raise InputError(f"config: {str(path)!r} has fields that are no options of train: {', '.join(foreign)}")
+        raise InputError(f"{path}: has fields that are no options of train: {', '.join(foreign)}")
+    try:
+        TrainOptions(**content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return content
 
 
@@ -304,9 +378,13 @@ def sample_command(given: dict[str, Any]) -> None:
         warn(f"model: {config.model}")
         prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
         files.check_writable(Path(config.output_dir))
-        prompts = [prompt for prompt in prompts for _ in range(config.num_images)]
-        seeds = [config.seed + i for i in range(len(prompts))]
-        images = evaluate.sample(config, prompts, seeds)
+        repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
+        seeds = [config.seed + i for i in range(len(repeated))]
+        with naming_origins(config.origins):
+            cut = evaluate.find_cut(config, prompts)
+            if cut.prompts:
+                warn(f"prompt: {cut}")
+            images = evaluate.sample(config, repeated, seeds)
         folder = Path(config.output_dir)
         shown = {
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
@@ -314,10 +392,15 @@ def sample_command(given: dict[str, Any]) -> None:
             "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
         }  # fmt: skip
         for name, drawn in images.items():
-            labels = [{"system": name, "prompt": p, "seed": s} | shown for p, s in zip(prompts, seeds, strict=True)]
+            labels = [
+                {"system": name, "prompt": prompt, "seed": seed}
+                | ({"prompt_cut_to": f"{cut.num_tokens} tokens"} if prompt in cut.prompts else {})
+                | shown
+                for prompt, seed in zip(repeated, seeds, strict=True)
+            ]
             paths = files.write_images(folder, drawn, labels)
             show(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
-        run.write_grid(folder / f"grid_{paths[-1].stem}.png", prompts, images)
+        run.write_grid(folder / f"grid_{paths[-1].stem}.png", repeated, images)
         show(f"grid: {folder / f'grid_{paths[-1].stem}.png'}")
 
 
@@ -331,7 +414,8 @@ def merge_command(given: dict[str, Any]) -> None:
 
         config = resolve_merge(MergeOptions(**given))
         warn(f"model: {config.model}")
-        folder = merge.merge(config)
+        with naming_origins(config.origins):
+            folder = merge.merge(config)
         show(f"{config.format}: {folder}")
 
 
@@ -346,8 +430,8 @@ def eval_command(given: dict[str, Any]) -> None:
         from . import evaluate
 
         try:
-            with StageView() as view:
-                results = evaluate.evaluate(config, view)
+            with StageView() as view, naming_origins(config.origins):
+                results = evaluate.evaluate(config, view, warn)
         except KeyboardInterrupt:
             warn("what is finished is kept; the same command goes on from there")
             raise
@@ -409,7 +493,7 @@ def serve_command(
         device = check_device(device) if device else default_device()
         checkpoints = rewards.EMBEDDED if device == "cpu" else {}
         checkpoints = checkpoints | rewards.parse_checkpoints(reward_checkpoint or (), [reward])
-        scorer = rewards.load_reward(reward, device, checkpoints)
+        scorer, reward = rewards.load_reward(reward, device, checkpoints), without_passwords(reward)
         try:
             listening = server.make_server(scorer, port, host)
         except OSError as error:
@@ -428,7 +512,7 @@ class EpochView:
         self.num_epochs = config.num_epochs or 0
         self.num_rows = num_rows
         self.rows: list[dict[str, Any]] = []
-        self.heldout: dict[str, float] = {}
+        self.measured = ""  # what was measured last
         self.live = Live(console=progress, auto_refresh=False) if progress.is_terminal else None
 
     def __enter__(self) -> EpochView:
@@ -442,7 +526,8 @@ class EpochView:
 
     def __call__(self, measures: dict[str, Any]) -> None:
         self.rows.append(measures)
-        self.heldout = measures.get("heldout", self.heldout)
+        if name := find_measured(measures):
+            self.measured = "  ".join([MEASURED_ON[name], *(f"{k} {value:.4f}" for k, value in measures[name].items())])
         for dropped in measures.get("dropped", ()):
             warn(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
         if self.live:
@@ -454,16 +539,16 @@ class EpochView:
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
         parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
         parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
-        parts += [f"held-out {name} {value:.4f}" for name, value in measures.get("heldout", {}).items()]
+        if name := find_measured(measures):
+            parts += [f"{MEASURED_ON[name]} {measure} {value:.4f}" for measure, value in measures[name].items()]
         return "  ".join(parts + self.time_left())
 
     def table(self) -> Table:
         """The last epochs, a row each."""
         shown = [column for column in EPOCH_COLUMNS if column[0] in self.rows[-1]]
         title = "  ".join([f"epoch {self.rows[-1]['epoch']}/{self.num_epochs}", *self.time_left()])
-        caption = "held-out  " + "  ".join(f"{name} {value:.4f}" for name, value in self.heldout.items())
         parts = self.rows[-1].get("parts", {})
-        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(caption))
+        table = Table("epoch", *(label for _, label, _ in shown), title=title, caption=Text(self.measured))
         for name in parts:
             table.add_column(Text(name))
         for row in self.rows[-self.num_rows :]:
@@ -525,9 +610,10 @@ def rows_table(title: str, rows: dict[str, Any]) -> Table:
 
 
 def results_table(result: dict[str, Any]) -> Table:
+    measured = find_measured(result) or "heldout"
     title = f"{result['num_images']} images in {result['seconds']:.0f} s"
-    table = Table("held-out", "base", "tuned", "change", title=Text(title))
-    for name, value in result["heldout"].items():
+    table = Table(MEASURED_ON[measured], "base", "tuned", "change", title=Text(title))
+    for name, value in result[measured].items():
         table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
     return table
 

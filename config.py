@@ -22,21 +22,23 @@ import pydantic
 import pydantic.dataclasses
 from pydantic import Field
 
-from .errors import InputError
+from .errors import InputError, naming_origins
 from .files import locate, read_json
 from .presets import PRESETS, family, preset_for, sampler_defaults
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
+MAX_COUNT = 10**9  # more of anything is a typing error, and would overflow in some library
 MAX_RANK = 1024  # of LoRA; no layer here is wider than 1280
 MAX_TIMEOUT = 7 * 24 * 3600  # seconds; what threads can wait for is limited too
 SETTINGS = "texforce.json"  # how the output of `texforce merge` is to be sampled
 BASE = "base"  # the name of the base model among the systems
+PROMPT_FILES = "a file, one prompt a line, or a .jsonl, .json, .csv, .tsv or .parquet with `prompt` in each row"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a system's name
 
 # The description of a rule completes "must be ..." in messages.
-Count = Annotated[int, Field(ge=1, description="a whole number, at least 1")]
-Natural = Annotated[int, Field(ge=0, description="a whole number, not negative")]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, description=f"a whole number, at least 1 and at most {MAX_COUNT}")]
+Natural = Annotated[int, Field(ge=0, le=MAX_COUNT, description=f"a whole number from 0 to {MAX_COUNT}")]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK, description=f"a whole number, at least 1 and at most {MAX_RANK}")]
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED - 1}")]
 Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
@@ -49,7 +51,26 @@ Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
 Sampler = Literal["ddim", "dpm-solver"]
 NullPrompt = Literal["adapted", "base"]
+Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
+
+
+# --- passwords ---
+
+_PASSWORD = re.compile(r"(https?://)([^/?#@:]*):([^/?#]*)@([^/?#,=]*)")  # in a URL, between the user's name and the host
+_passwords: dict[str, str] = {}  # by user@host; in no record of options, so that nothing writes or prints them
+
+
+def without_passwords(spec: str) -> str:
+    """What `--reward` takes, its URLs without their passwords, which `password_of` knows from now on in this process."""
+    for _, user, password, host in _PASSWORD.findall(spec):
+        _passwords[f"{user}@{host}"] = password
+    return _PASSWORD.sub(r"\1\2@\4", spec)
+
+
+def password_of(place: str) -> str | None:
+    """The password that a URL with this place, user@host, was given with."""
+    return _passwords.get(place)
 
 
 # --- validated records ---
@@ -86,7 +107,8 @@ def _first_message(error: pydantic.ValidationError, record: type) -> str:
         return f"{name}: there is no such option"
     if found["type"] == "missing":
         return f"{name}: must be given"
-    return f"{name}: must be {_rule(typing.get_type_hints(record, include_extras=True)[name])}, not {found['input']!r}"
+    rule = _rule(typing.get_type_hints(record, include_extras=True)[name])
+    return f"{name}: must be {rule}, not {repr(found['input'])[:100]}"
 
 
 def _rule(kind: Any) -> str:
@@ -141,22 +163,22 @@ def given_values(options: Options) -> dict[str, Any]:
 class TrainConfig:
     """Everything that decides a training run."""
 
-    reward: str = option(
+    reward: Reward = option(
         "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of "
         "them as hps=1,jpeg=0.1",
         "hps",
     )
     normalise_rewards: bool = option("divide each part of a mixture by the running deviation of its scores", False)
-    eval_reward: list[str] | None = option(
+    eval_reward: list[Reward] | None = option(
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
     model: str = option("'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
     prompts: str = option(
-        "a file, one prompt a line; sets joined by commas: world, colour, count, composition, position, common, general, "
+        f"{PROMPT_FILES}; sets joined by commas: world, colour, count, composition, position, common, general, "
         "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
     )
     heldout_prompts: str | None = option(
-        "a file of prompts that are only measured (default: those kept apart from the shipped sets, as world's and "
+        "such a file of prompts that are only measured (default: those kept apart from the shipped sets, as world's and "
         "general's, else a tenth of --prompts)",
         None,
     )
@@ -228,7 +250,9 @@ class TrainConfig:
     null_anchor: NonNegative = option(
         "weight of the squared distance of the null prompt's embedding to the base one's, which holds it there", 0.0
     )
-    anchor_prompts: str | None = option("a file of prompts that are held like the null prompt, as negative prompts", None)
+    anchor_prompts: str | None = option(
+        "such a file of prompts that are held like the null prompt, as negative prompts", None
+    )
     null_prompt: NullPrompt = option("whether guidance's null prompt goes through the adapted text encoder or the base one")
     rank: Rank = option("of LoRA", 16)
     lora_alpha: Count = option("of LoRA (default: the rank)")
@@ -471,6 +495,7 @@ class DrawConfig:
     mixed_precision: Precision = option("no, fp16 or bf16 (default: fp16 on CUDA, else no)")
     compile: bool | None = option("compile the U-Net (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
+    origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
 
 
 @validated
@@ -481,7 +506,7 @@ class SampleConfig(DrawConfig):
     unet: str | None = option(UNET_HELP, None)
     unet_scale: float = option(UNET_SCALE_HELP, 1.0)
     prompt: list[str] | None = option("what to draw; repeatable", None)
-    prompts: str | None = option("a file, one prompt a line, or the name of a shipped set", None)
+    prompts: str | None = option(f"{PROMPT_FILES}; or the name of a shipped set", None)
     output_dir: str = option("where the images go; their numbers go on from those already there", "samples")
     num_images: Count = option("images for each prompt", 4)
     seed: Seed = option("of the first image; the next has the next seed", 0)
@@ -529,17 +554,17 @@ def resolve_sample(options: Options) -> SampleConfig:
     if not given.get("prompt") and not given.get("prompts"):
         raise InputError("prompt: give --prompt or --prompts")
     if not given.get("adapter") and scale != 1:
-        raise InputError("scale: --scale works only together with --adapter")
+        raise InputError("scale: works only together with --adapter")
     _check_unet_scale(given)
     if not given.get("adapter") and not given.get("unet") and given.get("compare"):
-        raise InputError("compare: --compare works only together with --adapter or --unet")
+        raise InputError("compare: works only together with --adapter or --unet")
     systems = _one_system(given, scale)
     return SampleConfig(**_drawing(given, systems), systems=systems)
 
 
 def _check_unet_scale(given: dict[str, Any]) -> None:
     if given.get("unet_scale", 1.0) != 1 and not given.get("unet"):
-        raise InputError("unet_scale: --unet-scale works only together with --unet")
+        raise InputError("unet_scale: works only together with --unet")
 
 
 def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]:
@@ -548,9 +573,11 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     Raises:
         InputError: the adapters' runs disagree in what is not given.
     """
-    device, saved = default_device(), dict[str, Any]()
-    for settings in sampling_settings(given, systems):
+    device, saved, origins = default_device(), dict[str, Any](), dict[str, str]()
+    for path, settings in sampling_settings(given, systems):
         for name, value in settings.items():
+            if name not in given:
+                origins.setdefault(name, str(path))
             if saved.setdefault(name, value) != value and name not in given:
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
     model = given.get("model") or saved.get("model") or default_model(device)
@@ -559,16 +586,19 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
     sampler = given.get("sampler", saved.get("sampler", "ddim"))
     usual |= {"sampler": sampler} | sampler_defaults(sampler, family(model))
-    if saved.get("sampler", sampler) != sampler:  # what a sampler has of its own was the other one's
-        saved = {name: value for name, value in saved.items() if name not in sampler_defaults("dpm-solver", family(model))}
+    if saved.get("sampler", sampler) != sampler:
+        for name in sampler_defaults("dpm-solver", family(model)):  # what a sampler has of its own was the other one's
+            saved.pop(name, None)
+            origins.pop(name, None)
     values = usual | saved | given | {"model": model}
-    check_precision(values["mixed_precision"], device)
-    check_sampler(sampler, values["eta"])
-    return values
+    with naming_origins(origins):
+        check_precision(values["mixed_precision"], device)
+        check_sampler(sampler, values["eta"])
+    return values | {"origins": origins}
 
 
-def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Iterator[dict[str, Any]]:
-    """How each adapter, U-Net and given model was trained, or merged, to be sampled, as far as its folder says it.
+def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """How each adapter, U-Net and given model was trained, or merged, to be sampled, as far as a file in its folder says it.
 
     Raises:
         InputError: a file is nonsense.
@@ -577,7 +607,7 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
     paths += [Path(given["model"])] if given.get("model") else []
     for path in (path / name for path in paths for name in ("config.json", SETTINGS)):
         if path.is_file():
-            yield _saved_settings(path)
+            yield path, _saved_settings(path)
 
 
 def _saved_settings(path: Path) -> dict[str, Any]:
@@ -617,6 +647,7 @@ class MergeConfig:
     overwrite: bool = option("replace the output if it exists", False)
     system: System = System("tuned")  # what is merged
     settings: dict[str, Any] = field(default_factory=dict)  # how what is written is to be sampled
+    origins: dict[str, str] = field(default_factory=dict)  # as of DrawConfig
 
 
 MergeOptions = options_of(MergeConfig)
@@ -636,10 +667,14 @@ def resolve_merge(options: Options) -> MergeConfig:
         raise InputError(f"output: must name a folder to be made, not {given['output']!r}")
     systems = _one_system(given)
     settings: dict[str, Any] = {}
-    for saved in sampling_settings(given, systems):
+    origins: dict[str, str] = {}
+    for path, saved in sampling_settings(given, systems):
         settings = saved | settings  # of runs that disagree the first one
+        if "model" in saved and "model" not in given:
+            origins.setdefault("model", str(path))
     model = given.get("model") or settings.get("model") or default_model(default_device())
-    return MergeConfig(**given | {"model": model}, system=systems[0], settings=settings | {"model": model})
+    settings |= {"model": model}
+    return MergeConfig(**given | {"model": model}, system=systems[0], settings=settings, origins=origins)
 
 
 # --- evaluation ---
@@ -658,7 +693,7 @@ class EvalConfig(DrawConfig):
         "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together", None
     )
     unet: list[str] | None = option("[NAME=]PATH[:SCALE], likewise; " + UNET_HELP, None)
-    reward: list[str] = option(
+    reward: list[Reward] = option(
         "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best "
         "strength (default: hps; for world alignment too)"
     )
@@ -698,7 +733,7 @@ def resolve_eval(options: Options) -> EvalConfig:
         if len(system.unets) > 1:
             raise InputError(f"unet: {system.name} has {len(system.unets)}; a system takes one, give the others names")
     if strengths and not systems:
-        raise InputError("strength: --strength works only together with --adapter or --unet")
+        raise InputError("strength: works only together with --adapter or --unet")
     values = _drawing(given, systems)
     benchmark = given.get("benchmark", "world" if values["model"] == "tiny" else "drawbench")
     usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]

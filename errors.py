@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # Errors of the disk or of process limits: they do not depend on which file is read.
 STORAGE = {
@@ -93,6 +93,18 @@ def reading(what: object, kind: type[TexforceError] = ArtifactError) -> Iterator
         if failure is not None and (is_out_of_memory(failure) or is_storage(failure)):
             raise failure from error
         raise kind(f"{what}: {cause(error)}") from error
+
+
+@contextlib.contextmanager
+def naming_origins(origins: Mapping[str, str]) -> Iterator[None]:
+    """Add to an error about an option, which its message begins with, the file of `origins` that the value comes from."""
+    try:
+        yield
+    except TexforceError as error:
+        name = str(error).partition(":")[0]
+        if name not in origins:
+            raise
+        raise type(error)(f"{error} (it comes from {origins[name]}; --{name.replace('_', '-')} overrides it)") from error
 
 
 def cause(error: BaseException) -> str:

@@ -58,6 +58,11 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     return {name: check_finite(draw(policy, prompt_ids, seeds, config.batch_size)) for name, policy in policies.items()}
 
 
+def find_cut(config: DrawConfig, prompts: Sequence[str]) -> models.Cut:
+    """The prompts whose end the text encoder does not read; raises as `models.load_model`."""
+    return models.find_cut(models.open_tokenizers(config.model), prompts)
+
+
 def load_model(config: DrawConfig) -> models.Model:
     """The model of a resolved configuration, on its device and in its precision; raises as `models.load_model`."""
     return models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
@@ -271,7 +276,11 @@ class ScoreFile:
 # --- evaluation ---
 
 
-def evaluate(config: EvalConfig, progress: Progress = lambda stage, done, total: None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig,
+    progress: Progress = lambda stage, done, total: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
     """Draw a benchmark with the base model and others by a resolved configuration, measure it, and write what was found.
 
     Returns the results, which `results.json` holds; `report.html` shows them.
@@ -284,11 +293,14 @@ def evaluate(config: EvalConfig, progress: Progress = lambda stage, done, total:
     benchmark = read_benchmark(config.benchmark).limited(config.limit)
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)
+    cut = find_cut(config, benchmark.prompts)
+    if cut.prompts:
+        warn(f"benchmark: {cut}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
         settings = write_settings(evaluation)
         draw_missing(evaluation, progress)
         scores = score(evaluation, sources, progress)
-        about = {"commit": run.commit(), "rewards": sources}
+        about = {"commit": run.commit(), "rewards": sources, "num_tokens": cut.num_tokens, "prompts_cut": cut.prompts}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
         results["timings"] = {"seconds": time.perf_counter() - start}
         files.write_json(evaluation.folder / "results.json", results)
@@ -317,6 +329,8 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     files.check_writable(evaluation.folder)
     checkpoints = _checkpoints(config)
     models.find_model(config.model)
+    for spec in config.measures:
+        rewards.check_loadable(spec, checkpoints)
     exact = {"preprocessing": "exact"} if config.exact_preprocessing else {}
     return {spec: rewards.locate(spec, checkpoints) | exact for spec in config.measures}
 
@@ -342,7 +356,7 @@ def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Po
     """Draw the images of some prompts, always the same ones at once, since their number decides how sums are rounded."""
     prompts = evaluation.repeated_prompts(chunk)
     seeds = [evaluation.seed(i, k) for i, k in evaluation.images(chunk)]
-    prompt_ids = models.tokenize_for(policy.model, prompts, truncation=True)
+    prompt_ids = models.tokenize_for(policy.model, prompts)
     drawn = draw(policy, prompt_ids, seeds, evaluation.config.batch_size)
     for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, evaluation.images(chunk), strict=True):
         path = evaluation.folder / evaluation.image(system, i, k)
@@ -405,8 +419,7 @@ def _key(spec: str, source: dict[str, Any]) -> str:
 
 def _checkpoints(config: EvalConfig) -> dict[str, str | Path]:
     """The rewards' weights that do not come from the hub."""
-    embedded = rewards.EMBEDDED if config.model == "tiny" else {}
-    return embedded | rewards.parse_checkpoints(config.reward_checkpoint or (), config.measures)
+    return rewards.checkpoints_for(config.model, config.reward_checkpoint, config.measures)
 
 
 def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:

@@ -46,7 +46,10 @@ class PromptOrder:
         return {"waiting": list(self.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for an index of no prompt."""
         self.waiting = list(state["waiting"])
+        if not all(type(index) is int and 0 <= index < len(self.prompts) for index in self.waiting):
+            raise ValueError(f"order: must hold indices of the {len(self.prompts)} prompts")
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ class PromptStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.history.clear()
         for prompt, seen in state.items():
-            self.history[prompt].extend(seen)
+            self.history[prompt].extend(map(float, seen))
 
 
 def above_mean(rewards: Tensor) -> Tensor:

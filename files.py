@@ -162,8 +162,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def take_place(temporary: Path, path: Path) -> None:
-    """Move a file or folder to `path`; what was there is moved aside first if it is a folder, and comes back on failure."""
-    if not path.is_dir():
+    """Move a file or folder to `path`; what was there is moved aside first, and comes back on failure.
+
+    A file takes the place of another one at once.
+    """
+    if not os.path.lexists(path) or not (path.is_dir() or temporary.is_dir()):
         temporary.rename(path)
         return
     # Not beside `temporary`, whose folder is removed even if the old one cannot be moved back.
@@ -173,7 +176,7 @@ def take_place(temporary: Path, path: Path) -> None:
         path.rename(aside)
         temporary.rename(path)
     except BaseException:
-        if aside.exists():
+        if os.path.lexists(aside):
             aside.rename(path)
         place.rmdir()
         raise
@@ -188,17 +191,21 @@ def remove_temporaries(folder: Path, *subfolders: str) -> None:
     for place in (folder, *(path for pattern in subfolders for path in folder.glob(pattern))):
         if place.resolve().is_relative_to(folder.resolve()):
             for orphan in place.glob(f".*{TEMPORARY}"):
-                if orphan.is_dir() and not orphan.is_symlink():
-                    shutil.rmtree(orphan)
-                else:
-                    orphan.unlink()
+                _remove(orphan)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; it is moved aside first, so that an interrupted removal leaves no valid checkpoint behind."""
-    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=TEMPORARY))
-    folder.rename(doomed / folder.name)
+def remove(path: Path) -> None:
+    """Remove a folder or file; it is moved aside first, so that an interrupted removal leaves no valid checkpoint behind."""
+    doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY))
+    path.rename(doomed / path.name)
     shutil.rmtree(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def open_to_umask(path: Path) -> None:

@@ -63,6 +63,11 @@ class Model:
         return next(self.unet.parameters()).device
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """The tokenizer, or SDXL's two."""
+        return [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
+
+    @property
     def text_encoders(self) -> dict[str, Any]:
         """The text encoder, or SDXL's two, by name."""
         second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
@@ -195,13 +200,14 @@ def find_model(name: str) -> str:
 
 
 def revision(name: str) -> Any:
-    """The version of a model: the commit in the hub's cache, or the SHA-256 of a folder's files; None for tiny."""
+    """The version of a model: the commit in the hub's cache, or the SHA-256 of the files read of a folder; None for tiny."""
     from huggingface_hub import try_to_load_from_cache
 
     if name == "tiny":
         return None
     if Path(name).is_dir():
-        return describe_files(Path(name))["sha256"]
+        read = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
+        return {part: describe_files(Path(name, part))["sha256"] for part in read if Path(name, part).exists()}
     cached = try_to_load_from_cache(name, "model_index.json")
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
 
@@ -379,49 +385,73 @@ def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.fl
 # --- prompts ---
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], truncation: bool = False) -> Tensor:
-    """Token ids (N, L) int64, padded, or with `truncation` cut, to the text encoder's length L.
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids (N, L) int64, padded or cut to the L tokens that the text encoder reads (77 of Stable Diffusion).
 
     Raises:
-        InputError: a prompt is longer than the text encoder reads (77 tokens for Stable Diffusion) and may not be cut.
+        InputError: a prompt is not text.
     """
-    length = tokenizer.model_max_length
-    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
-        raise InputError("prompt: it holds a lone surrogate, which is not text")
-    texts = convert_prompts(tokenizer, prompts)
-    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=truncation).input_ids
-    for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > length:
-            raise InputError(
-                f"prompt {prompt[:60]!r}... has {len(row)} tokens with its start and end, but the text encoder reads "
-                f"{length}; shorten it"
-            )
-    return torch.tensor(ids)
+    length, texts = tokenizer.model_max_length, convert_prompts(tokenizer, prompts)
+    return torch.tensor(tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids)
 
 
 def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Prompts with every token of a textual inversion of several vectors, which diffusers saves as `<cat> <cat>_1 ...`.
 
-    The pipeline converts them so before it tokenizes them.
+    The pipeline converts them so before it tokenizes them. Raises InputError for a prompt that is not text.
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
+    _check_text(prompts)
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
 
 
-def fits(tokenizer: Any, prompts: Sequence[str]) -> list[bool]:
-    """Whether the text encoder reads each prompt whole."""
-    ids = tokenizer(convert_prompts(tokenizer, prompts), verbose=False).input_ids if prompts else []
-    return [len(row) <= tokenizer.model_max_length for row in ids]
+def _check_text(prompts: Sequence[str]) -> None:
+    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+        raise InputError("prompt: it holds a lone surrogate, which is not text")
 
 
-def tokenize_for(model: Model, prompts: Sequence[str], truncation: bool = False) -> Tensor:
+def tokenize_for(model: Model, prompts: Sequence[str]) -> Tensor:
     """Prompt ids (N, L) for `encode`, as of `tokenize`; for SDXL (N, 2L), those of both tokenizers side by side.
 
     The two differ in how they pad.
     """
-    tokenizers = [model.tokenizer] if model.tokenizer_2 is None else [model.tokenizer, model.tokenizer_2]
-    return torch.cat([tokenize(tokenizer, prompts, truncation) for tokenizer in tokenizers], dim=1)
+    return torch.cat([tokenize(tokenizer, prompts) for tokenizer in model.tokenizers], dim=1)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The prompts among others whose end is not read: `tokenize` cuts it off, as diffusers' pipelines do."""
+
+    prompts: list[str]
+    num_prompts: int  # with those that are read whole
+    num_tokens: int  # that the text encoder reads
+
+    def __str__(self) -> str:
+        first = f", as {self.prompts[0][:60]!r}..." if self.prompts else ""
+        number = f"{len(self.prompts)} of {self.num_prompts} prompts"
+        return f"{number} are cut to the {self.num_tokens} tokens that the text encoder reads{first}"
+
+
+def find_cut(tokenizers: Sequence[Any], prompts: Sequence[str]) -> Cut:
+    """The prompts that are longer than the text encoders read, by their tokenizers.
+
+    Raises:
+        InputError: a prompt is not text.
+    """
+    distinct = dict.fromkeys(prompts)
+    for tokenizer in tokenizers if distinct else ():
+        texts = convert_prompts(tokenizer, list(distinct))
+        for prompt, ids in zip(distinct, tokenizer(texts, verbose=False).input_ids, strict=True):
+            distinct[prompt] = distinct[prompt] or len(ids) > tokenizer.model_max_length
+    return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), tokenizers[0].model_max_length)
+
+
+def open_tokenizers(name: str) -> list[Any]:
+    """The tokenizers of a model, without its networks; raises as `load_model`."""
+    source = find_model(name)
+    with reading_model(name):
+        return list(load_tokenizers(source, pipeline_kind(source)[0]).values())
 
 
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 import unicodedata
@@ -20,29 +21,28 @@ PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
 
 
-def read_prompts(source: str) -> list[str]:
-    """The prompts of sets shipped in prompts/, of a set of TRAINING_SETS, or else of a file, each prompt once.
+def read_prompts(source: str, option: str = "prompts") -> list[str]:
+    """The prompts of sets shipped in prompts/, of a set of TRAINING_SETS, or else of a file or folder, each prompt once.
 
     `world` is the four sets of the tiny world; `world,common` joins two. The name of a set always means the set: write ./hps
-    for a file of that name.
+    for a file of that name. `option` names the source in messages.
 
     Raises:
         NotFoundError: there is neither such a file nor such a set, or the hub cannot be reached.
-        InputError: it holds no prompt, or is not UTF-8 text.
+        InputError: a file is malformed or holds no prompt; names file and line.
     """
     if source in TRAINING_SETS:
-        return _training_set(source)
-    shipped = _shipped_sets(source)
-    if shipped:
-        return list(dict.fromkeys(prompt for name in shipped for prompt in _read_lines(PROMPTS / f"{name}.txt")))
-    if not Path(source).is_file():
+        return _training_set(source, option)
+    paths = [PROMPTS / f"{name}.txt" for name in _shipped_sets(source)]
+    if not paths and not (source and Path(source).exists()):
         if set(map(str.strip, source.split(","))) & set(TRAINING_SETS):
-            raise InputError(f"prompts: {source!r}: sets from the hub stand alone; join them with others in a file")
+            raise InputError(f"{option}: {source!r}: sets from the hub stand alone; join them with others in a file")
         raise NotFoundError(
-            f"prompts: there is no file {source!r} and no set of that name; sets are world, "
+            f"{option}: there is no file {source!r} and no set of that name; sets are world, "
             f"{', '.join(sorted(_known_sets()))}, and from the hub {', '.join(TRAINING_SETS)}"
         )
-    return _read_lines(Path(source))
+    rows = (row for path in paths or [Path(source)] for row in _read_files(path, option))
+    return list(_categories(f"{option}: {source!r}", rows))
 
 
 def _shipped_sets(source: str) -> list[str]:
@@ -57,15 +57,19 @@ def _known_sets() -> set[str]:
     return {path.stem for path in PROMPTS.glob("*.txt")}
 
 
-def _read_lines(path: Path) -> list[str]:
-    prompts = list(dict.fromkeys(line.strip() for line in read_text(path, "prompts").splitlines() if line.strip()))
-    if not prompts:
-        raise InputError(f"prompts: {str(path)!r} holds no prompt; write one a line")
-    return prompts
+# What an epoch's or a result's measures are called, and how that reads: a run of a single prompt can hold none out.
+MEASURED_ON = {"heldout": "held-out", "training_prompts": "training prompts"}
+
+
+def find_measured(record: Mapping[str, Any]) -> str | None:
+    """The name in MEASURED_ON of the measures that a record holds; None if it holds none."""
+    return next((name for name in MEASURED_ON if name in record), None)
 
 
 def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts; no sentence is in both, but for a file with a single prompt, which is both.
+    """Training and held-out prompts; no sentence is in both. Of a single prompt none is held out.
+
+    Sentences that differ in capitals alone are one here: CLIP reads no capitals.
 
     Raises:
         NotFoundError, InputError: a file is not there or unusable, or every prompt is held out.
@@ -73,15 +77,15 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
     prompts = read_prompts(config.prompts)
     kept_apart = [f"{name}-heldout" for name in _shipped_sets(config.prompts) if f"{name}-heldout" in _known_sets()]
     if config.heldout_prompts:
-        heldout = read_prompts(config.heldout_prompts)
+        heldout = read_prompts(config.heldout_prompts, "heldout_prompts")
     elif kept_apart:
         heldout = read_prompts(",".join(kept_apart))
-    elif len(prompts) == 1:
-        return prompts, prompts
+    elif len({prompt.lower() for prompt in prompts}) == 1:
+        return prompts, []
     else:
         heldout = prompts[:: min(10, len(prompts))][:64]
-    held_out = set(heldout)
-    train = [prompt for prompt in prompts if prompt not in held_out]
+    held_out = {prompt.lower() for prompt in heldout}
+    train = [prompt for prompt in prompts if prompt.lower() not in held_out]
     if not train:
         raise InputError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
     return train, heldout
@@ -113,17 +117,17 @@ TRAINING_SETS = {  # prompts of the images that HPSv2, ImageReward and PickScore
 NO_TEXT = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # white space, control characters, halves of characters
 
 
-def _training_set(name: str) -> list[str]:
+def _training_set(name: str, option: str) -> list[str]:
     """The prompts of a set of TRAINING_SETS, in its order.
 
     Users typed them. Control characters become spaces, and a row without a prompt is passed over.
     """
-    rows, _ = _fetch(TRAINING_SETS[name], "prompts", "FILE, one prompt a line")
+    rows, _ = _fetch(TRAINING_SETS[name], option)
     prompts = (_prompt_of(row) for _, row in rows)
     texts = (NO_TEXT.sub(" ", prompt).strip() for prompt in prompts if isinstance(prompt, str))
     found = list(dict.fromkeys(text for text in texts if text))
     if not found:
-        raise InputError(f"prompts: {TRAINING_SETS[name].repository} holds no column `prompt` or `caption` with prompts")
+        raise InputError(f"{option}: {TRAINING_SETS[name].repository} holds no column `prompt` or `caption` with prompts")
     return found
 
 
@@ -162,33 +166,34 @@ BENCHMARKS = {
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "prompts", "caption")
 CATEGORY_COLUMNS = ("category", "classification")
+LIKE_JSON = re.compile(r"\s*(?:(\[)\s*[\]{\"]|\{\s*\")")  # how a list of objects or texts begins, or an object
+LFS_POINTER = "version https://git-lfs"
 
 
 def read_benchmark(name: str) -> Benchmark:
-    """A name of BENCHMARKS, `world` or another shipped set, a file of FORMATS, or a folder of such files.
+    """A name of BENCHMARKS, `world` or another shipped set, a file, or a folder of files.
 
-    A prompt is in what is called `prompt` (or `Prompts` or `caption`), its category in `category` (or `classification`), in
-    any case; a list of texts has the file's name as its category. A prompt that comes twice is taken once.
+    Files are those of `read_prompts`: a prompt is in what is called `prompt` (or `Prompts` or `caption`), its category in
+    `category` (or `classification`), in any case; a list of texts has the file's name as its category. A prompt that comes
+    twice is taken once.
 
     Raises:
         NotFoundError: there is no such benchmark, or the hub cannot be reached.
         InputError: a file is malformed, or a prompt holds control characters; names file and line.
     """
     if name in BENCHMARKS:
-        rows, source = _fetch(BENCHMARKS[name], "benchmark", f"FILE ({', '.join(FORMATS)})")
+        rows, source = _fetch(BENCHMARKS[name], "benchmark")
         return _benchmark(name, rows, source)
     path = Path(name)
     if name == "world":
         return _world()
-    if path.suffix.lower() in FORMATS or (name and path.is_dir()):
-        return replace(_benchmark(name, _read_files(path), {}), name=path.stem)
-    if path.is_file():
-        raise InputError(f"benchmark: {name!r} must end in one of {', '.join(FORMATS)}")
     shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
-    if name not in shipped:
+    if name in shipped:
+        return _benchmark(name, _read_files(PROMPTS / f"{name}.txt", "benchmark"), {})
+    if not (name and path.exists()):
         known = ", ".join([*BENCHMARKS, "world", *sorted(shipped)])
         raise NotFoundError(f"benchmark: there is no file {name!r} and no benchmark of that name; known are {known}")
-    return _benchmark(name, ((f"line {i}", {"prompt": prompt}) for i, prompt in enumerate(read_prompts(name), 1)), {})
+    return replace(_benchmark(name, _read_files(path, "benchmark"), {}), name=path.stem)
 
 
 def _world() -> Benchmark:
@@ -200,17 +205,23 @@ def _world() -> Benchmark:
     return Benchmark("world", [prompt for _, prompt in rows], categories, {})
 
 
-Rows = Iterable[tuple[str, Mapping[str, Any]]]  # where a row stands, for messages, and its columns
+Rows = Iterable[tuple[str, Mapping[str, Any]]]  # where a row stands, as messages begin, and its columns
 
 
 def _benchmark(name: str, rows: Rows, source: dict[str, str]) -> Benchmark:
+    categories = _categories(f"benchmark: {name!r}", rows)
+    return Benchmark(name, list(categories), list(categories.values()), source)
+
+
+def _categories(source: str, rows: Rows) -> dict[str, str]:
+    """The distinct prompts of rows in their order, each with its category; `source` names them in messages."""
     categories: dict[str, str] = {}
     for where, row in rows:
         prompt, category = _prompt_and_category(where, row)
         categories.setdefault(prompt, category)
     if not categories:
-        raise InputError(f"benchmark: {name!r} holds no prompt")
-    return Benchmark(name, list(categories), list(categories.values()), source)
+        raise InputError(f"{source} holds no prompt")
+    return categories
 
 
 def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -218,11 +229,11 @@ def _prompt_and_category(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     prompt = _prompt_of(row)
     if not isinstance(prompt, str):
         seen = "no column `prompt`" if prompt is None else f"{type(prompt).__name__} for a prompt"
-        raise InputError(f"benchmark: {where}: it has {seen}")
+        raise InputError(f"{where}: it has {seen}")
     category = next((columns[column] for column in CATEGORY_COLUMNS if columns.get(column) is not None), "")
     prompt, category = (_one_line(text, where) for text in (prompt, str(category)))
     if not prompt:
-        raise InputError(f"benchmark: {where}: the prompt is empty")
+        raise InputError(f"{where}: the prompt is empty")
     return prompt, category
 
 
@@ -237,13 +248,13 @@ def _one_line(text: str, where: str) -> str:
     text = re.sub(r"[ \t\r\n]+", " ", text).strip()
     for letter in text:
         if unicodedata.category(letter) in ("Cc", "Cs"):  # control characters, halves of characters
-            raise InputError(f"benchmark: {where}: it holds the control character U+{ord(letter):04X}")
+            raise InputError(f"{where}: it holds the control character U+{ord(letter):04X}")
     return text
 
 
-def _fetch(published: Published, option: str, file: str) -> tuple[Rows, dict[str, str]]:
-    """The rows of a set on the hub, and where they are from; `option` and what `file` it takes are for messages."""
-    advice = f"fetch its prompts elsewhere and give their file with --{option} {file}"
+def _fetch(published: Published, option: str) -> tuple[Rows, dict[str, str]]:
+    """The rows of a set on the hub, and where they are from; `option` is for messages."""
+    advice = f"fetch its prompts elsewhere and give their file with --{option.replace('_', '-')} FILE ({', '.join(FORMATS)})"
     with reading(f"{option}: {published.repository} could not be downloaded from the hub; {advice}", NotFoundError):
         if published.files:
             from huggingface_hub import hf_hub_download
@@ -259,34 +270,48 @@ def _fetch(published: Published, option: str, file: str) -> tuple[Rows, dict[str
             from datasets import load_dataset
 
             dataset = load_dataset(published.repository, split="train", revision=published.revision)
-            rows = [(f"{published.repository}, row {i}", row) for i, row in enumerate(dataset, 1)]
+            rows = [(f"{option}: {published.repository}, row {i}", row) for i, row in enumerate(dataset, 1)]
             revision = str(published.revision)
     return rows, {"repository": published.repository, "revision": revision}
 
 
-def _read_files(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not path.exists():
-        raise NotFoundError(f"benchmark: there is no file {str(path)!r}")
+# --- files ---
+
+
+def _read_files(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a file, or of a folder's files of FORMATS; `option` is for messages."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS and not file.is_dir())
     if not files:
-        raise InputError(f"benchmark: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
+        raise InputError(f"{option}: the folder {str(path)!r} holds no file of {', '.join(FORMATS)}")
     for file in files:
-        yield from _read_file(file, "benchmark")
+        yield from _read_file(file, option)
 
 
 def _read_file(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a file, each with where it stands; `option` is for messages."""
+    """The rows of a file, each with where it stands; `option` is for messages.
+
+    The suffix decides the layout. Text, or a file without a suffix, is a prompt a line unless it begins as JSON does.
+    """
     kind, file = path.suffix.lower(), f"{option}: {path.name}"
+    if kind not in ("", *FORMATS):
+        raise InputError(f"{option}: {str(path)!r} must end in one of {', '.join(FORMATS)}")
     if kind == ".parquet":
-        yield from ((f"{path.name}, row {i}", row) for i, row in enumerate(_read_parquet(path, file), 1))
+        yield from ((f"{file}, row {i}", row) for i, row in enumerate(_read_parquet(path, file), 1))
         return
     text = read_text(path, option)
+    if kind in ("", ".txt"):
+        if text.startswith(LFS_POINTER):
+            raise InputError(
+                f"{option}: {str(path)!r} is a git-lfs pointer and not the prompts; fetch them by `git lfs pull`"
+            )
+        json_like = LIKE_JSON.match(text)
+        kind = ".txt" if json_like is None else ".json" if json_like[1] else ".jsonl"
     if kind in (".csv", ".tsv"):
-        reader = csv.DictReader(text.splitlines(keepends=True), delimiter="," if kind == ".csv" else "\t")
+        reader = csv.DictReader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t")
         try:
-            yield from ((f"{path.name}, line {reader.line_num}", row) for row in reader)
+            yield from ((f"{file}, line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
             raise InputError(f"{file}, line {reader.line_num}: {error}") from error
     elif kind == ".json":
@@ -294,17 +319,18 @@ def _read_file(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]
         if not isinstance(rows, list):
             raise InputError(f"{file}: must hold a JSON list")
         for i, row in enumerate(rows, 1):
-            yield f"{path.name}, entry {i}", _as_row(row, path, f"{file}, entry {i}")
+            yield f"{file}, entry {i}", _as_row(row, f"{file}, entry {i}", path.stem)
     else:
         for i, line in enumerate(text.split("\n"), 1):
             where = f"{file}, line {i}"
             if line.strip():
-                yield f"{path.name}, line {i}", _as_row(line if kind == ".txt" else _parse_json(line, where), path, where)
+                yield where, _as_row(line if kind == ".txt" else _parse_json(line, where), where)
 
 
-def _as_row(row: Any, path: Path, where: str) -> Mapping[str, Any]:
-    if isinstance(row, str):  # a text alone; a list of them is of one category, as in HPDv2
-        return {"prompt": row} | ({"category": path.stem} if path.suffix.lower() == ".json" else {})
+def _as_row(row: Any, where: str, category: str = "") -> Mapping[str, Any]:
+    """A row of a file that has no columns; a text alone has the given category, as HPDv2's lists have one each."""
+    if isinstance(row, str):
+        return {"prompt": row, "category": category}
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be an object with a `prompt`, not {str(row)[:40]!r}")
     return row

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import queue
+import re
 import sys
 import threading
 import time
@@ -22,16 +23,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor
 
 from . import scorers, world
+from .config import password_of, without_passwords
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory
 from .files import describe_files
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
-from .weights import describe_source, find_weights
+from .weights import describe_source, describe_weights, find_weights
 
 URL = ("http://", "https://")
 TIMEOUT = 600.0  # seconds
@@ -118,6 +120,7 @@ def parse_mixture(spec: str) -> dict[str, float]:
     Raises:
         InputError: a name is unknown or comes twice, or a weight is no finite number other than 0.
     """
+    spec = without_passwords(spec)
     if "," not in spec and ("=" not in spec or spec.startswith(URL)):
         parts = [(spec, "1")]
     else:
@@ -160,11 +163,12 @@ def check_reward(spec: str) -> None:
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query
     except ValueError:  # of the port
         usable = False
     if not usable:
-        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score")
+        url = re.sub("//.*@", "//", url)  # before the @ there may be a password with a slash
+        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score, with %XX for signs within a password")
 
 
 def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
@@ -194,7 +198,21 @@ def weights_of(spec: str) -> list[str]:
     return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
 
 
+def functions_of(spec: str) -> list[str]:
+    """The parts of a reward that are functions in a file."""
+    return [name for name in parse_mixture(spec) if ":" in name and not name.startswith(URL)]
+
+
 EMBEDDED: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}  # checkpoints for the tiny world's images
+
+
+def checkpoints_for(model: str, items: Sequence[str] | None, specs: Sequence[str]) -> dict[str, str | Path]:
+    """The checkpoints by name that `load_reward` takes for a model's images, from NAME=PATH items for the given rewards.
+
+    Raises:
+        InputError: as `parse_checkpoints`.
+    """
+    return (EMBEDDED if model == "tiny" else {}) | parse_checkpoints(items or (), specs)
 
 
 def load_reward(
@@ -255,19 +273,28 @@ def has_features(spec: str) -> bool:
 def locate(spec: str, checkpoints: Mapping[str, str | Path]) -> dict[str, Any]:
     """Where `load_reward` finds the parts of a reward: repository and revision, or files and their SHA-256.
 
+    Nothing is fetched or executed.
+
     Raises:
-        NotFoundError, InputError: it is not there, or a file has no such function.
+        NotFoundError: a file is not there.
     """
     sources: dict[str, Any] = {}
     for weights in weights_of(spec):
-        found = find_weights(weights, checkpoints)
         from_hub = checkpoints.get(weights, "hub") == "hub"
-        sources[weights] = describe_source(weights) if from_hub else describe_files(found)
-    for name in parse_mixture(spec):
-        if ":" in name and not name.startswith(URL):
-            _load_function(name)
-            sources[name] = describe_files(Path(name.rpartition(":")[0]))
-    return sources
+        sources[weights] = describe_source(weights) if from_hub else describe_weights(find_weights(weights, checkpoints))
+    return sources | {name: describe_files(Path(name.rpartition(":")[0])) for name in functions_of(spec)}
+
+
+def check_loadable(spec: str, checkpoints: Mapping[str, str | Path]) -> None:
+    """Fetch the weights of a reward, and import the files of its functions, without loading any network.
+
+    Raises:
+        NotFoundError, InputError: something is not there, or a file has no such function.
+    """
+    for weights in weights_of(spec):
+        find_weights(weights, checkpoints)
+    for name in functions_of(spec):
+        _load_function(name)
 
 
 def gradient_function(scorer: Scorer, name: str) -> Scorer:
@@ -372,7 +399,12 @@ class Mixture:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, numbers in state.items():
-            vars(self.spreads[name]).update(numbers)
+            spread = self.spreads[name]
+            spread.count, spread.mean, spread.squares = (
+                int(numbers["count"]),
+                float(numbers["mean"]),
+                float(numbers["squares"]),
+            )
 
     def _unit(self, name: str) -> float:
         return self.spreads[name].std if self.normalise else 1.0
@@ -482,6 +514,9 @@ class Remote:
 
         self.url, self.timeout, self.num_retries, self.backoff = url, timeout, num_retries, backoff
         self.session = requests.Session()
+        place = urlsplit(url).netloc
+        if (password := password_of(place)) is not None:
+            self.session.auth = (unquote(place.partition("@")[0]), unquote(password))
         if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
             self.session.trust_env = False  # a proxy of the environment does not know this machine
 
@@ -526,6 +561,8 @@ class Remote:
                 break
             if attempt < self.num_retries:
                 time.sleep(self.backoff * 2**attempt)
+        if status == 401:
+            failure += "; a password is never saved: give it in the URL of --reward, each time"
         if status != 200:
             raise RewardError(f"reward: {self.url} {failure}")
         if len(body) > MAX_RESPONSE_BYTES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
+from .prompt_sets import MEASURED_ON, find_measured
 
 if TYPE_CHECKING:
     from .rewards import Mixture
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-STATE_FORMAT = 2  # written into checkpoints; a state of another format comes from another version
+STATE_FORMAT = 3  # written into checkpoints; a state of another format comes from another version
 # Options that a run may go on with though they have changed: none of them decides the adapter.
 FREE_OPTIONS = (
     "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
@@ -56,7 +58,7 @@ def check_folder(name: str, resume: bool = False) -> Path:
     """
     folder = Path(name)
     files.check_writable(folder)
-    ours = resume and (folder / "config.json").is_file()
+    ours = resume and is_run(folder)
     foreign = [
         path for path in folder.glob("*") if path.name not in (files.LOCK, files.HOLDER) and path.suffix != files.TEMPORARY
     ]
@@ -65,6 +67,22 @@ def check_folder(name: str, resume: bool = False) -> Path:
             f"output_dir: {name!r} is not empty; choose another folder, or go on with the run in it by --resume {name}"
         )
     return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training has begun in a folder: its options are there, or a valid checkpoint, which holds them too."""
+    return (folder / "config.json").is_file() or newest_checkpoint(folder / CHECKPOINTS) is not None
+
+
+def saved_options(folder: Path) -> dict[str, Any]:
+    """The options of the run in a folder: of its config.json, and where that is gone of the newest valid checkpoint.
+
+    Raises:
+        InputError: config.json is no JSON object. ArtifactError: the checkpoint holds no state of a training.
+    """
+    if (folder / "config.json").exists() or (newest := newest_checkpoint(folder / CHECKPOINTS)) is None:
+        return files.read_json(folder / "config.json")
+    return read_checkpoint(newest).state["config"]
 
 
 def check_room(folder: Path, config: TrainConfig) -> None:
@@ -162,18 +180,22 @@ def _with_tensors(snapshot: Snapshot) -> dict[str, Any]:
 # --- checkpoints ---
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, config: TrainConfig, prompts: Sequence[str]) -> Path:
+def write_checkpoint(folder: Path, snapshot: Snapshot, config: TrainConfig, sources: Mapping[str, Any]) -> Path:
     """Write a checkpoint into a run's folder of them, and remove all but the newest checkpoints_to_keep; returns its place.
+
+    `sources` is what `check_same` compares beside the options.
 
     Raises:
         OSError: storage. What was there before is as it was.
     """
     from safetensors.torch import save_file
 
-    place = folder / f"epoch_{snapshot.epoch:06d}"
-    content = {"config": asdict(config), "prompts": digest(prompts), **snapshot.state}
-    if place.is_dir() and is_valid(place) and read_checkpoint(place).state["config"] == content["config"]:
-        return place
+    place = checkpoint_place(folder, snapshot)
+    content = {"config": asdict(config), "sources": dict(sources), **snapshot.state}
+    if place.is_dir() and is_valid(place):
+        kept = read_checkpoint(place).state
+        if all(kept[name] == content[name] for name in ("config", "sources")):
+            return place
     if not folder.exists():
         folder.mkdir()
         files.sync(folder.parent)
@@ -185,8 +207,13 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, config: TrainConfig, prom
         (temporary / MANIFEST).write_text(manifest(temporary))
     later = [other for other in checkpoints(folder) if other.name > place.name]  # broken: the run goes on from before them
     for other in (*later, *checkpoints(folder)[len(later) + config.checkpoints_to_keep :]):
-        files.remove_folder(other)
+        files.remove(other)
     return place
+
+
+def checkpoint_place(folder: Path, snapshot: Snapshot) -> Path:
+    """The checkpoint of a snapshot, in a run's folder of them."""
+    return folder / f"epoch_{snapshot.epoch:06d}"
 
 
 def manifest(folder: Path) -> str:
@@ -195,9 +222,9 @@ def manifest(folder: Path) -> str:
     return json.dumps(dict(sorted(sums.items())), indent=2) + "\n"
 
 
-def digest(prompts: Sequence[str]) -> str:
-    """SHA-256 of prompts in their order."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+def digest(*prompts: Sequence[str]) -> str:
+    """SHA-256 of lists of prompts in their order."""
+    return hashlib.sha256(json.dumps([list(part) for part in prompts]).encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -227,27 +254,48 @@ def read_checkpoint(checkpoint: Path) -> Snapshot:
     """The content of a valid checkpoint.
 
     Raises:
-        InputError: another version wrote it.
+        InputError: another version wrote it. ArtifactError: it holds no state of a training.
     """
     from safetensors.torch import load_file
 
-    state = json.loads((checkpoint / STATE).read_text())
-    if state.get("format") != STATE_FORMAT:
-        raise InputError(
-            f"resume: {checkpoint} was written by another version of texforce; resume with that version, or start a new run"
-        )
-    return Snapshot(load_file(checkpoint / TENSORS), state)
+    with reading(f"{checkpoint}: {NO_STATE}"):
+        state = json.loads((checkpoint / STATE).read_text())
+        if state.get("format") != STATE_FORMAT:
+            raise InputError(
+                f"resume: {checkpoint} was written by another version of texforce; resume with that version, or start a new "
+                "run"
+            )
+        if not isinstance(state["config"], dict) or not isinstance(state["sources"], dict):
+            raise ValueError("config and sources must be objects")
+        _check_epochs(state["epochs"])
+        return Snapshot(load_file(checkpoint / TENSORS), state)
 
 
-def check_same(saved: Mapping[str, Any], config: TrainConfig, snapshot: Snapshot | None, prompts: Sequence[str]) -> None:
-    """Check that a run goes on as it began, by the options that were saved with it and the prompts in its checkpoint.
+def _check_epochs(epochs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise whatever epochs of other fields than a training's measures make Python raise."""
+    for number, measures in enumerate(epochs):
+        names = ("num_images", "num_unet_calls", "seconds", *(("reward_mean", "reward_std") if number else ()))
+        numbers = [measures[name] for name in names] + list(measures.get(find_measured(measures) or "", {}).values())
+        if measures["epoch"] != number or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"epochs: {number} does not hold the measures of that epoch")
+    if find_measured(epochs[0]) is None:
+        raise ValueError("epochs: the base model was not measured")
+
+
+NO_STATE = "refused as a training's checkpoint; remove it to go on from the one before"
+
+
+def check_same(saved: Mapping[str, Any], config: TrainConfig, sources: Mapping[str, Any]) -> None:
+    """Check that a run goes on as it began.
+
+    `saved` holds its `config` and, if it has a checkpoint, its `sources`: by a description, the revision or SHA-256 of each
+    file that decides a run.
 
     Raises:
-        InputError: an option or the prompts have changed; names them, with their old and new values.
+        InputError: an option or a source has changed; names them, with the options' old and new values.
     """
-    changes = differences(saved, asdict(config))
-    if snapshot and snapshot.state["prompts"] != digest(prompts):
-        changes.append("the prompts")
+    changes = differences(saved["config"], asdict(config))
+    changes += [name for name, source in saved.get("sources", {}).items() if sources.get(name, source) != source]
     if changes:
         raise InputError(f"resume: changed since the checkpoint: {'; '.join(changes)}; --force-resume goes on with the new")
 
@@ -330,7 +378,7 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Track]:
 
     def track(measures: dict[str, Any]) -> None:
         flat = {name: value for name, value in measures.items() if isinstance(value, int | float)}
-        for group in ("heldout", "parts"):
+        for group in (*MEASURED_ON, "parts"):
             flat |= {f"{group}/{name}": value for name, value in measures.get(group, {}).items()}
         with reading(failed, InputError):
             kept.log(flat, step=measures["epoch"])
@@ -385,7 +433,11 @@ METHODS = {
 
 def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
     """README.md of the adapter, in the hub's format."""
-    rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result["heldout"].items()]
+    measured = find_measured(result) or "heldout"
+    rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result[measured].items()]
+    about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
+    num_cut = result["num_prompts_cut"]
+    cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
     return "\n".join(
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
@@ -393,7 +445,7 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
             f"LoRA (rank {config.rank}) on the {config.target}, trained by {METHODS[config.algorithm]} on "
             f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
-            "", "Held-out prompts, base and tuned from the same noise:", "",
+            *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned |", "|---|---|---|", *rows, "",
             "Every setting is in `config.json`, every figure in `result.json` and `metrics.jsonl`.", "",
         ]
@@ -438,20 +490,15 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
     axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
     images, means = zip(*((measures["num_images"], measures["reward_mean"]) for measures in epochs[1:]), strict=True)
     axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
-    measured = [measures for measures in epochs if "heldout" in measures]
-    axes.plot(
-        [measures["num_images"] for measures in measured],
-        [measures["heldout"][reward] for measures in measured],
-        "o-", color="tab:orange", label="held-out prompts",
-    )  # fmt: skip
-    if measured and "alignment_exact" in measured[0]["heldout"]:
+    measured = [(measures, name) for measures in epochs if (name := find_measured(measures))]
+    places = [measures["num_images"] for measures, _ in measured]
+    about = "held-out prompts" if measured[0][1] == "heldout" else "training prompts, from the same noise"
+    axes.plot(places, [measures[name][reward] for measures, name in measured], "o-", color="tab:orange", label=about)
+    exact = [measures[name].get("alignment_exact") for measures, name in measured]
+    if None not in exact:
         right = axes.twinx()
-        right.set(ylabel="held-out prompts fully right", ylim=(0, 1))
-        right.plot(
-            [measures["num_images"] for measures in measured],
-            [measures["heldout"]["alignment_exact"] for measures in measured],
-            "s--", color="tab:green", label="held-out, fully right",
-        )  # fmt: skip
+        right.set(ylabel=f"{about}: share fully right", ylim=(0, 1))
+        right.plot(places, exact, "s--", color="tab:green", label="fully right")
         right.legend(loc="lower right")
     axes.legend(loc="upper left")
     with files.replacing(path) as temporary:

@@ -155,7 +155,7 @@ class Policy:
             return None, None
         prompts = [
             *([] if self.model.zero_null else [""]),
-            *(read_prompts(config.anchor_prompts) if config.anchor_prompts else ()),
+            *(read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else ()),
         ]
         if not prompts:
             return None, None

@@ -6,11 +6,10 @@ One epoch collects, computes advantages and updates (texforce.py); run.py holds 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from texforce import (
 
 from . import files, interrupts, models, processes, rewards, run, scorers, world
 from .config import TrainConfig, TrainOptions, default_device, resolve
-from .errors import DivergedError, InputError, RewardError
+from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
     PromptOrder,
     PromptStatistics,
@@ -48,7 +47,7 @@ from .experience import (
 )
 from .files import read_json
 from .learner import Learner, finds_micro_batch
-from .prompt_sets import TRAINING_SETS, split_prompts
+from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
 from .run import Run, Snapshot
 from .scorers import Scorer
 
@@ -71,54 +70,87 @@ class Setup:
 
 def prepare(config: TrainConfig) -> Setup:
     """Load the model and the rewards of a resolved configuration, and put LoRA on the model."""
-    device, names = default_device(), [config.reward, *(config.eval_reward or ())]
-    for name in names:
-        rewards.check_reward(name)  # a typing error must not wait for a model
-    if config.algorithm == "gradient":
-        rewards.check_gradients(config.reward)
-    checkpoints = rewards.EMBEDDED if config.model == "tiny" else {}
-    checkpoints = checkpoints | rewards.parse_checkpoints(config.reward_checkpoint or (), names)
-    # The model first: a mistyped folder must not wait for the download of a scorer.
-    model = models.load_model(config.model, device, models.DTYPES[config.mixed_precision])
+    policy = load_policy(config)  # first: a mistyped folder must not wait for the download of a scorer
+    device, specs = default_device(), reward_specs(config)
+    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
 
-    def load(name: str, normalise: bool = False) -> rewards.Mixture:
-        return rewards.load_reward(name, device, checkpoints, normalise, config.reward_timeout)
+    def load(spec: str, normalise: bool = False) -> rewards.Mixture:
+        return rewards.load_reward(spec, device, checkpoints, normalise, config.reward_timeout)
 
     reward = load(config.reward, config.normalise_rewards)
     if config.algorithm == "gradient":
         for name, part in reward.parts.items():
             rewards.gradient_function(part, name)
-    eval_rewards = {name: load(name) for name in names[1:] if name != config.reward and name not in reward.parts}
-    return Setup(make_policy(model, config), reward, eval_rewards)
+    eval_rewards = {spec: load(spec) for spec in specs[1:] if spec != config.reward and spec not in reward.parts}
+    return Setup(policy, reward, eval_rewards)
 
 
-def check_prompts(
-    policy: Policy, config: TrainConfig, train_prompts: list[str], heldout_prompts: list[str]
-) -> tuple[list[str], list[str], int]:
-    """Find a prompt that cannot be used before the training, and not in its fortieth epoch.
+def reward_specs(config: TrainConfig) -> list[str]:
+    """The reward, and those that are only measured."""
+    return [config.reward, *(config.eval_reward or ())]
 
-    Returns the prompts that are used and the number of those left out. Only the sets from the hub lose the prompts that are
-    too long for the text encoder, as nobody can shorten them there.
+
+def load_policy(config: TrainConfig) -> Policy:
+    """Load the model of a resolved configuration, and put LoRA on it; checks what the rewards are called first."""
+    specs = reward_specs(config)
+    for spec in specs:
+        rewards.check_reward(spec)  # a typing error must not wait for a model
+    if config.algorithm == "gradient":
+        rewards.check_gradients(config.reward)
+    rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    model = models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
+    return make_policy(model, config)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run."""
+
+    train: list[str]
+    heldout: list[str]  # none where there is a single prompt to train on
+    anchors: list[str]  # held like the null prompt
+
+    @property
+    def measured(self) -> list[str]:
+        """Those that base and tuned are measured on."""
+        return self.heldout or self.train
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.train, *self.heldout, *self.anchors]
+
+
+def read_run_prompts(config: TrainConfig) -> Prompts:
+    """The prompts of a resolved configuration; raises as `split_prompts`."""
+    anchors = read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else []
+    return Prompts(*split_prompts(config), anchors)
+
+
+def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> models.Cut:
+    """Find a prompt that cannot be used before the training, and not in its fortieth epoch; returns those that are cut.
 
     Raises:
-        InputError: a prompt is too long, or a scorer cannot judge it.
+        InputError: a prompt is not text, or a scorer cannot judge it.
     """
-    used = []
-    for source, prompts in ((config.prompts, train_prompts), (config.heldout_prompts or config.prompts, heldout_prompts)):
-        used.append(_fitting(policy, source, prompts) if source in TRAINING_SETS else prompts)
-        models.tokenize_for(policy.model, used[-1])
-        rewards.check_prompts([config.reward, *(config.eval_reward or ())], used[-1])
-    return used[0], used[1], len(train_prompts + heldout_prompts) - len(used[0] + used[1])
+    models.tokenize_for(policy.model, prompts.all)
+    rewards.check_prompts(reward_specs(config), [*prompts.train, *prompts.heldout])
+    return models.find_cut(policy.model.tokenizers, prompts.all)
 
 
-def _fitting(policy: Policy, source: str, prompts: list[str]) -> list[str]:
-    """The prompts that the text encoder reads whole."""
-    tokenizers = [tokenizer for tokenizer in (policy.model.tokenizer, policy.model.tokenizer_2) if tokenizer is not None]
-    for tokenizer in tokenizers:
-        prompts = list(itertools.compress(prompts, models.fits(tokenizer, prompts)))
-    if not prompts:
-        raise InputError(f"prompts: every prompt of {source!r} is too long for the text encoder")
-    return prompts
+def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
+    """What decides a run beside its options, by a description: SHA-256 of files, and revisions on the hub.
+
+    Raises:
+        NotFoundError, InputError: a model or a file is not there.
+    """
+    models.find_model(config.model)  # a name on the hub may have another revision now
+    specs = reward_specs(config)
+    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    found = {name: source for spec in specs for name, source in rewards.locate(spec, checkpoints).items()}
+    return {
+        "the prompts": run.digest(prompts.train, prompts.heldout, prompts.anchors),
+        "the files of the model": models.revision(config.model),
+    } | {f"the content of the reward {name}": source for name, source in found.items()}
 
 
 # --- the run ---
@@ -142,38 +174,53 @@ def train(
         DivergedError: training went wrong; the adapter of the last measurement is kept.
         Anything else that comes in the middle of the training is passed on after the last epoch's end was saved.
     """
-    train_prompts, heldout_prompts = split_prompts(config)
-    prompts, output_dir = [*train_prompts, *heldout_prompts], Path(config.output_dir)
+    prompts, output_dir = read_run_prompts(config), Path(config.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.joined())
         check_shares(config)
         if not processes.is_first():
             report, warn = (lambda measures: None), (lambda message: None)
         opening = _Opening(config, prompts, warn, resume, force)
-        finished, snapshot = processes.from_first(lambda: opening.open(stack))
-        if finished:
-            return finished
+        opened = processes.from_first(lambda: opening.open(stack))
+        if opened.result:
+            return opened.result
         setup = processes.agreed(prepare, config)
-        train_prompts, heldout_prompts, num_too_long = check_prompts(setup.policy, config, train_prompts, heldout_prompts)
-        if num_too_long:
-            warn(f"prompts: {num_too_long} of {len(prompts)} are left out, too long for the text encoder")
-        current = begin(setup, config, train_prompts)
-        if snapshot:
-            current.restore(snapshot)
+        cut = check_prompts(setup.policy, config, prompts)
+        if cut.prompts:
+            warn(f"prompts: {cut}")
+        if not prompts.heldout:
+            warn("prompts: a single one cannot be held out, so base and tuned are measured on the training prompts")
+        current = begin(setup, config, prompts.train)
+        if opened.snapshot:
+            _go_on(current, opened, output_dir)
         if processes.is_first():
             files.write_json(output_dir / "config.json", asdict(config))
             for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
                 (output_dir / name).unlink(missing_ok=True)
         start = time.perf_counter()
-        heldout = Heldout(setup, heldout_prompts, config)
+        heldout = Heldout(setup, prompts.measured, config, "heldout" if prompts.heldout else "training_prompts")
         if not current.epochs:
             spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
-            current.epochs.append({"epoch": 0, "heldout": heldout.base} | spent)
-        if force:  # perhaps with other held-out prompts than those that it began with
-            current.epochs[0] = current.epochs[0] | {"heldout": heldout.base}
+            current.epochs.append({"epoch": 0, heldout.name: heldout.base} | spent)
+        if force:  # perhaps with other held-out prompts, or another reward, than those that it began with
+            first = {name: value for name, value in current.epochs[0].items() if name not in MEASURED_ON}
+            current.epochs[0] = first | {heldout.name: heldout.base}
         log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
-        _Training(current, setup, config, heldout, prompts).train(log, report, warn)
-        return _finish(current, config)
+        _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
+        return _finish(current, config, len(cut.prompts))
+
+
+def _go_on(current: Run, opened: _Opened, output_dir: Path) -> None:
+    """Put a run as it was in a checkpoint.
+
+    Raises:
+        InputError: the checkpoint is of another device or other layers. ArtifactError: its content is none of a training's.
+    """
+    snapshot: Any = opened.snapshot
+    if snapshot.state["sources"].get("the prompts") != opened.sources["the prompts"]:  # forced
+        snapshot.state["order"] = current.order.state_dict()  # the old one's indices are of other prompts
+    with reading(f"{run.checkpoint_place(output_dir / run.CHECKPOINTS, snapshot)}: {run.NO_STATE}"):
+        current.restore(snapshot)
 
 
 def check_shares(config: TrainConfig) -> None:
@@ -191,36 +238,47 @@ def check_shares(config: TrainConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What an output folder gives a run to begin with: the result of a finished run, or else where to go on from."""
+
+    result: dict[str, Any] | None = None
+    snapshot: Snapshot | None = None
+    sources: dict[str, Any] = field(default_factory=dict)  # as of `find_sources`
+
+
 @dataclass
 class _Opening:
     """The opening of an output folder and of the tracker, for a run that begins or goes on."""
 
     config: TrainConfig
-    prompts: Sequence[str]
+    prompts: Prompts
     warn: Callable[[str], None]
     resume: bool
     force: bool
     track: run.Track | None = None
 
-    def open(self, stack: contextlib.ExitStack) -> tuple[dict[str, Any] | None, Snapshot | None]:
-        """Lock the folder for as long as a stack is open; the result of a finished run, or where to go on from."""
+    def open(self, stack: contextlib.ExitStack) -> _Opened:
+        """Lock the folder for as long as a stack is open, and look what is there."""
         config, output_dir = self.config, Path(self.config.output_dir)
         stack.enter_context(files.locked(output_dir, lambda: run.check_folder(config.output_dir, self.resume)))
-        snapshot = None
-        if self.resume and (output_dir / "config.json").is_file():
-            saved = read_json(output_dir / "config.json")
+        snapshot, saved = None, None
+        if self.resume and run.is_run(output_dir):
             snapshot = self._newest(output_dir)
-            if self.force and snapshot:
-                run.check_lasting(saved, config)
-            if not self.force:
-                run.check_same(saved, config, snapshot, self.prompts)
-            if (output_dir / run.RESULT).is_file() and not run.differences(saved, asdict(config)):
+            # What is verified has precedence: config.json, which anybody may edit, gave the options of this call.
+            saved = snapshot.state if snapshot else {"config": read_json(output_dir / "config.json")}
+            if (output_dir / run.RESULT).is_file() and not run.differences(saved["config"], asdict(config)):
                 self.warn(f"the run in {config.output_dir} is finished; nothing is left to do")
-                return read_json(output_dir / run.RESULT), None
+                return _Opened(read_json(output_dir / run.RESULT))
+        sources = find_sources(config, self.prompts)
+        if saved and not self.force:
+            run.check_same(saved, config, sources)
+        elif snapshot:
+            run.check_lasting(snapshot.state["config"], config)
         run.check_room(output_dir, config)
         if run.needs_account(config):
             self.track = stack.enter_context(run.tracker(config, output_dir))
-        return None, snapshot
+        return _Opened(snapshot=snapshot, sources=sources)
 
     def metrics(
         self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]
@@ -256,26 +314,27 @@ def begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> Run:
     )
 
 
-def _finish(current: Run, config: TrainConfig) -> dict[str, Any]:
+def _finish(current: Run, config: TrainConfig, num_prompts_cut: int) -> dict[str, Any]:
     """Write the figures and the result of a run that is over."""
     num_parameters = sum(parameter.numel() for parameter in current.policy.parameters)
     epochs = [_in_final_units(measures, config.reward, current.reward) for measures in current.epochs]
     provenance = run.describe_run(config, str(current.policy.model.device), num_parameters)
-    result = provenance | _summary(epochs) | {"seconds": current.epochs[-1]["seconds"]}
+    about = {"num_prompts_cut": num_prompts_cut, "seconds": current.epochs[-1]["seconds"]}
+    result = provenance | _summary(epochs) | about
     if processes.is_first():
         run.write_result(Path(config.output_dir), config, epochs, result)
     return result
 
 
 def _summary(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = [measures["heldout"] for measures in epochs if "heldout" in measures]
-    base, tuned = measured[0], measured[-1]
+    measured = [(name, measures[name]) for measures in epochs if (name := find_measured(measures))]
+    (_, base), (measured_on, tuned) = measured[0], measured[-1]
     return {
         "num_images": epochs[-1]["num_images"],
         "num_unet_calls": epochs[-1]["num_unet_calls"],
         "max_ratio_deviation": max((measures.get("max_ratio_deviation", 0.0) for measures in epochs[1:]), default=0.0),
         "num_dropped": sum(len(measures.get("dropped", ())) for measures in epochs),
-        "heldout": {name: {"base": base[name], "tuned": tuned[name]} for name in base},
+        measured_on: {name: {"base": base[name], "tuned": tuned[name]} for name in base},
     }
 
 
@@ -286,8 +345,8 @@ def _in_final_units(measures: dict[str, Any], name: str, reward: rewards.Mixture
     measures = dict(measures)
     if "parts" in measures:
         measures["reward_mean"] = reward.combine_means(measures["parts"])
-    if "heldout" in measures:
-        measures["heldout"] = measures["heldout"] | {name: reward.combine_means(measures["heldout"])}
+    if measured_on := find_measured(measures):
+        measures[measured_on] = measures[measured_on] | {name: reward.combine_means(measures[measured_on])}
     return measures
 
 
@@ -302,7 +361,7 @@ class _Training:
     setup: Setup
     config: TrainConfig
     heldout: Heldout
-    prompts: Sequence[str]  # of the training and held out
+    sources: Mapping[str, Any]  # as of `find_sources`
 
     def train(self, log: Report, report: Report, warn: Callable[[str], None]) -> None:
         """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
@@ -315,7 +374,7 @@ class _Training:
                 measures = _totals(epochs[-1], self._train_and_measure(epoch), time.perf_counter() - start)
                 check_guards([*epochs, measures], config, self.setup.reward)
                 with interrupts.deferred():  # an epoch is over when all of this is done
-                    if "heldout" in measures:
+                    if find_measured(measures):
                         self._save_adapter()
                     epochs.append(measures)
                     log(measures)
@@ -338,7 +397,7 @@ class _Training:
         measures = {"epoch": epoch} | train_epoch(self.run, config)
         if epoch % config.eval_every == 0 or epoch == config.num_epochs:
             with self.run.learner.averaged():
-                measures["heldout"] = self.heldout.measure(epoch)
+                measures[self.heldout.name] = self.heldout.measure(epoch)
         return measures
 
     def _save_before_the_end(self, snapshot: Snapshot, warn: Callable[[str], None]) -> None:
@@ -354,7 +413,7 @@ class _Training:
 
     def _save_checkpoint(self, snapshot: Snapshot) -> None:
         if processes.is_first():
-            run.write_checkpoint(Path(self.config.output_dir, run.CHECKPOINTS), snapshot, self.config, self.prompts)
+            run.write_checkpoint(Path(self.config.output_dir, run.CHECKPOINTS), snapshot, self.config, self.sources)
 
     def _save_adapter(self) -> None:
         if processes.is_first():
@@ -423,8 +482,9 @@ def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> d
 class Heldout:
     """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
 
-    def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig) -> None:
+    def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig, name: str = "heldout") -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
+        self.name = name  # of the measures, in MEASURED_ON
         self.shown = torch.linspace(0, len(prompts) - 1, min(16, len(prompts))).long().tolist()
         self.folder = Path(config.output_dir, "grids")
         if processes.is_first():
@@ -534,7 +594,7 @@ def means(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, flo
     measures = {}
     for name, values in scores.items():
         if not values.isfinite().any():
-            raise RewardError(f"reward: {name} gave no finite score for any of the held-out prompts")
+            raise RewardError(f"reward: {name} gave no finite score for any of the prompts that are measured")
         measures[name] = finite_mean(values)
     if world.is_world(prompts):
         finite, exact = scores["alignment"].isfinite(), (scores["alignment"] == 1).float()
@@ -562,14 +622,14 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
             f"the KL divergence from the base policy is {last['kl']:.2e}, above --max-kl {config.max_kl:g}; lower "
             "--learning-rate or raise --kl-weight"
         )
-    if config.max_reward_drop and "heldout" in last:
+    if config.max_reward_drop and (measured_on := find_measured(last)):
         measured = (_in_final_units(measures, config.reward, reward) for measures in (epochs[0], last))
-        base, tuned = (measures["heldout"][config.reward] for measures in measured)
+        base, tuned = (measures[measured_on][config.reward] for measures in measured)
         spread = epochs[1]["reward_std"]  # of the base model's images: epoch 1 samples before its first update
         if spread > 0 and base - tuned > config.max_reward_drop * spread:
             raise DivergedError(
-                f"the held-out {config.reward} has collapsed from {base:.4f} to {tuned:.4f} (--max-reward-drop); lower "
-                "--learning-rate"
+                f"the {MEASURED_ON[measured_on]} {config.reward} has collapsed from {base:.4f} to {tuned:.4f} "
+                "(--max-reward-drop); lower --learning-rate"
             )
 
 
@@ -583,7 +643,7 @@ def _last_good(epochs: Sequence[dict[str, Any]], config: TrainConfig) -> str:
 
 def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
     """Those after which the adapter was measured, and saved."""
-    return [measures["epoch"] for measures in epochs[1:] if "heldout" in measures]
+    return [measures["epoch"] for measures in epochs[1:] if find_measured(measures)]
 
 
 # --- the plan ---
@@ -592,16 +652,18 @@ def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
 def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
 
+    The file of a reward function is not executed.
+
     Raises:
-        What `train` raises before it samples.
+        What `train` raises before it samples, but for what only the file of a reward function tells.
     """
     run.check_folder(config.output_dir, resume)
-    train_prompts, heldout_prompts = split_prompts(config)
-    policy = prepare(config).policy
-    train_prompts, heldout_prompts, num_too_long = check_prompts(policy, config, train_prompts, heldout_prompts)
+    prompts, policy = read_run_prompts(config), load_policy(config)
+    _load_scorers(config)
+    cut = check_prompts(policy, config, prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     num_items = _items_per_image(policy, config)
-    num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(train_prompts))
+    num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
     if finds_micro_batch(config, policy.model.device):
         config = replace(config, micro_batch_size=config.sample_batch_size)
     unet, text_encoder = activation_bytes(policy, config, num_distinct)
@@ -609,8 +671,8 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "model": config.model,
         "device": str(policy.model.device),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
-        "prompts": f"{len(train_prompts)} for training, {len(heldout_prompts)} held out"
-        + (f", {num_too_long} left out, too long" if num_too_long else ""),
+        "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
+        + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else ""),
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": num_images / config.num_updates_per_epoch,
@@ -623,6 +685,15 @@ def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "U-Net activations of a micro-batch, MiB": mebibytes(unet),
         "text encoder activations, MiB": mebibytes(text_encoder),
     }
+
+
+def _load_scorers(config: TrainConfig) -> None:
+    """Load the parts of the rewards but for functions, so that a damaged checkpoint is found in a dry run too."""
+    specs = reward_specs(config)
+    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    names = {name for spec in specs for name in rewards.parse_mixture(spec) if name not in rewards.functions_of(spec)}
+    for name in sorted(names):
+        rewards.load_reward(name, default_device(), checkpoints)
 
 
 def mebibytes(num_bytes: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotFoundError, reading
-from .files import sha256
+from .files import describe_files, sha256
 
 SCORER = "a scorer's checkpoint"
 LFS_POINTER = b"version https://git-lfs"
@@ -71,7 +71,7 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
         path = Path(checkpoints[name])
         if not (path.is_file() if isinstance(source, HubFile) else path.is_dir()):
             kind = "a file" if isinstance(source, HubFile) else "a folder"
-            raise NotFoundError(f"reward: there is no checkpoint {str(path)!r}; for {name} it must be {kind}")
+            raise NotFoundError(f"reward_checkpoint: there is no checkpoint {str(path)!r}; for {name} it must be {kind}")
         return path
     what = source.name if isinstance(source, HubFile) else "the model"
     advice = f"give it with --reward-checkpoint {name}=PATH"
@@ -89,6 +89,12 @@ def _fetch(source: HubFile | HubFolder) -> Path:
     if source.patterns == MODEL and not any(folder.glob("*.safetensors")):  # only then the pickle of the same weights
         snapshot_download(source.repository, revision=source.revision, allow_patterns=["pytorch_model*.bin*"])
     return folder
+
+
+def describe_weights(path: Path) -> dict[str, Any]:
+    """A given checkpoint's name, and the SHA-256 of what is read of it: hps also reads what lies beside the file."""
+    beside = (path.with_suffix(".json"), path.parent / "tokenizer") if path.is_file() else ()
+    return describe_files(path) | {other.name: describe_files(other)["sha256"] for other in beside if other.exists()}
 
 
 def describe_source(name: str) -> dict[str, Any]:

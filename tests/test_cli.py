@@ -232,8 +232,8 @@ def test_the_readmes_python_draws_an_image(adapter):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--algorithm", "matching", "--clip-range", "0.1"], ["clip_range", "ppo", "matching"]),
-    (["--algorithm", "ppo", "--backprop-steps", "2"], ["backprop_steps", "gradient", "ppo"]),
+    (["--algorithm", "matching", "--clip-range", "0.1"], ["--clip-range", "ppo", "matching"]),
+    (["--algorithm", "ppo", "--backprop-steps", "2"], ["--backprop-steps", "gradient", "ppo"]),
     (["--algorithm", "gradient", "--reward", "jpeg"], ["jpeg", "no gradients", "hps"]),
     (["--algorithm", "gradient", "--reward", "hps=1,http://a:1/score=1"], ["http://a:1/score", "no gradients"]),
 ])  # fmt: skip
@@ -248,8 +248,6 @@ BAD_TRAINING = [
     (["--reward", "absent.py:reward"], ["absent.py"]),
     (["--prompts", "absent.txt"], ["absent.txt", "composition"]),
     (["--prompts", "EMPTY"], ["empty.txt", "holds no prompt"]),
-    (["--prompts", "LONG"], ["a red circle and a red circle", "tokens", "24"]),
-    (["--heldout-prompts", "LONG"], ["tokens"]),
     (["--heldout-prompts", "absent.txt"], ["absent.txt"]),
     (["--model", "./nowhere"], ["./nowhere"]),
     (["--model", "./nowhere", "--reward", "hps"], ["./nowhere"]),
@@ -261,14 +259,14 @@ BAD_TRAINING = [
     (["--algorithm", "dpo"], ["algorithm", "ppo, matching, gradient"]),
     (["--null-anchor", "1", "--anchor-prompts", "absent.txt"], ["absent.txt"]),
     (["--eta", "1.5"], ["eta"]),
-    (["--timestep-fraction", "0"], ["timestep_fraction"]),
-    (["--timestep-window", "0"], ["timestep_window"]),
-    (["--num-samples-per-prompt", "1"], ["num_samples_per_prompt"]),
-    (["--num-epochs", "0"], ["num_epochs"]),
-    (["--num-updates-per-epoch", "9"], ["num_updates_per_epoch", "8 images"]),
-    (["--lr-warmup-steps", "2"], ["lr_warmup_steps", "2 optimizer steps"]),
-    (["--reward", "jpeg", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "jpeg"]),
-    (["--reward", "hps=1,jpeg=1", "--reward-checkpoint", "hps.pt"], ["reward_checkpoint", "NAME=PATH"]),
+    (["--timestep-fraction", "0"], ["--timestep-fraction"]),
+    (["--timestep-window", "0"], ["--timestep-window"]),
+    (["--num-samples-per-prompt", "1"], ["--num-samples-per-prompt"]),
+    (["--num-epochs", "0"], ["--num-epochs"]),
+    (["--num-updates-per-epoch", "9"], ["--num-updates-per-epoch", "8 images"]),
+    (["--lr-warmup-steps", "2"], ["--lr-warmup-steps", "2 optimizer steps"]),
+    (["--reward", "jpeg", "--reward-checkpoint", "hps.pt"], ["--reward-checkpoint", "jpeg"]),
+    (["--reward", "hps=1,jpeg=1", "--reward-checkpoint", "hps.pt"], ["--reward-checkpoint", "NAME=PATH"]),
     (["--reward", "hps,jpeg"], ["mixture", "NAME=WEIGHT"]),
     (["--reward", "hps=1,hsp=2"], ["hsp", "imagereward"]),
     (["--reward", "hps=1,jpeg=x"], ["mixture", "jpeg=x"]),
@@ -278,14 +276,14 @@ BAD_TRAINING = [
     (["--reward", "pickscore"], ["PickScore", "--reward-checkpoint pickscore=PATH"]),
     (["--reward", "clip", "--reward-checkpoint", "LICENSE"], ["LICENSE", "folder"]),
     (["--eval-reward", "ocr"], ["ocr", "quotation marks"]),
-    (["--reward-timeout", "0"], ["reward_timeout"]),
-    (["--normalise-rewards", "--preset", "paper"], ["normalise_rewards", "leave-one-out"]),
+    (["--reward-timeout", "0"], ["--reward-timeout"]),
+    (["--normalise-rewards", "--preset", "paper"], ["--normalise-rewards", "leave-one-out"]),
     (["--reward", "http://host:abc/score"], ["http://host:abc/score", "is no URL"]),
-    (["--reward-timeout", "1e10"], ["reward_timeout"]),
+    (["--reward-timeout", "1e10"], ["--reward-timeout"]),
     (["--eval-reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
     (["--prompts", "SAME", "--heldout-prompts", "SAME"], ["same.txt", "held out"]),
     (["--reward", "alignment", "--prompts", "HORSES"], ["a red horse", "tiny world"]),
-    (["--num-inference-steps", "1001"], ["num_inference_steps"]),
+    (["--num-inference-steps", "1001"], ["--num-inference-steps"]),
     (["--rank", "0"], ["rank"]),
     (["--rank", "100000000"], ["rank", "1024"]),
     (["--seed", "-1"], ["seed"]),
@@ -293,28 +291,27 @@ BAD_TRAINING = [
     (["--resolution", "33"], ["resolution", "33"]),
     (["--target", "vae"], ["target", "text-encoder, unet, both"]),
     (["--preset", "best"], ["preset"]),
-    (["--null-prompt", "base", "--target", "unet"], ["null_prompt"]),
-    (["--learning-rate", "nan"], ["learning_rate"]),
-    (["--learning-rate", "inf"], ["learning_rate"]),
-    (["--clip-range", "nan"], ["clip_range"]),
-    (["--guidance-scale", "nan"], ["guidance_scale"]),
-    (["--guidance-scale", "inf"], ["guidance_scale"]),
-    (["--kl-weight", "nan"], ["kl_weight"]),
-    (["--kl-weight", "inf"], ["kl_weight"]),
-    (["--weight-decay", "nan"], ["weight_decay"]),
-    (["--weight-decay", "inf"], ["weight_decay"]),
-    (["--ema-decay", "1"], ["ema_decay"]),
-    (["--ema-decay", "nan"], ["ema_decay"]),
+    (["--null-prompt", "base", "--target", "unet"], ["--null-prompt"]),
+    (["--learning-rate", "nan"], ["--learning-rate"]),
+    (["--learning-rate", "inf"], ["--learning-rate"]),
+    (["--clip-range", "nan"], ["--clip-range"]),
+    (["--guidance-scale", "nan"], ["--guidance-scale"]),
+    (["--guidance-scale", "inf"], ["--guidance-scale"]),
+    (["--kl-weight", "nan"], ["--kl-weight"]),
+    (["--kl-weight", "inf"], ["--kl-weight"]),
+    (["--weight-decay", "nan"], ["--weight-decay"]),
+    (["--weight-decay", "inf"], ["--weight-decay"]),
+    (["--ema-decay", "1"], ["--ema-decay"]),
+    (["--ema-decay", "nan"], ["--ema-decay"]),
 ]
 
 
 def bad_files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "empty.txt").write_text("\n  \n")
-    (tmp_path / "long.txt").write_text("a red circle\n" + " and ".join(["a red circle"] * 30) + "\n")
     (tmp_path / "binary.txt").write_bytes(b"a red circle\n\xff\xfe")
     (tmp_path / "same.txt").write_text("a red circle\na blue square\n")
     (tmp_path / "horses.txt").write_text("a red circle\na red horse\n")
-    return {name.upper(): str(tmp_path / f"{name}.txt") for name in ("empty", "long", "same", "horses")}
+    return {name.upper(): str(tmp_path / f"{name}.txt") for name in ("empty", "same", "horses")}
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD_TRAINING, ids=[" ".join(arguments) for arguments, _ in BAD_TRAINING])
@@ -352,16 +349,16 @@ def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatc
 
 
 def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
-    check_failure(run_train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "mixed_precision", "bf16")
+    check_failure(run_train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "--mixed-precision", "bf16")
     result = run("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")
-    check_failure(result, 2, "mixed_precision")
+    check_failure(result, 2, "--mixed-precision")
 
 
 def test_an_output_folder_that_is_not_empty_is_left_as_it_is(small_run, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("of value")
-    check_failure(run_train(small_run, output_dir=folder), 2, "output_dir", "mine", "not empty")
+    check_failure(run_train(small_run, output_dir=folder), 2, "--output-dir", "mine", "not empty")
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     assert (folder / "thesis.txt").read_text() == "of value"
 
@@ -1044,7 +1041,7 @@ def test_flags_override_the_config_file(trained, tmp_path):
 
 
 def test_a_dry_run_refuses_what_the_training_would(small_run, adapter):
-    check_failure(run_train(small_run, "--dry-run", output_dir=adapter), 2, "output_dir", "not empty")
+    check_failure(run_train(small_run, "--dry-run", output_dir=adapter), 2, "--output-dir", "not empty")
 
 
 def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
@@ -1117,7 +1114,7 @@ def test_a_tracker_that_fails_is_named(small_run, tmp_path, monkeypatch, broken)
 
     monkeypatch.setattr(tracking, "TensorBoardTracker", Tracker)
     result = run_train(small_run, output_dir=tmp_path / "out", report_to="tensorboard")
-    check_failure(result, 2, "report_to: tensorboard failed", "api_key not configured")
+    check_failure(result, 2, "--report-to: tensorboard failed", "api_key not configured")
 
 
 def test_a_tracker_that_fails_at_its_finish_does_not_hide_why_the_run_ended(small_run, tmp_path, monkeypatch):
@@ -1245,20 +1242,19 @@ def test_a_prompt_cannot_drive_the_terminal(adapter, tmp_path, prompt):
     assert not set(result.output) & {"\x1b", "\x07", "\x9b"}
     assert {Image.open(path).text["prompt"] for path in pictures(tmp_path / "images")} == {prompt}
     result = sample("--prompt", f"{prompt} {'and a red circle ' * 30}", "--output-dir", tmp_path / "images")
-    check_failure(result, 2, "tokens")
+    assert "1 of 1 prompts are cut to the 24 tokens" in result.stderr
     assert not set(result.output) & {"\x1b", "\x07", "\x9b"}
 
 
 def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
-    prompts = ["[/b] a circle", "\x1b[2Ja red circle\x9b2J"]
+    prompts = ["[/b] a circle", "[link=x] a red circle\u202e"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    (tmp_path / "train.txt").write_text("[b] a disc\n\x1b[2Ja box\x9b2J", encoding="utf-8")
     drop = "    if len(calls) == 2:\n        scores[::4] = float('nan')\n"
     body = f"    scores = images.mean(dim=(1, 2, 3))\n{drop}    return scores"
     result = run_train(small_run, output_dir=tmp_path / "out", reward=reward_file(tmp_path, body))
     assert result.exit_code == 0, result.output
     assert "[/b] a circle" in result.stderr  # named as dropped
-    assert not set(result.output) & {"\x1b", "\x9b"}
+    assert not set(result.output) & {"\x1b", "\u202e"}
     _, metrics = (strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert {dropped["prompt"] for dropped in metrics["dropped"]} == set(prompts)
 
@@ -1290,9 +1286,9 @@ def test_an_adapter_trained_with_dpm_solver_is_reproducible_and_sampled_with_it(
 BAD_SAMPLING = [
     ([], ["--prompt"]),
     (["--prompt", "a red circle", "--adapter", "absent"], ["absent"]),
-    (["--prompt", "a red circle", "--num-images", "0"], ["num_images"]),
-    (["--prompt", "a red circle", "--batch-size", "0"], ["batch_size"]),
-    (["--prompt", "a red circle", "--num-inference-steps", "0"], ["num_inference_steps"]),
+    (["--prompt", "a red circle", "--num-images", "0"], ["--num-images"]),
+    (["--prompt", "a red circle", "--batch-size", "0"], ["--batch-size"]),
+    (["--prompt", "a red circle", "--num-inference-steps", "0"], ["--num-inference-steps"]),
     (["--prompt", "a red circle", "--seed", "-1"], ["seed"]),
     (["--prompt", "a red circle", "--seed", str(2**64)], ["seed"]),
     (["--prompt", "a red circle", "--eta", "2"], ["eta"]),
@@ -1303,14 +1299,12 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),
     (["--prompt", "a red circle", "--scale", "0.5"], ["--scale", "--adapter"]),
     (["--prompt", "a red circle", "--compare"], ["--compare", "--adapter"]),
-    (["--prompt", "a red circle", "--guidance-scale", "nan"], ["guidance_scale"]),
-    (["--prompt", "a red circle", "--guidance-scale", "-3"], ["guidance_scale"]),
+    (["--prompt", "a red circle", "--guidance-scale", "nan"], ["--guidance-scale"]),
+    (["--prompt", "a red circle", "--guidance-scale", "-3"], ["--guidance-scale"]),
     (["--prompt", "a red circle", "--resolution", "33"], ["resolution"]),
-    (["--prompt", "a red circle", "--null-prompt", "none"], ["null_prompt"]),
-    (["--prompt", "and a red circle " * 30], ["tokens", "24"]),
+    (["--prompt", "a red circle", "--null-prompt", "none"], ["--null-prompt"]),
     (["--prompts", "absent.txt"], ["absent.txt"]),
     (["--prompts", "EMPTY"], ["empty.txt"]),
-    (["--prompts", "LONG"], ["tokens"]),
     (["--prompt", "a red circle", "--model", "./nowhere"], ["./nowhere"]),
 ]
 
@@ -1358,7 +1352,7 @@ def test_adapters_of_runs_that_disagree_are_refused_until_the_command_line_decid
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_inference_steps": 3}))
     arguments = ["--adapter", adapter, "--adapter", other, "--prompt", "a red circle", "--output-dir", tmp_path / "images"]
-    check_failure(run("sample", *arguments), 2, "num_inference_steps", "4", "3")
+    check_failure(run("sample", *arguments), 2, "--num-inference-steps", "4", "3")
     assert run("sample", *arguments, "--num-inference-steps", 3, "--num-images", 1).exit_code == 0
 
 

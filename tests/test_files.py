@@ -199,17 +199,40 @@ def test_a_folder_whose_removal_is_cut_off_is_a_temporary_one(tmp_path, monkeypa
 
     monkeypatch.setattr(files.shutil, "rmtree", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        files.remove_folder(tmp_path / "place")
+        files.remove(tmp_path / "place")
     monkeypatch.undo()
     assert not (tmp_path / "place").exists()
     files.remove_temporaries(tmp_path)
     assert contents(tmp_path) == {}
 
 
-def test_a_folder_is_removed(tmp_path):
-    write_old(tmp_path / "place", "folder")
-    files.remove_folder(tmp_path / "place")
-    assert contents(tmp_path) == {}
+def lay(path, kind):
+    """Put a folder, a file or a link to a folder, which holds something, where a checkpoint may lie."""
+    if kind == "folder":
+        write_old(path, "folder")
+    elif kind == "file":
+        path.write_text("a file")
+    else:
+        (path.parent / "elsewhere").mkdir(exist_ok=True)
+        (path.parent / "elsewhere" / "file").write_text("mine")
+        path.symlink_to(path.parent / ("elsewhere" if kind == "also a link" else "nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "also a link", "also a link to nothing"])
+def test_whatever_lies_in_the_place_of_a_folder_is_replaced_or_removed_and_no_link_followed(tmp_path, kind):
+    place = tmp_path / "place"
+    lay(place, kind)
+    with files.replacing(place) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert place.is_dir()
+    assert not place.is_symlink()
+    assert [path.name for path in place.iterdir()] == ["new"]
+    files.remove(place)
+    lay(place, kind)
+    files.remove(place)
+    assert [path.name for path in tmp_path.iterdir()] == (["elsewhere"] if "link" in kind else [])
+    assert [path.read_text() for path in tmp_path.rglob("file")] == (["mine"] if "link" in kind else [])
 
 
 # --- links in folders that came from others ---
@@ -222,7 +245,7 @@ def lock_and_release(folder: Path) -> None:
 
 def remove_an_epoch(folder: Path) -> None:
     (folder / "epoch").mkdir()
-    files.remove_folder(folder / "epoch")
+    files.remove(folder / "epoch")
 
 
 def check_room(folder: Path) -> None:

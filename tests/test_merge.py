@@ -712,11 +712,11 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     (["--adapter", "ADAPTER:nan"], ["weight", "finite"]),
     (["--adapter", "ADAPTER:0"], ["weights of 0"]),
     (["--adapter", "ADAPTER:1e39"], ["not finite"]),
-    (["--adapter", "ADAPTER", "--unet-scale", "0.5"], ["unet_scale", "--unet"]),
+    (["--adapter", "ADAPTER", "--unet-scale", "0.5"], ["--unet-scale", "--unet"]),
     (["--adapter", "ADAPTER", "--output", "."], ["output"]),
     (["--adapter", "ADAPTER", "--output", ""], ["output"]),
     (["--adapter", "ADAPTER", "--unet", "UNET", "--format", "kohya"], ["format", "whole U-Net", "use pipeline"]),
-    (["--unet", "UNET", "--unet-scale", "nan"], ["unet_scale"]),
+    (["--unet", "UNET", "--unet-scale", "nan"], ["--unet-scale"]),
     (["--unet", "UNET", "--unet-scale", "0"], ["nothing is merged"]),
     (["--adapter", "ADAPTER", "--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
 ])  # fmt: skip

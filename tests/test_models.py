@@ -68,11 +68,16 @@ def test_tokenize_equals_the_tokenizer_with_its_padding(small):
     assert torch.equal(ids, expected)
 
 
-def test_a_prompt_may_fill_the_text_encoder_but_not_exceed_it(small):
+def test_a_prompt_may_fill_the_text_encoder_and_what_exceeds_it_is_cut_and_known(small):
     fits = " ".join(["red"] * 22)  # with start and end, 24
-    assert models.tokenize(small.tokenizer, [fits]).shape == (1, 24)
-    with pytest.raises(InputError, match=r"red red .*25 tokens .* reads 24"):
-        models.tokenize(small.tokenizer, ["a red circle", fits + " red"])
+    exceeds = fits + " blue"
+    ids = models.tokenize(small.tokenizer, [fits, exceeds])
+    assert ids.shape == (2, 24)
+    assert torch.equal(ids[0], ids[1])
+    cut = models.find_cut([small.tokenizer], ["a red circle", fits, exceeds, exceeds])
+    assert cut == models.Cut([exceeds], 3, 24)
+    assert str(cut).startswith("1 of 3 prompts are cut to the 24 tokens that the text encoder reads, as 'red red ")
+    assert models.find_cut([small.tokenizer], []).prompts == []
 
 
 def test_a_lone_surrogate_is_refused_as_no_text(small):
@@ -459,10 +464,9 @@ def test_a_textual_inversion_in_a_saved_pipeline_has_all_its_vectors(inverted, p
 def test_the_length_of_a_prompt_is_that_with_all_vectors(inverted):
     model = models.load_model(str(inverted[0]))
     long = " ".join(["red"] * 20 + [TOKEN])  # 21 tokens before and 23 after, with start and end 25
-    with pytest.raises(InputError, match=r"has 25 tokens with its start and end, but the text encoder reads 24"):
-        models.tokenize_for(model, [long])
-    assert models.fits(model.tokenizer, [long, long.replace("red ", "", 1)]) == [False, True]
-    assert models.tokenize(model.tokenizer, [long], truncation=True)[0, -2:].tolist() == [
+    whole = long.replace("red ", "", 1)
+    assert models.find_cut(model.tokenizers, [long, whole]).prompts == [long]
+    assert models.tokenize(model.tokenizer, [long])[0, -2:].tolist() == [
         model.tokenizer.convert_tokens_to_ids(f"{TOKEN}_1"), model.tokenizer.eos_token_id,
     ]  # fmt: skip
 

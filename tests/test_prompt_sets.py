@@ -1,6 +1,7 @@
 """Prompt sets: the set `general`, published training sets and benchmarks in their layouts, files, and what is refused."""
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -10,9 +11,12 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pytest
+from PIL import Image
 from pyarrow import parquet
+from rich.console import Console
+from typer.testing import CliRunner
 
-from texforce import models, prompt_sets, run, train, world
+from texforce import cli, models, prompt_sets, run, train, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
@@ -215,34 +219,90 @@ def options(small_run, narrow_model, monkeypatch, tmp_path):
     return small_run | {"prompts": "imagereward", "output_dir": str(tmp_path / "out")}
 
 
-def test_published_prompts_that_are_too_long_are_left_out_and_counted(options, hub):
-    hub([f"a circle and {i} squares" if i not in (4, 10, 11) else f"{i} {LONG}" for i in range(20)])
+# --- prompts that are longer than the text encoder reads ---
+
+
+@pytest.mark.parametrize("source", ["imagereward", "also: a file", "also: held out"])
+def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(source, options, hub, tmp_path):
+    texts = [f"a circle and {i} squares" if i not in (4, 10, 11) else f"{i} {LONG}" for i in range(20)]
+    hub(texts)
+    options = (
+        options
+        | {
+            "imagereward": {},
+            "also: a file": {"prompts": str(write(tmp_path / "long.txt", "\n".join(texts)))},
+            "also: held out": {"prompts": str(write(tmp_path / "a.txt", "a cross")), "heldout_prompts": "imagereward"},
+        }[source]
+    )
     messages, config = [], resolve(TrainOptions(**options))
-    assert train.plan(config)["prompts"] == "16 for training, 1 held out, 3 left out, too long"  # 10 was to be held out
+    assert train.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
     result = train.train(config, warn=messages.append)
-    assert messages == ["prompts: 3 of 20 are left out, too long for the text encoder"]
+    (message,) = messages
+    number = 21 if source == "also: held out" else 20
+    assert message.startswith(f"prompts: 3 of {number} prompts are cut to the 24 tokens that the text encoder reads, as ")
+    assert f"a red circle {LONG}"[:40] in message
+    assert result["num_prompts_cut"] == json.loads((tmp_path / "out" / "result.json").read_text())["num_prompts_cut"] == 3
+    assert "Prompts that were cut to what the text encoder reads: 3." in (tmp_path / "out" / "README.md").read_text()
     assert train.train(config, resume=True) == result  # the same prompts as before
 
 
-def test_nothing_is_said_where_every_published_prompt_fits(options, hub):
+def test_nothing_is_said_where_every_prompt_fits(options, hub, tmp_path):
     hub([f"a circle and {i} squares" for i in range(20)])
     messages = []
-    train.train(resolve(TrainOptions(**options)), warn=messages.append)
+    assert train.train(resolve(TrainOptions(**options)), warn=messages.append)["num_prompts_cut"] == 0
     assert messages == []
+    assert "cut" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_published_set_without_a_short_prompt_is_refused(options, hub):
-    hub([f"{i} {LONG}" for i in range(20)])
-    with pytest.raises(InputError, match="every prompt of 'imagereward' is too long"):
-        train.train(resolve(TrainOptions(**options)))
+# --- one prompt ---
 
 
-def test_a_long_prompt_in_a_file_is_refused_though_the_other_prompts_are_published(options, hub, tmp_path):
-    hub(["a circle", LONG, "a square"])
-    own = str(write(tmp_path / "long.txt", f"a cross\none {LONG}"))
-    for changes in ({"heldout_prompts": own}, {"prompts": own, "heldout_prompts": "imagereward"}):
-        with pytest.raises(InputError, match="tokens"):
-            train.plan(resolve(TrainOptions(**options | changes)))
+SINGLE = {
+    "one line": "a red circle",
+    "the same line twice": "a red circle\na red circle\n",
+    "also: but for white space": "a red circle\n a  red circle \n",
+    "also: but for capitals": "a red circle\nA red Circle\n",
+}
+
+
+@pytest.mark.parametrize("content", SINGLE.values(), ids=SINGLE)
+def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, options, tmp_path):
+    options["prompts"] = str(write(tmp_path / "one.txt", content))
+    messages, config = [], resolve(TrainOptions(**options))
+    training, heldout = split_prompts(config)
+    assert (training[0], heldout) == ("a red circle", [])
+    assert train.plan(config)["prompts"] == f"{len(training)} for training, none held out"
+    result = train.train(config, warn=messages.append)
+    (message,) = messages
+    assert "cannot be held out, so base and tuned are measured on the training prompts" in message
+    written = [(tmp_path / "out" / name).read_text() for name in ("result.json", "metrics.jsonl", "README.md")]
+    assert not any("held-out" in text.lower() or "heldout" in text for text in written)
+    assert "Training prompts, since a single prompt cannot be held out" in written[2]
+    assert json.loads(written[0])["training_prompts"]["jpeg"] == result["training_prompts"]["jpeg"]
+    assert all("training_prompts" in json.loads(line) for line in written[1].splitlines())
+    with Console(record=True, width=200, file=io.StringIO()) as console:
+        console.print(cli.results_table(result))
+        view = cli.EpochView(config)
+        for line in written[1].splitlines():
+            view(json.loads(line))
+            console.print(view.line(json.loads(line)))
+        console.print(view.table())
+    shown = console.export_text()
+    assert "training prompts" in shown
+    assert "held" not in shown
+
+
+@pytest.mark.parametrize("second", ["a blue square", "a red circle."])
+def test_of_two_prompts_one_is_held_out(second, options, tmp_path):
+    options["prompts"] = str(write(tmp_path / "two.txt", f"a red circle\n{second}\n"))
+    assert split_prompts(resolve(TrainOptions(**options))) == ([second], ["a red circle"])
+
+
+def test_a_prompt_is_not_held_out_in_other_capitals(tmp_path):
+    for name, text in (("train", "a cat\nA Dog\na bird"), ("heldout", "A CAT\na dog")):
+        write(tmp_path / f"{name}.txt", text)
+    paths = {"prompts": str(tmp_path / "train.txt"), "heldout_prompts": str(tmp_path / "heldout.txt")}
+    assert split_prompts(resolve(TrainOptions(model="tiny", **paths))) == (["a bird"], ["A CAT", "a dog"])
 
 
 # --- published layouts ---
@@ -372,6 +432,72 @@ def test_world_is_the_held_out_prompts_by_kind_and_words():
 def test_a_limit_takes_prompts_from_all_over(limit, rows):
     benchmark = prompt_sets.Benchmark("b", [f"p{i}" for i in range(10)], [f"c{i}" for i in range(10)], {})
     check(benchmark.limited(limit), [f"p{i}" for i in rows], [f"c{i}" for i in rows])
+
+
+IMAGEREWARD_LIST = json.dumps([{"id": f"000-{i}", "prompt": prompt} for i, prompt in enumerate(PROMPTS)], indent=1)
+
+
+def table(columns, rows, delimiter=","):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([columns, *rows])
+    return text.getvalue()
+
+
+LAYOUTS = {
+    "a.json": IMAGEREWARD_LIST,
+    "a.csv": table(["prompt", "category"], ROWS),
+    "also.txt": IMAGEREWARD_LIST,  # by its content
+    "also": "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS),  # likewise
+    "also.tsv": table(["Category", "Prompts"], [row[::-1] for row in ROWS], "\t"),
+    "also/a.json": json.dumps(PROMPTS),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_and_sampling_read_a_file_as_an_evaluation_does(name, tmp_path):
+    path = write(tmp_path / "folder" / name, LAYOUTS[name])
+    assert read_prompts(str(path)) == read_benchmark(str(path)).prompts == PROMPTS
+    if "/" in name:
+        assert read_prompts(str(path.parent)) == PROMPTS  # a folder of files
+
+
+@pytest.mark.parametrize("first", ["[red] circle", "[", "{red|blue} circle", '"stop" on a sign', "prompt", "[/b], [1, 2]"])
+def test_a_prompt_that_looks_a_little_like_another_layout_is_a_prompt(first, tmp_path):
+    assert read_prompts(str(write(tmp_path / "a.txt", f"{first}\na cat\n"))) == [first, "a cat"]
+
+
+def test_a_row_of_a_table_ends_where_its_line_ends(tmp_path):
+    assert read_prompts(str(write(tmp_path / "a.csv", "prompt\na\u2028cat\na dog\n"))) == ["a\u2028cat", "a dog"]
+
+
+def test_every_command_refuses_what_no_layout_is(tmp_path):
+    path = write(tmp_path / "a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    for option in ("prompts", "heldout_prompts"):
+        with pytest.raises(InputError, match=f"^{option}: .*a.txt' is a git-lfs pointer"):
+            read_prompts(str(path), option)
+    with pytest.raises(InputError, match=r"^prompts: .*a.yaml' must end in one of .txt"):
+        read_prompts(str(write(tmp_path / "a.yaml", "- a cat")))
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+def test_each_command_reads_a_json_file_and_tells_what_it_cuts(command, tmp_path, monkeypatch):
+    path = write(tmp_path / "long.json", json.dumps([{"id": "1", "prompt": LONG}], indent=1))
+    option = {"train": "--prompts", "sample": "--prompts", "eval": "--benchmark"}[command]
+    arguments = {
+        "train": ["--dry-run", "--model", "tiny", "--reward", "jpeg"],
+        "sample": ["--model", "tiny", "--num-inference-steps", "1", "--num-images", "1"],
+        "eval": ["--model", "tiny", "--num-inference-steps", "1", "--num-images", "1", "--reward", "jpeg"],
+    }[command]
+    result = CliRunner().invoke(cli.app, [command, option, str(path), *arguments, "--output-dir", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    said = f"1 of 1 prompts are cut to the 24 tokens that the text encoder reads, as {LONG[:60]!r}"
+    assert ("1 cut to 24 tokens" if command == "train" else said) in " ".join(result.output.split())
+    if command == "sample":
+        assert Image.open(tmp_path / "out" / "00000.png").text["prompt_cut_to"] == "24 tokens"
+    if command == "eval":
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert (results["prompts_cut"], results["num_tokens"]) == ([LONG.strip()], 24)
+        assert "1 prompts are longer than the 24 tokens" in " ".join((tmp_path / "out" / "report.html").read_text().split())
 
 
 REFUSED = {

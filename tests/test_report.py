@@ -43,6 +43,7 @@ def write_evaluation(
         "model": "tiny", "num_images": num_images, "sampler": "ddim", "num_inference_steps": 8, "guidance_scale": 3.0,
         "eta": 1.0, "seed": 0,
         "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
+        "prompts_cut": [], "num_tokens": 24,
         "strengths": {"te": {"chosen_by": "hps", "best": 0.5, "curve": curve}} if curve else {},
         "systems": {
             name: {"strength": 0.5 if name == "te" else 1, "images": f"images/{name}", "measures": told[name]}

@@ -306,6 +306,190 @@ def test_a_changed_run_that_is_forced_goes_on_with_the_new_options(options, chec
     assert rates == pytest.approx([1e-3 * (8 - k) / 8 for k in (4, 5, 4, 5, 6, 7)])
 
 
+# --- what was edited since ---
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("learning_rate", 0.1, "--learning-rate: 0.01 -> 0.1"),
+    ("lora_alpha", 64, "--lora-alpha: 4 -> 64"),
+    ("seed", 7, "--seed: 0 -> 7"),
+    pytest.param("num_inference_steps", 3, "--num-inference-steps: 2 -> 3", id="also"),
+    pytest.param("heldout_prompts", None, "--heldout-prompts: ", id="also back to the default"),
+])  # fmt: skip
+def test_an_edit_of_config_json_is_a_change_and_refused(checkpoint, field, value, words):
+    saved = checkpoint.parents[1] / "config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {field: value}))
+    check_failure(command_line("--resume", saved.parent), 2, words, "--force-resume")
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_epochs", 5), pytest.param("ema_decay", 0.25, id="also")])
+def test_a_finished_run_whose_config_json_says_something_else_is_not_finished(finished, field, value):
+    saved = finished / "config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {field: value}))
+    check_failure(command_line("--resume", finished), 2, f"--{field.replace('_', '-')}: ", f" -> {value}", "--force-resume")
+
+
+REWARD = "def reward(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
+
+
+@pytest.fixture(scope="module")
+def from_files(options, tmp_path_factory) -> tuple[Path, dict]:
+    """A run, stopped in its second epoch, that files of every kind decide, and its options. Change nothing for good."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "mine.py").write_text(REWARD)
+    for name in ("hps.pt", "hps.json"):
+        shutil.copy(models.TINY / name, folder)
+    shutil.copytree(models.TINY / "tokenizer", folder / "tokenizer")
+    for name in ("model_index.json", "unet/config.json", "notes.txt"):
+        (folder / "model" / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / "model" / name).write_text("{}")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na navy box\na green disc\na red cross\n")
+    (folder / "anchors.txt").write_text("ugly\n")
+    (folder / "heldout.txt").write_text("a green square\nan ivory box\n")
+    options = options | {
+        "model": str(folder / "model"), "reward": f"{folder / 'mine.py'}:reward", "eval_reward": ["hps"],
+        "reward_checkpoint": [f"hps={folder / 'hps.pt'}"], "prompts": str(folder / "prompts.txt"), "num_epochs": 2,
+        "heldout_prompts": str(folder / "heldout.txt"), "anchor_prompts": str(folder / "anchors.txt"), "null_anchor": 1.0,
+        "mixed_precision": "no", "checkpoint_every": 1,
+    }  # fmt: skip
+    run_training(options, folder / "run", stop_in=2)
+    return folder, options
+
+
+@contextlib.contextmanager
+def edited(path: Path, content: str) -> Iterator[None]:
+    """A file with another content for a while."""
+    whole = path.read_bytes()
+    path.write_text(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("mine.py", "the content of the reward .*mine.py:reward"),
+    ("hps.pt", "the content of the reward hps"),
+    ("model/unet/config.json", "the files of the model"),
+    ("prompts.txt", "the prompts"),
+    pytest.param("hps.json", "the content of the reward hps", id="also what lies beside a checkpoint"),
+    pytest.param("heldout.txt", "the prompts", id="also held-out prompts"),
+    pytest.param("anchors.txt", "the prompts", id="also anchors"),
+])  # fmt: skip
+def test_a_file_that_decides_a_run_and_has_another_content_since_is_refused_by_name(from_files, name, words, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it loaded the model"))
+    folder, options = from_files
+    before = contents(folder / "run" / "checkpoints")
+    content = "a red circle\na blue disc\n" if name.endswith(".txt") else REWARD.replace("images.", "1 + images.")
+    with edited(folder / name, content), pytest.raises(InputError, match=f"changed since the checkpoint: {words}; --force"):
+        run_training(options, folder / "run", resume=True)
+    assert contents(folder / "run" / "checkpoints") == before
+
+
+def test_another_revision_on_the_hub_is_refused(from_files, monkeypatch):
+    folder, options = from_files
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(models, "revision", lambda name: "0123abc")
+    with pytest.raises(InputError, match="changed since the checkpoint: the files of the model; --force"):
+        run_training(options, folder / "run", resume=True)
+
+
+def test_files_that_decide_nothing_may_change_and_force_measures_the_base_model_anew(from_files, tmp_path):
+    """Else the old reward's base stood beside the new reward's tuned, as a gain of 1."""
+    folder, options = from_files
+    (folder / "model" / "notes.txt").write_text("other notes")
+    for name in ("goes on", "forced"):
+        shutil.copytree(folder / "run", tmp_path / name)
+    result = run_training(options, tmp_path / "goes on", resume=True)
+    with edited(folder / "mine.py", REWARD.replace("images.", "1 + images.")):
+        forced = run_training(options, tmp_path / "forced", resume=True, force=True)
+        assert run_training(options, tmp_path / "forced", resume=True) == forced
+    before, after = (given["heldout"][options["reward"]] for given in (result, forced))
+    assert after == pytest.approx({name: 1 + value for name, value in before.items()}, abs=1e-4)
+
+
+def test_a_forced_run_with_fewer_prompts_begins_a_new_order_of_them(from_files, tmp_path):
+    folder, options = from_files
+    shutil.copytree(folder / "run", tmp_path / "run")
+    with edited(folder / "prompts.txt", "a navy disc\n"):
+        assert run_training(options, tmp_path / "run", resume=True, force=True)["num_images"] == 12
+
+
+# --- a run without its config.json ---
+
+
+def test_a_run_whose_config_json_is_gone_goes_on_exactly_by_its_checkpoint(checkpoint, whole):
+    folder = checkpoint.parents[1]
+    (folder / "config.json").unlink()
+    result = command_line("--resume", folder)
+    assert result.exit_code == 0, result.output
+    check_same_run(folder, whole)
+    assert (folder / "config.json").read_text().replace(str(folder), str(whole)) == (whole / "config.json").read_text()
+
+
+@pytest.mark.parametrize("left", ["also: a finished run", "also: no valid checkpoint"])
+def test_other_runs_whose_config_json_is_gone(finished, left):
+    (finished / "config.json").unlink()
+    if left == "also: a finished run":
+        result = command_line("--resume", finished)
+        assert (result.exit_code, "is finished" in result.stderr) == (0, True), result.output
+    else:
+        for manifest in finished.rglob("manifest.json"):
+            manifest.unlink()
+        check_failure(command_line("--resume", finished), 2, "there is no run in")
+
+
+# --- checkpoints of others ---
+
+
+NONSENSE = {
+    "an order of no prompt": {"order": [99]},
+    "also: an index of no prompt": {"order": {"waiting": [99]}},
+    "also: no epochs": {"epochs": []},
+    "also: epochs of texts": {"epochs": ["x"]},
+    "also: a count that is none": {"epochs": [{"epoch": 0, "num_images": 10**400, "num_unet_calls": 0, "seconds": 1}]},
+    "also: no options": {"config": 5},
+    "also: statistics of texts": {"statistics": {"a red circle": ["x"]}},
+    "also: spreads of a text": {"reward": {"jpeg": {"count": "x"}}},
+    "also: a learner of numbers": {"learner": [7]},
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_checkpoint_with_a_valid_manifest_and_no_training_in_it_is_refused_by_name(checkpoint, kind):
+    state = json.loads((checkpoint / "state.json").read_text()) | NONSENSE[kind]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").write_text(run.manifest(checkpoint))
+    check_failure(command_line("--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"text"'])
+def test_a_state_that_is_no_object_is_refused_by_name(checkpoint, content):
+    (checkpoint / "state.json").write_text(content)
+    (checkpoint / "manifest.json").write_text(run.manifest(checkpoint))
+    check_failure(command_line("--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["a file", "also a link", "also a link to nothing"])
+def test_what_is_called_like_a_checkpoint_and_is_none_is_passed_over_and_replaced(
+    options, checkpoint, whole, tmp_path, kind
+):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    for name in ("epoch_000004", "epoch_000009"):
+        if kind == "a file":
+            (checkpoint.parent / name).write_text("a file")
+        else:
+            (checkpoint.parent / name).symlink_to(tmp_path / ("elsewhere" if kind == "also a link" else "nowhere"))
+    said = []
+    run_training(options, checkpoint.parents[1], resume=True, warn=said.append)
+    assert [message.partition(" is ")[0][-12:] for message in said] == ["epoch_000009", "epoch_000004"]
+    check_same_run(checkpoint.parents[1], whole)
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["epoch_000002", "epoch_000004"]
+    assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
+
+
 def test_a_run_on_another_kind_of_device_is_refused(options, checkpoint, monkeypatch):
     original = run.read_checkpoint
 
@@ -411,7 +595,7 @@ def check_save_is_whole(options: dict, whole: Path, stopped: Path, folder: Path)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, step, lambda path, *arguments, **options: _fail(path))
             with pytest.raises(OSError, match="No space"):
-                run.write_checkpoint(place, snapshot, config, [])
+                run.write_checkpoint(place, snapshot, config, {})
         assert before == (sorted(place.rglob("*")), contents(place)), step
 
 
@@ -427,10 +611,10 @@ def test_a_save_takes_the_place_of_a_broken_checkpoint_and_leaves_a_sound_one(op
     snapshot, config = run.read_checkpoint(checkpoint), configure(**options)
     config = replace(config, **json.loads((checkpoint / "state.json").read_text())["config"])
     before = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
-    assert run.write_checkpoint(checkpoint.parent, snapshot, config, []) == checkpoint
+    assert run.write_checkpoint(checkpoint.parent, snapshot, config, snapshot.state["sources"]) == checkpoint
     assert before == {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
     (checkpoint / "state.json").write_bytes(b"")
-    run.write_checkpoint(checkpoint.parent, snapshot, config, [])
+    run.write_checkpoint(checkpoint.parent, snapshot, config, snapshot.state["sources"])
     assert run.is_valid(checkpoint)
 
 
@@ -466,26 +650,26 @@ def epochs(*heldout_rewards: float, std: float = 0.1, kl: float | None = None) -
     return [*measured[:-1], measured[-1] | ({"kl": kl} if kl is not None else {})]
 
 
-REWARD = rewards.Mixture({"hps": lambda images, prompts: None}, {"hps": 1.0})
+MIXTURE = rewards.Mixture({"hps": lambda images, prompts: None}, {"hps": 1.0})
 
 
 @pytest.mark.parametrize(("final", "limit", "stops"), [(0.31, 2, False), (0.29, 2, True), (0.29, 3, False), (-9, 0, False)])
 def test_a_held_out_reward_that_collapses_stops_the_run(final, limit, stops):
     config = configure(model="tiny", reward="hps", max_reward_drop=limit)
     with pytest.raises(DivergedError, match=r"hps has collapsed from 0.5000 to") if stops else contextlib.nullcontext():
-        train.check_guards(epochs(0.5, 0.6, final), config, REWARD)
+        train.check_guards(epochs(0.5, 0.6, final), config, MIXTURE)
 
 
 def test_a_measure_that_is_not_finite_is_a_divergence():
     last = {"epoch": 3, "ratio_deviation": math.inf, "reward_std": 0.1}
     with pytest.raises(DivergedError, match="ratio_deviation of epoch 3 is not finite"):
-        train.check_guards([*epochs(0.5, 0.5), last], configure(model="tiny", reward="hps"), REWARD)
+        train.check_guards([*epochs(0.5, 0.5), last], configure(model="tiny", reward="hps"), MIXTURE)
 
 
 def test_a_kl_divergence_above_the_limit_stops_the_run(options, tmp_path):
     with pytest.raises(DivergedError, match=r"above --max-kl 2; lower"):
-        train.check_guards(epochs(0.5, 0.5, kl=3.0), configure(model="tiny", reward="hps", max_kl=2.0), REWARD)
-    train.check_guards(epochs(0.5, 0.5, kl=1.0), configure(model="tiny", reward="hps", max_kl=2.0), REWARD)
+        train.check_guards(epochs(0.5, 0.5, kl=3.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
+    train.check_guards(epochs(0.5, 0.5, kl=1.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
     with pytest.raises(DivergedError, match=r"KL divergence.*the adapter of epoch 1 is kept in"):
         run_training(options | {"max_kl": 1e-9, "num_updates_per_epoch": 1, "eval_every": 1}, tmp_path / "run")
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
@@ -645,14 +829,14 @@ def test_a_curve_is_drawn_of_what_was_measured(tmp_path, whole):
 # --- the tests themselves ---
 
 
-def write_in_place(folder, snapshot, config, prompts):
+def write_in_place(folder, snapshot, config, sources):
     """`run.write_checkpoint` without the renaming."""
     from safetensors.torch import save_file
 
     place = folder / f"epoch_{snapshot.epoch:06d}"
     place.mkdir(parents=True, exist_ok=True)
     save_file(snapshot.tensors, place / run.TENSORS)
-    state = {"config": asdict(config), "prompts": run.digest(prompts), **snapshot.state}
+    state = {"config": asdict(config), "sources": dict(sources), **snapshot.state}
     (place / run.STATE).write_text(json.dumps(state))
     (place / run.MANIFEST).write_text(run.manifest(place))
     files.sync(place)

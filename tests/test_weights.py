@@ -47,7 +47,7 @@ def test_a_checkpoint_fills_the_model(small_model, tmp_path):
 @pytest.mark.parametrize("checkpoint", ["absent.pt", "."])
 def test_a_missing_checkpoint_is_named_before_a_billion_parameters_are_built(tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr(scorers, "build_clip", lambda config: pytest.fail("built the model first"))
-    with pytest.raises(FileNotFoundError, match="reward: there is no checkpoint .*" + re.escape(tmp_path.name)):
+    with pytest.raises(FileNotFoundError, match="reward_checkpoint: there is no checkpoint .*" + re.escape(tmp_path.name)):
         rewards.load_reward("hps", checkpoints={"hps": tmp_path / checkpoint})
 
 
