@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
 MAX_PIXELS = 2**25  # of an image that is read; with 12 bytes a pixel it takes less than a GiB
+LFS_POINTER = "version https://git-lfs"  # begins what git leaves in the place of a large file that was not fetched
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 
 

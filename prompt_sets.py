@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import InputError, NotFoundError, reading
-from .files import read_text
+from .files import LFS_POINTER, read_text
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
@@ -167,7 +167,6 @@ FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "prompts", "caption")
 CATEGORY_COLUMNS = ("category", "classification")
 LIKE_JSON = re.compile(r"\s*(?:(\[)\s*[\]{\"]|\{\s*\")")  # how a list of objects or texts begins, or an object
-LFS_POINTER = "version https://git-lfs"
 
 
 def read_benchmark(name: str) -> Benchmark:

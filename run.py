@@ -328,6 +328,22 @@ def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping
     files.write_json(output_dir / RESULT, result)
 
 
+def read_result(output_dir: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = output_dir / RESULT
+    with reading(f"{path} is no result of a training; delete it, and the run writes it anew", InputError):
+        result = files.read_json(path)
+        measures = result[find_measured(result) or "heldout"].values()
+        numbers = [measure[kind] for measure in measures for kind in ("base", "tuned")]
+        if not all(map(math.isfinite, [result["num_images"], result["seconds"], *numbers])):
+            raise ValueError("a figure in it is not finite")
+    return result
+
+
 @contextlib.contextmanager
 def metrics(
     output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track

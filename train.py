@@ -269,7 +269,7 @@ class _Opening:
             saved = snapshot.state if snapshot else {"config": read_json(output_dir / "config.json")}
             if (output_dir / run.RESULT).is_file() and not run.differences(saved["config"], asdict(config)):
                 self.warn(f"the run in {config.output_dir} is finished; nothing is left to do")
-                return _Opened(read_json(output_dir / run.RESULT))
+                return _Opened(run.read_result(output_dir))
         sources = find_sources(config, self.prompts)
         if saved and not self.force:
             run.check_same(saved, config, sources)

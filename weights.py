@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotFoundError, reading
-from .files import describe_files, sha256
+from .files import LFS_POINTER, describe_files, sha256
 
 SCORER = "a scorer's checkpoint"
-LFS_POINTER = b"version https://git-lfs"
 
 
 # --- where they are ---
@@ -156,7 +155,7 @@ def check_content(path: Path) -> None:
     """Check that a file of weights is not what is left of one; raises ValueError."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+    if start == LFS_POINTER.encode():
         raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
     if not start:
         raise ValueError("it is empty; fetch it anew")

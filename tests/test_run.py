@@ -248,6 +248,17 @@ def test_checkpoints_come_as_often_and_stay_as_many_as_asked(options, whole, tmp
     assert sorted(path.name[-1] for path in (tmp_path / "b" / "checkpoints").iterdir()) == ["3", "4"]  # the last one always
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("num_images", "many"), ("seconds", 10**400), ("heldout", None), ("heldout", {"jpeg": {"base": 1}}),
+    ("heldout", {"jpeg": {"base": "[/b]", "tuned": 1}}), ("heldout", {"jpeg": {"base": [], "tuned": 1}}),
+])  # fmt: skip
+def test_a_damaged_result_of_a_finished_run_is_bad_input_that_is_named(options, finished, name, value):
+    result = json.loads((finished / "result.json").read_text())
+    (finished / "result.json").write_text(json.dumps(result | {name: value}))
+    with pytest.raises(InputError, match=r"result\.json is no result of a training; delete it"):
+        run_training(options, finished, resume=True)
+
+
 def test_a_finished_run_gives_its_result_and_changes_nothing(options, finished, monkeypatch):
     monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("it loaded the model"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
