@@ -587,9 +587,8 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     sampler = given.get("sampler", saved.get("sampler", "ddim"))
     usual |= {"sampler": sampler} | sampler_defaults(sampler, family(model))
     if saved.get("sampler", sampler) != sampler:
-        for name in sampler_defaults("dpm-solver", family(model)):  # what a sampler has of its own was the other one's
-            saved.pop(name, None)
-            origins.pop(name, None)
+        saved.pop("eta", None)  # it was the other sampler's
+        origins.pop("eta", None)
     values = usual | saved | given | {"model": model}
     with naming_origins(origins):
         check_precision(values["mixed_precision"], device)

@@ -35,6 +35,10 @@ SECONDS_TO_SEND = 60
 # --- the request ---
 
 
+class TooLarge(ValueError):
+    """A request beyond a limit of the server."""
+
+
 def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The image (3, H, W) in [0, 1] of a PNG in base64, which is decoded only if its header promises at most `max_pixels`.
 
@@ -43,24 +47,15 @@ def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     from PIL import Image
 
+    opened = None
+    with reading("not a PNG in base64", InputError), contextlib.suppress(Image.DecompressionBombError):
+        opened = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+    if opened is None or math.prod(opened.size) > max_pixels:
+        raise TooLarge(f"a request may have {MAX_PIXELS} pixels in all; send fewer images at a time")
     with reading("not a PNG in base64", InputError):
-        try:
-            opened = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        except Image.DecompressionBombError as error:
-            raise _too_many_pixels() from error
-        if math.prod(opened.size) > max_pixels:
-            raise _too_many_pixels()
         image = opened.convert("RGB")
     width, height = image.size
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1) / 255
-
-
-class TooLarge(InputError):
-    """A request beyond a limit of the server."""
-
-
-def _too_many_pixels() -> TooLarge:
-    return TooLarge(f"a request may have {MAX_PIXELS} pixels in all; send fewer images at a time")
 
 
 def read_request(body: bytes) -> tuple[Tensor, list[str]]:

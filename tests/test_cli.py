@@ -456,18 +456,6 @@ def test_dpm_solver_takes_twenty_steps_of_stable_diffusion_where_ddim_takes_more
     assert (resolve_sample(options).num_inference_steps, resolve_sample(options).eta) == (steps, 0.0)
 
 
-@pytest.mark.parametrize(("trained", "drawn", "steps"), [
-    ("dpm-solver", "ddim", 50), ("ddim", "dpm-solver", 20), ("dpm-solver", "dpm-solver", 12), ("ddim", "ddim", 12),
-])  # fmt: skip
-def test_an_adapter_drawn_with_another_sampler_than_it_was_trained_with_takes_that_ones_steps(
-    tmp_path, trained, drawn, steps
-):
-    run = {"model": "a/sd", "sampler": trained, "num_inference_steps": 12, "eta": 0.0 if trained == "dpm-solver" else 1.0}
-    (tmp_path / "config.json").write_text(json.dumps(run))
-    config = resolve_sample(SampleOptions(adapter=[str(tmp_path)], prompt=["a red circle"], sampler=drawn))
-    assert (config.num_inference_steps, config.eta) == (steps, 0.0 if drawn == "dpm-solver" else 1.0)
-
-
 def test_null_in_a_config_file_is_as_if_the_option_was_not_given():
     assert resolve(TrainOptions(**cli.merge_options({"eta": None, "model": "tiny"}, {}))).eta == 1
 

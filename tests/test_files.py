@@ -252,7 +252,7 @@ def check_room(folder: Path) -> None:
     run.check_room(folder, SimpleNamespace(rank=1, model="tiny"))
 
 
-IMAGE, EPOCHS = torch.zeros(1, 3, 4, 4), [{"num_images": n, "reward_mean": 0.5} for n in (0, 1)]
+IMAGE, EPOCHS = torch.zeros(1, 3, 4, 4), [{"num_images": n, "reward_mean": 0.5, "heldout": {"jpeg": 0.5}} for n in (0, 1)]
 # What writes, and the name at which a link waits for it.
 WRITERS = {
     "the holder of a lock": (lock_and_release, ".holder.tmp"),

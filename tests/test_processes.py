@@ -349,9 +349,9 @@ def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numb
         with seen.open("a") as file:
             file.write(json.dumps({"rank": processes.rank()} | entry) + "\n")
 
-    def unlike(scorer, images, prompts):
+    def unlike(scorer, images, prompts, name):
         note(prompts=list(prompts))
-        return original(scorer, images, prompts) + processes.rank()
+        return original(scorer, images, prompts, name) + processes.rank()
 
     def noted(epochs, config, reward):
         note(heldout=epochs[-1]["heldout"])

@@ -99,7 +99,7 @@ def test_without_an_account_nothing_is_loaded_and_the_folder_stays_free(small_ru
     options = small_run | {"output_dir": tmp_path / "out", "report_to": name}
     result = CliRunner().invoke(cli.app, ["train", *flags(options)])
     assert result.exit_code == 2, result.output
-    assert f"report_to: {name} failed; mend it, or choose another tracker or none" in " ".join(result.stderr.split())
+    assert f"--report-to: {name} failed; mend it, or choose another tracker or none" in " ".join(result.stderr.split())
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == []
 
 
