@@ -195,7 +195,7 @@ class ScoreServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """End the reading from clients whose time is over; called twice a second."""
         for connection, deadline in list(self.deadlines.items()):
-            if time.monotonic() > deadline and self.deadlines.pop(connection, None):
+            if time.monotonic() > deadline and self.deadlines.pop(connection, 0.0):
                 with contextlib.suppress(OSError):  # it has just ended
                     connection.shutdown(socket.SHUT_RD)
 
