@@ -11,8 +11,7 @@ import os
 import re
 import shlex
 import typing
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
+from typer.core import TyperCommand
+
+from texforce import __version__
 
 from . import interrupts
 from .config import (
     BASE,
+    DrawConfig,
     EvalConfig,
     EvalOptions,
     MergeConfig,
@@ -83,8 +86,9 @@ output, progress = PipeConsole(), PipeConsole(stderr=True)
 app = typer.Typer(
     help=f"Reinforcement learning of text encoders in text-to-image diffusion models.\n\nExit codes: {EXIT_CODES}.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # its tables cut names at 80 columns
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -149,7 +153,109 @@ def warn(message: str) -> None:
     progress.print(Text(message), soft_wrap=True)
 
 
-# --- options ---
+# --- options and help ---
+
+DRAWING = tuple(item.name for item in option_fields(DrawConfig))
+# The options of `train` by subject; the first group is all that `--help` shows.
+TRAIN_GROUPS = {
+    "Options": (
+        "reward", "prompts", "model", "preset", "algorithm", "num_epochs", "learning_rate", "seed", "output_dir", "resume",
+        "dry_run", "config",
+    ),
+    "Rewards": ("eval_reward", "normalise_rewards", "reward_checkpoint", "reward_timeout", "trust_reward_code"),
+    "Prompts and images": (
+        "heldout_prompts", "num_prompts_per_epoch", "num_samples_per_prompt", "sampler", "num_inference_steps", "eta",
+        "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
+    ),
+    "What is trained, and how": (
+        "target", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip",
+        "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor",
+        "anchor_prompts",
+    ),
+    "One algorithm's": (
+        "clip_range", "timestep_window", "timestep_fraction", "num_noise_levels", "noise_window", "imitation_weight",
+        "backprop_steps",
+    ),
+    "Memory and speed": (
+        "sample_batch_size", "micro_batch_size", "micro_batch", "mixed_precision", "gradient_checkpointing", "compile",
+    ),
+    "Measuring, saving, stopping": (
+        "eval_every", "checkpoint_every", "checkpoints_to_keep", "force_resume", "max_kl", "max_reward_drop", "report_to",
+    ),
+}  # fmt: skip
+# Options as other trainers and pipelines call them, and what they are called here.
+ELSEWHERE = {
+    "lr": "learning_rate", "epochs": "num_epochs", "max_train_epochs": "num_epochs", "num_train_epochs": "num_epochs",
+    "batch_size": "sample_batch_size", "train_batch_size": "micro_batch_size", "network_dim": "rank", "lora_rank": "rank",
+    "network_alpha": "lora_alpha", "output": "output_dir", "output_name": "output_dir", "out": "output_dir",
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
+    "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
+    "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
+}  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command whose help comes in groups, and which knows what its options are called elsewhere."""
+
+    groups: Mapping[str, Sequence[str]] = {}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups' options; `--help` shows the first group alone, `--help-all` all of them."""
+        records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
+        grouped = {name for names in self.groups.values() for name in names}
+        groups = dict(self.groups) or {"Options": [name for name in records if name not in DRAWING]}
+        if not self.groups and records.keys() & set(DRAWING):
+            groups["How images are drawn"] = [name for name in DRAWING if name in records]
+        is_short = bool(self.groups) and not ctx.meta.get("help_all")
+        for title, names in list(groups.items())[: 1 if is_short else None]:
+            with formatter.section(title):
+                formatter.write_dl([records.pop(name) for name in names if name in records], col_max=28)
+        if others := [record for name, record in records.items() if name not in grouped]:
+            with formatter.section("Help"):
+                formatter.write_dl(others, col_max=28)
+        if is_short:
+            number = sum(len(names) for names in list(groups.values())[1:])
+            formatter.write(f"\n{number} further options: --help-all\n")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments; an option that is called otherwise elsewhere is named as it is called here."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+            if ELSEWHERE.get(name) in {param.name for param in self.params}:
+                error.possibilities = [f"--{ELSEWHERE[name].replace('_', '-')}"]  # type: ignore[attr-defined]
+            raise
+
+
+class TrainCommand(Command):
+    groups = TRAIN_GROUPS
+
+
+def show_all_help(ctx: typer.Context, is_given: bool) -> None:
+    if is_given:
+        ctx.meta["help_all"] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+HELP_ALL = typer.Option("--help-all", is_eager=True, callback=show_all_help, help="Show all options and exit.")
+
+
+def show_version(is_given: bool) -> None:
+    if is_given:
+        typer.echo(f"texforce {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def with_options(config_class: type, command: Callable[..., None]) -> Callable[..., None]:
@@ -227,8 +333,15 @@ def train_command(
             "--trust-reward-code", help="run the file of a reward function that --config or --resume names, and --reward not"
         ),
     ] = False,
+    help_all: Annotated[bool, HELP_ALL] = False,
 ) -> None:
-    """Train LoRA on the text encoder against a reward."""
+    """Train LoRA on the text encoder against a reward.
+
+    \b
+    texforce train --reward hps
+    texforce train --reward hps --model stabilityai/sd-turbo --dry-run
+    texforce train --resume out
+    """
     with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
         from . import processes
 
@@ -370,7 +483,13 @@ FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_ancho
 
 
 def sample_command(given: dict[str, Any]) -> None:
-    """Draw images, with or without an adapter."""
+    """Draw images, with or without an adapter.
+
+    \b
+    texforce sample --prompt "two red squares"
+    texforce sample --adapter out --prompt "two red squares" --compare
+    texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
+    """
     with exit_codes("--batch-size or --resolution"):
         from . import evaluate, files, run
 
@@ -408,7 +527,13 @@ def sample_command(given: dict[str, Any]) -> None:
 
 
 def merge_command(given: dict[str, Any]) -> None:
-    """Join adapters and a U-Net with a base model, and write them for other tools."""
+    """Join adapters and a U-Net with a base model, and write them for other tools.
+
+    \b
+    texforce merge --adapter out
+    texforce merge --adapter out:0.8 --format kohya --output-dir lora
+    texforce merge --adapter out --unet ddpo.safetensors
+    """
     with exit_codes():
         from . import merge
 
@@ -423,7 +548,13 @@ def merge_command(given: dict[str, Any]) -> None:
 
 
 def eval_command(given: dict[str, Any]) -> None:
-    """Measure adapters and U-Nets against the base model on a benchmark, and write a report."""
+    """Measure adapters and U-Nets against the base model on a benchmark, and write a report.
+
+    \b
+    texforce eval --adapter out
+    texforce eval --adapter out --benchmark drawbench --reward hps,clip
+    texforce eval --adapter first=a --adapter second=b --strength 0,0.5,1
+    """
     with exit_codes("--batch-size or --resolution"):
         config = resolve_eval(EvalOptions(**given))
         warn(f"model: {config.model}; benchmark: {config.benchmark}")
@@ -644,18 +775,13 @@ def evaluation_table(results: dict[str, Any]) -> Table:
     return table
 
 
-app.command("train")(with_options(TrainConfig, train_command))
-app.command("sample")(with_options(SampleConfig, sample_command))
-app.command("merge")(with_options(MergeConfig, merge_command))
-app.command("eval")(with_options(EvalConfig, eval_command))
-app.command("rewards")(rewards_command)
-app.command("serve")(serve_command)
-
-
-def main() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls that peft makes
-    app()
+app.command("train", cls=TrainCommand)(with_options(TrainConfig, train_command))
+app.command("sample", cls=Command)(with_options(SampleConfig, sample_command))
+app.command("merge", cls=Command)(with_options(MergeConfig, merge_command))
+app.command("eval", cls=Command)(with_options(EvalConfig, eval_command))
+app.command("rewards", cls=Command)(rewards_command)
+app.command("serve", cls=Command)(serve_command)
 
 
 if __name__ == "__main__":
-    main()
+    app()

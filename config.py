@@ -642,7 +642,7 @@ class MergeConfig:
         "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
         "pipeline",
     )
-    output: str = option("the folder to write", "merged")
+    output_dir: str = option("the folder to write", "merged")
     overwrite: bool = option("replace the output if it exists", False)
     system: System = System("tuned")  # what is merged
     settings: dict[str, Any] = field(default_factory=dict)  # how what is written is to be sampled
@@ -662,8 +662,8 @@ def resolve_merge(options: Options) -> MergeConfig:
     if not given.get("adapter") and not given.get("unet"):
         raise InputError("adapter: there is nothing to merge; give --adapter, --unet or both")
     _check_unet_scale(given)
-    if not given.get("output", "merged").strip("./ "):
-        raise InputError(f"output: must name a folder to be made, not {given['output']!r}")
+    if not given.get("output_dir", "merged").strip("./ "):
+        raise InputError(f"output_dir: must name a folder to be made, not {given['output_dir']!r}")
     systems = _one_system(given)
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}

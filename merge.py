@@ -42,7 +42,7 @@ def merge(config: MergeConfig) -> Path:
     Raises:
         NotFoundError, InputError: bad input. ArtifactError: a refused file. OSError: storage.
     """
-    output = Path(config.output)
+    output = Path(config.output_dir)
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
@@ -95,15 +95,15 @@ def check_output(config: MergeConfig) -> None:
     Raises:
         InputError: it exists, or is an input. OSError: it cannot be written.
     """
-    output = Path(config.output).resolve()
+    output = Path(config.output_dir).resolve()
     system = config.system
     inputs = [path for path, _ in (*system.adapters, *system.unets)] + [config.model]
     for path in (Path(name).resolve() for name in inputs if Path(name).exists()):
         if output == path or output in path.parents or path in output.parents:
-            raise InputError(f"output: {config.output!r} and the input {str(path)!r} must not lie in each other")
+            raise InputError(f"output_dir: {config.output_dir!r} and the input {str(path)!r} must not lie in each other")
     if output.exists() and not config.overwrite:
-        raise InputError(f"output: {config.output!r} exists; choose another, or give --overwrite")
-    check_replaceable(Path(config.output))
+        raise InputError(f"output_dir: {config.output_dir!r} exists; choose another, or give --overwrite")
+    check_replaceable(Path(config.output_dir))
     files.check_writable(output.parent)
 
 
@@ -114,11 +114,11 @@ def check_replaceable(output: Path) -> None:
         InputError: there is something else, which is not to be removed; names it.
     """
     if output.is_symlink():
-        raise InputError(f"output: {str(output)!r} is a link, which is not replaced; name the folder itself, or another")
+        raise InputError(f"output_dir: {str(output)!r} is a link, which is not replaced; name the folder itself, or another")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / WRITTEN).is_file():
-        raise InputError(f"output: {str(output)!r} was not written by texforce merge; it is not overwritten")
+        raise InputError(f"output_dir: {str(output)!r} was not written by texforce merge; it is not overwritten")
     written = read_json(output / WRITTEN)
     folders = {parent.as_posix() for name in written for parent in Path(name).parents}
     for path in sorted(output.rglob("*")):
@@ -126,7 +126,7 @@ def check_replaceable(output: Path) -> None:
         is_named = name in folders if path.is_dir() else path.is_file() and name in {*written, WRITTEN}
         if path.is_symlink() or not is_named or (name in written and written[name] != files.sha256(path)):
             raise InputError(
-                f"output: {str(path)!r} was not written by texforce merge, or has changed since; it is not overwritten, "
+                f"output_dir: {str(path)!r} was not written by texforce merge, or has changed since; it is not overwritten, "
                 "so choose another output or move it away"
             )
 
@@ -182,7 +182,7 @@ def model_card(config: MergeConfig, adapter: Adapter) -> str:
     return "\n".join(
         [
             "---", "library_name: diffusers", "tags: [texforce, text-to-image, lora]", "---",
-            f"# {Path(config.output).name}", "",
+            f"# {Path(config.output_dir).name}", "",
             f"Merged by texforce {__version__} into the format `{config.format}`, for the model `{config.model}`. "
             "Changes are summed, each times its weight.",
             "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "",
@@ -248,9 +248,9 @@ def write_kohya(merged: Merged, folder: Path) -> None:
         "ss_v_parameterization": str(prediction_type(merged.model) == "v"),
         "ss_network_dim": common(str(layer.rank) for layer in every),
         "ss_network_alpha": common(str(layer.alpha) for layer in every),
-        "ss_sd_model_name": merged.config.model, "ss_output_name": Path(merged.config.output).name,
+        "ss_sd_model_name": merged.config.model, "ss_output_name": Path(merged.config.output_dir).name,
     }  # fmt: skip
-    save(tensors, folder / f"{Path(merged.config.output).name}.safetensors", metadata)
+    save(tensors, folder / f"{Path(merged.config.output_dir).name}.safetensors", metadata)
 
 
 def common(values: Iterator[str]) -> str:
@@ -280,7 +280,7 @@ def modelspec(merged: Merged, kind: str) -> dict[str, str]:
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture_of(model)[1] + kind,
         "modelspec.implementation": "diffusers" if kind else "sgm",
-        "modelspec.title": Path(config.output).name,
+        "modelspec.title": Path(config.output_dir).name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.resolution": f"{pixels}x{pixels}",
         "modelspec.prediction_type": prediction_type(model),
@@ -316,7 +316,9 @@ def check_written(merged: Merged, folder: Path) -> None:
             if not torch.allclose(layer.delta(), found[name].delta(), 1e-4, 1e-6)
         ]
     if wrong:
-        raise ArtifactError(f"output: {len(wrong)} layers or tensors were not written as they were merged, as {min(wrong)}")
+        raise ArtifactError(
+            f"output_dir: {len(wrong)} layers or tensors were not written as they were merged, as {min(wrong)}"
+        )
 
 
 def _differing_tensors(merged: Merged, folder: Path) -> list[str]:
@@ -355,7 +357,7 @@ def write_pipeline(merged: Merged, folder: Path) -> None:
 def write_checkpoint(merged: Merged, folder: Path) -> None:
     """One file in the layout of Stable Diffusion's own code, everything baked in."""
     _bake(merged)
-    path = folder / f"{Path(merged.config.output).name}.safetensors"
+    path = folder / f"{Path(merged.config.output_dir).name}.safetensors"
     save(ldm.checkpoint_tensors(merged.model), path, modelspec(merged, ""))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, NotFoundError, reading
 from .files import describe_files, read_json
-from .weights import check_content
+from .weights import check_content, quiet_libraries
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
@@ -223,6 +223,7 @@ def reading_part(source: str, part: str, needed: Sequence[str] = ("config.json",
 
     One of the files `needed` must be there: where the part's folder lacks it, diffusers reads the pipeline's.
     """
+    quiet_libraries()
     folder = Path(source, part)
     if Path(source).is_dir():
         if not any((folder / name).is_file() for name in needed):

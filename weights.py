@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,23 @@ from .errors import NotFoundError, reading
 from .files import LFS_POINTER, describe_files, sha256
 
 SCORER = "a scorer's checkpoint"
+
+
+@functools.cache
+def quiet_libraries() -> None:
+    """Keep the libraries that load networks from printing bars and advice of their own; downloads keep their bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub import utils as hub
+
+    are_shown = not hub.are_progress_bars_disabled()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    if are_shown:  # transformers switches off those of downloads as well
+        hub.enable_progress_bars()
+    hub.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|diffusers)[.]")
 
 
 # --- where they are ---
@@ -214,6 +233,7 @@ def load_pretrained(cls: Any, folder: Path) -> Any:
         NotFoundError: its configuration or its weights are missing.
         ArtifactError: files are damaged, or tensors missing, foreign or of other shapes.
     """
+    quiet_libraries()
     if not (folder / "config.json").is_file():  # without it transformers builds its default architecture
         raise NotFoundError(f"reward: there is no config.json in {str(folder)!r}")
     safe, pickle = any(folder.glob("model*.safetensors")), folder / "pytorch_model.bin"

@@ -28,7 +28,7 @@ def main() -> None:
     drawn = {"base": heldout_images(models.load_model("tiny"), prompts)}
     drawn["side by side"] = heldout_images(adapters.load_adapters(models.load_model("tiny"), folders), prompts)
     with tempfile.TemporaryDirectory() as place:
-        given = MergeOptions(adapter=folders, model="tiny", output=str(Path(place) / "merged"))
+        given = MergeOptions(adapter=folders, model="tiny", output_dir=str(Path(place) / "merged"))
         merged = merge.merge(resolve_merge(given))
         drawn["merged"] = heldout_images(models.load_model(str(merged)), prompts)
     hps = {"hps": rewards.load_reward("hps")}

@@ -36,7 +36,7 @@ COMMANDS = {
     "eval": ["eval", *EVAL, "--num-inference-steps", "8", "--null-prompt", "base", "--output-dir", "eval"],
     "strength": ["eval", "--adapter", "out", *STRENGTHS, "--output-dir", "strength"],
     **{
-        kind: ["merge", "--adapter", "out:0.8", "--unet", "unet", "--format", kind, "--output", f"merged-{kind}"]
+        kind: ["merge", "--adapter", "out:0.8", "--unet", "unet", "--format", kind, "--output-dir", f"merged-{kind}"]
         for kind in ("pipeline", "checkpoint", "peft", "diffusers", "kohya")
     },
 }

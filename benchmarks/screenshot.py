@@ -11,7 +11,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("report", type=Path)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "figures" / "report.png")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "figures" / "report.png")
     options = parser.parse_args()
 
     from playwright.sync_api import sync_playwright

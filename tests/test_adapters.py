@@ -237,7 +237,7 @@ def test_factors_of_fewer_or_more_axes_than_the_weight_are_fitted(small, stable_
     assert adapter["unet"][proj].down.shape == (2, 16, 1, 1)
     assert adapter["unet"][linear].up.shape == (16, 2)
     adapters.apply(models.load_model(str(stable_diffusion)), adapter)
-    options = {"unet": str(tmp_path / "odd.safetensors"), "output": str(tmp_path / "merged"), "format": "diffusers"}
+    options = {"unet": str(tmp_path / "odd.safetensors"), "output_dir": str(tmp_path / "merged"), "format": "diffusers"}
     folder = merge.merge(resolve_merge(MergeOptions(**options, model=str(stable_diffusion))))
     a_copy(small, "unet", "text_encoder").load_lora_weights(folder)
 
@@ -1022,7 +1022,7 @@ def test_bad_files_are_refused_at_once_by_name_with_nothing_run_asked_or_written
 @pytest.mark.parametrize("command", ["merge", "sample"])
 def test_the_commands_refuse_bad_files_by_name_and_write_nothing(small, tmp_path, command):
     files = {**hostile_files(tmp_path), "mistyped path": (tmp_path / "absent", "adapter", NotFoundError)}
-    arguments = {"merge": ["--output"], "sample": ["--prompt", "a red circle", "--output-dir"]}[command]
+    arguments = {"merge": ["--output-dir"], "sample": ["--prompt", "a red circle", "--output-dir"]}[command]
     before = sorted(tmp_path.rglob("*"))
     for name, (path, option, kind) in files.items():
         command_line = [command, "--model", "tiny", f"--{option}", str(path), *arguments, str(tmp_path / "written")]

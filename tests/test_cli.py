@@ -169,7 +169,7 @@ def test_the_package_is_whole_though_diffusers_is_imported_before_what_it_loads_
 
 def test_help_shows_the_commands_that_there_are():
     result = run("--help")
-    commands = re.findall(r"^│ (\w+)  ", result.stdout, flags=re.MULTILINE)
+    commands = re.findall(r"^  (\w+)  ", result.stdout, flags=re.MULTILINE)
     assert commands == ["train", "sample", "merge", "eval", "rewards", "serve"]
     assert run("merge").exit_code == run("evaluate").exit_code == 2
     assert "2 bad input" in result.stdout
@@ -180,7 +180,7 @@ def test_help_shows_the_commands_that_there_are():
     ("command", "config"), [("train", TrainConfig), ("sample", SampleConfig), ("merge", MergeConfig), ("eval", EvalConfig)]
 )
 def test_help_holds_every_option_with_its_text_and_default(command, config):
-    shown = squash(run(command, "--help").stdout)
+    shown = squash(run(command, "--help-all" if command == "train" else "--help").stdout)
     for item in option_fields(config):
         assert f"--{item.name.replace('_', '-')}" in shown
         assert squash(item.metadata["help"]) in shown
@@ -193,6 +193,38 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
             text += f"; Turbo {turbo}" if turbo != large else ""
             text += f"; SDXL {xl}" if xl != large else ""
             assert squash(f"{item.metadata['help']} (default: {text})") in shown
+
+
+@pytest.mark.parametrize(("arguments", "most"), [
+    (["train", "-h"], 60), (["train", "--help-all"], 260), (["sample", "-h"], 100), (["merge", "-h"], 60), (["eval", "-h"], 110),
+    (["-h"], 40), (["rewards", "-h"], 20), (["serve", "-h"], 40),
+])  # fmt: skip
+def test_help_fits_eighty_columns_and_cuts_no_name(arguments, most):
+    lines = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"}).stdout.splitlines()
+    assert len(lines) <= most
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+
+
+def test_every_option_of_train_is_in_one_group_of_its_help():
+    grouped = [name for names in cli.TRAIN_GROUPS.values() for name in names]
+    own = {"config", "dry_run", "resume", "force_resume", "trust_reward_code"}
+    assert sorted(grouped) == sorted({item.name for item in option_fields(TrainConfig)} | own)
+
+
+@pytest.mark.parametrize(("command", "typed", "here"), [
+    ("train", "--lr", "--learning-rate"), ("train", "--epochs", "--num-epochs"), ("train", "--lora_rank", "--rank"),
+    ("train", "--batch-size", "--sample-batch-size"), ("train", "--learning-rte", "--learning-rate"),
+    ("merge", "--output", "--output-dir"), ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
+])  # fmt: skip
+def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(command, typed, here):
+    result = run(command, typed, "1")
+    assert result.exit_code == 2
+    assert re.search(rf"No such option:? {typed}.*{here}", result.output, flags=re.DOTALL)
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout.strip() == f"texforce {texforce.__version__}"
 
 
 def readme_block(words: str) -> str:
@@ -217,7 +249,7 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
         if arguments[0] == "eval":
             arguments = ["--limit=2" if text == "drawbench" else text for text in arguments if text != "--benchmark"]
             arguments += ["--num-inference-steps", "1", "--limit", "2"]
-        result = run(*arguments, "--output" if arguments[0] == "merge" else "--output-dir", tmp_path / str(number))
+        result = run(*arguments, "--output-dir", tmp_path / str(number))
         assert result.exit_code == 0, (command, result.output)
 
 

@@ -78,7 +78,7 @@ def test_a_bug_ends_the_process_with_one_and_its_traceback():
         "import sys; from texforce import cli; cli.resolve_eval = lambda options: {}['weight']; sys.argv[1:] = ['eval']"
     )
     folder = Path(texforce.__file__).parent
-    done = subprocess.run([sys.executable, "-c", f"{program}; cli.main()"], capture_output=True, text=True, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", f"{program}; cli.app()"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert done.stderr.rstrip().endswith("KeyError: 'weight'")

@@ -42,7 +42,7 @@ COMMANDS = {  # what reads the files whose path begins so
     "prompts": f"eval --model model --benchmark {{file}} --reward jpeg {DRAWING}",
     "lines": f"sample --model model --prompts {{file}} {DRAWING}",
     "evaluation": "eval --adapter out --benchmark prompts/a.jsonl --reward jpeg --num-images 1 --output-dir evaluation",
-    "merged": "merge --adapter out --output merged --overwrite",
+    "merged": "merge --adapter out --output-dir merged --overwrite",
 }
 
 
@@ -86,7 +86,7 @@ def scene(stable_diffusion, tmp_path_factory) -> Scene:
     options = small_options(folder) | {"model": "model", "output_dir": "out", "num_inference_steps": 2}
     options |= {"num_prompts_per_epoch": 2, "num_samples_per_prompt": 2, "max_reward_drop": 0.0}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-    for command in (f"train {flags}", COMMANDS["evaluation"], "merge --adapter out --output merged"):
+    for command in (f"train {flags}", COMMANDS["evaluation"], "merge --adapter out --output-dir merged"):
         result = run(command, folder)
         assert result.exit_code == 0, result.output
     (folder / "out" / "result.json").unlink()  # a run that is not over goes on

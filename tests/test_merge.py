@@ -126,7 +126,7 @@ def adapted_by_hand(base: Base, *weighted: tuple[Path, float]):
 
 
 def merge_into(base: Base, output: Path, *specs: str, **options) -> Path:
-    config = MergeOptions(adapter=list(specs) or None, model=str(base.folder), output=str(output), **options)
+    config = MergeOptions(adapter=list(specs) or None, model=str(base.folder), output_dir=str(output), **options)
     return merge.merge(resolve_merge(config))
 
 
@@ -477,7 +477,7 @@ def test_only_a_whole_pipeline_is_written_with_the_safety_checker(bases, pairs, 
     index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     options = MergeOptions(
-        adapter=[str(pairs("tiny")[0])], model=str(folder), output=str(tmp_path / "merged"), format=format
+        adapter=[str(pairs("tiny")[0])], model=str(folder), output_dir=str(tmp_path / "merged"), format=format
     )
     if format == "pipeline":
         with pytest.raises(InputError, match=f"the safety_checker could not be loaded: .* '{folder / 'safety_checker'}'"):
@@ -513,9 +513,9 @@ def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours
     output, one = tmp_path / "merged", str(pairs("tiny")[0])
     output.mkdir()
     (output / "mine.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"output: .* exists; choose another, or give --overwrite"):
+    with pytest.raises(InputError, match=r"output_dir: .* exists; choose another, or give --overwrite"):
         merge_into(bases("tiny"), output, one, format="peft")
-    with pytest.raises(InputError, match=r"output: .* was not written by texforce merge"):
+    with pytest.raises(InputError, match=r"output_dir: .* was not written by texforce merge"):
         merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
     assert (output / "mine.txt").read_text() == "precious"
     (output / "mine.txt").unlink()
@@ -678,12 +678,12 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     adapter = str(trained / "text-encoder")
     expected = sample(adapter=[adapter])["tuned"]
     for format in merge.LORA_FORMATS:
-        config = MergeOptions(adapter=[adapter], output=str(tmp_path / format), format=format)
+        config = MergeOptions(adapter=[adapter], output_dir=str(tmp_path / format), format=format)
         config = resolve_sample(SampleOptions(adapter=[str(merge.merge(resolve_merge(config)))], prompt=PROMPTS))
         settings = (config.model, config.null_prompt, config.guidance_scale, config.num_inference_steps)
         assert settings == ("tiny", "base", 2.0, 4)
         torch.testing.assert_close(evaluate.sample(config, PROMPTS, [5, 6])["tuned"], expected, rtol=0, atol=1e-4)
-    config = MergeOptions(adapter=[adapter], output=str(tmp_path / "pipeline"))
+    config = MergeOptions(adapter=[adapter], output_dir=str(tmp_path / "pipeline"))
     config = resolve_sample(SampleOptions(model=str(merge.merge(resolve_merge(config))), prompt=PROMPTS))
     assert (config.model, config.null_prompt) == (str(tmp_path / "pipeline"), "adapted")
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
@@ -694,7 +694,7 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     config = json.loads((adapter / "config.json").read_text())
     (adapter / "config.json").write_text(json.dumps(config | {"sampler": "dpm-solver", "eta": 0.0}))
     for format, name in (("peft", "adapter"), ("pipeline", "model")):
-        options = MergeOptions(adapter=[str(adapter)], output=str(tmp_path / format), format=format)
+        options = MergeOptions(adapter=[str(adapter)], output_dir=str(tmp_path / format), format=format)
         place = str(merge.merge(resolve_merge(options)))
         given = {"prompt": PROMPTS, name: [place] if name == "adapter" else place}
         config = resolve_sample(SampleOptions(**given))
@@ -713,8 +713,8 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     (["--adapter", "ADAPTER:0"], ["weights of 0"]),
     (["--adapter", "ADAPTER:1e39"], ["not finite"]),
     (["--adapter", "ADAPTER", "--unet-scale", "0.5"], ["--unet-scale", "--unet"]),
-    (["--adapter", "ADAPTER", "--output", "."], ["output"]),
-    (["--adapter", "ADAPTER", "--output", ""], ["output"]),
+    (["--adapter", "ADAPTER", "--output-dir", "."], ["output"]),
+    (["--adapter", "ADAPTER", "--output-dir", ""], ["output"]),
     (["--adapter", "ADAPTER", "--unet", "UNET", "--format", "kohya"], ["format", "whole U-Net", "use pipeline"]),
     (["--unet", "UNET", "--unet-scale", "nan"], ["--unet-scale"]),
     (["--unet", "UNET", "--unet-scale", "0"], ["nothing is merged"]),
@@ -725,7 +725,7 @@ def test_bad_input_to_merge_is_named(bases, pairs, tmp_path, arguments, words):
     save_file(tuned.unet.state_dict(), tmp_path / "unet.safetensors")
     named = {"ADAPTER": str(pairs("tiny")[0]), "UNET": str(tmp_path / "unet.safetensors")}
     arguments = [re.sub("ADAPTER|UNET", lambda match: named[match[0]], argument) for argument in arguments]
-    defaults = ["--output", str(tmp_path / "out")] if "--output" not in arguments else []
+    defaults = ["--output-dir", str(tmp_path / "out")] if "--output-dir" not in arguments else []
     defaults += ["--model", "tiny"] if "--model" not in arguments else []
     result = CliRunner().invoke(cli.app, ["merge", *arguments, *defaults], env={"COLUMNS": "1000"})
     assert result.exit_code == 2, result.output

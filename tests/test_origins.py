@@ -218,7 +218,7 @@ def adapter_of(tmp_path):
 
 def use(command: str, adapter: Path, *more: object) -> list[object]:
     """A command with an adapter."""
-    output = ["--output" if command == "merge" else "--output-dir", adapter.parent / "new"]
+    output = ["--output-dir", adapter.parent / "new"]
     needed = {"sample": ["--prompt", "a red circle"], "eval": ["--benchmark", "colour", "--reward", "jpeg"], "merge": []}
     return [command, "--adapter", adapter, *needed[command], *output, *more]
 

@@ -220,7 +220,7 @@ def test_a_trained_adapter_draws_the_same_images_everywhere(sdxl, trained, tmp_p
     assert not (trained / "unet").exists()
     expected = check_loads_plainly(sdxl, trained, TEXT_ENCODERS, 3.0, 4)
     for format in ("diffusers", "kohya"):
-        merge.merge(resolve_merge(MergeOptions(adapter=[str(trained)], output=str(tmp_path / format), format=format)))
+        merge.merge(resolve_merge(MergeOptions(adapter=[str(trained)], output_dir=str(tmp_path / format), format=format)))
         pipeline = load_plain(sdxl)
         pipeline.load_lora_weights(tmp_path / format / ("kohya.safetensors" if format == "kohya" else ""))
         torch.testing.assert_close(draw_plainly(pipeline, 3.0), expected, rtol=0, atol=1e-4)
