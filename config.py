@@ -22,7 +22,7 @@ import pydantic
 import pydantic.dataclasses
 from pydantic import Field
 
-from .errors import InputError, naming_origins
+from .errors import InputError, naming_origins, near
 from .files import locate, read_json
 from .presets import PRESETS, family, preset_for, sampler_defaults
 
@@ -104,11 +104,18 @@ def _first_message(error: pydantic.ValidationError, record: type) -> str:
     found = error.errors()[0]
     name = str(found["loc"][0])
     if found["type"] == "unexpected_keyword_argument":
-        return f"{name}: there is no such option"
+        return f"{name}: there is no such option{near(name, typing.get_type_hints(record))}"
     if found["type"] == "missing":
         return f"{name}: must be given"
-    rule = _rule(typing.get_type_hints(record, include_extras=True)[name])
-    return f"{name}: must be {rule}, not {repr(found['input'])[:100]}"
+    kind = typing.get_type_hints(record, include_extras=True)[name]
+    return f"{name}: must be {_rule(kind)}, not {repr(found['input'])[:100]}{near(found['input'], _choices(kind))}"
+
+
+def _choices(kind: Any) -> list[str]:
+    """The values that a field's type names."""
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    return [choice for part in typing.get_args(kind) for choice in _choices(part)]
 
 
 def _rule(kind: Any) -> str:

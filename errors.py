@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 # Errors of the disk or of process limits: they do not depend on which file is read.
 STORAGE = {
@@ -119,6 +120,12 @@ def cause(error: BaseException) -> str:
         return f"{type(error).__name__} {' '.join(lines)[:300]}".rstrip()
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # torch names the tensors below a heading
     return first[:300]
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean 'hps'?" if a known one is nearly that."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def describe(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
-from .errors import InputError, NotFoundError, reading
+from .errors import InputError, NotFoundError, near, reading
 from .files import LFS_POINTER, read_text
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -37,9 +37,11 @@ def read_prompts(source: str, option: str = "prompts") -> list[str]:
     if not paths and not (source and Path(source).exists()):
         if set(map(str.strip, source.split(","))) & set(TRAINING_SETS):
             raise InputError(f"{option}: {source!r}: sets from the hub stand alone; join them with others in a file")
+        known = ["world", *sorted(_known_sets()), *TRAINING_SETS]
+        unknown = next((name for name in map(str.strip, source.split(",")) if name not in known), source)
         raise NotFoundError(
             f"{option}: there is no file {source!r} and no set of that name; sets are world, "
-            f"{', '.join(sorted(_known_sets()))}, and from the hub {', '.join(TRAINING_SETS)}"
+            f"{', '.join(sorted(_known_sets()))}, and from the hub {', '.join(TRAINING_SETS)}{near(unknown, known)}"
         )
     rows = (row for path in paths or [Path(source)] for row in _read_files(path, option))
     return list(_categories(f"{option}: {source!r}", rows))
@@ -190,8 +192,11 @@ def read_benchmark(name: str) -> Benchmark:
     if name in shipped:
         return _benchmark(name, _read_files(PROMPTS / f"{name}.txt", "benchmark"), {})
     if not (name and path.exists()):
-        known = ", ".join([*BENCHMARKS, "world", *sorted(shipped)])
-        raise NotFoundError(f"benchmark: there is no file {name!r} and no benchmark of that name; known are {known}")
+        known = [*BENCHMARKS, "world", *sorted(shipped)]
+        raise NotFoundError(
+            f"benchmark: there is no file {name!r} and no benchmark of that name; known are {', '.join(known)}"
+            f"{near(name, known)}"
+        )
     return replace(_benchmark(name, _read_files(path, "benchmark"), {}), name=path.stem)
 
 

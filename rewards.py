@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import scorers, world
 from .config import password_of, without_passwords
-from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory
+from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near
 from .files import describe_files
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import describe_source, describe_weights, find_weights
@@ -155,7 +155,10 @@ def check_reward(spec: str) -> None:
                 raise NotFoundError(f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function")
         elif name not in CATALOGUE:
             known = ", ".join(CATALOGUE)
-            raise InputError(f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and http://...")
+            raise InputError(
+                f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and "
+                f"http://...{near(name, CATALOGUE)}"
+            )
         elif missing := missing_packages(name):
             raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
 
@@ -492,7 +495,8 @@ def _load_function(spec: str) -> Scorer:
         raise InputError(f"reward: {name!r} could not be imported: {describe(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"reward: {name!r} has no function {attribute!r}")
+        functions = [name for name, value in vars(module).items() if callable(value)]
+        raise InputError(f"reward: {name!r} has no function {attribute!r}{near(attribute, functions)}")
     return function
 
 

@@ -196,8 +196,8 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
 
 
 @pytest.mark.parametrize(("arguments", "most"), [
-    (["train", "-h"], 60), (["train", "--help-all"], 260), (["sample", "-h"], 100), (["merge", "-h"], 60), (["eval", "-h"], 110),
-    (["-h"], 40), (["rewards", "-h"], 20), (["serve", "-h"], 40),
+    (["train", "-h"], 60), (["train", "--help-all"], 260), (["sample", "-h"], 100), (["merge", "-h"], 60),
+    (["eval", "-h"], 110), (["-h"], 40), (["rewards", "-h"], 20), (["serve", "-h"], 40),
 ])  # fmt: skip
 def test_help_fits_eighty_columns_and_cuts_no_name(arguments, most):
     lines = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"}).stdout.splitlines()
@@ -221,6 +221,19 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
     result = run(command, typed, "1")
     assert result.exit_code == 2
     assert re.search(rf"No such option:? {typed}.*{here}", result.output, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("arguments", "meant"), [
+    (["train", "--reward", "hsp"], "hps"), (["train", "--reward", "hps=1,astetic=1"], "aesthetic"),
+    (["train", "--prompts", "wolrd"], "world"), (["train", "--algorithm", "machting"], "matching"),
+    (["train", "--target", "text_encoder"], "text-encoder"), (["train", "--prompts", "world,comon"], "common"),
+    (["eval", "--benchmark", "drawbnech"], "drawbench"), (["train", "--reward", "mine.py:brightnes"], "brightness"),
+    (["merge", "--adapter", "out", "--format", "koyha"], "kohya"),
+])  # fmt: skip
+def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    check_failure(run(*arguments), 2, f"did you mean {meant!r}?")
 
 
 def test_the_version_is_told():
