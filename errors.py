@@ -128,6 +128,13 @@ def near(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def origin(error: BaseException) -> BaseException:
+    """The exception that an exception goes back to: of a client's failed connection the system's own error."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return error
+
+
 def describe(error: BaseException) -> str:
     """Class and message of an exception, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -96,9 +96,18 @@ def locate(name: str | Path) -> Path:
 
 
 @functools.cache
+def quiet_hub() -> None:
+    """Keep the hub's client from printing each of its tries; its error says the same."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
+@functools.cache
 def _fetch_weights(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    quiet_hub()
     with reading(f"adapter: there is no file or folder {name!r}, and the hub does not give it", NotFoundError):
         found = snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns=["*checkpoint*/*"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, NotFoundError, reading
-from .files import describe_files, read_json
+from .files import describe_files, quiet_hub, read_json
 from .weights import check_content, quiet_libraries
 
 TINY = Path(__file__).parent / "tiny"
@@ -188,6 +188,7 @@ def find_model(name: str) -> str:
     """
     from huggingface_hub import hf_hub_download
 
+    quiet_hub()
     source = str(TINY) if name == "tiny" else name
     if Path(source).is_file():
         raise InputError(f"model: {name!r} is a file; give 'tiny', a folder in diffusers' format or a name on the hub")

@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import InputError, NotFoundError, near, reading
-from .files import LFS_POINTER, read_text
+from .files import LFS_POINTER, quiet_hub, read_text
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
@@ -259,6 +259,7 @@ def _one_line(text: str, where: str) -> str:
 def _fetch(published: Published, option: str) -> tuple[Rows, dict[str, str]]:
     """The rows of a set on the hub, and where they are from; `option` is for messages."""
     advice = f"fetch its prompts elsewhere and give their file with --{option.replace('_', '-')} FILE ({', '.join(FORMATS)})"
+    quiet_hub()
     with reading(f"{option}: {published.repository} could not be downloaded from the hub; {advice}", NotFoundError):
         if published.files:
             from huggingface_hub import hf_hub_download

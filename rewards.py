@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import scorers, world
 from .config import password_of, without_passwords
-from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near
+from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import describe_source, describe_weights, find_weights
@@ -560,7 +560,7 @@ class Remote:
                 status, body = self._try(content)
                 failure = f"answered with status {status}: {' '.join(body[:300].decode(errors='replace').split())}"
             except (RequestException, HTTPError, OSError) as error:
-                status, failure = 0, f"failed: {describe(error)}"
+                status, failure = 0, f"does not answer: {describe(origin(error))}"
             if status not in (0, 429) and status < 500:
                 break
             if attempt < self.num_retries:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotFoundError, reading
-from .files import LFS_POINTER, describe_files, sha256
+from .files import LFS_POINTER, describe_files, quiet_hub, sha256
 
 SCORER = "a scorer's checkpoint"
 
@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
         library.set_verbosity_error()
     if are_shown:  # transformers switches off those of downloads as well
         hub.enable_progress_bars()
-    hub.logging.set_verbosity_error()
+    quiet_hub()
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|diffusers)[.]")
 
 
@@ -100,6 +100,7 @@ def find_weights(name: str, checkpoints: Mapping[str, str | Path]) -> Path:
 def _fetch(source: HubFile | HubFolder) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    quiet_hub()
     if isinstance(source, HubFile):
         return Path(hf_hub_download(source.repository, source.name, revision=source.revision))
     wanted = [*source.patterns, *(("model*.safetensors*",) if source.patterns == MODEL else ())]
