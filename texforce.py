@@ -28,7 +28,7 @@ __package__ = __name__
 if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
-from . import files, interrupts
+from . import files, interrupts, stages
 from .config import DrawConfig, TrainConfig, rounds_by_batch, window_end
 from .errors import DivergedError, InputError, is_out_of_memory
 from .prompt_sets import read_prompts
@@ -718,6 +718,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
 
     while total.num_pairs < len(local.pairs):
         interrupts.check()
+        stages.tell("learning", total.num_pairs, len(local.pairs))
         chunk = micro_batch(policy, local, rows, total.num_pairs, learner.micro_batch_size)
         try:
             gradients, measured = gradients_of(chunk)

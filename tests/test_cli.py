@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, models, rewards, sampler, train
+from texforce import cli, models, rewards, sampler, stages, train, views
 from texforce import server as serving
 from texforce.config import (
     EvalConfig,
@@ -41,6 +42,7 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.errors import DivergedError, InputError, RewardError
+from texforce.flags import TRAIN_GROUPS
 from texforce.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -207,7 +209,7 @@ def test_help_fits_eighty_columns_and_cuts_no_name(arguments, most):
 
 
 def test_every_option_of_train_is_in_one_group_of_its_help():
-    grouped = [name for names in cli.TRAIN_GROUPS.values() for name in names]
+    grouped = [name for names in TRAIN_GROUPS.values() for name in names]
     own = {"config", "dry_run", "resume", "force_resume", "trust_reward_code"}
     assert sorted(grouped) == sorted({item.name for item in option_fields(TrainConfig)} | own)
 
@@ -680,7 +682,7 @@ def test_what_a_user_named_cannot_drive_the_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     cli.show("images in \x1b[2Jout\x07")
     cli.warn("model: \x1b[2Jm")
-    cli.output.print(cli.rows_table("plan", {"model": "\x1b[2Jm"}))
+    cli.output.print(views.rows_table("plan", {"model": "\x1b[2Jm"}))
     assert "images in  [2Jout" in sys.stdout.getvalue()
     assert "\x1b" not in sys.stdout.getvalue() + sys.stderr.getvalue()
 
@@ -699,12 +701,12 @@ def results_of_systems(measure: str, name: str) -> dict[str, Any]:
 
 
 def show_stages(name: str) -> None:
-    with cli.StageView() as view:
+    with views.StageView() as view:
         view(name, 1, 1)
 
 
 def show_epochs(name: str) -> None:
-    with cli.EpochView(resolve(TrainOptions(model="tiny", num_epochs=1))) as view:
+    with views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=1))) as view:
         measures = {"epoch": 0, "seconds": 0.0, "parts": {name: 1.0}, "heldout": {name: 1.0}}
         view(measures | {"dropped": [{"prompt": name, "seed": 0}]})
 
@@ -712,11 +714,11 @@ def show_epochs(name: str) -> None:
 VIEWS: dict[str, Callable[[str], object]] = {
     "a result": lambda text: cli.show(text),
     "also a warning": lambda text: cli.warn(text),
-    "also a plan": lambda text: cli.output.print(cli.rows_table("plan", {text: text})),
+    "also a plan": lambda text: cli.output.print(views.rows_table("plan", {text: text})),
     "also results": lambda text: cli.output.print(
-        cli.results_table({"num_images": text, "seconds": 1.0, "heldout": {text: {"base": 0.0, "tuned": 1.0}}})
+        views.results_table({"num_images": text, "seconds": 1.0, "heldout": {text: {"base": 0.0, "tuned": 1.0}}})
     ),
-    "also an evaluation": lambda text: cli.output.print(cli.evaluation_table(results_of_systems(text, text))),
+    "also an evaluation": lambda text: cli.output.print(views.evaluation_table(results_of_systems(text, text))),
     "also stages": show_stages,
     "also epochs": show_epochs,
 }
@@ -726,8 +728,9 @@ VIEWS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("case", VIEWS)
 def test_no_view_lets_a_text_drive_the_terminal(monkeypatch, case, terminal):
     shown = io.StringIO()
-    for name in ("output", "progress"):
-        monkeypatch.setattr(cli, name, cli.PipeConsole(file=shown, width=1000, force_terminal=terminal))
+    console = views.PipeConsole(file=shown, width=1000, force_terminal=terminal)
+    for module, name in itertools.product((cli, views), ("output", "progress")):
+        monkeypatch.setattr(module, name, console)
     VIEWS[case](HOSTILE)
     assert "title" in shown.getvalue()
     assert not set(shown.getvalue()) & HOSTILE_SIGNS
@@ -956,19 +959,70 @@ def view_of_epochs(monkeypatch, **console) -> str:
     from rich.console import Console
 
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "progress", Console(file=shown, width=200, **console))
-    with cli.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4))) as view:
+    monkeypatch.setattr(views, "progress", Console(file=shown, width=200, **console))
+    with views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4))) as view:
         for measures in EPOCHS:
             view(measures)
     return shown.getvalue()
 
 
-def test_a_terminal_shows_a_table_of_the_last_epochs_drawn_anew(monkeypatch):
+def test_a_terminal_shows_what_is_won_and_how_long_it_takes_drawn_anew(monkeypatch):
     shown = view_of_epochs(monkeypatch, force_terminal=True)
     last = squash(shown[shown.rindex("epoch 2/4") :])
     assert "\x1b[" in shown
-    for text in ("20 s left", "0.5000", "0.7500", "held-out  hps 0.3750"):
+    for text in ("20 s left", "reward ▁█ 0.6250 over the last 2", "held-out, epoch 2", "hps 0.2500 0.3750 +0.1250"):
         assert squash(text) in last
+
+
+@pytest.mark.parametrize("width", [80, 110, 200])
+@pytest.mark.parametrize("last", range(1, 4))
+def test_the_view_fits_the_terminal_whatever_the_rewards_are_called(monkeypatch, width, last):
+    from rich.console import Console
+
+    names = {f"some/where/deep/mine.py:a_reward_with_a_very_long_name_{k}": 0.1234 * k for k in range(3)}
+    view = views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=400)))
+    for epoch in EPOCHS[:last]:
+        view(epoch | ({"heldout": names | {"alignment_exact_common": 0.75}} if "heldout" in epoch else {"parts": names}))
+    view.at_stage("sampling", 12, 64)
+    console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(view.view())
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", captured.get()).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= 20
+    assert re.match(r"sampling ━+╸? +12/64", lines[-1])
+    assert any(re.search(r"alignment_exact_common +0\.7500 +0\.7500", line) for line in lines)
+
+
+def test_what_goes_wrong_is_shown_only_then():
+    view = views.EpochView(resolve(TrainOptions(model="tiny", algorithm="ppo", num_epochs=4)))
+    view(EPOCHS[1] | {"max_ratio_deviation": 1e-7, "clip_fraction": 0.1, "dropped": []})
+    assert view.troubles() == []
+    view(EPOCHS[2] | {"max_ratio_deviation": 1e-3, "clip_fraction": 0.9, "dropped": [{"prompt": "a", "seed": 1}]})
+    assert [trouble.split()[0] for trouble in view.troubles()] == ["the", "90%", "1"]
+
+
+@pytest.mark.parametrize(("values", "line"), [
+    ([1.0], "▁"), ([0.0, 1.0], "▁█"), ([1.0, 1.0, 1.0], "▁▁▁"), ([0.0, 7.0, 3.5], "▁█▅"), (list(range(80)), 40),
+])  # fmt: skip
+def test_a_sparkline_goes_from_the_lowest_to_the_highest(values, line):
+    drawn = views.sparkline(values)
+    assert (drawn if isinstance(line, str) else len(drawn)) == line
+    assert list(drawn) == sorted(drawn) or values != sorted(values)
+
+
+def test_a_training_tells_what_it_is_at(small_run, tmp_path):
+    told = []
+    with stages.told_to(lambda stage, done, total: told.append((stage, done, total))):
+        train.train(resolve(TrainOptions(**small_run | {"output_dir": str(tmp_path / "out"), "sample_batch_size": 4})))
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == [
+        "loading the model", "loading jpeg", "measuring", "sampling", "scoring", "learning",
+    ]  # fmt: skip
+    assert all(0 <= done <= total for _, done, total in told)
+    assert [done for stage, done, _ in told if stage == "sampling"] == [0, 4]
+    told.clear()
+    stages.tell("nobody listens")
+    assert told == []
 
 
 def test_elsewhere_every_epoch_is_a_line(monkeypatch):

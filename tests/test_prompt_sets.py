@@ -16,7 +16,7 @@ from pyarrow import parquet
 from rich.console import Console
 from typer.testing import CliRunner
 
-from texforce import cli, models, prompt_sets, run, train, world
+from texforce import cli, models, prompt_sets, run, train, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
@@ -281,12 +281,12 @@ def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, 
     assert json.loads(written[0])["training_prompts"]["jpeg"] == result["training_prompts"]["jpeg"]
     assert all("training_prompts" in json.loads(line) for line in written[1].splitlines())
     with Console(record=True, width=200, file=io.StringIO()) as console:
-        console.print(cli.results_table(result))
-        view = cli.EpochView(config)
+        console.print(views.results_table(result))
+        view = views.EpochView(config)
         for line in written[1].splitlines():
             view(json.loads(line))
             console.print(view.line(json.loads(line)))
-        console.print(view.table())
+        console.print(view.view())
     shown = console.export_text()
     assert "training prompts" in shown
     assert "held" not in shown

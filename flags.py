@@ -1,0 +1,160 @@
+"""How a configuration's fields become options of a command, and its help: groups of options, and what others call them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from texforce import __version__
+
+from .config import DrawConfig, TrainConfig, option_fields
+from .presets import PRESETS
+
+DRAWING = tuple(item.name for item in option_fields(DrawConfig))
+# The options of `train` by subject; the first group is all that `--help` shows.
+TRAIN_GROUPS = {
+    "Options": (
+        "reward", "prompts", "model", "preset", "algorithm", "num_epochs", "learning_rate", "seed", "output_dir", "resume",
+        "dry_run", "config",
+    ),
+    "Rewards": ("eval_reward", "normalise_rewards", "reward_checkpoint", "reward_timeout", "trust_reward_code"),
+    "Prompts and images": (
+        "heldout_prompts", "num_prompts_per_epoch", "num_samples_per_prompt", "sampler", "num_inference_steps", "eta",
+        "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
+    ),
+    "What is trained, and how": (
+        "target", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip",
+        "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor",
+        "anchor_prompts",
+    ),
+    "One algorithm's": (
+        "clip_range", "timestep_window", "timestep_fraction", "num_noise_levels", "noise_window", "imitation_weight",
+        "backprop_steps",
+    ),
+    "Memory and speed": (
+        "sample_batch_size", "micro_batch_size", "micro_batch", "mixed_precision", "gradient_checkpointing", "compile",
+    ),
+    "Measuring, saving, stopping": (
+        "eval_every", "checkpoint_every", "checkpoints_to_keep", "force_resume", "max_kl", "max_reward_drop", "report_to",
+    ),
+}  # fmt: skip
+# Options as other trainers and pipelines call them, and what they are called here.
+ELSEWHERE = {
+    "lr": "learning_rate", "epochs": "num_epochs", "max_train_epochs": "num_epochs", "num_train_epochs": "num_epochs",
+    "batch_size": "sample_batch_size", "train_batch_size": "micro_batch_size", "network_dim": "rank", "lora_rank": "rank",
+    "network_alpha": "lora_alpha", "output": "output_dir", "output_name": "output_dir", "out": "output_dir",
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
+    "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
+    "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
+}  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command whose help comes in groups, and which knows what its options are called elsewhere."""
+
+    groups: Mapping[str, Sequence[str]] = {}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups' options; `--help` shows the first group alone, `--help-all` all of them."""
+        records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
+        grouped = {name for names in self.groups.values() for name in names}
+        groups = dict(self.groups) or {"Options": [name for name in records if name not in DRAWING]}
+        if not self.groups and records.keys() & set(DRAWING):
+            groups["How images are drawn"] = [name for name in DRAWING if name in records]
+        is_short = bool(self.groups) and not ctx.meta.get("help_all")
+        for title, names in list(groups.items())[: 1 if is_short else None]:
+            with formatter.section(title):
+                formatter.write_dl([records.pop(name) for name in names if name in records], col_max=28)
+        if others := [record for name, record in records.items() if name not in grouped]:
+            with formatter.section("Help"):
+                formatter.write_dl(others, col_max=28)
+        if is_short:
+            number = sum(len(names) for names in list(groups.values())[1:])
+            formatter.write(f"\n{number} further options: --help-all\n")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments; an option that is called otherwise elsewhere is named as it is called here."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+            if ELSEWHERE.get(name) in {param.name for param in self.params}:
+                error.possibilities = [f"--{ELSEWHERE[name].replace('_', '-')}"]  # type: ignore[attr-defined]
+            raise
+
+
+class TrainCommand(Command):
+    groups = TRAIN_GROUPS
+
+
+def show_all_help(ctx: typer.Context, is_given: bool) -> None:
+    if is_given:
+        ctx.meta["help_all"] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+HELP_ALL = typer.Option("--help-all", is_eager=True, callback=show_all_help, help="Show all options and exit.")
+
+
+def show_version(is_given: bool) -> None:
+    if is_given:
+        typer.echo(f"texforce {__version__}")
+        raise typer.Exit
+
+
+def with_options(config_class: type, command: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an option for every field of a configuration record, beside its own parameters.
+
+    An option that is not given is None, so that a value from --config or the record's default can take its place.
+    """
+    hints = typing.get_type_hints(config_class)  # without the rules, which the configuration checks
+    own = list(inspect.signature(command).parameters.values())[1:]
+    parameters = []
+    # What a record inherits is shared with other commands, and comes last.
+    for item in sorted(option_fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
+        kind = str if typing.get_origin(hints[item.name]) is Literal else hints[item.name]
+        text = item.metadata["help"] + _default_text(item, config_class)
+        option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+
+    def run(**arguments: Any) -> None:
+        names = {parameter.name for parameter in own}
+        given = {name: value for name, value in arguments.items() if name not in names and value is not None}
+        command(given, **{name: value for name, value in arguments.items() if name in names})
+
+    hinted = typing.get_type_hints(command, include_extras=True)
+    own = [parameter.replace(annotation=hinted[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    run.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *own)}
+    return run
+
+
+def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:
+    default = None if item.default is dataclasses.MISSING else item.default
+    tiny, stable_diffusion, turbo, sdxl = (
+        PRESETS[family, "default"].get(item.name, default) if config_class is TrainConfig else default
+        for family in ("tiny", "stable-diffusion", "turbo", "sdxl")
+    )
+    if tiny is None:
+        return ""
+    large = f"; Stable Diffusion {stable_diffusion}" if stable_diffusion != tiny else ""
+    few = f"; Turbo {turbo}" if turbo != stable_diffusion else ""
+    pixels = f"; SDXL {sdxl}" if sdxl != stable_diffusion else ""
+    return f" (default: {tiny}{large}{few}{pixels})"
+
+
+def _negation(kind: Any, name: str) -> str:
+    return f"/--no-{name.replace('_', '-')}" if bool in (kind, *typing.get_args(kind)) else ""

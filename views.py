@@ -1,0 +1,258 @@
+"""What the commands show: on a terminal progress that is drawn anew, elsewhere lines; tables of results.
+
+Results go to stdout, progress to stderr. Read top to bottom: the consoles, progress, tables.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
+
+from . import stages
+from .config import BASE, TrainConfig
+from .prompt_sets import MEASURED_ON, find_measured
+
+# --- the consoles ---
+
+
+class PipeConsole(Console):
+    """A console that prints texts of others, and whose reader may leave, as `| head` does.
+
+    Whatever a text holds, it cannot drive the terminal; only the console's own control codes do. When the reader has left,
+    the command ends without a message, as by SIGPIPE.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for what Python writes at its end
+        raise SystemExit(141)
+
+
+output, progress = PipeConsole(), PipeConsole(stderr=True)
+
+
+def printable(text: str) -> str:
+    """Text that cannot drive the terminal: control characters other than line ends become spaces."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+def show(result: str) -> None:
+    output.print(Text(result), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    progress.print(Text(message), soft_wrap=True)
+
+
+# --- progress ---
+
+
+class EpochView:
+    """Progress on stderr: on a terminal a view of the training that is drawn anew; elsewhere a line an epoch.
+
+    The view answers three questions: whether it works (a bar for what an epoch is at), whether it wins (the measures of base
+    and tuned, and the reward over the epochs), and how long it takes.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.num_epochs, self.clip_range = config.num_epochs or 0, config.clip_range
+        self.epochs: list[dict[str, Any]] = []
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[count]}"), expand=True
+        )
+        self.stage = self.bar.add_task("starting", total=None, count="")
+        self.live = Live(console=progress, get_renderable=self.view, refresh_per_second=8) if progress.is_terminal else None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> EpochView:
+        if self.live:
+            self.stack.enter_context(self.live)
+            self.stack.enter_context(stages.told_to(self.at_stage))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.update(self.stage, visible=False)
+        self.stack.close()
+
+    def at_stage(self, name: str, done: int, total: int) -> None:
+        count = f"{done}/{total}" if total else ""
+        self.bar.update(self.stage, description=name, completed=done, total=total or None, count=count)
+
+    def __call__(self, measures: dict[str, Any]) -> None:
+        self.epochs.append(measures)
+        for dropped in measures.get("dropped", ()):
+            warn(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
+        if not self.live:
+            warn(self.line(measures))
+
+    def line(self, measures: dict[str, Any]) -> str:
+        parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
+        parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
+        parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
+        if name := find_measured(measures):
+            parts += [f"{MEASURED_ON[name]} {measure} {value:.4f}" for measure, value in measures[name].items()]
+        return "  ".join(parts + self.time_left())
+
+    def view(self) -> Group:
+        """All that the terminal shows."""
+        shown: list[RenderableType] = []
+        if self.epochs:
+            images = f"{self.epochs[-1].get('num_images', 0):,} images"
+            shown.append(Text("  ".join([f"epoch {self.epochs[-1]['epoch']}/{self.num_epochs}", images, *self.time_left()])))
+            shown += self.reward_lines() + self.measured_table()
+            shown += [Text(trouble, style="bold red") for trouble in self.troubles()]
+        return Group(*shown, self.bar)
+
+    def reward_lines(self) -> list[RenderableType]:
+        """The training reward over the epochs, and its mean over the last ones; the parts of a mixture."""
+        rewards = [epoch["reward_mean"] for epoch in self.epochs if "reward_mean" in epoch]
+        if not rewards:
+            return []
+        recent = rewards[-RECENT:]
+        lines = [f"reward  {sparkline(rewards)}  {sum(recent) / len(recent):.4f} over the last {len(recent)}"]
+        if parts := self.epochs[-1].get("parts"):
+            lines.append("  ".join(f"{name} {value:.4f}" for name, value in parts.items()))
+        return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+
+    def measured_table(self) -> list[RenderableType]:
+        """What was measured of the base model and last, side by side."""
+        measured = [(epoch["epoch"], epoch[name], name) for epoch in self.epochs if (name := find_measured(epoch))]
+        if not measured:
+            return []
+        (_, base, _), (epoch, now, name) = measured[0], measured[-1]
+        title = Column(f"{MEASURED_ON[name]}, epoch {epoch}", overflow="ellipsis", no_wrap=True)
+        table = Table(
+            title, *(Column(head, justify="right", min_width=8) for head in ("base", "now", "change")), box=SIMPLE_HEAD
+        )
+        for measure, value in now.items():
+            change = value - base.get(measure, value)
+            table.add_row(
+                Text(measure), f"{base.get(measure, value):.4f}", f"{value:.4f}", f"{change:+.4f}" if epoch else ""
+            )
+        return [table]
+
+    def troubles(self) -> list[str]:
+        """What matters only when it goes wrong."""
+        last, found = self.epochs[-1], []
+        if last.get("max_ratio_deviation", 0.0) > self.clip_range / 10:
+            found.append(f"the ratio before the first update is off by {last['max_ratio_deviation']:.1e}")
+        if last.get("clip_fraction", 0.0) > MANY_CLIPPED:
+            found.append(f"{last['clip_fraction']:.0%} of the ratios are clipped; lower --learning-rate")
+        if dropped := len(last.get("dropped", ())):
+            found.append(f"{dropped} images were dropped, as their reward is not finite")
+        return found
+
+    def time_left(self) -> list[str]:
+        epoch, seconds = self.epochs[-1]["epoch"], self.epochs[-1]["seconds"] - self.epochs[0]["seconds"]
+        done = epoch - self.epochs[0]["epoch"]  # in this process
+        return [f"{seconds / done * (self.num_epochs - epoch):.0f} s left"] if done else []
+
+
+RECENT = 10  # epochs that the mean of the reward is over
+MANY_CLIPPED = 0.8
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as a row of bars; where there are more than `width`, means of neighbours."""
+    size = math.ceil(len(values) / width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    step = (high - low) / (len(SPARKS) - 1) or 1.0
+    return "".join(SPARKS[round((value - low) / step)] for value in means)
+
+
+EPOCH_COLUMNS = (
+    ("reward_mean", "reward", ".4f"),
+    ("reward_std", "spread", ".4f"),
+    ("max_ratio_deviation", "ratio-1 at first", ".1e"),
+    ("ratio_deviation", "at most", ".1e"),
+    ("clip_fraction", "clipped", ".2f"),
+    ("loss", "loss", ".4f"),
+    ("anchor_drift", "null drift", ".1e"),
+    ("kl", "KL", ".2e"),
+    ("images_per_s", "images/s", ".0f"),
+)
+
+
+class StageView:
+    """Progress on stderr: on a terminal a bar for each stage; elsewhere a line at the end of each."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=progress, disable=not progress.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageView:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total)
+        self.bars.update(self.tasks[stage], completed=done)
+        if done == total and self.bars.disable:
+            warn(f"{stage}: done")
+
+
+# --- tables ---
+
+
+def rows_table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+def results_table(result: dict[str, Any]) -> Table:
+    measured = find_measured(result) or "heldout"
+    title = f"{result['num_images']} images in {result['seconds']:.0f} s"
+    table = Table(MEASURED_ON[measured], "base", "tuned", "change", title=Text(title))
+    for name, value in result[measured].items():
+        table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
+    return table
+
+
+def evaluation_table(results: dict[str, Any]) -> Table:
+    """Means, changes and win rates of an evaluation, with their intervals."""
+    from . import report
+
+    about = results["benchmark"]
+    total = f" of {about['num_prompts']}" if results["strengths"] else ""
+    title = f"{about['name']}: {results['num_prompts_measured']}{total} prompts, {results['num_images']} images each"
+    table = Table("", "mean", "change", "wins", title=Text(title), box=None, padding=(0, 1, 0, 0), header_style="underline")
+    for measure, base in results["systems"][BASE]["measures"].items():
+        table.add_row(Text(measure, style="bold"))
+        table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
+        for name in list(results["systems"])[1:]:
+            system = results["systems"][name]
+            summary = system["measures"][measure]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary["paired"])]
+            change = Text(report.interval(summary["paired"], "+"), style=style)
+            cells = (
+                f" {report.label(name, system)}",
+                report.interval(summary) + report.dropped(summary),
+                change,
+                report.interval(summary["win_rate"], "%"),
+            )
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    return table
