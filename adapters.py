@@ -81,7 +81,7 @@ def find_files(path: Path) -> list[_File]:
     Raises:
         NotFoundError: there is nothing. ArtifactError: a configuration cannot be honoured.
     """
-    path = locate(path)
+    path = locate(path, "adapter")
     if path.is_file():
         config = path.parent / "adapter_config.json"
         if path.name.startswith("adapter_model.") and config.is_file():
@@ -301,7 +301,7 @@ def read_adapter(path: str | Path, model: Any) -> Adapter:
         for part, found in _by_part(tensors, names, file).items():
             config = configs.get(part, configs.get(None))
             layers = {name: _make_layer(name, layer, config, file.path) for name, layer in found.items()}
-            if not _is_told(layers, part, header, file.path):
+            if not _is_declared_whole(layers, part, header, file.path):
                 _check_whole(layers, part, names[part], _Declared(config or {}, file.path))
             adapter[part] = _fit(layers, modules[part], file.path)
     return adapter
@@ -397,22 +397,23 @@ class _Declared:
 
 
 def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
-    """The names that a pattern of a foreign file matches as a whole, which it may not take long for."""
+    """The names that a pattern of a foreign file matches as a whole, stopped after MATCHING_SECONDS."""
     import regex  # unlike re it can be stopped
 
     repetitions = math.prod(max(1, int(number)) for number in re.findall(r"[{,]\s*(\d+)", pattern[:MAX_PATTERN]))
     with reading(what):
         if len(pattern) > MAX_PATTERN or repetitions > MAX_PATTERN:
             raise ValueError("the pattern is too long, or counts too many repetitions")
+        re.compile(pattern)  # as peft does: it knows no recursion, which would take all memory
         expression, end = regex.compile(pattern, regex.VERSION0), time.monotonic() + MATCHING_SECONDS
         return [name for name in names if expression.fullmatch(name, timeout=max(1e-3, end - time.monotonic()))]
 
 
-def _is_told(layers: Mapping[str, Layer], part: str, header: Mapping[str, str], path: Path) -> bool:
+def _is_declared_whole(layers: Mapping[str, Layer], part: str, header: Mapping[str, str], path: Path) -> bool:
     """Whether the header that `merge` writes into kohya's files says that the layers are all there are."""
     with reading(f"{path}: its metadata of texforce cannot be read"):
-        told = json.loads(header.get("texforce", "{}"))
-    numbers = told.get("layers") if isinstance(told, dict) else None
+        said = json.loads(header.get("texforce", "{}"))
+    numbers = said.get("layers") if isinstance(said, dict) else None
     return isinstance(numbers, dict) and numbers.get(part) == len(layers)
 
 
@@ -490,7 +491,7 @@ def check_inputs(system: System) -> None:
     for path, _ in system.adapters:
         find_files(Path(path))
     for path, _ in system.unets:
-        if not locate(path).exists():
+        if not locate(path, "unet").exists():
             raise NotFoundError(f"unet: there is no file or folder {path!r}")
 
 
@@ -507,7 +508,7 @@ def adapter_files(path: Path) -> list[Path]:
 
 def unet_files(path: Path) -> list[Path]:
     """The files that a tuned U-Net consists of; raises what `adapter_files` does."""
-    path = locate(path)
+    path = locate(path, "unet")
     whole = [file for file in (unet_file(path), unet_file(path / "unet")) if file]
     return whole[:1] or adapter_files(path)
 
@@ -661,7 +662,7 @@ def read_unet(path: str | Path, model: Any) -> TunedUNet:
         NotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
             another U-Net's, or all equal to this one's.
     """
-    path = locate(path)
+    path = locate(path, "unet")
     for folder in (path, path / "unet"):
         if file := unet_file(folder):
             return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), model.unet, file))

@@ -57,7 +57,7 @@ PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a 
 
 # --- passwords ---
 
-_PASSWORD = re.compile(r"(https?://)([^/?#@:]*):([^/?#]*)@([^/?#,=]*)")  # in a URL, between the user's name and the host
+_PASSWORD = re.compile(r"(https?://)([^/?#:]*):([^/?#]*)@([^/?#,=@]*)")  # in a URL, between the user's name and the host
 _passwords: dict[str, str] = {}  # by user@host; in no record of options, so that nothing writes or prints them
 
 
@@ -609,7 +609,8 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
     Raises:
         InputError: a file is nonsense.
     """
-    paths = [locate(path) for system in systems for path, _ in (*system.adapters, *system.unets)]
+    paths = [locate(path, "adapter") for system in systems for path, _ in system.adapters]
+    paths += [locate(path, "unet") for system in systems for path, _ in system.unets]
     paths += [Path(given["model"])] if given.get("model") else []
     for path in (path / name for path in paths for name in ("config.json", SETTINGS)):
         if path.is_file():

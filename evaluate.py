@@ -331,8 +331,11 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     models.find_model(config.model)
     for spec in config.measures:
         rewards.check_loadable(spec, checkpoints)
-    exact = {"preprocessing": "exact"} if config.exact_preprocessing else {}
-    return {spec: rewards.locate(spec, checkpoints) | exact for spec in config.measures}
+    exact = [spec for spec in config.measures if config.exact_preprocessing and rewards.resizes(spec)]
+    if config.exact_preprocessing and not exact:
+        raise InputError(f"exact_preprocessing: none of the measures {', '.join(config.measures)} is a network of ours")
+    how = {spec: {"preprocessing": "exact"} if spec in exact else {} for spec in config.measures}
+    return {spec: rewards.locate(spec, checkpoints) | how[spec] for spec in config.measures}
 
 
 # --- drawing ---

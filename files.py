@@ -81,18 +81,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, option: str) -> Path:
     """The file or folder of an adapter or a U-Net; of a repository on the hub, its copy in the hub's cache.
 
-    A name whose first part is a folder here is a path: the hub is not asked about a mistyped one.
+    A name whose first part is a folder here, or which ends as weights do, is a path: the hub is not asked about a mistyped
+    one. `option` is for messages.
 
     Raises:
         NotFoundError: there is neither such a path nor such a repository.
     """
     path = Path(name)
-    if path.exists() or path.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix not in (
+        ".safetensors",
+        ".bin",
+        ".ckpt",
+        ".pt",
+        ".pth",
+    )
+    if path.exists() or path.parent.exists() or not is_name:
         return path
-    return _fetch_weights(str(name))
+    with reading(f"{option}: there is no file or folder {str(name)!r}, and the hub does not give it", NotFoundError):
+        return _fetch_weights(str(name))
 
 
 @functools.cache
@@ -108,11 +117,8 @@ def _fetch_weights(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     quiet_hub()
-    with reading(f"adapter: there is no file or folder {name!r}, and the hub does not give it", NotFoundError):
-        found = snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.bin"], ignore_patterns=["*checkpoint*/*"]
-        )
-    return Path(found)
+    patterns = ["*.json", "*.safetensors", "*.bin"]
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*checkpoint*/*"]))
 
 
 def sha256(path: Path) -> str:
@@ -345,7 +351,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     `check` runs before anything is written into a folder that holds no lock yet, and again with the lock held.
 
     Raises:
-        InputError: another process works in it, or its lock is a link. Whatever the check raises.
+        InputError: another process works in it, or its lock or a folder in it is a link. Whatever the check raises.
     """
     from filelock import FileLock, Timeout
 
@@ -353,8 +359,9 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
         check()
         make_folder(folder)
     check_writable(folder)
-    if (folder / LOCK).is_symlink():
-        raise InputError(f"output_dir: {str(folder / LOCK)!r} is a link, through which nothing is written; remove it")
+    for path in (folder / LOCK, *folder.glob("*/"), *folder.glob("images/*/")):
+        if path.is_symlink():  # a folder that came from others could lead anywhere
+            raise InputError(f"output_dir: {str(path)!r} is a link, through which nothing is written; remove it")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

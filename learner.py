@@ -1,4 +1,4 @@
-"""The optimizer of a training with all that goes along with it, and how it is saved and goes on."""
+"""The optimizer of a training, its learning rate, loss scaling and running average; saved and restored exactly."""
 
 from __future__ import annotations
 

@@ -118,7 +118,10 @@ def check_replaceable(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / WRITTEN).is_file():
-        raise InputError(f"output_dir: {str(output)!r} was not written by texforce merge; it is not overwritten")
+        raise InputError(
+            f"output_dir: {str(output)!r} holds no {WRITTEN}, by which texforce merge knows what it wrote; it is not "
+            "overwritten, so choose another output or move it away"
+        )
     written = read_json(output / WRITTEN)
     folders = {parent.as_posix() for name in written for parent in Path(name).parents}
     for path in sorted(output.rglob("*")):
@@ -146,12 +149,21 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
         second, _ = models.pipeline_kind(source)
         parts = models.load_tokenizers(source, second) | models.load_parts(source, second=second)
         models.unet_size(parts["unet"])
-        parts |= _accessories(source, without)
-        models.scheduler_config(source)  # diffusers would take the class's defaults for a file of something else
-        with models.reading_part(source, "scheduler", (models.SCHEDULER_FILE,)):
-            pipeline = DiffusionPipeline.from_pretrained(source, **parts)
+        parts |= _accessories(source, without) | {"scheduler": _own_scheduler(source)}
+        pipeline = DiffusionPipeline.from_pretrained(source, **parts)
         models.check_text(pipeline, source)
     return pipeline
+
+
+def _own_scheduler(source: str) -> Any:
+    """The scheduler that a pipeline comes with."""
+    import diffusers
+
+    name = models.scheduler_config(source)["_class_name"]
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise InputError(f"model: the {models.SCHEDULER_FILE} of {source!r} is of a {name}, which diffusers does not know")
+    with models.reading_part(source, "scheduler", (models.SCHEDULER_FILE,)):
+        return getattr(diffusers, name).from_pretrained(source, subfolder="scheduler")
 
 
 def _accessories(source: str, without: Sequence[str]) -> dict[str, Any]:

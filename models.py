@@ -27,7 +27,8 @@ JSON_FILES = (
     *TOKENIZER_FILES,
 )  # fmt: skip
 WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\."
+    r"(?P<kind>safetensors|bin)"
 )
 # diffusers' schedulers of the noise process that DDIM has too: alphas from betas, by numbered training timesteps.
 SCHEDULERS = (
@@ -125,7 +126,7 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
 def load_scheduler(source: str) -> Any:
     """A pipeline's noise schedule, of whatever sampler it comes with, for DDIM.
 
-    What the file of a known scheduler leaves out is that scheduler's default, and not DDIM's.
+    What the file of a known scheduler leaves out of the noise is that scheduler's default, and not DDIM's.
 
     Raises:
         InputError: the scheduler has another noise process, or its file does not say which.
@@ -139,7 +140,7 @@ def load_scheduler(source: str) -> Any:
         if not config["_class_name"].startswith(("DDIM", "DDPM")):
             config = {"clip_sample": False, "set_alpha_to_one": False} | config
         if not pipeline_kind(source)[0]:  # as the plain pipeline does for all but SDXL
-            config = {"clip_sample": False} | config
+            config["clip_sample"] = False
             config["steps_offset"] = 1 if isinstance(config.get("steps_offset", 0), int) else config["steps_offset"]
         return DDIMScheduler.from_config(config)
 
@@ -237,7 +238,7 @@ def reading_part(source: str, part: str, needed: Sequence[str] = ("config.json",
         yield
 
 
-def find_weights(folder: Path) -> dict[str, Any]:
+def weight_arguments(folder: Path) -> dict[str, Any]:
     """Arguments by which `from_pretrained` finds the weights in a part's folder: plain ones, or else the only variant.
 
     Raises:
@@ -376,7 +377,7 @@ def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.fl
     with reading_part(source, part):
         place, options = source, {"subfolder": part}
         if Path(source).is_dir():  # not as a subfolder: diffusers looks for weights in the pipeline's folder first
-            place, options = str(Path(source, part)), find_weights(Path(source, part))
+            place, options = str(Path(source, part)), weight_arguments(Path(source, part))
         model, info = cls.from_pretrained(place, torch_dtype=dtype, output_loading_info=True, **options)
         missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
         if missing:
@@ -405,6 +406,8 @@ def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     from diffusers.loaders import TextualInversionLoaderMixin
 
     _check_text(prompts)
+    if not any(token.endswith("_1") for token in tokenizer.added_tokens_encoder):
+        return list(prompts)
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
 
 

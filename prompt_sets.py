@@ -69,7 +69,7 @@ def find_measured(record: Mapping[str, Any]) -> str | None:
 
 
 def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts; no sentence is in both. Of a single prompt none is held out.
+    """Training and held-out prompts; no sentence is in both. A single prompt is not held out.
 
     Sentences that differ in capitals alone are one here: CLIP reads no capitals.
 

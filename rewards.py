@@ -166,7 +166,8 @@ def check_reward(spec: str) -> None:
 def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query + parts.fragment
+        usable = usable and parts.password is None  # it is kept elsewhere
     except ValueError:  # of the port
         usable = False
     if not usable:
@@ -266,6 +267,11 @@ def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
     for name in {name for spec in specs for name in parse_mixture(spec)} & CATALOGUE.keys():
         for prompt in prompts:
             CATALOGUE[name].check_prompt(prompt)
+
+
+def resizes(spec: str) -> bool:
+    """Whether a part of a reward is a network of scorers.py, which resizes images before it sees them."""
+    return any(name in CATALOGUE and CATALOGUE[name].gradients for name in parse_mixture(spec))
 
 
 def has_features(spec: str) -> bool:

@@ -222,9 +222,9 @@ def manifest(folder: Path) -> str:
     return json.dumps(dict(sorted(sums.items())), indent=2) + "\n"
 
 
-def digest(*prompts: Sequence[str]) -> str:
-    """SHA-256 of lists of prompts in their order."""
-    return hashlib.sha256(json.dumps([list(part) for part in prompts]).encode()).hexdigest()
+def digest(prompts: Sequence[str]) -> str:
+    """SHA-256 of prompts in their order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:

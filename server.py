@@ -1,4 +1,4 @@
-"""`texforce serve`: a scorer behind HTTP, by the protocol of `rewards.Remote`, with limits for what its clients may ask."""
+"""`texforce serve`: a scorer behind HTTP, by the protocol of `rewards.Remote`, with limits for its clients."""
 
 from __future__ import annotations
 

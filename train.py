@@ -150,7 +150,9 @@ def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
     checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
     found = {name: source for spec in specs for name, source in rewards.locate(spec, checkpoints).items()}
     return {
-        "the prompts": run.digest(prompts.train, prompts.heldout, prompts.anchors),
+        "the training prompts": run.digest(prompts.train),
+        "the held-out prompts": run.digest(prompts.heldout),
+        "the anchor prompts": run.digest(prompts.anchors),
         "the files of the model": models.revision(config.model),
     } | {f"the content of the reward {name}": source for name, source in found.items()}
 
@@ -219,7 +221,7 @@ def _go_on(current: Run, opened: _Opened, output_dir: Path) -> None:
         InputError: the checkpoint is of another device or other layers. ArtifactError: its content is none of a training's.
     """
     snapshot: Any = opened.snapshot
-    if snapshot.state["sources"].get("the prompts") != opened.sources["the prompts"]:  # forced
+    if snapshot.state["sources"].get("the training prompts") != opened.sources["the training prompts"]:  # forced
         snapshot.state["order"] = current.order.state_dict()  # the old one's indices are of other prompts
     with reading(f"{run.checkpoint_place(output_dir / run.CHECKPOINTS, snapshot)}: {run.NO_STATE}"):
         current.restore(snapshot)

@@ -172,7 +172,7 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
 
 
 def check_content(path: Path) -> None:
-    """Check that a file of weights is not what is left of one; raises ValueError."""
+    """Check that a file of weights is neither empty nor a pointer of git-lfs; raises ValueError."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER.encode():

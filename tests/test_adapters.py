@@ -385,6 +385,7 @@ def test_what_the_metadata_of_a_diffusers_file_declare_is_whole(small, tmp_path)
 @pytest.mark.parametrize("pattern", [
     r"^(([a-z]+)+\.?)+$", r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3!", r"((((a{5000}){5000}){5000}){5000})",
     "(" * 400 + ")*" * 400, "x" * 10**6, "(", "[",
+    "(?R)", "((?R)|a)*", r"(?:q_proj){e<=3}",
 ], ids=lambda pattern: pattern[:20])  # fmt: skip
 @pytest.mark.parametrize("field", ["target_modules", "also exclude_modules"])
 def test_a_hostile_pattern_is_refused_or_excludes_nothing_in_seconds(small, adapter, field, pattern):

@@ -345,7 +345,7 @@ def test_exact_preprocessing_is_asked_for_said_in_the_results_and_scored_apart(f
     run_eval(given | {"exact_preprocessing": True}, tmp_path / "eval")
     results = results_of(tmp_path / "eval")
     assert sum(seen) == 2 * 2 * 2 * len(PROMPTS)  # scores and features, two systems, two images
-    assert {source["preprocessing"] for source in results["rewards"].values()} == {"exact"}
+    assert "preprocessing" not in results["rewards"]["jpeg"]  # which reads images as they are
     assert results["rewards"]["hps"] == before["rewards"]["hps"] | {"preprocessing": "exact"}
     means = [found["systems"]["base"]["measures"]["hps"]["mean"] for found in (before, results)]
     assert 0 < abs(means[0] - means[1]) < 0.01

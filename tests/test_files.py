@@ -267,6 +267,20 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("name", [
+    "grids", "checkpoints", "unet", "also images", "also images/base",
+])  # fmt: skip
+def test_a_folder_that_holds_a_link_to_another_is_not_worked_in(tmp_path, name):
+    folder, elsewhere = tmp_path / "theirs", tmp_path / "elsewhere"
+    link = folder / name.removeprefix("also ")
+    link.parent.mkdir(parents=True)
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"output_dir: .*{link.name}' is a link, through which nothing is written"):
+        lock_and_release(folder)
+    assert list(elsewhere.iterdir()) == []
+
+
 @pytest.mark.parametrize("case", WRITERS)
 def test_nothing_is_written_through_a_link(tmp_path, case):
     write, name = WRITERS[case]

@@ -557,7 +557,9 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(bases, pairs, wri
     output, one = Path(shutil.copytree(written, tmp_path / "merged")), str(pairs("tiny")[0])
     FOREIGN[case](output)
     before = {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
-    with pytest.raises(InputError, match=r"not written by texforce merge|must hold a JSON object"):
+    with pytest.raises(
+        InputError, match=r"not written by texforce merge|holds no texforce-merge.json|must hold a JSON object"
+    ):
         merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
     assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before
 

@@ -183,9 +183,14 @@ def test_a_unet_of_another_kind_of_pipeline_is_refused(copied, changes):
         models.load_model(str(copied))
 
 
-def test_a_scheduler_that_clips_is_refused(copied):
+def test_stable_diffusion_never_clips_its_samples_as_the_plain_pipeline(copied):
     change(copied / "scheduler" / "scheduler_config.json", clip_sample=True)
-    model = models.load_model(str(copied))
+    assert models.load_model(str(copied)).scheduler.config.clip_sample is False
+
+
+def test_a_scheduler_of_sdxl_that_clips_is_refused(copied_xl):
+    change(copied_xl / "scheduler" / "scheduler_config.json", clip_sample=True)
+    model = models.load_model(str(copied_xl))
     with pytest.raises(InputError, match="clip_sample"):
         sampler.ddim_schedule(model.scheduler, 10, 1.0)
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from texforce import cli, models, rewards, run, train
-from texforce.config import TrainOptions, resolve
+from texforce.config import TrainOptions, password_of, resolve, without_passwords
 from texforce.errors import InputError, RewardError
 
 from .test_cli import check_failure, flags
@@ -167,10 +167,20 @@ def test_also_an_evaluation_and_a_refusal_keep_a_password_to_themselves(locked_s
     assert result.exit_code == 0, result.output
     assert public in json.loads((tmp_path / "eval" / "results.json").read_text())["rewards"]
     check_secret(result, tmp_path / "eval")
-    for bad in (f"http://me:{SECRET}@host/score", f"http://me:{ENCODED}@host:x/score", f"http://me:{ENCODED}@host/s=a,b"):
+    for bad in (
+        f"http://me:{SECRET}@host/score", f"http://me:{ENCODED}@host:x/score", f"http://me:{ENCODED}@host/s=a,b",
+        "http://me:12#s3cr@host/score", "http://me@corp.com:s3cr/t@host/score",
+    ):  # fmt: skip
         result = command_line("train", "--model", "tiny", "--reward", bad, "--output-dir", tmp_path / "out")
         check_failure(result, 2, "reward")
         assert "s3cr" not in result.output
+
+
+@pytest.mark.parametrize("user", ["me", "also me@corp.com", "also me%40corp.com"])
+def test_a_password_is_taken_out_whatever_the_user_is_called(user):
+    user = user.removeprefix("also ")
+    assert without_passwords(f"http://{user}:s3cr@host:80/score") == f"http://{user}@host:80/score"
+    assert password_of(f"{user}@host:80") == "s3cr"
 
 
 # --- what a message calls options and files ---

@@ -292,7 +292,7 @@ def test_a_changed_run_is_refused_with_what_has_changed_unless_forced(options, c
     with pytest.raises(InputError, match=r"learning_rate: 0.01 -> 0.001; .*rank: 4 -> 8; .*--force-resume"):
         run_training(changed, folder, resume=True)
     (tmp_path / "prompts.txt").write_text("a red box\ntwo blue squares\na navy disc\n")
-    with pytest.raises(InputError, match="the prompts"):
+    with pytest.raises(InputError, match="the training prompts"):
         run_training(options | {"prompts": str(tmp_path / "prompts.txt")}, folder, resume=True)
     with pytest.raises(InputError, match="other layers or another rank"):
         run_training(options | {"rank": 8}, folder, resume=True, force=True)
@@ -383,10 +383,10 @@ def edited(path: Path, content: str) -> Iterator[None]:
     ("mine.py", "the content of the reward .*mine.py:reward"),
     ("hps.pt", "the content of the reward hps"),
     ("model/unet/config.json", "the files of the model"),
-    ("prompts.txt", "the prompts"),
+    ("prompts.txt", "the training prompts"),
     pytest.param("hps.json", "the content of the reward hps", id="also what lies beside a checkpoint"),
-    pytest.param("heldout.txt", "the prompts", id="also held-out prompts"),
-    pytest.param("anchors.txt", "the prompts", id="also anchors"),
+    pytest.param("heldout.txt", "the training prompts; the held-out prompts", id="also held-out prompts"),
+    pytest.param("anchors.txt", "the anchor prompts", id="also anchors"),
 ])  # fmt: skip
 def test_a_file_that_decides_a_run_and_has_another_content_since_is_refused_by_name(from_files, name, words, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it loaded the model"))

@@ -175,5 +175,5 @@ def test_wandb_itself_without_an_account_is_bad_input(small_run, tmp_path, key):
     pytest.importorskip("wandb")
     done = train_with("wandb", small_run, tmp_path, **({"WANDB_API_KEY": key} if key else {}))
     assert done.returncode == 2, done.stderr
-    assert "report_to: wandb failed" in done.stderr
+    assert "--report-to: wandb failed" in done.stderr
     assert "Traceback" not in done.stderr
