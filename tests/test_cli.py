@@ -724,6 +724,25 @@ VIEWS: dict[str, Callable[[str], object]] = {
 }
 
 
+def test_neither_bars_nor_warnings_of_libraries_reach_the_terminal(stable_diffusion, adapter, tmp_path):
+    """Of a process of its own: libraries write to the real stderr. One warns of a foreign model's escape sequence."""
+    folder = shutil.copytree(stable_diffusion, tmp_path / "model")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"model_type": "\x1b[31mevil\x1b]0;x\x07"}))
+    commands = [
+        ["sample", "--model", folder, "--prompt", "a", "--num-images", 1, "--num-inference-steps", 1, "--output-dir", "a"],
+        ["merge", "--adapter", adapter, "--output-dir", "b"],
+    ]
+    program = f"import os\nfrom texforce import cli\nos.chdir({str(tmp_path)!r})\n"
+    for command in commands:
+        program += (
+            f"try:\n    cli.app({list(map(str, command))!r})\nexcept SystemExit as end:\n    print('ended', end.code)\n"
+        )
+    done = python(program)
+    assert done.stdout.count("ended 0") == 2, (done.stdout, done.stderr)
+    assert done.stderr.splitlines() == [f"model: {folder}", "model: tiny"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("case", VIEWS)
 def test_no_view_lets_a_text_drive_the_terminal(monkeypatch, case, terminal):

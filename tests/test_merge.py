@@ -515,7 +515,7 @@ def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours
     (output / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match=r"output_dir: .* exists; choose another, or give --overwrite"):
         merge_into(bases("tiny"), output, one, format="peft")
-    with pytest.raises(InputError, match=r"output_dir: .* was not written by texforce merge"):
+    with pytest.raises(InputError, match=r"output_dir: .* holds no texforce-merge.json"):
         merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
     assert (output / "mine.txt").read_text() == "precious"
     (output / "mine.txt").unlink()
