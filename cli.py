@@ -175,7 +175,7 @@ def train_command(
 
         if dry_run:
             if processes.is_first():
-                output.print(rows_table("plan", train.plan(settings, resume is not None)))
+                output.print(rows_table("plan", train.plan(settings)))
             return
         with hint_to_resume(settings), EpochView(settings) as view:
             result = train.train(settings, view, warn, resume is not None, force_resume)
@@ -255,7 +255,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
     Raises:
         NotFoundError, InputError: the file is not there, not JSON, or has fields that are no options.
     """
-    return check_options(read_json(path), path) if path else {}
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise NotFoundError(f"config: there is no file {str(path)!r}{', but a folder' if path.is_dir() else ''}")
+    return check_options(read_json(path), path)
 
 
 def check_options(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -323,11 +323,11 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be made and written to, without making it.
 
     Raises:
-        OSError: a part of its path is a file, or not to be written to.
+        InputError: a part of its path is a file. OSError: one is not to be written to.
     """
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+        raise InputError(f"output_dir: {str(parent)!r} is a file, and no folder to write into; choose another")
     if not os.access(parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 

@@ -153,6 +153,8 @@ def check_reward(spec: str) -> None:
             path = name.rpartition(":")[0]
             if not Path(path).is_file():
                 raise NotFoundError(f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function")
+        elif Path(name).is_file():
+            raise InputError(f"reward: {name!r} is a file; name a function in it, as {name}:function")
         elif name not in CATALOGUE:
             known = ", ".join(CATALOGUE)
             raise InputError(

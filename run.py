@@ -59,9 +59,10 @@ def check_folder(name: str, resume: bool = False) -> Path:
     folder = Path(name)
     files.check_writable(folder)
     ours = resume and is_run(folder)
-    foreign = [
-        path for path in folder.glob("*") if path.name not in (files.LOCK, files.HOLDER) and path.suffix != files.TEMPORARY
-    ]
+    known = {files.LOCK, files.HOLDER}
+    if (folder / files.LOCK).is_file() and not any((folder / "grids").glob("*")):
+        known |= {"config.json", "grids"}  # what a training leaves that was refused before its first image
+    foreign = [path for path in folder.glob("*") if path.name not in known and path.suffix != files.TEMPORARY]
     if foreign and not ours:
         raise InputError(
             f"output_dir: {name!r} is not empty; choose another folder, or go on with the run in it by --resume {name}"

@@ -654,15 +654,14 @@ def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
 # --- the plan ---
 
 
-def plan(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+def plan(config: TrainConfig) -> dict[str, Any]:
     """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
 
-    The file of a reward function is not executed.
+    The file of a reward function is not executed, and the output folder is not looked at.
 
     Raises:
-        What `train` raises before it samples, but for what only the file of a reward function tells.
+        What `train` raises before it samples, but for what the output folder or the file of a reward function would.
     """
-    run.check_folder(config.output_dir, resume)
     prompts, policy = read_run_prompts(config), load_policy(config)
     _load_scorers(config)
     cut = check_prompts(policy, config, prompts)

@@ -483,7 +483,7 @@ def test_a_folder_can_be_made_where_only_files_are_not_in_the_way(tmp_path):
     files.check_writable(tmp_path)
     files.check_writable(tmp_path / "a" / "b")
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(NotADirectoryError, match=r"Not a directory: .*file'"):
+        with pytest.raises(InputError, match=r"output_dir: .*file' is a file"):
             files.check_writable(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
