@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from . import interrupts
@@ -45,6 +45,7 @@ from .errors import (
     StorageError,
     expected,
     naming_origins,
+    near,
 )
 from .files import read_json
 from .flags import HELP_ALL, Command, TrainCommand, show_version, with_options
@@ -397,28 +398,43 @@ def eval_command(given: dict[str, Any]) -> None:
 # --- rewards ---
 
 
-def rewards_command() -> None:
-    """Show the rewards there are, what they need, and whether it is here."""
+def rewards_command(name: Annotated[str | None, typer.Argument(help="one of them, to read all about it")] = None) -> None:
+    """Show the rewards there are, and whether what they need is here."""
+    with exit_codes():
+        from .rewards import CATALOGUE
+
+        if name is not None:
+            if name not in CATALOGUE:
+                raise InputError(f"name: unknown reward {name!r}; known are {', '.join(CATALOGUE)}{near(name, CATALOGUE)}")
+            output.print(rows_table(name, _about_reward(name)))
+            return
+        table = Table("reward", "measures", "gradients", "here")
+        for name in CATALOGUE:
+            about = _about_reward(name)
+            table.add_row(*(Text(text) for text in (name, about["measures"], about["gradients"], about["here"])))
+        output.print(table)
+        show("texforce rewards NAME tells range, licence and what it needs. What is not here is fetched at first use.")
+        show("Others: path/to/file.py:function, http://HOST:PORT/score, and mixtures of any as hps=1,jpeg=0.1.")
+        show("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.")
+
+
+def _about_reward(name: str) -> dict[str, str]:
+    """What there is to know of a reward of the catalogue."""
     from .rewards import CATALOGUE, missing_packages
     from .weights import HUB, is_fetched
 
-    table = Table(Column("reward", no_wrap=True), show_lines=True)
-    for title in ("measures", "range; higher is better", "gradients", "needs", "licence", "here"):
-        table.add_column(title, overflow="fold")
-    for name, entry in CATALOGUE.items():
-        needs = "\n".join(HUB[item].repository for item in entry.weights) or "-"
-        if entry.packages:
-            needs = f"pip install 'texforce[{name}]'"
-        here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
-        cells = (name, entry.measures, entry.scale, "yes" if entry.gradients else "no", needs, entry.licence)
-        tiny = "for tiny" if "hps" in name else "no"
-        table.add_row(*(Text(cell) for cell in cells), "yes" if here else tiny)
-    output.print(table)
-    show(
-        "Others: path/to/file.py:function, http://HOST:PORT/score, and mixtures of any as hps=1,jpeg=0.1. What is not "
-        "here is fetched from the hub at first use."
-    )
-    show("With the tiny model, hps is an embedded scorer of its world, and nothing is fetched.")
+    entry = CATALOGUE[name]
+    is_here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
+    return {
+        "measures": entry.measures,
+        "range; higher is better": entry.scale,
+        "gradients": "yes" if entry.gradients else "no",
+        "needs": f"pip install 'texforce[{name}]'"
+        if entry.packages
+        else "\n".join(HUB[item].repository for item in entry.weights) or "nothing",
+        "licence": entry.licence,
+        "here": "yes" if is_here else "for tiny" if "hps" in name else "no",
+    }
 
 
 # --- serve ---

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, models, rewards, sampler, stages, train, views
+from texforce import cli, models, rewards, sampler, stages, train, views, weights
 from texforce import server as serving
 from texforce.config import (
     EvalConfig,
@@ -940,15 +940,29 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == trained_by_jpeg
 
 
-def test_the_table_of_rewards_names_each_with_what_it_needs(without_pyiqa):
+@pytest.mark.parametrize("name", rewards.CATALOGUE)
+def test_each_reward_is_told_in_full_by_its_name(name):
+    entry, shown = rewards.CATALOGUE[name], squash(run("rewards", name).stdout)
+    needs = (
+        [f"pip install 'texforce[{name}]'"] if entry.packages else [weights.HUB[item].repository for item in entry.weights]
+    )
+    for words in (name, entry.measures, entry.scale, entry.licence, *needs):
+        assert squash(words) in shown
+
+
+def test_a_reward_that_there_is_not_is_bad_input():
+    check_failure(run("rewards", "hsp"), 2, "unknown reward 'hsp'", "did you mean 'hps'?")
+
+
+def test_the_table_of_rewards_names_each_and_whether_it_is_here_within_eighty_columns(without_pyiqa, monkeypatch):
+    monkeypatch.setattr(cli.output, "_width", 80)
     result = run("rewards")
     assert result.exit_code == 0, result.output
     table = squash(result.stdout)
-    for name, entry in rewards.CATALOGUE.items():
-        assert name in table
-        assert squash(entry.scale) in table
-    for words in ("xswu/HPSv2", "non-commercial", "pip install 'texforce[face]'", "path/to/file.py:function"):
-        assert squash(words) in table
+    for name in rewards.CATALOGUE:
+        assert f"{name} " in result.stdout
+    assert "…" not in result.stdout
+    assert squash("path/to/file.py:function") in table
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     here = {row[0]: row[-1] for row in rows if row[0]}
     assert (here["jpeg"], here["alignment"], here["ocr"], here["face"], here["hps"]) == (

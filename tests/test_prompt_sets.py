@@ -194,7 +194,8 @@ def test_the_name_of_a_set_means_the_set_though_a_file_has_it_too(name, hub, tmp
 
 def test_an_unknown_set_of_prompts_lists_the_known_ones():
     with pytest.raises(
-        NotFoundError, match=r"sets are world, animals, .*general, .*from the hub hps, imagereward, pickapic; did you mean 'general'\?$"
+        NotFoundError,
+        match=r"sets are world, animals, .*general, .*from the hub hps, imagereward, pickapic; did you mean 'general'\?$",
     ):
         read_prompts("genral")
 
