@@ -666,7 +666,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     _load_scorers(config)
     cut = check_prompts(policy, config, prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
-    num_items = _items_per_image(policy, config)
+    num_items, num_images_a_step = _items_per_image(policy, config), num_images / config.num_updates_per_epoch
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
     if finds_micro_batch(config, policy.model.device):
         config = replace(config, micro_batch_size=config.sample_batch_size)
@@ -679,8 +679,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else ""),
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
-        "images an optimizer step": num_images / config.num_updates_per_epoch,
-        f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": num_images * num_items / config.num_updates_per_epoch,
+        "images an optimizer step": f"{num_images_a_step:g}",
+        f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": f"{num_images_a_step * num_items:g}",
         "U-Net calls an epoch": _calls_per_epoch(policy, config),
         "U-Net calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
         **_ppo_beside(policy, config),

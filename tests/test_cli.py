@@ -1193,7 +1193,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert plan["model"] == "tiny"
     assert plan["images in all"] == "40"
     assert plan["U-Net calls an epoch"] == str(8 * 2 * 4)
-    assert plan["(image, step) pairs an optimizer step"] == "8.0"
+    assert plan["(image, step) pairs an optimizer step"] == "8"
     assert float(plan["weights, MiB"]) > 5
     assert float(plan["U-Net activations of a micro-batch, MiB"]) > 1
     assert float(plan["text encoder activations, MiB"]) > 0.1
