@@ -107,12 +107,18 @@ def compare(runs: dict[str, list[Epochs]], target: float, console: Console) -> N
     console.print(table)
 
 
-def draw(path: Path, runs: dict[str, list[Epochs]]) -> None:
-    """Held-out alignment of every seed, against images and against seconds."""
+def draw(path: Path, runs: dict[str, list[Epochs]], target: float) -> None:
+    """Held-out alignment of every seed, against images and against seconds, beside the base model's and the target."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle("What the text encoder learns from an image (tiny model)")
     panels = figure.subplots(1, 2, sharey=True)
+    base = next(iter(runs.values()))[0][0]["heldout"]["alignment"]
+    for axes in panels:
+        axes.axhline(base, color="grey", linewidth=1, label="base model")
+        axes.axhline(target, color="grey", linewidth=1, linestyle="--", label=f"target, {target:.3f}")
+        axes.spines[["top", "right"]].set_visible(False)
     for name, color in COLORS.items():
         for seed, epochs in enumerate(runs.get(name, [])):
             alignments = [epoch["heldout"]["alignment"] for epoch in measured(epochs)]
@@ -122,7 +128,7 @@ def draw(path: Path, runs: dict[str, list[Epochs]]) -> None:
                 axes.plot(places, alignments, "o-", markersize=3, linewidth=1, alpha=0.8, color=color, label=label)
     panels[0].set(xlabel="images", ylabel="held-out alignment")
     panels[1].set(xlabel="seconds of training, one thread", xscale="log", xlim=(5, None))
-    panels[0].legend(loc="upper left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -147,8 +153,9 @@ def main() -> None:
         if name in options.systems:
             base = name.replace(", ", "-").replace(" ", "-")
             runs[name] = [run(folder / f"{base}-{seed}", **system, seed=seed) for seed in options.seeds]
-    compare(runs, options.target or end(runs["paper"]), console)
-    draw(options.figure or folder / "efficiency.png", runs)
+    target = options.target or end(runs["paper"])
+    compare(runs, target, console)
+    draw(options.figure or folder / "efficiency.png", runs, target)
 
 
 if __name__ == "__main__":
