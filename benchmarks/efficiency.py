@@ -121,9 +121,11 @@ def draw(path: Path, runs: dict[str, list[Epochs]], target: float) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for name, color in COLORS.items():
         for seed, epochs in enumerate(runs.get(name, [])):
-            alignments = [epoch["heldout"]["alignment"] for epoch in measured(epochs)]
-            for axes, unit in zip(panels, (1.0, seconds_per_image(epochs)), strict=True):
-                places = [unit * epoch["num_images"] for epoch in measured(epochs)]
+            units = (1.0, seconds_per_image(epochs))
+            for axes, unit, first in zip(panels, units, (0, 1), strict=True):  # a logarithmic axis has no place for the base
+                shown = measured(epochs)[first:]
+                places = [unit * epoch["num_images"] for epoch in shown]
+                alignments = [epoch["heldout"]["alignment"] for epoch in shown]
                 label = None if seed else name
                 axes.plot(places, alignments, "o-", markersize=3, linewidth=1, alpha=0.8, color=color, label=label)
     panels[0].set(xlabel="images", ylabel="held-out alignment")
