@@ -178,7 +178,7 @@ def train_command(
             if processes.is_first():
                 output.print(rows_table("plan", train.plan(settings)))
             return
-        with hint_to_resume(settings), EpochView(settings) as view:
+        with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
             result = train.train(settings, view, warn, resume is not None, force_resume)
         if not processes.is_first():
             return

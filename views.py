@@ -69,14 +69,16 @@ class EpochView:
     and tuned, and the reward over the epochs), and how long it takes.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, is_drawn: bool = True) -> None:
+        """With `is_drawn` false, as in all processes of a run but the first, no view is drawn."""
         self.num_epochs, self.clip_range = config.num_epochs or 0, config.clip_range
         self.epochs: list[dict[str, Any]] = []
         self.bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[count]}"), expand=True
         )
         self.stage = self.bar.add_task("starting", total=None, count="")
-        self.live = Live(console=progress, get_renderable=self.view, refresh_per_second=8) if progress.is_terminal else None
+        is_drawn = is_drawn and progress.is_terminal
+        self.live = Live(console=progress, get_renderable=self.view, refresh_per_second=8) if is_drawn else None
         self.stack = ExitStack()
 
     def __enter__(self) -> EpochView:

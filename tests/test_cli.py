@@ -1053,6 +1053,13 @@ def test_a_training_tells_what_it_is_at(small_run, tmp_path):
     assert told == []
 
 
+def test_only_the_first_process_of_a_run_draws_the_view(monkeypatch):
+    monkeypatch.setattr(views, "progress", views.PipeConsole(file=io.StringIO(), force_terminal=True))
+    config = resolve(TrainOptions(model="tiny"))
+    assert views.EpochView(config).live is not None
+    assert views.EpochView(config, is_drawn=False).live is None
+
+
 def test_elsewhere_every_epoch_is_a_line(monkeypatch):
     lines = view_of_epochs(monkeypatch).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
