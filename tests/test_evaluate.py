@@ -420,7 +420,7 @@ BAD = {
     "no images": (["--num-images", "0"], 2, ["--num-images"]),
     "no prompts": (["--limit", "0"], 2, ["limit"]),
     "no time": (["--reward-timeout", "0"], 2, ["--reward-timeout"]),
-    "a file for a folder": (["--output-dir", "OTHER.txt/eval"], 5, ["storage"]),
+    "a file for a folder": (["--output-dir", "OTHER.txt/eval"], 2, ["--output-dir", "is a file"]),
     "no such function": (["--reward", "NAN.py:nothing"], 2, ["nothing"]),
     "no such weights": (["--reward", "hps", "--reward-checkpoint", "hps=absent.pt"], 2, ["absent.pt"]),
     "weights out of reach": (["--reward", "clip"], 2, ["--reward-checkpoint clip=PATH"]),

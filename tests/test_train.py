@@ -566,7 +566,7 @@ def test_options_that_do_not_fit_the_algorithm_are_refused(options, message):
 
 def test_the_published_recipe_is_listed_in_the_documents_as_it_is():
     """Every row of the table in docs/training.md, beside the resolved preset for both models."""
-    text = (Path(texforce.__file__).parent / "docs" / "training.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
     listed = {row[0].strip("`"): row[-1] for row in rows if row[0].strip("`") in TrainConfig.__dataclass_fields__}
     assert len(listed) >= 20
