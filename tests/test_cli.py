@@ -1484,7 +1484,9 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
 def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
-    check_failure(run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 2, "--output-dir", "is a file")
+    check_failure(
+        run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 2, "--output-dir", "is a file"
+    )
     check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")
 
 
