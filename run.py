@@ -298,7 +298,7 @@ def check_same(saved: Mapping[str, Any], config: TrainConfig, sources: Mapping[s
     changes = differences(saved["config"], asdict(config))
     changes += [name for name, source in saved.get("sources", {}).items() if sources.get(name, source) != source]
     if changes:
-        raise InputError(f"resume: changed since the checkpoint: {'; '.join(changes)}; --force-resume goes on with the new")
+        raise InputError(f"resume: changed since the checkpoint: {'; '.join(changes)}; --force-resume goes on all the same")
 
 
 def check_lasting(saved: Mapping[str, Any], config: TrainConfig) -> None:
