@@ -494,7 +494,7 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
 
 def _shorten(text: str, font: Any, width: int) -> str:
     """The beginning of a text that fits into a width, without control characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[:width])  # a letter takes a pixel at least
     length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n]) <= width)
     return text[:length]
 

@@ -822,7 +822,7 @@ def test_metrics_begin_with_the_epochs_that_there_are_and_go_on_line_by_line(tmp
 def test_a_grid_has_a_row_for_each_prompt_whatever_it_holds_and_a_column_for_each_system(tmp_path):
     from PIL import Image
 
-    prompts = ["a red circle", "", "a very long prompt " * 20, "\x1b[31m\nein Würfel 🎲"]
+    prompts = ["a red circle", "", "a very long prompt " * 20_000, "\x1b[31m\nein Würfel 🎲"]
     colours = {"base": torch.tensor([1.0, 0, 0]), "tuned": torch.tensor([0, 0, 1.0])}
     columns = {name: colour.view(1, 3, 1, 1).expand(len(prompts), 3, 8, 8) for name, colour in colours.items()}
     run.write_grid(tmp_path / "grid.png", prompts, columns, cell=16)
