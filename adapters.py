@@ -381,7 +381,7 @@ class _Declared:
     """What a configuration of peft says of the layers that have LoRA; empty where there is no configuration."""
 
     config: Mapping[str, Any]
-    path: Path  # of the tensors
+    path: Path  # the file that holds the tensors
 
     def layers(self, names: Iterable[str]) -> set[str]:
         """The names of layers that peft would choose."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
-MAX_PIXELS = 2**25  # of an image that is read; with 12 bytes a pixel it takes less than a GiB
+MAX_PIXELS = 2**25  # larger images are not read: at 12 bytes a pixel this many take less than a GiB
 LFS_POINTER = "version https://git-lfs"  # begins what git leaves in the place of a large file that was not fetched
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 

@@ -38,7 +38,7 @@ from .weights import describe_source, describe_weights, find_weights
 URL = ("http://", "https://")
 TIMEOUT = 600.0  # seconds
 MAX_RESPONSE_BYTES = 2**24
-# Of a request: our server allows no more, and the client sends more images in several requests.
+# The largest request: our server refuses more, and the client splits its images into several requests.
 MAX_PIXELS = 2**23  # 32 images of 512 x 512
 MAX_IMAGES = 4096
 

@@ -365,7 +365,7 @@ def metrics(
         yield log
 
 
-Track = Callable[[dict[str, Any]], None]  # of an epoch's measures
+Track = Callable[[dict[str, Any]], None]  # takes the measures of an epoch
 
 
 def needs_account(config: TrainConfig) -> bool:

@@ -24,10 +24,10 @@ from .rewards import MAX_IMAGES, MAX_PIXELS
 from .scorers import Scorer, score
 
 # So that all requests together stay far below 1 GiB.
-MAX_LETTERS = 10_000  # of a prompt
+MAX_LETTERS = 10_000  # in one prompt
 MAX_VALUES = 2**20  # brackets and commas: an empty list takes three bytes here, and 64 in memory
 MAX_REQUEST_BYTES = 40 * 2**20  # what so many pixels take that do not compress, and the prompts
-MAX_HELD_BYTES = 4 * MAX_REQUEST_BYTES  # of all requests that wait
+MAX_HELD_BYTES = 4 * MAX_REQUEST_BYTES  # in all waiting requests together
 MAX_CLIENTS = 64
 SECONDS_TO_SEND = 60
 
@@ -134,6 +134,7 @@ class ScoreHandler(http.server.BaseHTTPRequestHandler):
             self.reply(408, {"error": f"a request must be sent within {SECONDS_TO_SEND} s"})
 
     def do_POST(self) -> None:
+        """Answer a request for scores, or refuse it before its content is read."""
         size = self.headers.get("Content-Length", "")
         if self.path != "/score":
             self.reply(404, {"error": "the scorer is at /score"})
