@@ -129,6 +129,7 @@ def as_typed(message: str) -> str:
 
 def train_command(
     given: dict[str, Any],
+    *,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with options, as a run's config.json; flags override it")
     ] = None,
@@ -161,17 +162,11 @@ def train_command(
     with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
         from . import processes
 
-        options = merge_options(read_config(config), given)
         if force_resume and not resume:
             raise InputError("force_resume: works only together with --resume")
-        if resume:
-            options = resumed_options(resume, options)
-        settings = resolve(TrainOptions(**options))
-        check_algorithm_options(given, settings.algorithm)
+        settings = train_settings(given, config, resume)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
-        if processes.is_first():
-            warn(f"model: {settings.model} ({_why(options)})")
         from . import train
 
         if dry_run:
@@ -184,6 +179,24 @@ def train_command(
             return
         output.print(results_table(result))
         show(f"adapter, figures and metrics are in {settings.output_dir}")
+
+
+def train_settings(given: dict[str, Any], config: Path | None, resume: Path | None) -> TrainConfig:
+    """The configuration of a training: what is given, over the run to resume or over a file; says which model it takes.
+
+    Raises:
+        NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`.
+    """
+    from . import processes
+
+    options = merge_options(read_config(config), given)
+    if resume:
+        options = resumed_options(resume, options)
+    settings = resolve(TrainOptions(**options))
+    check_algorithm_options(given, settings.algorithm)
+    if processes.is_first():
+        warn(f"model: {settings.model} ({_why(options)})")
+    return settings
 
 
 def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -201,17 +201,23 @@ def train(
             files.write_json(output_dir / "config.json", asdict(config))
             for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
                 (output_dir / name).unlink(missing_ok=True)
-        start = time.perf_counter()
-        heldout = Heldout(setup, prompts.measured, config, "heldout" if prompts.heldout else "training_prompts")
-        if not current.epochs:
-            spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
-            current.epochs.append({"epoch": 0, heldout.name: heldout.base} | spent)
-        if force:  # perhaps with other held-out prompts, or another reward, than those that it began with
-            first = {name: value for name, value in current.epochs[0].items() if name not in MEASURED_ON}
-            current.epochs[0] = first | {heldout.name: heldout.base}
+        heldout = _measure_base(current, setup, prompts, config, force)
         log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
         _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
         return _finish(current, config, len(cut.prompts))
+
+
+def _measure_base(current: Run, setup: Setup, prompts: Prompts, config: TrainConfig, force: bool) -> Heldout:
+    """Measure the base model, as epoch 0 of a run that begins, or that goes on by force."""
+    start = time.perf_counter()
+    heldout = Heldout(setup, prompts.measured, config, "heldout" if prompts.heldout else "training_prompts")
+    if not current.epochs:
+        spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
+        current.epochs.append({"epoch": 0, heldout.name: heldout.base} | spent)
+    if force:  # perhaps with other held-out prompts, or another reward, than those that it began with
+        first = {name: value for name, value in current.epochs[0].items() if name not in MEASURED_ON}
+        current.epochs[0] = first | {heldout.name: heldout.base}
+    return heldout
 
 
 def _go_on(current: Run, opened: _Opened, output_dir: Path) -> None:
