@@ -78,7 +78,7 @@ def options_of_all(
         bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    """Take the options that stand before the name of a command."""
 
 
 # --- exit codes ---
@@ -147,7 +147,7 @@ def train_command(
     trust_reward_code: Annotated[
         bool,
         typer.Option(
-            "--trust-reward-code", help="run the file of a reward function that --config or --resume names, and --reward not"
+            "--trust-reward-code", help="run a reward function's file that --config or --resume names instead of --reward"
         ),
     ] = False,
     help_all: Annotated[bool, HELP_ALL] = False,
@@ -465,13 +465,12 @@ def serve_command(
     """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
     with exit_codes():
         from . import rewards, server
-        from .config import check_device, default_device
+        from .config import check_device, default_device, default_model
 
         if not 0 <= port < 65536:
             raise InputError(f"port: must be from 0 to 65535, not {port}")
         device = check_device(device) if device else default_device()
-        checkpoints = rewards.EMBEDDED if device == "cpu" else {}
-        checkpoints = checkpoints | rewards.parse_checkpoints(reward_checkpoint or (), [reward])
+        checkpoints = rewards.checkpoints_for(default_model(device), reward_checkpoint, [reward])
         scorer, reward = rewards.load_reward(reward, device, checkpoints), without_passwords(reward)
         try:
             listening = server.make_server(scorer, port, host)

@@ -185,8 +185,8 @@ class TrainConfig:
         "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
     )
     heldout_prompts: str | None = option(
-        "such a file of prompts that are only measured (default: those kept apart from the shipped sets, as world's and "
-        "general's, else a tenth of --prompts)",
+        "prompts that are only measured, from a file as --prompts takes it (default: those kept apart from the shipped "
+        "sets, as world's and general's, else a tenth of --prompts)",
         None,
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
@@ -258,7 +258,7 @@ class TrainConfig:
         "weight of the squared distance of the null prompt's embedding to the base one's, which holds it there", 0.0
     )
     anchor_prompts: str | None = option(
-        "such a file of prompts that are held like the null prompt, as negative prompts", None
+        "prompts that are held like the null prompt, as negative prompts, from a file as --prompts takes it", None
     )
     null_prompt: NullPrompt = option("whether guidance's null prompt goes through the adapted text encoder or the base one")
     rank: Rank = option("of LoRA", 16)

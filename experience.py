@@ -125,7 +125,7 @@ def _sample_and_score(
     try:
         for number, start in enumerate(range(0, len(prompts), config.sample_batch_size)):
             interrupts.check()
-            stages.tell("sampling", start, len(prompts))
+            stages.report("sampling", start, len(prompts))
             chunk = prompts[start : start + config.sample_batch_size]
             if not processes.is_mine(number):
                 sampler.skip_rollout(policy.denoiser, len(chunk), policy.latent_shape, generator)
@@ -133,7 +133,7 @@ def _sample_and_score(
             trajectory = trajectories[number] = _rollout(policy, chunk, generator)
             scored |= {number: future.result() for number, future in waiting.items()}
             waiting = {number: _in_background(_decode_and_score, policy, reward, trajectory, chunk)}
-        stages.tell("scoring", len(prompts), len(prompts))
+        stages.report("scoring", len(prompts), len(prompts))
         scored |= {number: future.result() for number, future in waiting.items()}
     finally:
         wait(waiting.values(), timeout=2)  # a thread that is at work when the process ends can bring it down

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lock, and which process has it
-MAX_PIXELS = 2**25  # larger images are not read: at 12 bytes a pixel this many take less than a GiB
+MAX_IMAGE_PIXELS = 2**25  # larger images are not read: at 12 bytes a pixel this many take less than a GiB
 LFS_POINTER = "version https://git-lfs"  # begins what git leaves in the place of a large file that was not fetched
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")  # end the names of files of weights
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 
 
@@ -91,13 +92,7 @@ def locate(name: str | Path, option: str) -> Path:
         NotFoundError: there is neither such a path nor such a repository.
     """
     path = Path(name)
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix not in (
-        ".safetensors",
-        ".bin",
-        ".ckpt",
-        ".pt",
-        ".pth",
-    )
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix not in WEIGHT_SUFFIXES
     if path.exists() or path.parent.exists() or not is_name:
         return path
     with reading(f"{option}: there is no file or folder {str(name)!r}, and the hub does not give it", NotFoundError):
@@ -310,7 +305,7 @@ def open_image(path: Path) -> Image:
         reading(f"{path}: not an image that can be read; delete it and run the command again to draw it anew"),
         Image.open(path) as image,
     ):
-        if image.width * image.height > MAX_PIXELS:  # by the header: decoding it could take all memory
+        if image.width * image.height > MAX_IMAGE_PIXELS:  # by the header: decoding it could take all memory
             raise ValueError(f"it has {image.width} x {image.height} pixels")
         image.load()
         return image

@@ -91,10 +91,13 @@ class Command(TyperCommand):
 
 
 class TrainCommand(Command):
+    """The command `train`, whose help has TRAIN_GROUPS."""
+
     groups = TRAIN_GROUPS
 
 
 def show_all_help(ctx: typer.Context, is_given: bool) -> None:
+    """Show the help with all options, and end the command."""
     if is_given:
         ctx.meta["help_all"] = True
         typer.echo(ctx.get_help())
@@ -105,6 +108,7 @@ HELP_ALL = typer.Option("--help-all", is_eager=True, callback=show_all_help, hel
 
 
 def show_version(is_given: bool) -> None:
+    """Show the version, and end the command."""
     if is_given:
         typer.echo(f"texforce {__version__}")
         raise typer.Exit

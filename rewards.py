@@ -39,8 +39,8 @@ URL = ("http://", "https://")
 TIMEOUT = 600.0  # seconds
 MAX_RESPONSE_BYTES = 2**24
 # The largest request: our server refuses more, and the client splits its images into several requests.
-MAX_PIXELS = 2**23  # 32 images of 512 x 512
-MAX_IMAGES = 4096
+MAX_REQUEST_PIXELS = 2**23  # 32 images of 512 x 512
+MAX_REQUEST_IMAGES = 4096
 
 
 # --- what there is ---
@@ -533,7 +533,7 @@ class Remote:
             self.session.trust_env = False  # a proxy of the environment does not know this machine
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        size = max(1, min(MAX_IMAGES, MAX_PIXELS // math.prod(images.shape[-2:])))
+        size = max(1, min(MAX_REQUEST_IMAGES, MAX_REQUEST_PIXELS // math.prod(images.shape[-2:])))
         starts = range(0, len(images), size)
         return torch.cat([self._ask(images[start : start + size], prompts[start : start + size]) for start in starts])
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, RewardError, is_out_of_memory, reading
-from .rewards import MAX_IMAGES, MAX_PIXELS
+from .rewards import MAX_REQUEST_IMAGES, MAX_REQUEST_PIXELS
 from .scorers import Scorer, score
 
 # So that all requests together stay far below 1 GiB.
@@ -39,7 +39,7 @@ class TooLarge(ValueError):
     """A request beyond a limit of the server."""
 
 
-def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_png(text: str, max_pixels: int = MAX_REQUEST_PIXELS) -> Tensor:
     """The image (3, H, W) in [0, 1] of a PNG in base64, which is decoded only if its header promises at most `max_pixels`.
 
     Raises:
@@ -51,7 +51,7 @@ def decode_png(text: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     with reading("not a PNG in base64", InputError), contextlib.suppress(Image.DecompressionBombError):
         opened = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
     if opened is None or math.prod(opened.size) > max_pixels:
-        raise TooLarge(f"a request may have {MAX_PIXELS} pixels in all; send fewer images at a time")
+        raise TooLarge(f"a request may have {MAX_REQUEST_PIXELS} pixels in all; send fewer images at a time")
     with reading("not a PNG in base64", InputError):
         image = opened.convert("RGB")
     width, height = image.size
@@ -74,11 +74,11 @@ def read_request(body: bytes) -> tuple[Tensor, list[str]]:
         raise ValueError("prompts must be a list of texts")
     if not isinstance(texts, list) or not texts or len(prompts) != len(texts):
         raise ValueError("there must be as many images as prompts, and at least one")
-    if len(texts) > MAX_IMAGES or max(map(len, prompts)) > MAX_LETTERS:
-        raise TooLarge(f"a request may have {MAX_IMAGES} images, and prompts of {MAX_LETTERS} letters each")
+    if len(texts) > MAX_REQUEST_IMAGES or max(map(len, prompts)) > MAX_LETTERS:
+        raise TooLarge(f"a request may have {MAX_REQUEST_IMAGES} images, and prompts of {MAX_LETTERS} letters each")
     images, num_pixels = [], 0
     for text in texts:
-        images.append(decode_png(text, MAX_PIXELS - num_pixels))
+        images.append(decode_png(text, MAX_REQUEST_PIXELS - num_pixels))
         num_pixels += images[-1][0].numel()
     if len({image.shape for image in images}) > 1:
         raise ValueError("all images must be of one size")

@@ -1,18 +1,18 @@
-"""What a long piece of work is at, told to whoever listens, as a progress bar does."""
+"""Reports what a long piece of work is doing to a listener, such as a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-Listener = Callable[[str, int, int], None]  # stage, what is done of it, of how much
+Listener = Callable[[str, int, int], None]  # takes the stage, the number of items done, and their total
 
 _listener: Listener | None = None
 
 
 @contextlib.contextmanager
-def told_to(listener: Listener) -> Iterator[None]:
-    """Let a listener know of every stage while the context is open."""
+def reporting_to(listener: Listener) -> Iterator[None]:
+    """Report every stage to a listener while the context is open."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -21,7 +21,7 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
-def tell(stage: str, done: int = 0, total: int = 0) -> None:
-    """Say what is done of a stage; a total of 0 is one that is not known."""
+def report(stage: str, done: int = 0, total: int = 0) -> None:
+    """Report that `done` of `total` items of a stage are done; a total of 0 means that it is unknown."""
     if _listener is not None:
         _listener(stage, done, total)

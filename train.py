@@ -70,13 +70,13 @@ class Setup:
 
 def prepare(config: TrainConfig) -> Setup:
     """Load the model and the rewards of a resolved configuration, and put LoRA on the model."""
-    stages.tell("loading the model")
+    stages.report("loading the model")
     policy = load_policy(config)  # first: a mistyped folder must not wait for the download of a scorer
     device, specs = default_device(), reward_specs(config)
     checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
 
     def load(spec: str, normalise: bool = False) -> rewards.Mixture:
-        stages.tell(f"loading {without_passwords(spec)}")
+        stages.report(f"loading {without_passwords(spec)}")
         return rewards.load_reward(spec, device, checkpoints, normalise, config.reward_timeout)
 
     reward = load(config.reward, config.normalise_rewards)
@@ -542,7 +542,7 @@ def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[
     images = {}
     for start in range(0, len(prompts), batch_size):
         interrupts.check()
-        stages.tell("measuring", start, len(prompts))
+        stages.report("measuring", start, len(prompts))
         if processes.is_mine(start // batch_size):
             prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
             generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)

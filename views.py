@@ -84,7 +84,7 @@ class EpochView:
     def __enter__(self) -> EpochView:
         if self.live:
             self.stack.enter_context(self.live)
-            self.stack.enter_context(stages.told_to(self.at_stage))
+            self.stack.enter_context(stages.reporting_to(self.at_stage))
         return self
 
     def __exit__(self, *error: object) -> None:

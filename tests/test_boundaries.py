@@ -65,6 +65,19 @@ def damage(path: Path, kind: str, created_in: Path) -> None:
         path.write_bytes(DAMAGES[kind](whole))
 
 
+def damage_part(path: Path, kind: str, created_in: Path) -> Path:
+    """Damage a file of a pipeline, or remove it; weights of safetensors become a pickle first if the name asks for one."""
+    if path.suffix == ".bin":
+        safe = next(path.parent.glob("*.safetensors"))
+        torch.save(load_file(safe), path)
+        safe.unlink()
+    if kind == "nothing":
+        path.unlink()
+    else:
+        damage(path, kind, created_in)
+    return path
+
+
 def check_refused(read: Callable[[], object], path: Path, kind: type[TexforceError], tmp_path: Path) -> None:
     """Check the class and the message of the error that reading a damaged file raises, and that no code was run."""
     with pytest.raises(TexforceError) as caught:
@@ -98,15 +111,7 @@ def no_safety_by_environment(monkeypatch):
 @pytest.mark.usefixtures("no_safety_by_environment")
 def test_a_damaged_file_of_a_model_is_bad_input_that_names_the_model(stable_diffusion, tmp_path, name, kind):
     folder = link_folder(stable_diffusion, tmp_path / "model")
-    path = folder / name
-    if path.suffix == ".bin":
-        safe = next(path.parent.glob("*.safetensors"))
-        torch.save(load_file(safe), path)
-        safe.unlink()
-    if kind == "nothing":
-        path.unlink()
-    else:
-        damage(path, kind, tmp_path)
+    path = damage_part(folder / name, kind, tmp_path)
     part = path if path.parent == folder else path.parent
     check_refused(lambda: models.load_model(str(folder)), part, InputError, tmp_path)
 
@@ -155,15 +160,7 @@ ACCESSORIES = (
 @pytest.mark.usefixtures("no_safety_by_environment")
 def test_a_damaged_file_of_a_pipeline_to_merge_into_is_bad_input_that_names_the_part(with_checker, tmp_path, name, kind):
     folder = link_folder(with_checker, tmp_path / "model")
-    path = folder / name
-    if path.suffix == ".bin":
-        safe = next(path.parent.glob("*.safetensors"))
-        torch.save(load_file(safe), path)
-        safe.unlink()
-    if kind == "nothing":
-        path.unlink()
-    else:
-        damage(path, kind, tmp_path)
+    path = damage_part(folder / name, kind, tmp_path)
     if (path.parent.name, kind) == ("feature_extractor", "JSON of other fields"):  # its fields are all optional
         merge.load_pipeline(str(folder))
         return

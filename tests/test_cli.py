@@ -238,7 +238,7 @@ def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, m
     check_failure(run(*arguments), 2, f"did you mean {meant!r}?")
 
 
-def test_the_version_is_told():
+def test_the_version_is_shown():
     assert run("--version").stdout.strip() == f"texforce {texforce.__version__}"
 
 
@@ -941,7 +941,7 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained
 
 
 @pytest.mark.parametrize("name", rewards.CATALOGUE)
-def test_each_reward_is_told_in_full_by_its_name(name):
+def test_each_reward_is_described_in_full_by_its_name(name):
     entry, shown = rewards.CATALOGUE[name], squash(run("rewards", name).stdout)
     needs = (
         [f"pip install 'texforce[{name}]'"] if entry.packages else [weights.HUB[item].repository for item in entry.weights]
@@ -1039,18 +1039,18 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest(values, line):
     assert list(drawn) == sorted(drawn) or values != sorted(values)
 
 
-def test_a_training_tells_what_it_is_at(small_run, tmp_path):
-    told = []
-    with stages.told_to(lambda stage, done, total: told.append((stage, done, total))):
+def test_a_training_reports_what_it_is_doing(small_run, tmp_path):
+    reported = []
+    with stages.reporting_to(lambda stage, done, total: reported.append((stage, done, total))):
         train.train(resolve(TrainOptions(**small_run | {"output_dir": str(tmp_path / "out"), "sample_batch_size": 4})))
-    assert list(dict.fromkeys(stage for stage, _, _ in told)) == [
+    assert list(dict.fromkeys(stage for stage, _, _ in reported)) == [
         "loading the model", "loading jpeg", "measuring", "sampling", "scoring", "learning",
     ]  # fmt: skip
-    assert all(0 <= done <= total for _, done, total in told)
-    assert [done for stage, done, _ in told if stage == "sampling"] == [0, 4]
-    told.clear()
-    stages.tell("nobody listens")
-    assert told == []
+    assert all(0 <= done <= total for _, done, total in reported)
+    assert [done for stage, done, _ in reported if stage == "sampling"] == [0, 4]
+    reported.clear()
+    stages.report("nobody listens")
+    assert reported == []
 
 
 def test_only_the_first_process_of_a_run_draws_the_view(monkeypatch):

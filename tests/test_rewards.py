@@ -885,7 +885,7 @@ def test_a_client_that_drips_is_answered_with_408_when_its_time_is_over(monkeypa
 def test_more_images_than_a_request_may_hold_are_sent_in_several(monkeypatch):
     images = eight_bit_images(5)
     with running(serving.make_server(brightness, 0)) as url:
-        monkeypatch.setattr(rewards, "MAX_PIXELS", 2 * images[0, 0].numel())
+        monkeypatch.setattr(rewards, "MAX_REQUEST_PIXELS", 2 * images[0, 0].numel())
         prompts = ["a", "b", "nan", "d", "e"]
         torch.testing.assert_close(rewards.load_reward(url)(images, prompts), brightness(images, prompts), equal_nan=True)
 
