@@ -26,10 +26,10 @@ from . import ldm
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
 from .files import locate
-from .models import Model, tokenize
+from .models import Model, family_of
 from .weights import read_finite
 
-PARTS = ("text_encoder", "text_encoder_2", "unet")
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet")
 PROBE = "a photo of a red cube on a blue sphere"
 MATCHING_SECONDS = 3.0  # for the names of all layers; a pattern in a foreign file may take for ever
 MAX_PATTERN = 1000  # letters of a pattern, and repetitions that it counts, on which its compilation depends
@@ -60,7 +60,7 @@ class Layer:
         return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-Adapter = dict[str, dict[str, Layer]]  # part: name of the layer in a CLIPTextModel or UNet2DConditionModel: LoRA
+Adapter = dict[str, dict[str, Layer]]  # part: name of the layer in the text encoder or UNet2DConditionModel: LoRA
 
 
 # --- files ---
@@ -90,7 +90,7 @@ def find_files(path: Path) -> list[_File]:
     if not path.is_dir():
         raise NotFoundError(f"adapter: there is no file or folder {str(path)!r}")
     files = []
-    for part, folder in {None: path, "text_encoder_2": path / "text_encoder_2", "unet": path / "unet"}.items():
+    for part, folder in {None: path, **{part: path / part for part in PARTS[1:]}}.items():
         if (folder / "adapter_config.json").is_file():
             weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
             found = next((file for file in weights if file.is_file()), None)
@@ -198,7 +198,8 @@ ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the wid
 def _check_family(header: Mapping[str, str], model: Any, path: Path) -> None:
     said = header.get("ss_base_model_version", "")
     families = {width: base.removesuffix("_base_v1-0") for width, (base, _) in ARCHITECTURES.items()}  # sdxl has variants
-    own = families.get(model.unet.config.cross_attention_dim)
+    unet = getattr(model, "unet", None)
+    own = families.get(unet.config.cross_attention_dim) if unet is not None else None
     family = next((family for family in families.values() if said.startswith(family)), None)
     if family and own and family != own:
         raise ArtifactError(f"{path}: made for another model: it says {said}, and this one is {own}; see --model")
@@ -222,7 +223,7 @@ _OTHER_KINDS = {
     "lora_bias": "LoRA with a bias",
 }  # fmt: skip
 _PREFIXES = {
-    "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "unet.": "unet",
+    **{f"{part}.": part for part in PARTS},
     "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_unet_": "unet",
 }  # fmt: skip
 
@@ -250,15 +251,17 @@ def layer_names(part: str, module: nn.Module) -> dict[str, str]:
     return names
 
 
-def _place(key: str, names: Mapping[str, Mapping[str, str]], default: str | None) -> tuple[str, str, str] | None:
+def _place(
+    key: str, names: Mapping[str, Mapping[str, str]], default: str | None, prefixes: Mapping[str, str]
+) -> tuple[str, str, str] | None:
     """Part, layer and kind (down, up or alpha) of a key; None where it is of no part."""
     suffix = next((suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if key.endswith(suffix)), None)
     if suffix is None:
         return None
     name = key.removesuffix(suffix).removeprefix("base_model.model.")
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is not None:
-        name, candidates = name.removeprefix(prefix).removeprefix("base_model.model."), [_PREFIXES[prefix]]
+        name, candidates = name.removeprefix(prefix).removeprefix("base_model.model."), [prefixes[prefix]]
     else:
         candidates = [default] if default else list(names)
     for part in candidates:
@@ -292,13 +295,14 @@ def read_adapter(path: str | Path, model: Any) -> Adapter:
     if adapted := [part for part, module in modules.items() if hasattr(module, "peft_config")]:
         raise InputError(f"adapter: the {adapted[0]} has an adapter already; give them together")
     names = {part: layer_names(part, module) for part, module in modules.items()}
+    prefixes = _PREFIXES | {prefix: part for part, prefix in family_of(model).kohya.items()}
     adapter: Adapter = {}
     for file in find_files(Path(path)):
         tensors = read_finite(file.path, "an adapter")
         header = _read_header(file.path)
         _check_family(header, model, file.path)
         configs = {file.part: file.config} if file.config else _read_configs(header, file.path)
-        for part, found in _by_part(tensors, names, file).items():
+        for part, found in _by_part(tensors, names, file, prefixes).items():
             config = configs.get(part, configs.get(None))
             layers = {name: _make_layer(name, layer, config, file.path) for name, layer in found.items()}
             if not _is_declared_whole(layers, part, header, file.path):
@@ -308,12 +312,12 @@ def read_adapter(path: str | Path, model: Any) -> Adapter:
 
 
 def _by_part(
-    tensors: Mapping[str, Tensor], names: Mapping[str, Mapping[str, str]], file: _File
+    tensors: Mapping[str, Tensor], names: Mapping[str, Mapping[str, str]], file: _File, prefixes: Mapping[str, str]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The down, up and alpha of each layer of each part."""
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in tensors.items():
-        place = _place(key, names, file.part)
+        place = _place(key, names, file.part, prefixes)
         if place is None:
             if kind := _other_kind(key):
                 raise ArtifactError(
@@ -578,9 +582,8 @@ def check_embeddings(model: Any, adapter: Adapter) -> None:
     Raises:
         ArtifactError: it does not.
     """
-    for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        if part in adapter:
-            check_embedding(getattr(model, tokenizer), getattr(model, part), adapter[part])
+    for part in adapter.keys() - {"unet"}:
+        check_embedding(getattr(model, part.replace("text_encoder", "tokenizer")), getattr(model, part), adapter[part])
 
 
 @torch.no_grad()
@@ -592,8 +595,9 @@ def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Laye
     """
     tuned = copy.deepcopy(text_encoder)
     bake(tuned, layers)
-    prompt_ids = tokenize(tokenizer, [PROBE]).to(text_encoder.device)
-    base, changed = (encoder(input_ids=prompt_ids).to_tuple() for encoder in (text_encoder, tuned))
+    prompt_ids = torch.tensor(tokenizer([PROBE], truncation=True).input_ids).to(text_encoder.device)
+    outputs = [encoder(input_ids=prompt_ids).to_tuple() for encoder in (text_encoder, tuned)]
+    base, changed = ([tensor for tensor in output if isinstance(tensor, Tensor)] for output in outputs)
     if all(torch.equal(one, other) for one, other in zip(base, changed, strict=True)):  # the pooled text is among them
         raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
 
@@ -628,7 +632,8 @@ def named_as_in(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Lay
 def named_as_published(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """A text encoder's layers by the names that files of LoRA have kept: all within `text_model.` but the projection."""
     named = named_as_in(module, layers)
-    return named if hasattr(module, "text_model") else {f"text_model.{name}": layer for name, layer in named.items()}
+    is_plain = hasattr(module, "text_model") or not module.config.model_type.startswith("clip")
+    return named if is_plain else {f"text_model.{name}": layer for name, layer in named.items()}
 
 
 def _add_lora(module: nn.Module, layers: Mapping[str, Layer]) -> Any:
@@ -660,9 +665,11 @@ def read_unet(path: str | Path, model: Any) -> TunedUNet:
 
     Raises:
         NotFoundError, ArtifactError: as `read_adapter`; or there is LoRA for a text encoder in it, or the tensors are
-            another U-Net's, or all equal to this one's.
+            another U-Net's, or all equal to this one's. InputError: the model has no U-Net.
     """
     path = locate(path, "unet")
+    if getattr(model, "unet", None) is None:
+        raise InputError(f"unet: {family_of(model).name} has no U-Net, so that none can take its place")
     for folder in (path, path / "unet"):
         if file := unet_file(folder):
             return TunedUNet({}, _whole_unet(read_finite(file, "a U-Net"), model.unet, file))

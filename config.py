@@ -24,7 +24,7 @@ from pydantic import Field
 
 from .errors import InputError, naming_origins, near
 from .files import locate, read_json
-from .presets import PRESETS, family, preset_for, sampler_defaults
+from .presets import PRESETS, family, is_flow, preset_for, sampler_defaults
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
@@ -49,7 +49,8 @@ Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
 Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
-Sampler = Literal["ddim", "dpm-solver"]
+Sampler = Literal["ddim", "dpm-solver", "euler", "cps"]
+FLOW_SAMPLERS = ("euler", "cps")  # of models of flow matching
 NullPrompt = Literal["adapted", "base"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
@@ -200,6 +201,12 @@ class TrainConfig:
     target: Literal["text-encoder", "unet", "both"] = option(
         "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
     )
+    text_encoders: list[str] | None = option(
+        "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the one there is)", None
+    )
+    offload_text_encoders: bool = option(
+        "keep the text encoders that are not trained off the GPU; they encode each prompt once", False
+    )
     reward_checkpoint: list[str] | None = option(
         "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published "
         "weights (default: embedded hps for tiny, else hub)",
@@ -215,10 +222,15 @@ class TrainConfig:
         "passes over an epoch's images (PPO's epochs); more of them learn more from an image, in more time", 1
     )
     sampler: Sampler = option(
-        "ddim or dpm-solver (DPM-Solver++ 2M: fewer steps, none of them random, so not for ppo)", "ddim"
+        "ddim, or dpm-solver (DPM-Solver++ 2M: fewer steps, none of them random, so not for ppo); for flow matching euler "
+        "(with eta Flow-GRPO's SDE) or cps (coefficients-preserving) (default: ddim, or euler)",
+        "ddim",
     )
     num_inference_steps: Count = option("denoising steps")
-    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1; ppo needs some (default: 1, but 0 for dpm-solver)", 1.0)
+    eta: DrawEta = option(
+        "randomness of the steps, 0 to 1; ppo needs some (default: 1, but 0 for dpm-solver and 0.7 for ppo in flow matching)",
+        1.0,
+    )
     guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")
     timestep_window: StepShare = option(
         "share of the denoising steps, from the first and noisiest on, that may be trained on"
@@ -276,8 +288,10 @@ class TrainConfig:
     mixed_precision: Precision = option(
         "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)"
     )
-    gradient_checkpointing: bool = option("recompute the U-Net's activations to save memory", False)
-    compile: bool | None = option("compile the U-Net; the first step takes minutes (default: on CUDA)", None)
+    gradient_checkpointing: bool = option(
+        "recompute the activations of the denoiser and of the trained text encoders to save memory", False
+    )
+    compile: bool | None = option("compile the denoiser; the first step takes minutes (default: on CUDA)", None)
     eval_every: Count = option("epochs between measurements on the held-out prompts")
     checkpoint_every: Count = option("epochs between checkpoints, from which `--resume` goes on exactly")
     checkpoints_to_keep: Count = option("so many of the newest checkpoints stay", 2)
@@ -331,7 +345,7 @@ def default_precision(model: str, device: str) -> str:
     import torch
 
     if device != "cpu":
-        return "fp16"
+        return "bf16" if is_flow(model) else "fp16"
     return "bf16" if family(model) != "tiny" and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
@@ -353,7 +367,8 @@ def resolve(options: Options) -> TrainConfig:
     check_precision(precision, device)
     rank = given.get("rank", preset.get("rank", _default(TrainConfig, "rank")))
     follows = {"model": model, "mixed_precision": precision, "lora_alpha": rank}
-    follows |= sampler_defaults(given.get("sampler", "ddim"), family(model))
+    sampler = given.get("sampler", preset.get("sampler", "ddim"))
+    follows |= sampler_defaults(sampler, family(model), given.get("algorithm", preset["algorithm"]))
     if rounds_by_batch(precision, device):
         usual = preset["micro_batch_size" if device == "cpu" else "sample_batch_size"]
         size = given.get("sample_batch_size", given.get("micro_batch_size", usual))
@@ -409,6 +424,13 @@ def window_end(config: TrainConfig) -> int:
     return math.ceil(config.timestep_window * config.num_inference_steps - 1e-9)  # 0.28 of 25 is 7, though rounded up
 
 
+def check_drawn(sampler: str, eta: float) -> None:
+    """Raise InputError for randomness in how images are drawn that a sampler does not have."""
+    if sampler == "cps" or (sampler == "euler" and eta != 0):
+        raise InputError(f"sampler, eta: flow matching is drawn by euler at an eta of 0, not by {sampler} at {eta:g}")
+    check_sampler(sampler, eta)
+
+
 def check_sampler(sampler: str, eta: float) -> None:
     """Raise InputError for randomness that a sampler does not have."""
     if sampler == "dpm-solver" and eta != 0:
@@ -418,7 +440,8 @@ def check_sampler(sampler: str, eta: float) -> None:
 def _check_algorithm(config: TrainConfig) -> None:
     if config.algorithm == "ppo" and config.sampler == "dpm-solver":
         raise InputError(
-            "sampler: must be ddim for ppo, not dpm-solver: a step without randomness has no density to train on"
+            "sampler: must be ddim for ppo (in flow matching euler or cps), not dpm-solver: a step without randomness has "
+            "no density to train on"
         )
     check_sampler(config.sampler, config.eta)
     if config.algorithm == "ppo" and config.eta == 0:
@@ -434,6 +457,9 @@ def _check_algorithm(config: TrainConfig) -> None:
         )
     if config.algorithm == "gradient" and config.num_inner_epochs > 1:
         raise InputError("num_inner_epochs: must be 1 for gradient, which samples its images in the update")
+    if config.target == "unet" and (config.text_encoders or config.offload_text_encoders):
+        name = "text_encoders" if config.text_encoders else "offload_text_encoders"
+        raise InputError(f"{name}: needs a text encoder that is trained; target unet trains none")
     if config.null_anchor and config.target == "unet":
         raise InputError("null_anchor: needs a text encoder that is trained; target unet trains none")
     if config.anchor_prompts and not config.null_anchor:
@@ -493,7 +519,7 @@ class DrawConfig:
     """How images are drawn, by `sample` and by `eval`."""
 
     model: str = option(MODEL_HELP)
-    sampler: Sampler = option("ddim or dpm-solver (default: the adapter's, else ddim)")
+    sampler: Sampler = option("ddim or dpm-solver, for flow matching euler (default: the adapter's, else ddim or euler)")
     num_inference_steps: Count = option("denoising steps (default: the adapter's)")
     eta: DrawEta = option("randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1; 0 for dpm-solver)")
     guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
@@ -502,6 +528,7 @@ class DrawConfig:
     mixed_precision: Precision = option("no, fp16 or bf16 (default: fp16 on CUDA, else no)")
     compile: bool | None = option("compile the U-Net (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
+    negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
 
 
@@ -589,9 +616,10 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
     model = given.get("model") or saved.get("model") or default_model(device)
     preset = PRESETS[family(model), "default"]
-    usual: dict[str, Any] = {"eta": 1.0, "null_prompt": "adapted", "mixed_precision": "no" if device == "cpu" else "fp16"}
+    usual: dict[str, Any] = {"eta": 1.0, "sampler": preset.get("sampler", "ddim"), "null_prompt": "adapted"}
+    usual["mixed_precision"] = "no" if device == "cpu" else "bf16" if is_flow(model) else "fp16"
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
-    sampler = given.get("sampler", saved.get("sampler", "ddim"))
+    sampler = given.get("sampler", saved.get("sampler", usual["sampler"]))
     usual |= {"sampler": sampler} | sampler_defaults(sampler, family(model))
     if saved.get("sampler", sampler) != sampler:
         saved.pop("eta", None)  # it was the other sampler's
@@ -599,7 +627,7 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     values = usual | saved | given | {"model": model}
     with naming_origins(origins):
         check_precision(values["mixed_precision"], device)
-        check_sampler(sampler, values["eta"])
+        check_drawn(sampler, values["eta"])
     return values | {"origins": origins}
 
 
@@ -622,6 +650,8 @@ def _saved_settings(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if "eta" in content:  # a run of before there was a choice
         content = {"sampler": "ddim"} | content
+    if content.get("sampler") in FLOW_SAMPLERS:  # random for training on alone
+        content |= {"sampler": "euler", "eta": 0.0}
     names = ["model", "sampler", "num_inference_steps", "guidance_scale", "eta"]
     if content.get("target") != "unet":  # the null prompt goes through the text encoder
         names.append("null_prompt")

@@ -18,6 +18,7 @@ from . import adapters, files, ldm, models
 from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in, named_as_published
 from .config import SETTINGS, MergeConfig
 from .errors import ArtifactError, InputError
+from .families import Family
 from .files import read_json
 from .weights import read_tensors
 
@@ -62,6 +63,7 @@ def merge(config: MergeConfig) -> Path:
     if not adapter and not whole_unet:
         raise InputError("adapter: with weights of 0 nothing is merged")
     check_sum(model, adapter)
+    check_format(models.family_of(model), adapter, config.format)
     files.make_folder(output.parent)
     with files.replacing(output) as folder:
         folder.mkdir()
@@ -87,6 +89,26 @@ def check_sum(model: Any, adapter: Adapter) -> None:
             if not layer.delta().isfinite().all():
                 raise InputError(f"adapter: with these weights the change of {name} is not finite; lower them")
     adapters.check_embeddings(model, adapter)
+
+
+def check_format(family: Family, adapter: Adapter, format: str) -> None:
+    """Check that a format's readers take what is to be written.
+
+    Raises:
+        InputError: they do not.
+    """
+    if format == "checkpoint" and family.part != "unet":
+        raise InputError(f"format: checkpoint is a layout of Stable Diffusion 1.x to XL, not of {family.name}; use pipeline")
+    readers = {
+        "diffusers": ("diffusers' load_lora_weights", family.diffusers_lora),
+        "kohya": ("sd-scripts and ComfyUI", tuple(family.kohya)),
+    }
+    if format in readers:
+        name, taken = readers[format]
+        if foreign := [part for part in adapter if part not in (*taken, "unet")]:
+            raise InputError(
+                f"format: {name} take no LoRA of the {foreign[0]} of {family.name}; use peft (for its PeftModel) or pipeline"
+            )
 
 
 def check_output(config: MergeConfig) -> None:
@@ -135,7 +157,7 @@ def check_replaceable(output: Path) -> None:
 
 
 def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
-    """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, none of its tensors missing, in float32.
+    """A pipeline of diffusers, of a family in families.py, none of its tensors missing, in float32.
 
     The parts in `without` are not read.
 
@@ -146,9 +168,12 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
 
     source = models.find_model(name)
     with models.reading_model(name):
-        second, _ = models.pipeline_kind(source)
-        parts = models.load_tokenizers(source, second) | models.load_parts(source, second=second)
-        models.unet_size(parts["unet"])
+        kind = models.pipeline_kind(source)
+        parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind)
+        if kind.family.default_size is None:
+            models.config_size(parts[kind.family.part])
+        absent = kind.family.text.keys() - kind.text_parts.keys()
+        parts |= {name.replace("text_encoder", what): None for name in absent for what in ("text_encoder", "tokenizer")}
         parts |= _accessories(source, without) | {"scheduler": _own_scheduler(source)}
         pipeline = DiffusionPipeline.from_pretrained(source, **parts)
         models.check_text(pipeline, source)
@@ -237,15 +262,13 @@ def write_diffusers(merged: Merged, folder: Path) -> None:
 
 def write_kohya(merged: Merged, folder: Path) -> None:
     """A file of kohya's names for A1111, ComfyUI and whatever else reads them, each layer with its alpha."""
-    second = getattr(merged.model, "text_encoder_2", None)
-    prefixes = {"text_encoder": "lora_te_" if second is None else "lora_te1_", "text_encoder_2": "lora_te2_"}
-    tensors = {}
+    family, tensors = models.family_of(merged.model), {}
     for part, layers in merged.adapter.items():
         named = layers if part == "unet" else named_as_published(getattr(merged.model, part), layers)
         for name, layer in named.items():
             if part != "unet":
-                full = prefixes[part] + name
-            elif second is None:
+                full = family.kohya[part] + name
+            elif not family.pooled:
                 full = "lora_unet_" + name
             else:  # Stable Diffusion XL's go by the names of its own code
                 full = "lora_unet_" + ldm.unet_name(name, merged.model.unet.config)
@@ -273,6 +296,9 @@ def common(values: Iterator[str]) -> str:
 
 def architecture_of(model: Any) -> tuple[str, str]:
     """kohya's and modelspec's names of the base model; general ones for models that were not published."""
+    family = models.family_of(model)
+    if family.part != "unet":
+        return "", family.architecture
     base, name = ARCHITECTURES.get(model.unet.config.cross_attention_dim, ("", "stable-diffusion"))
     if base == "sd_v2":
         name += "-768-v" if prediction_type(model) == "v" else "-512"
@@ -281,13 +307,17 @@ def architecture_of(model: Any) -> tuple[str, str]:
 
 def prediction_type(model: Any) -> str:
     """The prediction type as modelspec names it."""
+    if models.family_of(model).flow:
+        return "flow"
     return "v" if model.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon"
 
 
 def modelspec(merged: Merged, kind: str) -> dict[str, str]:
     """Metadata of Stability's Model Spec 1.0.0; `kind` follows the architecture, as /lora."""
     model, config = merged.model, merged.config
-    pixels = (models.unet_size(model.unet) or 64) * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    family = models.family_of(model)
+    size = family.default_size or models.config_size(getattr(model, family.part)) or 64
+    pixels = size * models.pixels_per_latent(model.vae)
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture_of(model)[1] + kind,
@@ -340,7 +370,7 @@ def _differing_tensors(merged: Merged, folder: Path) -> list[str]:
         expected = ldm.checkpoint_tensors(merged.model)
         return _differing(written, expected)
     wrong = []
-    for part in (name for name in (*adapters.PARTS, "vae") if getattr(merged.model, name, None) is not None):
+    for part in (name for name in (*adapters.PARTS, "transformer", "vae") if getattr(merged.model, name, None) is not None):
         module = getattr(merged.model, part)
         written = models.load_network(type(module), str(folder), part).state_dict()
         wrong += [f"{part}.{name}" for name in _differing(written, module.state_dict())]

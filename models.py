@@ -1,12 +1,13 @@
-"""Base model: Stable Diffusion pipelines, their parts loaded strictly, and prompts encoded by their text encoders."""
+"""Base models: pipelines of the families in families.py, loaded strictly, and prompts encoded by their text encoders."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, NotFoundError, reading
+from .families import FAMILIES, NO_TOKEN, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
 from .files import describe_files, quiet_hub, read_json
 from .weights import check_content, quiet_libraries
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
-NUM_TIME_IDS = 6  # of SDXL's base U-Net: original size, crop's corner and target size, each as height and width
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them holds the words
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # one of them holds the words
 SCHEDULER_FILE = "scheduler_config.json"
 JSON_FILES = (
     "config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", SCHEDULER_FILE,
@@ -47,37 +48,64 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "pred
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a Stable Diffusion 1.x, 2.x or XL pipeline, frozen and in inference precision."""
+    """The parts of a pipeline, frozen and in inference precision; those that its family has not are None."""
 
     name: str
     tokenizer: Any
     text_encoder: Any
-    unet: Any
-    vae: Any
-    scheduler: Any
-    tokenizer_2: Any = None  # only SDXL (arXiv:2307.01952) has these two
+    unet: Any = None
+    vae: Any = None
+    scheduler: Any = None
+    tokenizer_2: Any = None
     text_encoder_2: Any = None
+    tokenizer_3: Any = None
+    text_encoder_3: Any = None
+    transformer: Any = None
+    family: Family = SD
     zero_null: bool = False  # the null prompt's embedding is zeros and not an empty prompt's, as in the plain SDXL pipeline
+    encode_once: Mapping[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
+
+    @property
+    def denoiser(self) -> Any:
+        """The U-Net, or the transformer."""
+        return getattr(self, self.family.part)
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
-    def tokenizers(self) -> list[Any]:
-        """The tokenizer, or SDXL's two."""
-        return [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
+    def dtype(self) -> torch.dtype:
+        """The denoiser's."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers, by their text encoders' names."""
+        found = {name: getattr(self, name.replace("text_encoder", "tokenizer")) for name in self.family.text}
+        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        """The text encoder, or SDXL's two, by name."""
-        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
-        return {"text_encoder": self.text_encoder} | second
+        """The text encoders by name."""
+        found = {name: getattr(self, name) for name in self.family.text}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     @property
     def policy_parts(self) -> dict[str, Any]:
         """The parts that may carry LoRA, by name."""
-        return self.text_encoders | {"unet": self.unet}
+        return self.text_encoders | {self.family.part: self.denoiser}
+
+    @functools.cached_property
+    def readers(self) -> dict[str, Reader]:
+        """How prompts become ids, by their text encoders' names."""
+        return {name: Reader(tokenizer, self.family.text[name]) for name, tokenizer in self.tokenizers.items()}
+
+    @property
+    def packing(self) -> Packing:
+        """How the text is one tensor."""
+        pooled_width = self.family.wanted_widths(self.denoiser.config)[1]
+        return Packing(pooled_width, self.family.masked)
 
 
 def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -85,29 +113,38 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
 
     Raises:
         NotFoundError: there is no such model.
-        InputError: it is not a Stable Diffusion 1.x, 2.x or XL pipeline, or tensors are missing from its files.
+        InputError: it is of no family here, or tensors are missing from its files.
     """
     source = find_model(name)
     with reading_model(name):
-        second, zero_null = pipeline_kind(source)
-        parts = {"scheduler": load_scheduler(source)} | load_tokenizers(source, second)
-        parts |= load_parts(source, dtype, second)
-        model = Model(name, zero_null=zero_null, **parts)
+        kind = pipeline_kind(source)
+        parts = {"scheduler": load_scheduler(source)} | load_tokenizers(source, kind) | load_parts(source, kind, dtype)
+        model = Model(name, family=kind.family, zero_null=kind.zero_null, **parts)
         check_text(model, source)
         _check_kind(model)
     for part in (*model.policy_parts.values(), model.vae):
         part.to(device)
     if torch.device(device).type == "cuda":
-        model.unet.to(memory_format=torch.channels_last)
+        if model.unet is not None:
+            model.unet.to(memory_format=torch.channels_last)
         model.vae.to(memory_format=torch.channels_last)
     return model
 
 
-def pipeline_kind(source: str) -> tuple[bool, bool]:
-    """Whether a pipeline has SDXL's second text encoder, and whether its null prompt is zeros, by its folder or hub name.
+@dataclass(frozen=True)
+class Kind:
+    """What a pipeline's model_index.json says."""
+
+    family: Family
+    text_parts: dict[str, TextPart]  # those that are there, by name
+    zero_null: bool = False  # as of Model
+
+
+def pipeline_kind(source: str) -> Kind:
+    """The family of a pipeline and the text encoders that it has, by its folder or hub name.
 
     Raises:
-        InputError: it has the second text encoder alone, as SDXL's refiner.
+        InputError: it is of no family here, or lacks a part, as SDXL's refiner does.
     """
     from diffusers import DiffusionPipeline
 
@@ -115,16 +152,40 @@ def pipeline_kind(source: str) -> tuple[bool, bool]:
     if path.parent.is_dir() and not path.is_file():
         raise NotFoundError(f"model: {source!r} could not be loaded: there is no model_index.json in it")
     index: Any = read_json(path) if path.is_file() else DiffusionPipeline.load_config(source)
-    if "unet" not in index:
-        raise InputError(f"model: the model_index.json of {source!r} names no U-Net")
-    second, first = ((index.get(part) or [None])[-1] is not None for part in ("text_encoder_2", "text_encoder"))
-    if second and not first:
+    there = {name for name, value in index.items() if isinstance(value, list) and value[-1:] != [None]}
+    family = _family_of(index.get("_class_name"), there, source)
+    missing = [name for name, part in family.text.items() if name not in there and not part.optional]
+    if missing == ["text_encoder"] and family is SDXL:
         raise InputError(f"model: {source!r} has only the second text encoder, as SDXL's refiner; give the base pipeline")
-    return second, second and index.get("force_zeros_for_empty_prompt", True)
+    if missing or family.part not in there:
+        raise InputError(f"model: the model_index.json of {source!r} names no {', '.join(missing) or family.part}")
+    text_parts = {name: part for name, part in family.text.items() if name in there}
+    return Kind(family, text_parts, family is SDXL and index.get("force_zeros_for_empty_prompt", True))
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a Model, or of one of diffusers' pipelines."""
+    if isinstance(pipeline, Model):
+        return pipeline.family
+    there = {name for name in ("unet", "transformer", "text_encoder_2") if getattr(pipeline, name, None) is not None}
+    return _family_of(type(pipeline).__name__, there, type(pipeline).__name__)
+
+
+def _family_of(pipeline: Any, there: set[str], source: str) -> Family:
+    """The family of a pipeline's class; those of Stable Diffusion's U-Nets have many, and are known by their parts."""
+    for family in FAMILIES:
+        if family.part == "transformer" and pipeline in family.pipelines:
+            return family
+    if "unet" in there:
+        return SDXL if "text_encoder_2" in there else SD
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    if "transformer" in there:
+        raise InputError(f"model: {source!r} is a {pipeline}, which is not supported; known are {known}")
+    raise InputError(f"model: the model_index.json of {source!r} names no U-Net and no transformer")
 
 
 def load_scheduler(source: str) -> Any:
-    """A pipeline's noise schedule, of whatever sampler it comes with, for DDIM.
+    """A pipeline's noise schedule, of whatever sampler it comes with: for DDIM, or for Euler's method in flow matching.
 
     What the file of a known scheduler leaves out of the noise is that scheduler's default, and not DDIM's.
 
@@ -134,15 +195,38 @@ def load_scheduler(source: str) -> Any:
     from diffusers import DDIMScheduler
 
     config: Any = scheduler_config(source)
+    family = pipeline_kind(source).family
+    if family.flow:
+        return _flow_scheduler(config, source)
     with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
         config = _noise_defaults(config, source) | config
         # Schedulers that know neither option do not clip, and end in a step with noise.
         if not config["_class_name"].startswith(("DDIM", "DDPM")):
             config = {"clip_sample": False, "set_alpha_to_one": False} | config
-        if not pipeline_kind(source)[0]:  # as the plain pipeline does for all but SDXL
+        if family is SD:  # as its plain pipeline does
             config["clip_sample"] = False
             config["steps_offset"] = 1 if isinstance(config.get("steps_offset", 0), int) else config["steps_offset"]
         return DDIMScheduler.from_config(config)
+
+
+def _flow_scheduler(config: dict[str, Any], source: str) -> Any:
+    """The scheduler of a flow matching pipeline; Sana's comes as a DPM-Solver of such noise.
+
+    Raises:
+        InputError: it is another scheduler.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    name = config["_class_name"]
+    with reading_part(source, "scheduler", (SCHEDULER_FILE,)):
+        if name == "DPMSolverMultistepScheduler" and config.get("use_flow_sigmas"):
+            config = {"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": config.get("flow_shift", 1.0)}
+        elif name != "FlowMatchEulerDiscreteScheduler" or config.get("invert_sigmas") or config.get("stochastic_sampling"):
+            raise InputError(
+                f"model: the {SCHEDULER_FILE} of {source!r} is of a {name} whose noise is not that of flow matching as "
+                "FlowMatchEulerDiscrete has it, which is not supported"
+            )
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def scheduler_config(source: str) -> dict[str, Any]:
@@ -208,7 +292,8 @@ def revision(name: str) -> Any:
     if name == "tiny":
         return None
     if Path(name).is_dir():
-        read = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
+        texts = [f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")]
+        read = ("model_index.json", "scheduler", *texts, "unet", "transformer", "vae")
         return {part: describe_files(Path(name, part))["sha256"] for part in read if Path(name, part).exists()}
     cached = try_to_load_from_cache(name, "model_index.json")
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/REVISION/model_index.json
@@ -258,31 +343,38 @@ def weight_arguments(folder: Path) -> dict[str, Any]:
     return {"variant": variants.pop(), "use_safetensors": kind == "safetensors"}
 
 
-def load_tokenizers(source: str, second: bool = False) -> dict[str, Any]:
-    """The tokenizer of a pipeline; with `second` also the one that Stable Diffusion XL has for its second text encoder."""
-    from transformers import CLIPTokenizer
+def load_tokenizers(source: str, kind: Kind) -> dict[str, Any]:
+    """The tokenizers of a pipeline, by their folders' names."""
+    import transformers
 
     parts = {}
-    for part in ("tokenizer", "tokenizer_2") if second else ("tokenizer",):
-        with reading_part(source, part, TOKENIZER_FILES):
-            parts[part] = CLIPTokenizer.from_pretrained(source, subfolder=part)
+    for text_encoder, part in kind.text_parts.items():
+        name = text_encoder.replace("text_encoder", "tokenizer")
+        with reading_part(source, name, TOKENIZER_FILES):
+            parts[name] = getattr(transformers, part.tokenizer).from_pretrained(source, subfolder=name)
     return parts
 
 
-def load_parts(source: str, dtype: torch.dtype = torch.float32, second: bool = False) -> dict[str, Any]:
-    """The networks of a pipeline, frozen; with `second` also the second text encoder that Stable Diffusion XL has."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The networks of a pipeline, frozen.
 
-    classes = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    dtypes = dict.fromkeys(classes, dtype)
-    if second:
-        classes["text_encoder_2"], dtypes["text_encoder_2"] = CLIPTextModelWithProjection, dtype
+    T5 and Gemma overflow in float16, so that they are in bfloat16 then; so does SDXL's VAE, which is in float32.
+    """
+    import diffusers
+    import transformers
+
+    family, half = kind.family, dtype == torch.float16
+    parts = {}
+    for name, part in kind.text_parts.items():
+        own = torch.bfloat16 if half and not part.is_clip else dtype
+        parts[name] = load_network(getattr(transformers, part.encoder), source, name, own)
+    parts[family.part] = load_network(getattr(diffusers, family.denoiser), source, family.part, dtype)
+    vae_class = getattr(diffusers, family.vae)
+    if family is SDXL and half:
         with reading_part(source, "vae"):
-            config: Any = AutoencoderKL.load_config(source, subfolder="vae")
-            if dtype == torch.float16 and config.get("force_upcast", True):  # SDXL's overflows; others say so for no reason
-                dtypes["vae"] = torch.float32
-    return {part: load_network(cls, source, part, dtypes[part]) for part, cls in classes.items()}
+            config: Any = vae_class.load_config(source, subfolder="vae")
+            dtype = torch.float32 if config.get("force_upcast", True) else dtype  # others say so for no reason
+    return parts | {"vae": load_network(vae_class, source, "vae", dtype)}
 
 
 def check_text(model: Any, source: str) -> None:
@@ -295,6 +387,8 @@ def check_text(model: Any, source: str) -> None:
         config = text_encoder.config
         with reading(f"model: the {part} in {str(Path(source, part))!r} does not fit its text encoder", InputError):
             check_tokenizer(tokenizer, config.vocab_size)
+            if config.model_type != "clip_text_model":
+                continue
             # transformers makes a tokenizer of no length limit where its configuration is missing.
             if tokenizer.model_max_length > config.max_position_embeddings:
                 length = tokenizer.model_max_length
@@ -306,52 +400,68 @@ def check_text(model: Any, source: str) -> None:
 
 def _text_pairs(model: Any) -> dict[str, tuple[Any, Any]]:
     """The tokenizers of a model by their names, each with its text encoder."""
-    names = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    names = {f"tokenizer{number}": f"text_encoder{number}" for number in ("", "_2", "_3")}
     pairs = {name: (getattr(model, name, None), getattr(model, encoder, None)) for name, encoder in names.items()}
     return {name: pair for name, pair in pairs.items() if None not in pair}
 
 
 def _check_kind(model: Model) -> None:
     """Refuse refiners, inpainting models and parts that do not fit each other."""
-    name, unet, vae, second = model.name, model.unet.config, model.vae.config, model.text_encoder_2
-    pairs = _text_pairs(model).values()
-    if len({tokenizer.model_max_length for tokenizer, _ in pairs}) > 1:
+    name, family, config, vae = model.name, model.family, model.denoiser.config, model.vae.config
+    what = "U-Net" if family.part == "unet" else family.part
+    lengths = {reader.tokenizer.model_max_length for reader in model.readers.values() if reader.part.is_clip}
+    if len(lengths) > 1:
         raise InputError(f"model: the two tokenizers of {name!r} differ in length")
-    width = sum(text_encoder.config.hidden_size for _, text_encoder in pairs)
-    if unet.addition_embed_type != (None if second is None else "text_time"):
+    if family.part == "unet":
+        _check_unet(model)
+    _check_widths(model, what)
+    denoiser_size(model)
+    channels, packed = vae.latent_channels, family.packed**2
+    given = config.get("out_channels") or config.in_channels
+    wanted = {channels * packed} | ({2 * channels * packed} if family.gives_variance else set())
+    if config.in_channels != channels * packed or given not in wanted:
+        raise InputError(
+            f"model: the {what} of {name!r} takes {config.in_channels} channels and gives {given}, its VAE makes {channels}"
+        )
+    if vae.get("out_channels", vae.in_channels) != 3:
+        raise InputError(f"model: the VAE of {name!r} makes images of {vae.out_channels} channels, not 3")
+    if vae.get("latents_mean") is not None:
+        raise InputError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
+
+
+def _check_unet(model: Model) -> None:
+    """Refuse U-Nets that take more than a prompt, and SDXL's refiner."""
+    name, unet, pooled = model.name, model.unet.config, model.family.pooled
+    if unet.addition_embed_type != ("text_time" if pooled else None):
         raise InputError(
             f"model: the U-Net of {name!r} wants {unet.addition_embed_type} conditioning beside the prompt's embeddings, "
-            f"which {len(pairs)} text encoder(s) do not go with"
+            f"which {len(model.text_encoders)} text encoder(s) do not go with"
         )
-    if second is not None:
-        wanted = unet.projection_class_embeddings_input_dim
-        given = second.config.projection_dim + NUM_TIME_IDS * unet.addition_time_embed_dim
+    if pooled:
+        wanted, second = unet.projection_class_embeddings_input_dim, model.text_encoder_2.config.projection_dim
+        given = second + NUM_TIME_IDS * unet.addition_time_embed_dim
         if wanted != given:
             raise InputError(
                 f"model: the U-Net of {name!r} takes {wanted} numbers of pooled text and sizes, as SDXL's refiner does or "
                 f"with another text encoder; here there are {given}"
             )
-        if second.config.projection_dim > width:
-            raise InputError(f"model: the pooled text of {name!r} is wider than its embeddings")
-    unet_size(model.unet)
     for option in MORE_CONDITIONING:
         if unet.get(option) is not None:
             raise InputError(
                 f"model: the U-Net of {name!r} has {option}, so that it takes more than a prompt: not supported"
             )
-    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
-        raise InputError(
-            f"model: the U-Net of {name!r} takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE makes "
-            f"{vae.latent_channels}"
-        )
-    if vae.out_channels != 3:
-        raise InputError(f"model: the VAE of {name!r} makes images of {vae.out_channels} channels, not 3")
-    if vae.latents_mean is not None:
-        raise InputError(f"model: the VAE of {name!r} shifts its latents, which is not supported")
-    if unet.cross_attention_dim != width:
-        raise InputError(
-            f"model: the U-Net of {name!r} takes embeddings of {unet.cross_attention_dim}, its text encoder makes {width}"
-        )
+
+
+def _check_widths(model: Model, what: str) -> None:
+    """Refuse text encoders whose embeddings the denoiser does not take."""
+    configs = {part: encoder.config for part, encoder in model.text_encoders.items()}
+    widths = {part: (config.hidden_size, getattr(config, "projection_dim", 0)) for part, config in configs.items()}
+    wanted = model.family.wanted_widths(model.denoiser.config)
+    given = model.family.given_widths(widths, model.denoiser)
+    if wanted != given:
+        kinds = ("embeddings", "pooled text")
+        kind, takes, makes = next(each for each in zip(kinds, wanted, given, strict=True) if each[1] != each[2])
+        raise InputError(f"model: the {what} of {model.name!r} takes {kind} of {takes}, its text encoder makes {makes}")
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
@@ -388,14 +498,49 @@ def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.fl
 # --- prompts ---
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: Any, prompts: Sequence[str], num_tokens: int | None = None) -> Tensor:
     """Token ids (N, L) int64, padded or cut to the L tokens that the text encoder reads (77 of Stable Diffusion).
 
     Raises:
         InputError: a prompt is not text.
     """
-    length, texts = tokenizer.model_max_length, convert_prompts(tokenizer, prompts)
-    return torch.tensor(tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids)
+    length, texts = num_tokens or tokenizer.model_max_length, convert_prompts(tokenizer, prompts)
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "padding_side": "right"}
+    return torch.tensor(tokenizer(texts, **options).input_ids)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer and how a family uses it."""
+
+    tokenizer: Any
+    part: TextPart
+
+    @functools.cached_property
+    def instruction(self) -> str:
+        """What comes before each prompt, but not before a negative one."""
+        return self.part.instruction() if self.part.instruction else ""
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of a prompt that are read, with its start and end."""
+        return self.part.num_tokens or self.tokenizer.model_max_length
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens L of a row of ids."""
+        return self.num_read + (len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0)
+
+    def texts(self, prompts: Sequence[str], negative: bool = False) -> list[str]:
+        """Prompts as the tokenizer gets them."""
+        texts = [prompt.lower().strip() for prompt in prompts] if self.part.lowercase else list(prompts)
+        return texts if negative else [self.instruction + text for text in texts]
+
+    def ids(self, prompts: Sequence[str], negative: bool = False) -> Tensor:
+        """Ids (N, L) of prompts; raises as `tokenize`."""
+        length = self.num_read if negative else self.num_tokens
+        ids = tokenize(self.tokenizer, self.texts(prompts, negative), length)
+        return nn.functional.pad(ids, (0, self.num_tokens - length), value=NO_TOKEN)
 
 
 def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -416,12 +561,9 @@ def _check_text(prompts: Sequence[str]) -> None:
         raise InputError("prompt: it holds a lone surrogate, which is not text")
 
 
-def tokenize_for(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Prompt ids (N, L) for `encode`, as of `tokenize`; for SDXL (N, 2L), those of both tokenizers side by side.
-
-    The two differ in how they pad.
-    """
-    return torch.cat([tokenize(tokenizer, prompts) for tokenizer in model.tokenizers], dim=1)
+def tokenize_for(model: Model, prompts: Sequence[str], negative: bool = False) -> Tensor:
+    """Prompt ids (N, L) for `encode`: those of every tokenizer side by side; `negative` for null prompts."""
+    return torch.cat([reader.ids(prompts, negative) for reader in model.readers.values()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -438,66 +580,94 @@ class Cut:
         return f"{number} are cut to the {self.num_tokens} tokens that the text encoder reads{first}"
 
 
-def find_cut(tokenizers: Sequence[Any], prompts: Sequence[str]) -> Cut:
-    """The prompts that are longer than the text encoders read, by their tokenizers.
+def find_cut(readers: Sequence[Reader], prompts: Sequence[str]) -> Cut:
+    """The prompts that are longer than the text encoders read.
 
     Raises:
         InputError: a prompt is not text.
     """
     distinct = dict.fromkeys(prompts)
-    for tokenizer in tokenizers if distinct else ():
-        texts = convert_prompts(tokenizer, list(distinct))
-        for prompt, ids in zip(distinct, tokenizer(texts, verbose=False).input_ids, strict=True):
-            distinct[prompt] = distinct[prompt] or len(ids) > tokenizer.model_max_length
-    return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), tokenizers[0].model_max_length)
+    for reader in readers if distinct else ():
+        texts = convert_prompts(reader.tokenizer, reader.texts(list(distinct)))
+        for prompt, ids in zip(distinct, reader.tokenizer(texts, verbose=False).input_ids, strict=True):
+            distinct[prompt] = distinct[prompt] or len(ids) > reader.num_tokens
+    num_read = min(reader.num_read for reader in readers)
+    return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), num_read)
 
 
-def open_tokenizers(name: str) -> list[Any]:
-    """The tokenizers of a model, without its networks; raises as `load_model`."""
+def open_readers(name: str) -> list[Reader]:
+    """How a model reads prompts, without its networks; raises as `load_model`."""
     source = find_model(name)
     with reading_model(name):
-        return list(load_tokenizers(source, pipeline_kind(source)[0]).values())
+        kind = pipeline_kind(source)
+        tokenizers = load_tokenizers(source, kind).values()
+        return [Reader(tokenizer, part) for tokenizer, part in zip(tokenizers, kind.text_parts.values(), strict=True)]
 
 
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:
-    """Prompt embeddings (N, L, D) float32 of ids (N, L); for SDXL (N, L+1, D) of ids (N, 2L).
-
-    SDXL's U-Net reads the last but one hidden states of both text encoders, joined along D, and separately the
-    second one's pooled embedding (N, P). That is the last row here, padded with zeros to D, and `PooledText` takes it out
-    again, so that code which gathers or differentiates embeddings handles one tensor.
+    """Prompt embeddings (N, L, D) float32 of ids (N, L), packed where a family reads more than embeddings (`Packing`).
 
     In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
     sampling and training, whose batches differ, must read the same.
     """
-    alone = next(model.unet.parameters()).dtype != torch.float32 or prompt_ids.device.type != "cpu"
+    alone = model.dtype != torch.float32 or prompt_ids.device.type != "cpu"
     return torch.cat([_encode(model, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
 
 
 def _encode(model: Model, prompt_ids: Tensor) -> Tensor:
-    if model.text_encoder_2 is None:
-        return model.text_encoder(input_ids=prompt_ids).last_hidden_state.float()
-    ids, ids_2 = prompt_ids.chunk(2, dim=1)
-    first = model.text_encoder(input_ids=ids, output_hidden_states=True)
-    second = model.text_encoder_2(input_ids=ids_2, output_hidden_states=True)
-    embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    pooled = nn.functional.pad(second.text_embeds, (0, embeds.shape[-1] - second.text_embeds.shape[-1]))
-    return torch.cat([embeds, pooled[:, None]], dim=1).float()
+    readers, texts = model.readers, {}
+    parts = prompt_ids.split([reader.num_tokens for reader in readers.values()], dim=1)
+    for (name, reader), ids in zip(readers.items(), parts, strict=True):
+        once = model.encode_once.get(name)
+        texts[name] = reader.part.read(model.text_encoders[name], ids) if once is None else once(ids)
+    return model.packing.pack(model.family.join(texts, model.denoiser))
 
 
-def encode_null(model: Model) -> Tensor:
-    """The null prompt's embedding (1, L, D)."""
-    embeds = encode(model, tokenize_for(model, [""]).to(model.device))
-    return torch.zeros_like(embeds) if model.zero_null else embeds
+class EncodeOnce:
+    """A frozen text encoder that is on the device only while it encodes prompts, each of them once."""
+
+    def __init__(self, encoder: nn.Module, part: TextPart) -> None:
+        self.encoder, self.part = encoder.to("cpu"), part
+        self.known: dict[bytes, Text] = {}  # on the CPU, by ids
+
+    @torch.no_grad()
+    def __call__(self, prompt_ids: Tensor) -> Text:
+        """Text of ids (N, L), on their device."""
+        keys = [row.cpu().numpy().tobytes() for row in prompt_ids]
+        missing = {key: row for key, row in zip(keys, prompt_ids, strict=True) if key not in self.known}
+        if missing:
+            self.encoder.to(prompt_ids.device)
+            for key, row in missing.items():
+                self.known[key] = self._moved([self.part.read(self.encoder, row[None])], torch.device("cpu"))
+            self.encoder.to("cpu")
+        return self._moved([self.known[key] for key in keys], prompt_ids.device)
+
+    def _moved(self, texts: Sequence[Text], device: torch.device) -> Text:
+        """Texts as one, on a device."""
+
+        def join(name: str) -> Any:
+            tensors = [getattr(text, name) for text in texts]
+            return None if tensors[0] is None else torch.cat(tensors).to(device)
+
+        return Text(join("embeds"), join("pooled"), join("mask"))
 
 
-def encode_distinct(model: Model, prompt_ids: Tensor, null_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode_null(model: Model, negative_prompt: str = "") -> Tensor:
+    """The embedding (1, L, D) of what guidance leads away from: the null prompt, or a negative one."""
+    embeds = encode(model, tokenize_for(model, [negative_prompt], negative=True).to(model.device))
+    return torch.zeros_like(embeds) if model.zero_null and not negative_prompt else embeds
+
+
+def encode_distinct(
+    model: Model, prompt_ids: Tensor, null_embeds: Tensor | None = None, negative_prompt: str = ""
+) -> tuple[Tensor, Tensor]:
     """Embeddings (1+U, L, D) of the null prompt and every distinct prompt of ids (N, L); the row of each id (N,).
 
-    The null prompt is encoded too unless its embedding (1, L, D) is given or zeros.
+    The null prompt is encoded too unless its embedding (1, L, D) is given or zeros; a negative prompt takes its place.
     """
     distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
-    if null_embeds is None and not model.zero_null:
-        null_ids = tokenize_for(model, [""]).to(prompt_ids.device)
+    if null_embeds is None and not (model.zero_null and not negative_prompt):
+        null_ids = tokenize_for(model, [negative_prompt], negative=True).to(prompt_ids.device)
         return encode(model, torch.cat([null_ids, distinct])), 1 + rows
     embeds = encode(model, distinct)
     return torch.cat([torch.zeros_like(embeds[:1]) if null_embeds is None else null_embeds, embeds]), 1 + rows
@@ -521,38 +691,37 @@ class Conditioning:
     null_embeds: Tensor  # (1, L, D)
 
 
-@dataclass(frozen=True)
-class PooledText:
-    """SDXL's conditioning beside the prompt embeddings: pooled text and image sizes (arXiv:2307.01952, section 2.2)."""
-
-    width: int  # P
-    pixels_per_latent: int
-
-    def take_apart(self, embeds: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Embeddings (N, L, D) and diffusers' added_cond_kwargs of embeddings (N, L+1, D) for latents (N, C, H, W).
-
-        The sizes are the plain pipeline's defaults: the image is of its own size, and not cropped.
-        """
-        height, width = (self.pixels_per_latent * size for size in latents.shape[2:])
-        time_ids = embeds.new_tensor([height, width, 0, 0, height, width]).expand(len(embeds), -1)
-        return embeds[:, :-1], {"text_embeds": embeds[:, -1, : self.width], "time_ids": time_ids}
+# --- the denoiser and its latents ---
 
 
-def pooled_text(model: Model) -> PooledText | None:
-    """The pooled text of SDXL; None for other models."""
-    if model.text_encoder_2 is None:
-        return None
-    return PooledText(model.text_encoder_2.config.projection_dim, pixels_per_latent(model.vae))
+def denoiser_call(model: Model, guidance_scale: float) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    """How the denoiser is called with latents (N, C, H, W), timesteps (N,) and packed embeddings (N, L, D)."""
+    packing, family, pixels = model.packing, model.family, pixels_per_latent(model.vae)
+
+    def call(denoiser: nn.Module, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        return family.call(denoiser, Inputs(latents, timesteps, packing.unpack(embeds), pixels, guidance_scale))
+
+    return call
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Pixels per latent along a side; 8 for all published models."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    """Pixels per latent along a side; 8 for all published models but Sana, which has 32."""
+    blocks = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    return 2 ** (len(blocks) - 1)
 
 
-def unet_size(unet: Any) -> int | None:
-    """Latents along a side that a U-Net was made for; None if its configuration names no size. Raises ValueError."""
-    size = unet.config.sample_size
+def denoiser_size(model: Model) -> int | None:
+    """Latents along a side that the denoiser was made for; None if its configuration names no size.
+
+    Raises:
+        ValueError: the configuration names no square size.
+    """
+    return model.family.default_size or config_size(model.denoiser)
+
+
+def config_size(denoiser: Any) -> int | None:
+    """The sample_size in a denoiser's configuration; raises ValueError if it is no square."""
+    size = denoiser.config.sample_size
     if size is None:
         return None
     sizes = size if isinstance(size, list | tuple) else [size]
@@ -561,17 +730,36 @@ def unet_size(unet: Any) -> int | None:
     return sizes[0]
 
 
+def latent_multiple(model: Model) -> int:
+    """What the latents along a side must be a multiple of: as often as a U-Net halves them, or a transformer's patches."""
+    config = model.denoiser.config
+    if model.family.part == "unet":
+        return 2 ** (len(config.block_out_channels) - 1)
+    return config.patch_size * model.family.packed
+
+
+def num_image_tokens(model: Model, latent_shape: tuple[int, int, int]) -> int:
+    """Tokens that a transformer makes of latents."""
+    _, height, width = latent_shape
+    return height * width // latent_multiple(model) ** 2
+
+
 def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of a square image; by default of the size that the U-Net was made for.
+    """Channels, height and width of the latents of a square image; by default of the size that the denoiser was made for.
 
     Raises:
-        InputError: the resolution is not a multiple of what the models need, or neither it nor the U-Net's size is given.
+        InputError: the resolution is not a multiple of what the models need or too large for them, or neither it nor the
+            denoiser's size is given.
     """
-    factor = pixels_per_latent(model.vae)
-    levels = 2 ** (len(model.unet.config.block_out_channels) - 1)
-    size = unet_size(model.unet) if resolution is None else resolution / factor
+    factor, multiple = pixels_per_latent(model.vae), latent_multiple(model)
+    size = denoiser_size(model) if resolution is None else resolution / factor
     if size is None:
         raise InputError("resolution: the U-Net of this model does not say for which size it was made; give --resolution")
-    if size < levels or size % levels:
-        raise InputError(f"resolution: must be a multiple of {factor * levels} pixels for this model, not {resolution}")
-    return model.unet.config.in_channels, int(size), int(size)
+    if size < multiple or size % multiple:
+        raise InputError(f"resolution: must be a multiple of {factor * multiple} pixels for this model, not {resolution}")
+    largest = getattr(model.denoiser.config, "pos_embed_max_size", None)
+    if largest and size > largest * multiple:
+        raise InputError(
+            f"resolution: must be at most {largest * multiple * factor} pixels for this model, not {resolution}"
+        )
+    return model.vae.config.latent_channels, int(size), int(size)

@@ -1,4 +1,4 @@
-"""What each preset sets, for the tiny model and for each family of Stable Diffusion; config.py has the other defaults.
+"""What each preset sets, for the tiny model and for each family of models; config.py has the other defaults.
 
 Findings on the tiny model are not carried to Stable Diffusion. Its default takes learning rate, clip range and steps from
 the authors' code (arXiv:2311.15657), and the guidance of 7.5 from their unused configuration file; the grouping, the batch
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import read_json
 
 _TINY = {
     "prompts": "world",
@@ -105,17 +106,56 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 }
 PRESETS["tiny", "default"] = PRESETS["tiny", "fast"]
 PRESETS["stable-diffusion", "default"] = PRESETS["stable-diffusion", "ppo"]
+# Steps and guidance of families that no published recipe of TexForce is for: those of their pipelines in diffusers, but
+# FLUX.1's guidance of its model card. Their default is `fast`, whose figures are from SD 3.5.
+_OTHERS = {
+    "sd3": {"sampler": "euler", "num_inference_steps": 28, "guidance_scale": 7.0},
+    "flux": {"sampler": "euler", "num_inference_steps": 28, "guidance_scale": 3.5},
+    "sana": {"sampler": "euler", "num_inference_steps": 20, "guidance_scale": 4.5},
+    "pixart": {"num_inference_steps": 20, "guidance_scale": 4.5},
+}
 for _preset in ("default", "ppo", "paper", "fast", "gradient"):
     PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
+    for _family, _own in _OTHERS.items():
+        _as = "fast" if _preset == "default" else _preset
+        PRESETS[_family, _preset] = PRESETS["stable-diffusion", _as] | _SDXL | _own
+
+# Parts of the names of pipelines' classes, and of models on the hub, with the preset that they take.
+_PIPELINES = {"StableDiffusion3": "sd3", "Flux": "flux", "Sana": "sana", "PixArt": "pixart"}
+_NAMES = {"stable-diffusion-3": "sd3", "sd3": "sd3", "flux": "flux", "sana": "sana", "pixart": "pixart"}
 
 
 def family(model: str) -> str:
-    """The preset that a model takes, by its name, since presets are needed before anything is loaded."""
+    """The preset that a model takes, since presets are needed before anything is loaded.
+
+    Of a folder the class of its pipeline says it; else its name does, as on the hub.
+    """
     if model == "tiny":
         return "tiny"
-    name = Path(model).name.lower()
+    pipeline, name = _pipeline_class(model), Path(model).name.lower()
+    for start, found in _PIPELINES.items():
+        if pipeline.startswith(start):
+            return found
+    if not pipeline:
+        for part, found in _NAMES.items():
+            if part in name:
+                return found
     return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
+
+
+def is_flow(model: str) -> bool:
+    """Whether a model is one of flow matching, as far as its name or folder says it."""
+    return PRESETS[family(model), "default"].get("sampler") == "euler"
+
+
+def _pipeline_class(model: str) -> str:
+    """The pipeline's class in a model's folder; empty where there is none or it cannot be read."""
+    path = Path(model, "model_index.json")
+    try:
+        return str(read_json(path).get("_class_name", "")) if path.is_file() else ""
+    except (InputError, AttributeError):
+        return ""
 
 
 def preset_for(family: str, preset: str, algorithm: str | None) -> dict[str, Any]:
@@ -132,12 +172,14 @@ def preset_for(family: str, preset: str, algorithm: str | None) -> dict[str, Any
     return PRESETS[family, {"ppo": "ppo", "matching": "fast", "gradient": "gradient"}[algorithm]]
 
 
-def sampler_defaults(sampler: str, family: str) -> dict[str, Any]:
+def sampler_defaults(sampler: str, family: str, algorithm: str = "") -> dict[str, Any]:
     """Settings that a sampler has of its own, instead of a preset's.
 
     DPM-Solver++ needs 15 to 20 steps of Stable Diffusion (arXiv:2211.01095). The tiny model's few steps, and those that a
-    turbo model was distilled to, stay.
+    turbo model was distilled to, stay. Flow matching is random for ppo alone, as far as Flow-GRPO has it (arXiv:2505.05470).
     """
     if sampler == "ddim":
         return {}
+    if sampler != "dpm-solver":
+        return {"eta": 0.7 if algorithm == "ppo" else 0.0}
     return {"eta": 0.0} | ({"num_inference_steps": 20} if family in ("stable-diffusion", "sdxl") else {})

@@ -1,11 +1,12 @@
-"""Sampling: the steps of DDIM, with log-probabilities, and of DPM-Solver++, rollouts, and the U-Net fused by compilation."""
+"""Sampling: steps of DDIM and flow matching, with log-probabilities, and of DPM-Solver++; rollouts; the fused denoiser."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError, reading
-from .models import Conditioning, PooledText
+from .models import Conditioning, pixels_per_latent
 
-MAX_DECODED = 16  # images at a time, of at most 512x512 pixels (64x64 latents); fewer if they are larger
+MAX_DECODED = 16  # images at a time, of at most 512x512 pixels; fewer if they are larger
 MIN_STD = 1e-4  # a step with a smaller deviation counts as deterministic: it has no usable density
 
 
@@ -24,13 +25,13 @@ MIN_STD = 1e-4  # a step with a smaller deviation counts as deterministic: it ha
 
 @dataclass(frozen=True)
 class Schedule:
-    """T steps of a sampler as Gaussian transitions, affine in the U-Net's output; every tensor (T,).
+    """T steps of a sampler as Gaussian transitions, affine in the denoiser's output; every tensor (T,).
 
     next_latents ~ Normal(latents_weight * latents + output_weight * model_output + history, std). A multistep sampler's
     history is history_latents_weight * latents + history_output_weight * model_output of the step before; DDIM has none.
     """
 
-    timesteps: Tensor  # int64, descending
+    timesteps: Tensor  # descending; int64, in flow matching float32
     latents_weight: Tensor
     output_weight: Tensor
     std: Tensor
@@ -88,20 +89,93 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     return Schedule(timesteps, latents_weight.float(), output_weight.float(), std.float())
 
 
+def flow_schedule(sigmas: Tensor, timesteps: Tensor, eta: float = 0.0, kind: str = "euler") -> Schedule:
+    """The transitions of flow matching between noise levels sigmas (T+1,), which end in 0, at timesteps (T,).
+
+    At an eta of 0 they are Euler's steps, as diffusers' FlowMatchEulerDiscreteScheduler.step makes them. Above, "euler" is
+    the SDE of Flow-GRPO (arXiv:2505.05470, eq. 9), whose deviation at the pure noise takes the next level, and "cps" the
+    coefficients-preserving sampling of arXiv:2509.05952, which leaves the noise that each level should have.
+    """
+    levels = sigmas.double()
+    sigma, after = levels[:-1], levels[1:]
+    if kind == "cps":
+        std = after * math.sin(eta * math.pi / 2)
+        noise = (after.square() - std.square()).clamp(min=0).sqrt()
+        return Schedule(timesteps, *_floats((1 - after) + noise, noise * (1 - sigma) - (1 - after) * sigma, std))
+    step = after - sigma
+    rate = eta * (sigma / (1 - torch.where(sigma < 1, sigma, after))).sqrt()
+    drift = rate.square() / 2
+    latents_weight = 1 + drift / sigma * step
+    output_weight = (1 + drift * (1 - sigma) / sigma) * step
+    return Schedule(timesteps, *_floats(latents_weight, output_weight, rate * (-step).sqrt()))
+
+
+def random_until(schedule: Schedule, deterministic: Schedule, num_stochastic: int | None) -> Schedule:
+    """The first num_stochastic steps of a schedule, all if None, and then those of a deterministic one."""
+    if num_stochastic is None:
+        return schedule
+    pairs = {
+        name: (getattr(schedule, name), getattr(deterministic, name)) for name in ("latents_weight", "output_weight", "std")
+    }
+    joined = {name: torch.cat([one[:num_stochastic], two[num_stochastic:]]) for name, (one, two) in pairs.items()}
+    return replace(schedule, **joined)
+
+
+def _floats(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.float() for tensor in tensors]
+
+
+def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linear: bool) -> tuple[Tensor, Tensor]:
+    """Noise levels (T+1,) and timesteps (T,) of a flow matching scheduler for an image of so many tokens.
+
+    The scheduler shifts the levels, by the number of tokens if it says so; `linear` ones are evenly spaced before that,
+    and not as the scheduler spaces them.
+
+    Raises:
+        InputError: the scheduler cannot be used, or does not give that many different levels.
+    """
+    with reading("model: its scheduler_config.json cannot be used", InputError):
+        options = {"mu": _dynamic_shift(scheduler.config, num_tokens)} if scheduler.config.use_dynamic_shifting else {}
+        if linear:
+            options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(num_inference_steps, **options)
+    sigmas = scheduler.sigmas.float().cpu()
+    if not (sigmas.isfinite().all() and (sigmas[1:] < sigmas[:-1]).all() and 0 < sigmas[0] <= 1 and sigmas[-1] == 0):
+        raise InputError(
+            f"num_inference_steps: the scheduler's levels of noise do not fall to 0 in {num_inference_steps} steps"
+        )
+    return sigmas, scheduler.timesteps.float().cpu()
+
+
+def _dynamic_shift(config: Any, num_tokens: int) -> float:
+    """The shift of an image's noise levels, linear in its tokens, as the pipelines of FLUX.1 and SD 3 compute it."""
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    few, many, low, high = (config.get(name, value) for name, value in usual.items())
+    slope = (high - low) / (many - few)
+    return num_tokens * slope + low - slope * few
+
+
 def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     """The steps of DPM-Solver++(2M) (arXiv:2211.01095 algorithm 2) that diffusers' DPMSolverMultistepScheduler.step makes.
 
-    A step is linear in the latents, the U-Net's output and the clean sample that the step before predicted, so its weights
-    are what diffusers makes of unit vectors.
+    A step is linear in the latents, the denoiser's output and the clean sample that the step before predicted, so its
+    weights are what diffusers makes of unit vectors.
 
     Raises:
         InputError: too many steps, or a scheduler that clips its predictions, so that the steps are not linear.
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    _check_scheduler(scheduler.config, num_inference_steps)
+    config, options = scheduler.config, {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    if is_flow(scheduler):
+        if config.use_dynamic_shifting:
+            raise InputError("sampler: the scheduler shifts its noise levels by the image's size, which dpm-solver does not")
+        config = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": scheduler.shift, "use_flow_sigmas": True}
+        options["prediction_type"] = "flow_prediction"
+    else:
+        _check_scheduler(config, num_inference_steps)
     with reading("model: its scheduler_config.json cannot be used", InputError):
-        solver: Any = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+        solver: Any = DPMSolverMultistepScheduler.from_config(config, **options)
     timesteps = _spaced_timesteps(solver, num_inference_steps)
     solver.set_begin_index(0)  # else it looks the first timestep up, which a spacing of too many steps repeats
     latents, output, previous_sample = torch.eye(3)
@@ -116,6 +190,11 @@ def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     # The first step takes no step before, so that the last one, which gets its weight, leaves nothing.
     history = (sample_weight.roll(-1)[:, None] * samples).unbind(1)
     return Schedule(timesteps, latents_weight, output_weight, torch.zeros(len(timesteps)), history[0], history[1])
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is of flow matching."""
+    return "prediction_type" not in scheduler.config
 
 
 def _check_scheduler(config: Any, num_inference_steps: int) -> None:
@@ -145,10 +224,11 @@ def _spaced_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
     config = scheduler.config
     with reading("model: its scheduler_config.json cannot be used", InputError):
         scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps.long().cpu()
+    timesteps = scheduler.timesteps.cpu()
+    timesteps = timesteps.float() if config.get("use_flow_sigmas") else timesteps.long()
     if len(timesteps) != num_inference_steps or timesteps.min() < 0:  # diffusers' rounding of the trailing spacing, as of 61
         raise InputError(f"num_inference_steps: {num_inference_steps} do not fit the scheduler's spacing; take one less")
-    if timesteps.max() >= config.num_train_timesteps:
+    if not timesteps.is_floating_point() and timesteps.max() >= config.num_train_timesteps:
         raise InputError(
             f"num_inference_steps: with the scheduler's steps_offset of {config.steps_offset}, {num_inference_steps} lead "
             f"past its {config.num_train_timesteps} training timesteps; take fewer"
@@ -171,21 +251,23 @@ def _prediction_weights(prediction_type: str, alphas: Tensor) -> tuple[tuple[Ten
 class NoiseProcess:
     """The forward process (arXiv:2006.11239 eq. 4): noised = sample_weight * sample + noise_weight * noise.
 
-    The clean sample is predicted from it as noised_weight * noised + output_weight * model_output; every tensor (T,).
+    The clean sample is predicted from it as noised_weight * noised + output_weight * model_output. Every tensor (T,), by
+    level of noise, the noisiest last.
     """
 
+    timesteps: Tensor  # what the denoiser gets at each level; int64, in flow matching float32
     sample_weight: Tensor
     noise_weight: Tensor
     noised_weight: Tensor
     output_weight: Tensor
 
-    def add_noise(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noised latents (N, C, H, W) of clean samples and noise (N, C, H, W) at timesteps (N,)."""
-        return _at(self.sample_weight, timesteps) * samples + _at(self.noise_weight, timesteps) * noise
+    def add_noise(self, samples: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Noised latents (N, C, H, W) of clean samples and noise (N, C, H, W) at levels (N,)."""
+        return _at(self.sample_weight, levels) * samples + _at(self.noise_weight, levels) * noise
 
-    def predict_sample(self, noised: Tensor, outputs: Tensor, timesteps: Tensor) -> Tensor:
+    def predict_sample(self, noised: Tensor, outputs: Tensor, levels: Tensor) -> Tensor:
         """Clean samples (N, C, H, W) that a model's outputs (N, C, H, W) for noised latents stand for."""
-        return _at(self.noised_weight, timesteps) * noised + _at(self.output_weight, timesteps) * outputs
+        return _at(self.noised_weight, levels) * noised + _at(self.output_weight, levels) * outputs
 
     def to(self, device: torch.device) -> NoiseProcess:
         """A copy on a device."""
@@ -201,8 +283,17 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     """The forward process of a scheduler's training timesteps."""
     alphas = scheduler.alphas_cumprod.double().cpu()
     sample, _ = _prediction_weights(scheduler.config.prediction_type, alphas)
-    weights = (alphas.sqrt(), (1 - alphas).sqrt(), *sample)
-    return NoiseProcess(*(weight.float() for weight in weights))
+    return NoiseProcess(torch.arange(len(alphas)), *_floats(alphas.sqrt(), (1 - alphas).sqrt(), *sample))
+
+
+def flow_noise_process(scheduler: Any, num_tokens: int) -> NoiseProcess:
+    """The forward process of flow matching: noised = (1 - sigma) * sample + sigma * noise, and the output their difference.
+
+    Its levels are as many as the scheduler's training timesteps, shifted as in sampling.
+    """
+    sigmas, timesteps = flow_levels(scheduler, scheduler.config.num_train_timesteps, num_tokens, linear=True)
+    sigma, timesteps = sigmas[:-1].flip(0), timesteps.flip(0)
+    return NoiseProcess(timesteps, 1 - sigma, sigma, torch.ones_like(sigma), -sigma)
 
 
 def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -222,18 +313,22 @@ class Step:
     history: Tensor | None  # (N, C, H, W), of a multistep sampler, for the next step
 
 
+def _call_unet(unet: Any, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+    return unet(latents, timesteps, embeds, return_dict=False)[0]
+
+
 @dataclass(frozen=True)
 class Denoiser:
-    """The policy's actor: U-Net, classifier-free guidance (arXiv:2207.12598) and the sampler's transition.
+    """The policy's actor: U-Net or transformer, classifier-free guidance (arXiv:2207.12598) and the sampler's transition.
 
     Guidance is off at a scale of 1 or less, as in diffusers.
     """
 
-    unet: nn.Module
+    network: nn.Module
     schedule: Schedule
     guidance_scale: float
-    compile: bool | None = None  # whether the U-Net is fused into one compiled graph; None: on CUDA
-    pooled: PooledText | None = None  # SDXL's pooled text, the last row of its embeddings
+    compile: bool | None = None  # whether the network is fused into one compiled graph; None: on CUDA
+    call: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = _call_unet  # of network, latents, timesteps and embeddings
     branches_apart: bool = False  # the null and the prompt branch run as separate batches, as the update runs only one
     keep_null_outputs: bool = False  # in trajectories: the null prompt is not trained, so that updates need its outputs only
     text_trained: bool | None = None  # in training, whether embeddings have gradients in updates; None: no training
@@ -253,9 +348,9 @@ class Denoiser:
     def guided_outputs(
         self, latents: Tensor, steps: Tensor, conditioning: Conditioning, null_outputs: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The U-Net's outputs (N, C, H, W) float32 with guidance, and the null prompt's.
+        """The network's outputs (N, C, H, W) float32 with guidance, and the null prompt's.
 
-        Both branches of guidance go through the U-Net as one batch, unless the null prompt's predictions are given or
+        Both branches of guidance go through it as one batch, unless the null prompt's predictions are given or
         `branches_apart` is set.
         """
         timesteps, embeds = self.schedule.timesteps[steps], conditioning.prompt_embeds
@@ -272,32 +367,29 @@ class Denoiser:
         return output, null_outputs
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        """The U-Net's outputs (N, C, H, W) float32 for latents (N, C, H, W) at timesteps (N,), without guidance."""
+        """The network's outputs (N, C, H, W) float32 for latents (N, C, H, W) at timesteps (N,), without guidance."""
         training = self.text_trained is not None
         if training and (self.compiled or latents.is_cuda) and not torch.is_grad_enabled():
             # With gradients other kernels are chosen, which round otherwise: sampling uses those of the update.
             with torch.enable_grad():
                 return self.predict(latents, timesteps, embeds.detach().requires_grad_(bool(self.text_trained))).detach()
-        dtype = next(self.unet.parameters()).dtype
+        dtype = next(self.network.parameters()).dtype
         latents, embeds = latents.to(dtype), embeds.to(dtype)
         if latents.is_cuda:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        options = {}
-        if self.pooled is not None:
-            embeds, options["added_cond_kwargs"] = self.pooled.take_apart(embeds, latents)
-        return self._fused_unet(latents, timesteps, embeds, **options).float()
+        return self._fused(latents, timesteps, embeds).float()
 
     @property
     def compiled(self) -> bool:
-        """Whether the U-Net is compiled into one graph for each shape."""
-        return next(self.unet.parameters()).is_cuda if self.compile is None else self.compile
+        """Whether the network is compiled into one graph for each shape."""
+        return next(self.network.parameters()).is_cuda if self.compile is None else self.compile
 
     @functools.cached_property
-    def _fused_unet(self) -> Callable[..., Tensor]:
-        """The U-Net, made once; a compiled graph for each shape if `compiled`."""
+    def _fused(self) -> Callable[..., Tensor]:
+        """The call of the network, made once; a compiled graph for each shape if `compiled`."""
 
-        def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor, **options: Any) -> Tensor:
-            return self.unet(latents, timesteps, embeds, return_dict=False, **options)[0]
+        def forward(latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+            return self.call(self.network, latents, timesteps, embeds)
 
         return torch.compile(forward, dynamic=False) if self.compiled else forward
 
@@ -326,8 +418,8 @@ class Denoiser:
 class Trajectory:
     """N denoising paths of T steps, as sampled; every tensor detached."""
 
-    prompt_ids: Tensor  # (N, L) int64, for SDXL (N, 2L); the text encoder is the policy, so embeddings are not stored
-    timesteps: Tensor  # (N, T) int64, descending
+    prompt_ids: Tensor  # (N, L) int64, of all tokenizers; the text encoder is the policy, so embeddings are not stored
+    timesteps: Tensor  # (N, T), descending
     latents: Tensor  # (N, T+1, C, H, W), initial noise first
     log_probs: Tensor  # (N, T) float32, under the sampling policy
     null_outputs: Tensor | None = None  # (N, T, C, H, W), kept only if the null prompt is not trained
@@ -379,9 +471,9 @@ def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, in
 def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
     """Compute the cross-attentions' keys and values at the first step only: the text stays the same in a rollout.
 
-    A compiled U-Net computes them each time; so do separate branches, which differ in their text.
+    A compiled network computes them each time; so do separate branches, which differ in their text.
     """
-    attentions = [module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2")]
+    attentions = [module for name, module in denoiser.network.named_modules() if name.endswith(".attn2")]
     if denoiser.compiled or denoiser.branches_apart:
         attentions = []
     layers = [layer for module in attentions for layer in (module.to_k, module.to_v)]
@@ -468,21 +560,25 @@ def decode_with_gradients(vae: Any, latents: Tensor) -> Tensor:
     """The images of `decode`, whose gradients reach the latents; activations are recomputed in the backward pass."""
 
     def images(chunk: Tensor) -> Tensor:
-        dtype = next(vae.parameters()).dtype
-        return vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample.float()
+        return _decoded(vae, chunk).float()
 
-    decoded = [checkpoint(images, chunk, use_reentrant=False) for chunk in latents.split(_decoded_at_once(latents))]
+    decoded = [checkpoint(images, chunk, use_reentrant=False) for chunk in latents.split(_decoded_at_once(vae, latents))]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 
-def _decoded_at_once(latents: Tensor) -> int:
-    return min(MAX_DECODED, max(1, MAX_DECODED * 64 * 64 // latents[0, 0].numel()))
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """What the VAE makes of latents, in its precision."""
+    latents, shift = latents / vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
+    return vae.decode((latents + shift if shift else latents).to(next(vae.parameters()).dtype)).sample
+
+
+def _decoded_at_once(vae: Any, latents: Tensor) -> int:
+    pixels = latents[0, 0].numel() * pixels_per_latent(vae) ** 2
+    return min(MAX_DECODED, max(1, MAX_DECODED * 512 * 512 // pixels))
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) float32 in [0, 1] of final latents (N, C, h, w), decoded 16 at a time, or 4 of 1024x1024."""
-    dtype = next(vae.parameters()).dtype
-    chunks = latents.split(_decoded_at_once(latents))
-    chunks = [vae.decode((chunk / vae.config.scaling_factor).to(dtype)).sample for chunk in chunks]
+    chunks = [_decoded(vae, chunk) for chunk in latents.split(_decoded_at_once(vae, latents))]
     return (torch.cat(chunks).float() / 2 + 0.5).clamp(0, 1)

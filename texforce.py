@@ -29,8 +29,8 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts, stages
-from .config import DrawConfig, TrainConfig, rounds_by_batch, window_end
-from .errors import DivergedError, InputError, is_out_of_memory
+from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, rounds_by_batch, window_end
+from .errors import DivergedError, InputError, is_out_of_memory, near
 from .prompt_sets import read_prompts
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ else:
     torch = _Lazy("torch")
     models, processes, rewards, sampler = (_Lazy(f".{name}") for name in ("models", "processes", "rewards", "sampler"))
 
-TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
 FLOAT32_TOLERANCE = 5e-6
@@ -85,21 +84,40 @@ COARSE_TOLERANCE = 0.1
 
 
 def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
-    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on the text encoders, the U-Net or both."""
+    """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on text encoders, the U-Net or both.
+
+    Raises:
+        InputError: the model has no such text encoder, or no U-Net.
+    """
     from peft import LoraConfig, get_peft_model
 
-    text = tuple(base.text_encoders)
+    text = trained_text_encoders(base, config)
+    if config.target != "text-encoder" and base.unet is None:
+        raise InputError(f"target: {base.family.name} has no U-Net; its transformer is not trained, so take text-encoder")
     targets = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
     adapted = {}
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for part in targets:
-            layers = UNET_LAYERS if part == "unet" else TEXT_ENCODER_LAYERS
+            layers = UNET_LAYERS if part == "unet" else list(base.family.text[part].lora_layers)
             lora = LoraConfig(
                 r=config.rank, lora_alpha=config.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
             )
             adapted[part] = get_peft_model(getattr(base, part), lora)
     return replace(base, **adapted)
+
+
+def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str, ...]:
+    """The names of the text encoders that are trained: those chosen, or else the family's usual ones.
+
+    Raises:
+        InputError: the model has no such text encoder.
+    """
+    chosen = config.text_encoders or [name for name in model.family.text_encoders if name in model.text_encoders]
+    if unknown := [name for name in chosen if name not in model.text_encoders]:
+        there, guess = ", ".join(model.text_encoders), near(unknown[0], model.text_encoders)
+        raise InputError(f"text_encoders: {model.name!r} has no {unknown[0]!r}, it has {there}{guess}")
+    return tuple(name for name in model.text_encoders if name in chosen)
 
 
 class Policy:
@@ -114,7 +132,8 @@ class Policy:
 
     def __init__(self, model: models.Model, config: TrainConfig | DrawConfig) -> None:
         self.model = model
-        if isinstance(config, TrainConfig) and config.algorithm != "ppo" and model.device.type == "cpu":
+        channels_last = isinstance(config, TrainConfig) and config.algorithm != "ppo" and model.device.type == "cpu"
+        if channels_last and model.unet is not None:
             model.unet.to(memory_format=torch.channels_last)  # faster there, but rounds differently: ppo stays as it was
         # Listed once: peft freezes and thaws them as adapters are switched off and on.
         self.named_parameters = {
@@ -126,24 +145,27 @@ class Policy:
         self.parameters = list(self.named_parameters.values())
         self.latent_shape = models.latent_shape(model, config.resolution)
         self.rounds_by_batch = rounds_by_batch(config.mixed_precision, model.device.type)
+        self.negative_prompt = _negative_prompt(model, config)
         self.null_embeds: Tensor | None = None
-        if config.null_prompt == "base" or (model.zero_null and not hasattr(model.unet, "peft_config")):
+        zero_null = model.zero_null and not self.negative_prompt
+        if config.null_prompt == "base" or (zero_null and not hasattr(model.denoiser, "peft_config")):
             with self.base(), torch.no_grad():
-                self.null_embeds = models.encode_null(model)
+                self.null_embeds = models.encode_null(model, self.negative_prompt)
         self.denoiser = self._make_denoiser(config)
-        self.noise_process = sampler.noise_process(model.scheduler).to(model.device)
+        self.noise_process = _noise_process(model, self.latent_shape).to(model.device)
         self.anchor_ids, self.anchor_embeds = self._anchors(config)
         # Users sample every step with the same eta, so held-out images do too, whatever training does.
-        self.drawing_denoiser = replace(self.denoiser, schedule=_schedule(model, config), keep_null_outputs=False)
+        drawing = _schedule(model, config, self.latent_shape)
+        self.drawing_denoiser = replace(self.denoiser, schedule=drawing, keep_null_outputs=False)
 
     def _make_denoiser(self, config: TrainConfig | DrawConfig) -> sampler.Denoiser:
-        trained = isinstance(config, TrainConfig)
+        trained, guidance_input = isinstance(config, TrainConfig), self.model.family.guidance_input
         return sampler.Denoiser(
-            unet=self.model.unet,
-            schedule=_schedule(self.model, config, training_schedule=True) if trained else _schedule(self.model, config),
-            guidance_scale=config.guidance_scale,
+            network=self.model.denoiser,
+            schedule=_schedule(self.model, config, self.latent_shape, training_schedule=trained),
+            guidance_scale=1.0 if guidance_input else config.guidance_scale,
             compile=config.compile,
-            pooled=models.pooled_text(self.model),
+            call=models.denoiser_call(self.model, config.guidance_scale),
             branches_apart=trained and self.null_embeds is not None and self.rounds_by_batch,
             keep_null_outputs=trained and self.null_embeds is not None,
             text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
@@ -159,7 +181,7 @@ class Policy:
         ]
         if not prompts:
             return None, None
-        prompt_ids = models.tokenize_for(self.model, prompts).to(self.model.device)
+        prompt_ids = models.tokenize_for(self.model, prompts, negative=True).to(self.model.device)
         with self.base(), torch.no_grad():
             return prompt_ids, models.encode(self.model, prompt_ids)
 
@@ -171,10 +193,10 @@ class Policy:
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,)."""
-        return models.encode_distinct(self.model, prompt_ids, self.null_embeds)
+        return models.encode_distinct(self.model, prompt_ids, self.null_embeds, self.negative_prompt)
 
     def conditioning(self, prompt_ids: Tensor) -> models.Conditioning:
-        """The U-Net's conditioning for prompt ids (N, L)."""
+        """The denoiser's conditioning for prompt ids (N, L)."""
         embeds, rows = self.encode_distinct(prompt_ids)
         return models.Conditioning(embeds[rows], embeds[:1])
 
@@ -228,15 +250,51 @@ class Policy:
                         Path(written, file).rename(temporary)
 
 
-def _schedule(model: models.Model, config: TrainConfig | DrawConfig, training_schedule: bool = False) -> sampler.Schedule:
-    """The transitions of a configuration; those of a training may be deterministic outside the window."""
-    if config.sampler == "dpm-solver":
-        return sampler.dpm_solver_schedule(model.scheduler, config.num_inference_steps).to(model.device)
+def _negative_prompt(model: models.Model, config: TrainConfig | DrawConfig) -> str:
+    """What guidance leads away from; nothing but the null prompt in a training.
+
+    Raises:
+        InputError: the model takes none.
+    """
+    negative_prompt = "" if isinstance(config, TrainConfig) else config.negative_prompt or ""
+    if negative_prompt and model.family.guidance_input:
+        raise InputError(f"negative_prompt: {model.family.name} takes none: its guidance is an input of the transformer")
+    return negative_prompt
+
+
+def _noise_process(model: models.Model, latent_shape: tuple[int, int, int]) -> sampler.NoiseProcess:
+    if model.family.flow:
+        return sampler.flow_noise_process(model.scheduler, models.num_image_tokens(model, latent_shape))
+    return sampler.noise_process(model.scheduler)
+
+
+def _schedule(
+    model: models.Model, config: TrainConfig | DrawConfig, shape: tuple[int, int, int], training_schedule: bool = False
+) -> sampler.Schedule:
+    """The transitions of a configuration; those of a training may be deterministic outside the window.
+
+    Flow matching is drawn without randomness, which is for training on alone.
+
+    Raises:
+        InputError: the sampler is not for the model's kind of noise.
+    """
+    flow, name, num_steps = model.family.flow, config.sampler, config.num_inference_steps
+    if name != "dpm-solver" and flow != (name in FLOW_SAMPLERS):
+        right, noise = (" or ".join(FLOW_SAMPLERS), "flow matching") if flow else ("ddim", "DDIM's noise")
+        raise InputError(f"sampler: must be {right} or dpm-solver for {model.name!r}, which has {noise}, not {name}")
+    if name == "dpm-solver":
+        return sampler.dpm_solver_schedule(model.scheduler, num_steps).to(model.device)
     random_steps = None
     if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
         random_steps = window_end(config)
-    schedule = sampler.ddim_schedule(model.scheduler, config.num_inference_steps, config.eta, random_steps)
-    return schedule.to(model.device)
+    if not flow:
+        return sampler.ddim_schedule(model.scheduler, num_steps, config.eta, random_steps).to(model.device)
+    num_tokens = models.num_image_tokens(model, shape)
+    levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
+    drawn = sampler.flow_schedule(*levels)
+    if training_schedule:
+        drawn = sampler.random_until(sampler.flow_schedule(*levels, config.eta, name), drawn, random_steps)
+    return drawn.to(model.device)
 
 
 def make_policy(model: models.Model, config: TrainConfig) -> Policy:
@@ -252,9 +310,32 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
             "have a density to train on; raise one of them"
         )
     if config.gradient_checkpointing:
-        policy.model.unet.enable_gradient_checkpointing()
-        policy.model.unet.train()  # diffusers recomputes in training mode only; these U-Nets have no dropout
+        recompute_activations(policy)
+    if config.offload_text_encoders:
+        offload_text_encoders(policy.model)
     return policy
+
+
+def recompute_activations(policy: Policy) -> None:
+    """Let the denoiser and the text encoders that are trained recompute activations in the backward pass.
+
+    Both do so in training mode only, which may differ by dropout alone: it is off.
+    """
+    policy.model.denoiser.enable_gradient_checkpointing()
+    trained = [encoder for encoder in policy.model.text_encoders.values() if hasattr(encoder, "peft_config")]
+    for encoder in trained:
+        encoder.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    for module in (module for network in (policy.model.denoiser, *trained) for module in network.train().modules()):
+        for name in ("p", "dropout", "attention_dropout", "dropout_rate"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+def offload_text_encoders(model: models.Model) -> None:
+    """Move the text encoders that are not trained off the device; they encode each prompt once."""
+    for name, encoder in model.text_encoders.items():
+        if not hasattr(encoder, "peft_config"):
+            model.encode_once[name] = models.EncodeOnce(encoder, model.family.text[name])
 
 
 def trainable_steps(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
@@ -472,7 +553,7 @@ def matching_loss(predictions: Tensor, samples: Tensor, advantages: Tensor) -> T
 class Noising:
     """M noise levels and noises for each of P prompts, the same for all images of a prompt (arXiv:2510.08425)."""
 
-    timesteps: Tensor  # (P, M) int64
+    levels: Tensor  # (P, M) int64, of the noise process
     noise: Tensor  # (P, M, C, H, W)
 
 
@@ -489,12 +570,12 @@ def matching_micro_batch(
     share, (images, draws) = micro_batch.share, micro_batch.pairs.unbind(1)
     samples = share.batch.latents[images]
     groups = (share.batch.local_indices.to(images.device) // config.num_samples_per_prompt)[images]
-    timesteps, noise = noising.timesteps[groups, draws], noising.noise[groups, draws]
-    noised = policy.noise_process.add_noise(samples, noise, timesteps)
+    levels, noise = noising.levels[groups, draws], noising.noise[groups, draws]
+    noised = policy.noise_process.add_noise(samples, noise, levels)
 
     def predict(embeds: Tensor) -> Tensor:
-        outputs = micro_batch.denoiser.predict(noised, timesteps, embeds[micro_batch.rows])
-        return policy.noise_process.predict_sample(noised, outputs, timesteps)[: micro_batch.number]
+        outputs = micro_batch.denoiser.predict(noised, policy.noise_process.timesteps[levels], embeds[micro_batch.rows])
+        return policy.noise_process.predict_sample(noised, outputs, levels)[: micro_batch.number]
 
     base_predictions = None
     if embeds.base is not None:
@@ -657,9 +738,9 @@ def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generato
     """num_noise_levels noise levels, stratified over the noisiest noise_window of the levels, and a noise for each."""
     number, last = config.num_noise_levels, len(policy.noise_process.sample_weight) - 1
     strata = (torch.arange(number) + torch.rand(num_prompts, number, generator=generator)) / number
-    timesteps = ((1 - config.noise_window + config.noise_window * strata) * last).long()
+    levels = ((1 - config.noise_window + config.noise_window * strata) * last).long()
     noise = torch.randn(num_prompts, number, *policy.latent_shape, generator=generator)
-    return Noising(timesteps.to(policy.model.device), noise.to(policy.model.device))
+    return Noising(levels.to(policy.model.device), noise.to(policy.model.device))
 
 
 def _draw_shares(policy: Policy, batch: Batch, config: TrainConfig, generator: torch.Generator) -> list[tuple[Tensor, int]]:
@@ -708,7 +789,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     encoded, rows = policy.encode_distinct(prompt_ids)
     leaf = encoded.detach().requires_grad_(encoded.requires_grad)
     embeds = Embeddings(leaf, policy.base_embeds(prompt_ids) if wants_kl(config) else None)
-    inputs = [tensor for tensor in (leaf, *policy.model.unet.parameters()) if tensor.requires_grad]
+    inputs = [tensor for tensor in (leaf, *policy.model.denoiser.parameters()) if tensor.requires_grad]
 
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""

@@ -136,7 +136,7 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> mode
     """
     models.tokenize_for(policy.model, prompts.all)
     rewards.check_prompts(reward_specs(config), [*prompts.train, *prompts.heldout])
-    return models.find_cut(policy.model.tokenizers, prompts.all)
+    return models.find_cut(list(policy.model.readers.values()), prompts.all)
 
 
 def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
@@ -772,10 +772,10 @@ def activation_bytes(policy: Policy, config: TrainConfig, num_prompts: int) -> t
     null_outputs = latents if policy.null_embeds is not None and policy.denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=model.device)
     denoiser = replace(policy.denoiser, compile=False)  # what a compiled one keeps is less
-    unet = saved_bytes(model, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
+    network = saved_bytes(model, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(model, lambda: models.encode(model, prompt_ids))
     num_null = int(policy.null_embeds is None and not model.zero_null)
-    return config.micro_batch_size * unet, (num_prompts + num_null) * text_encoder
+    return config.micro_batch_size * network, (num_prompts + num_null) * text_encoder
 
 
 def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from texforce import models
+from texforce import families, models
 
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SCHEDULER = DIFFUSION | {"set_alpha_to_one": False, "steps_offset": 1}
@@ -61,7 +61,7 @@ def build(model: str, device: str, precision: str) -> models.Model:
         if model == "sdxl":
             second = CLIPTextConfig(**BIG_G, **ends, projection_dim=1280, hidden_act="gelu")
             parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
-            more = {"tokenizer_2": tokenizer, "zero_null": True}
+            more = {"tokenizer_2": tokenizer, "zero_null": True, "family": families.SDXL}
     for name, part in parts.items():
         full = model == "sdxl" and name == "vae"  # as in a training: its numbers overflow in float16
         part.requires_grad_(False).eval().to(torch.float32 if full else dtype)

@@ -244,7 +244,7 @@ def all_pairs(batch: Batch) -> Tensor:
 
 def scaled_gradient(policy: Policy, work: Callable[[torch.amp.GradScaler], None]) -> Tensor:
     """The gradient on LoRA that the work leaves; in float16 at the largest of some loss scales that it does not overflow."""
-    half = policy.model.unet.dtype == torch.float16
+    half = policy.model.dtype == torch.float16
     for scale in (2.0**16, 2.0**12, 2.0**8):
         work(torch.amp.GradScaler("cuda", init_scale=scale, enabled=half))
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters if parameter.grad is not None])

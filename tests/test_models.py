@@ -74,10 +74,10 @@ def test_a_prompt_may_fill_the_text_encoder_and_what_exceeds_it_is_cut_and_known
     ids = models.tokenize(small.tokenizer, [fits, exceeds])
     assert ids.shape == (2, 24)
     assert torch.equal(ids[0], ids[1])
-    cut = models.find_cut([small.tokenizer], ["a red circle", fits, exceeds, exceeds])
+    cut = models.find_cut(list(small.readers.values()), ["a red circle", fits, exceeds, exceeds])
     assert cut == models.Cut([exceeds], 3, 24)
     assert str(cut).startswith("1 of 3 prompts are cut to the 24 tokens that the text encoder reads, as 'red red ")
-    assert models.find_cut([small.tokenizer], []).prompts == []
+    assert models.find_cut(list(small.readers.values()), []).prompts == []
 
 
 def test_a_lone_surrogate_is_refused_as_no_text(small):
@@ -86,9 +86,9 @@ def test_a_lone_surrogate_is_refused_as_no_text(small):
 
 
 def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
-    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8,) * vae_levels))
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8,) * vae_levels, latent_channels=4))
     config = SimpleNamespace(block_out_channels=(8,) * unet_levels, sample_size=sample_size, in_channels=4)
-    return SimpleNamespace(vae=vae, unet=SimpleNamespace(config=config))
+    return models.Model("model", None, None, SimpleNamespace(config=config), vae)
 
 
 @pytest.mark.parametrize(("resolution", "expected"), [(None, 64), (512, 64), (64, 8), (576, 72), (768, 96)])
@@ -470,7 +470,7 @@ def test_the_length_of_a_prompt_is_that_with_all_vectors(inverted):
     model = models.load_model(str(inverted[0]))
     long = " ".join(["red"] * 20 + [TOKEN])  # 21 tokens before and 23 after, with start and end 25
     whole = long.replace("red ", "", 1)
-    assert models.find_cut(model.tokenizers, [long, whole]).prompts == [long]
+    assert models.find_cut(list(model.readers.values()), [long, whole]).prompts == [long]
     assert models.tokenize(model.tokenizer, [long])[0, -2:].tolist() == [
         model.tokenizer.convert_tokens_to_ids(f"{TOKEN}_1"), model.tokenizer.eos_token_id,
     ]  # fmt: skip

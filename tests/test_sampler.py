@@ -386,7 +386,7 @@ def test_guidance_is_uncond_plus_scale_times_difference_in_one_call():
     cond = Conditioning(torch.tensor([1.0, 2.0, 3.0])[:, None, None], torch.full((1, 1, 1), 0.5))
     denoiser = Denoiser(FakeUNet(pattern), schedule, guidance_scale=4.0)
     mean, null_outputs = denoiser.mean(latents, steps, cond)
-    assert denoiser.unet.batch_sizes == [6]
+    assert denoiser.network.batch_sizes == [6]
     torch.testing.assert_close(null_outputs, 0.5 * pattern.expand(3, -1, -1, -1))
     for i, step in enumerate(steps):
         output = (0.5 + 4.0 * (1.0 + i - 0.5)) * pattern
@@ -404,7 +404,7 @@ def test_guidance_is_off_at_a_scale_of_one_or_less(scale):
     mean, null_outputs = denoiser.mean(latents, steps, cond)
     assert not denoiser.guided
     assert null_outputs is None
-    assert denoiser.unet.batch_sizes == [2]
+    assert denoiser.network.batch_sizes == [2]
     output = cond.prompt_embeds.mean(dim=(1, 2))[:, None, None, None] * pattern
     torch.testing.assert_close(mean, schedule.latents_weight[3] * latents + schedule.output_weight[3] * output)
 
@@ -412,7 +412,7 @@ def test_guidance_is_off_at_a_scale_of_one_or_less(scale):
 def test_kept_null_outputs_give_the_same_mean_for_half_the_work():
     denoiser = micro_denoiser()
     calls = []
-    denoiser.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
+    denoiser.network.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
     latents, steps, cond = torch.randn(3, 4, 8, 8), torch.tensor([0, 5, 9]), conditioning(3)
     mean, null_outputs = denoiser.mean(latents, steps, cond)
     again, kept = denoiser.mean(latents, steps, cond, null_outputs)
@@ -460,7 +460,7 @@ def test_as_many_images_are_decoded_at_a_time_as_have_the_pixels_of_sixteen(widt
     sizes = []
 
     class VAE(torch.nn.Linear):
-        config = SimpleNamespace(scaling_factor=1.0)
+        config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(1, 1, 1, 1))
 
         def decode(self, latents):
             sizes.append(len(latents))
@@ -501,7 +501,7 @@ def test_rollout_returns_what_its_shapes_promise():
 
 def test_the_text_is_projected_once_a_rollout_and_nothing_else_changes(monkeypatch):
     denoiser = micro_denoiser(num_steps=4)
-    attention = next(module for name, module in denoiser.unet.named_modules() if name.endswith(".attn2"))
+    attention = next(module for name, module in denoiser.network.named_modules() if name.endswith(".attn2"))
     calls, forward = [], nn.Linear.forward
 
     def counted(self: nn.Linear, inputs: Tensor) -> Tensor:

@@ -696,7 +696,7 @@ def textbook_matching_loss(rig: Rig, batch: Batch, noising: texforce.Noising, im
     """Advantage-weighted matching of one image at one noise level, as one would write it down; in float64."""
     model, config = rig.policy.model, rig.config
     group = image // config.num_samples_per_prompt
-    timestep, noise = noising.timesteps[group, draw], noising.noise[group, draw].double()
+    timestep, noise = noising.levels[group, draw], noising.noise[group, draw].double()
     model.scheduler.alphas_cumprod = model.scheduler.alphas_cumprod.double()
     model.scheduler.set_timesteps(config.num_inference_steps)
     sample = batch.latents[image].double()
@@ -761,11 +761,11 @@ def test_the_micro_batch_size_does_not_change_the_gradient_of_matching(make_rig)
 def test_noise_levels_are_stratified_over_the_noisiest_share_of_them(make_rig):
     rig = make_rig(**MATCHING | {"num_noise_levels": 4, "noise_window": 0.6})
     noising = texforce.draw_noising(rig.policy, 1000, rig.config, torch.Generator().manual_seed(0))
-    assert noising.timesteps.shape == (1000, 4)
+    assert noising.levels.shape == (1000, 4)
     assert noising.noise.shape == (1000, 4, *rig.policy.latent_shape)
     edges = [0.4 + 0.15 * stratum for stratum in range(5)]
     for stratum, (low, high) in enumerate(itertools.pairwise(edges)):
-        shares = noising.timesteps[:, stratum] / 999
+        shares = noising.levels[:, stratum] / 999
         assert low - 2e-3 <= shares.min() < low + 0.01
         assert high - 0.01 < shares.max() <= high
 

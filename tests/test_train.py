@@ -549,10 +549,10 @@ def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, na
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"algorithm": "ppo", "eta": 0.0}, "eta: must be above 0 for ppo"),
-    ({"algorithm": "ppo", "sampler": "dpm-solver"}, "sampler: must be ddim for ppo, not dpm-solver"),
-    ({"algorithm": "ppo", "sampler": "dpm-solver", "eta": 0.0}, "sampler: must be ddim for ppo, not dpm-solver"),
+    ({"algorithm": "ppo", "sampler": "dpm-solver"}, "sampler: must be ddim for ppo .*, not dpm-solver"),
+    ({"algorithm": "ppo", "sampler": "dpm-solver", "eta": 0.0}, "sampler: must be ddim for ppo .*, not dpm-solver"),
     ({"algorithm": "matching", "sampler": "dpm-solver", "eta": 0.5}, "eta: must be 0 for dpm-solver, not 0.5"),
-    ({"algorithm": "matching", "sampler": "euler"}, "sampler: must be one of ddim, dpm-solver, not 'euler'"),
+    ({"algorithm": "matching", "sampler": "heun"}, "sampler: must be one of ddim, dpm-solver, euler, cps, not 'heun'"),
     ({"algorithm": "matching", "num_prompts_per_epoch": 2, "num_updates_per_epoch": 3}, "num_updates_per_epoch"),
     ({"algorithm": "gradient", "backprop_steps": 9, "num_inference_steps": 8}, "backprop_steps: must be at most"),
     ({"algorithm": "gradient", "num_inner_epochs": 2}, "num_inner_epochs: must be 1"),
