@@ -303,7 +303,10 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
     Raises:
         InputError: no step of the schedule can be trained on, or as `Policy`.
     """
-    policy = Policy(add_lora(model, config), config)
+    model = add_lora(model, config)
+    if config.offload_text_encoders:
+        offload_text_encoders(model)
+    policy = Policy(model, config)
     if config.algorithm == "ppo" and len(trainable_steps(policy.denoiser.schedule, config)) == 0:
         raise InputError(
             f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
@@ -311,8 +314,6 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
         )
     if config.gradient_checkpointing:
         recompute_activations(policy)
-    if config.offload_text_encoders:
-        offload_text_encoders(policy.model)
     return policy
 
 

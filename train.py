@@ -676,10 +676,12 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
     if finds_micro_batch(config, policy.model.device):
         config = replace(config, micro_batch_size=config.sample_batch_size)
-    unet, text_encoder = activation_bytes(policy, config, num_distinct)
+    denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
+    network = "U-Net" if policy.model.unet is not None else "transformer"
     return {
         "model": config.model,
         "device": str(policy.model.device),
+        "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config")),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
         "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
         + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else ""),
@@ -687,12 +689,12 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": f"{num_images_a_step:g}",
         f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": f"{num_images_a_step * num_items:g}",
-        "U-Net calls an epoch": _calls_per_epoch(policy, config),
-        "U-Net calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
-        **_ppo_beside(policy, config),
+        f"{network} calls an epoch": _calls_per_epoch(policy, config),
+        f"{network} calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
+        **_ppo_beside(policy, config, network),
         "weights, MiB": mebibytes(_weight_bytes(policy.model)),
         "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
-        "U-Net activations of a micro-batch, MiB": mebibytes(unet),
+        f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
         "text encoder activations, MiB": mebibytes(text_encoder),
     }
 
@@ -720,14 +722,14 @@ def _calls_per_epoch(policy: Policy, config: TrainConfig) -> int:
     return num_rollout_calls(policy, config) + num_pairs * _calls_per_item(policy, config)
 
 
-def _ppo_beside(policy: Policy, config: TrainConfig) -> dict[str, Any]:
+def _ppo_beside(policy: Policy, config: TrainConfig, network: str) -> dict[str, Any]:
     """What ppo costs with its defaults for the model, beside another algorithm."""
     if config.algorithm == "ppo":
         return {}
     ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target))
     num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
     num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
-    return {"U-Net calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}
+    return {f"{network} calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}
 
 
 def _items_per_image(policy: Policy, config: TrainConfig) -> int:
@@ -783,12 +785,12 @@ def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()  # a number also on the meta device
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     for part in model.policy_parts.values():
         for tensor in part.parameters():
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
+            kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(kept.values())

@@ -1434,7 +1434,7 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--seed", str(2**64)], ["seed"]),
     (["--prompt", "a red circle", "--eta", "2"], ["eta"]),
     (["--prompt", "a red circle", "--sampler", "dpm-solver", "--eta", "1"], ["eta", "dpm-solver", "not 1"]),
-    (["--prompt", "a red circle", "--sampler", "euler"], ["sampler", "ddim, dpm-solver"]),
+    (["--prompt", "a red circle", "--sampler", "heun"], ["sampler", "ddim, dpm-solver"]),
     (["--prompt", "a red circle", "--eta", "nan"], ["eta"]),
     (["--prompt", "a red circle", "--scale", "nan"], ["scale"]),
     (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),

@@ -1,11 +1,27 @@
 """The newer families: what is drawn, encoded, trained and merged equals what diffusers' own pipelines do."""
 
+import functools
+import itertools
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributions import Normal
+from typer.testing import CliRunner
 
-
-from texforce import Policy, families, models
-from texforce.config import SampleOptions, resolve_sample
+import texforce
+from texforce import Policy, cli, evaluate, families, merge, models, sampler, train
+from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
+from texforce.errors import InputError
+from texforce.learner import Learner
 
 from . import small_models
 
@@ -123,3 +139,479 @@ def test_embeddings_equal_encode_prompts(folders, name):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-5)
+
+
+# --- training ---
+
+TRAINED = {  # by default
+    "sd3": ["text_encoder", "text_encoder_2"], "sd3-without-t5": ["text_encoder", "text_encoder_2"],
+    "flux": ["text_encoder"], "pixart-alpha": ["text_encoder"], "pixart-sigma": ["text_encoder"], "sana": ["text_encoder"],
+}  # fmt: skip
+
+
+def training(folder, output, name, **options):
+    prompts = output.parent / "prompts.txt"
+    prompts.write_text("two red circle\na blue square\na and a\nred and blue\n")
+    usual = {
+        "model": str(folder), "reward": "jpeg", "prompts": str(prompts), "algorithm": "matching", "num_epochs": 1,
+        "num_prompts_per_epoch": 2, "num_samples_per_prompt": 2, "num_inference_steps": 3, "num_noise_levels": 2,
+        "resolution": resolution_of(name), "rank": 2, "learning_rate": 3e-2, "lr_warmup_steps": 0, "mixed_precision": "no",
+        "sample_batch_size": 4, "micro_batch_size": 4, "ema_decay": 0.0, "output_dir": str(output), "guidance_scale": 3.0,
+    }  # fmt: skip
+    return resolve(TrainOptions(**usual | options))
+
+
+def folder_of(output, part):
+    return output if part == "text_encoder" else output / part
+
+
+@pytest.fixture(scope="session")
+def trained(folders, tmp_path_factory):
+    """The output of an epoch of matching by family."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def output(name):
+        (root / name).mkdir(exist_ok=True)
+        if not (root / name / "out").is_dir():
+            train.train(training(folders(name), root / name / "out", name))
+        return root / name / "out"
+
+    return output
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_epoch_of_matching_writes_lora_of_the_usual_text_encoders_alone(trained, name):
+    written = {path.parent for path in trained(name).rglob("adapter_model.safetensors")}
+    assert written == {folder_of(trained(name), part) for part in TRAINED[name]}
+    for folder in written:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
+    model = models.load_model(str(folders(name)))
+    before = {part: {key: tensor.clone() for key, tensor in module.state_dict().items()} for part, module in
+              (model.policy_parts | {"vae": model.vae}).items()}  # fmt: skip
+    config = training(folders(name), tmp_path / "out", name)
+    policy = texforce.make_policy(model, config)
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.1)
+    for part, module in (policy.model.policy_parts | {"vae": policy.model.vae}).items():
+        after = {
+            key.replace("base_model.model.", "").replace(".base_layer", ""): t for key, t in module.state_dict().items()
+        }
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before[part].items())
+        assert hasattr(module, "peft_config") == (part in TRAINED[name])
+        assert not any(tensor.requires_grad for key, tensor in module.named_parameters() if ".lora_" not in key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
+    sampled = {} if name.startswith("pixart") else {"sampler": "cps" if name == "sana" else "euler"}
+    options = {"algorithm": "ppo", "timestep_window": 0.9, "num_updates_per_epoch": 1} | sampled
+    config = training(folders(name), tmp_path / "out", name, **options)
+    train.train(config)
+    (_, epoch) = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert epoch["ratio_deviation"] <= 5e-6
+    assert epoch["grad_norm"] > 0
+
+
+def our_tuned_images(folder, name, adapter, **options):
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.0, "resolution": resolution_of(name)} | options
+    config = resolve_sample(SampleOptions(model=str(folder), adapter=[str(adapter)], prompt=PROMPTS, **given))
+    return evaluate.sample(config, PROMPTS, range(len(PROMPTS)))["tuned"]
+
+
+def plain_tuned_images(pipeline, name):
+    return plain_images(pipeline, name, num_inference_steps=4, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_puts_the_adapter_on_the_plain_pipeline_for_the_same_images(folders, trained, name):
+    pipeline = plain_pipeline(folders(name), plain_scheduler(name))
+    base = plain_tuned_images(pipeline, name)
+    for part in TRAINED[name]:
+        adapted = PeftModel.from_pretrained(getattr(pipeline, part), folder_of(trained(name), part))
+        setattr(pipeline, part, adapted.merge_and_unload())
+    plain = plain_tuned_images(pipeline, name)
+    torch.testing.assert_close(our_tuned_images(folders(name), name, trained(name)), plain, rtol=0, atol=1e-4)
+    assert (plain - base).abs().max() > 1e-4
+
+
+def merged(folder, adapter, output, format):
+    config = resolve_merge(MergeOptions(model=str(folder), adapter=[str(adapter)], output_dir=str(output), format=format))
+    return merge.merge(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merged_pipeline_draws_the_same_images(folders, trained, tmp_path, name):
+    folder = merged(folders(name), trained(name), tmp_path / name, "pipeline")
+    plain = plain_tuned_images(plain_pipeline(folder, plain_scheduler(name)), name)
+    torch.testing.assert_close(our_tuned_images(folders(name), name, trained(name)), plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_diffusers_loads_the_lora_of_its_format_for_the_same_images(folders, trained, tmp_path, name):
+    folder = merged(folders(name), trained(name), tmp_path / "lora", "diffusers")
+    pipeline = plain_pipeline(folders(name))
+    pipeline.load_lora_weights(folder)
+    ours = our_tuned_images(folders(name), name, trained(name))
+    torch.testing.assert_close(ours, plain_tuned_images(pipeline, name), rtol=0, atol=1e-4)
+    torch.testing.assert_close(our_tuned_images(folders(name), name, folder), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "prefixes"), [
+    ("sd3", {"lora_te1_text_model_", "lora_te2_text_model_", "lora_te3_encoder_block_"}),
+    ("flux", {"lora_te1_text_model_", "lora_te3_encoder_block_"}),
+])  # fmt: skip
+def test_kohyas_names_are_those_of_sd_scripts_and_comfyui(folders, tmp_path, name, prefixes):
+    chosen = ["text_encoder", "text_encoder_2"] + ["text_encoder_3"] * (name == "sd3")
+    train.train(training(folders(name), tmp_path / "out", name, text_encoders=chosen))
+    folder = merged(folders(name), tmp_path / "out", tmp_path / "kohya", "kohya")
+    tensors = load_file(folder / "kohya.safetensors")
+    assert {prefix for prefix in prefixes for key in tensors if key.startswith(prefix)} == prefixes
+    assert all(key.startswith(tuple(prefixes)) for key in tensors)
+    ours = our_tuned_images(folders(name), name, tmp_path / "out")
+    torch.testing.assert_close(our_tuned_images(folders(name), name, folder), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "format", "message"), [
+    ("pixart-alpha", "diffusers", "no LoRA of the text_encoder of PixArt-alpha; use peft"),
+    ("pixart-sigma", "kohya", "no LoRA of the text_encoder of PixArt-Sigma; use peft"),
+    ("sana", "kohya", "no LoRA of the text_encoder of Sana; use peft"),
+    ("sana", "checkpoint", "checkpoint is a layout of Stable Diffusion 1.x to XL, not of Sana; use pipeline"),
+    ("flux", "checkpoint", "checkpoint is a layout of Stable Diffusion 1.x to XL, not of FLUX.1; use pipeline"),
+])  # fmt: skip
+def test_a_format_that_no_reader_takes_is_refused_with_the_reason(folders, trained, tmp_path, name, format, message):
+    with pytest.raises(InputError, match=f"format: .*{message}"):
+        merged(folders(name), trained(name), tmp_path / "merged", format)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_t5_may_be_trained_alone_and_diffusers_format_refuses_it(folders, tmp_path):
+    config = training(folders("sd3"), tmp_path / "out", "sd3", text_encoders=["text_encoder_3"])
+    train.train(config)
+    assert [path.parent.name for path in (tmp_path / "out").rglob("adapter_model.safetensors")] == ["text_encoder_3"]
+    pipeline = plain_pipeline(folders("sd3"))
+    adapted = PeftModel.from_pretrained(pipeline.text_encoder_3, tmp_path / "out" / "text_encoder_3")
+    pipeline.text_encoder_3 = adapted.merge_and_unload()
+    ours = our_tuned_images(folders("sd3"), "sd3", tmp_path / "out")
+    torch.testing.assert_close(ours, plain_tuned_images(pipeline, "sd3"), rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match=re.escape("no LoRA of the text_encoder_3 of Stable Diffusion 3 or 3.5; use peft")):
+        merged(folders("sd3"), tmp_path / "out", tmp_path / "merged", "diffusers")
+
+
+def matching_share(policy, config):
+    """An epoch's images, noised, and everything an update learns from."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = ["two red circle", "two red circle", "a blue square", "a blue square"]
+    ids = models.tokenize_for(policy.model, prompts)
+    latents = torch.randn(4, *policy.latent_shape, generator=generator)
+    rewards = torch.randn(4, generator=generator)
+    batch = texforce.Batch(prompts, ids, torch.arange(4), rewards, rewards, latents=latents)
+    noising = texforce.draw_noising(policy, 2, config, generator)
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(config.num_noise_levels))
+    return batch, noising, pairs
+
+
+def textbook_text(model, pipeline, prompt):
+    """What the denoiser reads of a prompt, by the plain pipeline's own `encode_prompt` around our text encoders."""
+    name = type(pipeline).__name__
+    for part, encoder in model.text_encoders.items():
+        setattr(pipeline, part, encoder)
+    encode = pipeline.encode_prompt.__wrapped__ if hasattr(pipeline.encode_prompt, "__wrapped__") else pipeline.encode_prompt
+    if name == "StableDiffusion3Pipeline":
+        embeds, _, pooled, _ = encode([prompt], None, None, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    if name == "FluxPipeline":
+        embeds, pooled, ids = encode([prompt], None)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
+    more = {"complex_human_instruction": families.sana_instruction().split("\n")} if name == "SanaPipeline" else {}
+    embeds, mask, _, _ = encode([prompt], do_classifier_free_guidance=False, **more)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def textbook_output(pipeline, latents, timestep, text, guidance_scale):
+    transformer, name = pipeline.transformer, type(pipeline).__name__
+    if name == "FluxPipeline":
+        height, width = latents.shape[2:]
+        packed = pipeline._pack_latents(latents, 1, latents.shape[1], height, width)
+        ids = pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
+        guidance = torch.full([1], guidance_scale)
+        output = transformer(
+            packed, timestep=timestep[None] / 1000, img_ids=ids, guidance=guidance, return_dict=False, **text
+        )[0]
+        return pipeline._unpack_latents(output, height * 2, width * 2, 2)
+    scale = transformer.config.timestep_scale if name == "SanaPipeline" else 1
+    more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if name.startswith("PixArt") else {}
+    output = transformer(latents, timestep=timestep[None] * scale, return_dict=False, **text, **more)[0]
+    return output[:, : latents.shape[1]]
+
+
+def textbook_matching_loss(policy, pipeline, batch, noising, image, draw, config):
+    """Advantage-weighted matching of one image at one noise level, as one would write it down."""
+    level, noise = noising.levels[image // 2, draw], noising.noise[image // 2, draw][None]
+    timestep, sample, flow = policy.noise_process.timesteps[level], batch.latents[image][None], policy.model.family.flow
+    sigma = timestep / 1000
+    noised = (1 - sigma) * sample + sigma * noise if flow else pipeline.scheduler.add_noise(sample, noise, timestep[None])
+
+    def predict():
+        text = textbook_text(policy.model, pipeline, batch.prompts[image])
+        output = textbook_output(pipeline, noised, timestep, text, config.guidance_scale)
+        if flow:
+            return noised - sigma * output
+        alpha = pipeline.scheduler.alphas_cumprod[timestep]
+        return (noised - (1 - alpha).sqrt() * output) / alpha.sqrt()
+
+    prediction = predict()
+    with policy.base(), torch.no_grad():
+        base = predict()
+    error = prediction - sample
+    loss = batch.advantages[image] * error.square().mean() / error.detach().abs().mean()
+    return loss + config.kl_weight * (prediction - base).square().mean()
+
+
+def gradient_of(policy):
+    gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    for parameter in policy.parameters:
+        parameter.grad = None
+    return gradient
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_path, name):
+    config = training(folders(name), tmp_path / "out", name, kl_weight=0.3, micro_batch_size=3)
+    policy = texforce.make_policy(models.load_model(str(folders(name))), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    batch, noising, pairs = matching_share(policy, config)
+    loss = functools.partial(texforce.matching_micro_batch, noising=noising)
+    texforce.accumulate_gradients(policy, texforce.Share(batch, pairs, loss), Learner(policy.parameters, config), config)
+    ours, pipeline = gradient_of(policy), plain_pipeline(folders(name), plain_scheduler(name))
+    losses = [textbook_matching_loss(policy, pipeline, batch, noising, *pair, config) for pair in pairs.tolist()]
+    torch.stack(losses).mean().backward()
+    theirs = gradient_of(policy)
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+
+
+# --- flow matching as Gaussian transitions ---
+
+
+def flow_scheduler(**options):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+@pytest.mark.parametrize(("options", "linear"), [
+    ({"shift": 3.0}, False), ({"shift": 1.0}, False), ({"use_dynamic_shifting": True}, True),
+    ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, True), ({"shift_terminal": 0.02, "shift": 2.0}, False),
+    ({"use_karras_sigmas": True}, False), ({"use_beta_sigmas": True}, False),
+])  # fmt: skip
+def test_without_randomness_a_step_is_diffusers_step_of_flow_matching(options, linear):
+    sigmas, timesteps = sampler.flow_levels(flow_scheduler(**options), 6, 1024, linear)
+    schedule, scheduler = sampler.flow_schedule(sigmas, timesteps), flow_scheduler(**options)
+    given = {"sigmas": np.linspace(1.0, 1 / 6, 6)} if linear else {}
+    mu = {"mu": calculate_shift(1024)} if "use_dynamic_shifting" in options else {}
+    scheduler.set_timesteps(6, **given, **mu)
+    torch.testing.assert_close(schedule.timesteps, scheduler.timesteps, rtol=1e-6, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for k, timestep in enumerate(scheduler.timesteps):
+        latents, output = torch.randn(2, 1, 4, 2, 2, generator=generator)
+        expected = scheduler.step(output, timestep, latents).prev_sample
+        torch.testing.assert_close(schedule.mean(latents, output, torch.tensor([k])), expected, rtol=1e-5, atol=1e-5)
+    assert not schedule.std.any()
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
+def test_flow_grpos_transition_is_the_published_sde(eta):
+    sigmas, timesteps = sampler.flow_levels(flow_scheduler(shift=3.0), 5, 1024, False)
+    schedule = sampler.flow_schedule(sigmas, timesteps, eta)
+    x, v = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in range(5):
+        sigma, step = sigmas[k].double(), (sigmas[k + 1] - sigmas[k]).double()
+        s = eta * (sigma / (1 - (sigma if sigma < 1 else sigmas[1].double()))).sqrt()
+        # dx = [v + s^2 / (2 sigma) (x + (1 - sigma) v)] dt + s dw
+        mean = x + (v + s**2 / (2 * sigma) * (x + (1 - sigma) * v)) * step
+        torch.testing.assert_close(
+            schedule.latents_weight[k] * x + schedule.output_weight[k] * v, mean, rtol=1e-5, atol=1e-5
+        )
+        assert schedule.std[k].item() == pytest.approx((s * (-step).sqrt()).item(), rel=1e-5)
+    assert schedule.std[-1] > 0
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_cps_leaves_the_noise_that_each_level_should_have(eta):
+    sigmas, timesteps = sampler.flow_levels(flow_scheduler(shift=3.0), 5, 1024, False)
+    schedule = sampler.flow_schedule(sigmas, timesteps, eta, "cps")
+    for k, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        # x = (1 - sigma) sample + sigma noise, v = noise - sample
+        of_sample = schedule.latents_weight[k] * (1 - sigma) - schedule.output_weight[k]
+        of_noise = schedule.latents_weight[k] * sigma + schedule.output_weight[k]
+        assert of_sample.item() == pytest.approx(1 - after.item(), abs=1e-5)
+        assert (of_noise**2 + schedule.std[k] ** 2).item() == pytest.approx(after.item() ** 2, abs=1e-5)
+        assert schedule.std[k].item() == pytest.approx(after.item() * math.sin(eta * math.pi / 2), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["euler", "cps"])
+def test_log_probabilities_of_flow_matching_are_those_of_the_normal_distribution(folders, kind):
+    config = training(folders("sd3"), folders("sd3"), "sd3", algorithm="ppo", sampler=kind, timestep_window=0.5)
+    policy = texforce.make_policy(models.load_model(str(folders("sd3"))), config)
+    ids = models.tokenize_for(policy.model, PROMPTS)
+    with torch.no_grad():
+        conditioning = policy.conditioning(ids)
+        path = sampler.rollout(policy.denoiser, ids, conditioning, policy.latent_shape, torch.Generator().manual_seed(0))
+        for k in policy.denoiser.schedule.trainable_steps.tolist():
+            steps = torch.full((2,), k)
+            mean, _ = policy.denoiser.mean(path.latents[:, k], steps, conditioning)
+            expected = Normal(mean, policy.denoiser.std(steps)).log_prob(path.latents[:, k + 1]).flatten(1).mean(dim=1)
+            torch.testing.assert_close(path.log_probs[:, k], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_outside_the_window_may_be_deterministic_in_flow_matching(folders, tmp_path):
+    options = {"algorithm": "ppo", "timestep_window": 0.4, "num_inference_steps": 5, "deterministic_elsewhere": True}
+    config = training(folders("sd3"), tmp_path / "out", "sd3", **options)
+    policy = texforce.make_policy(models.load_model(str(folders("sd3"))), config)
+    assert (policy.denoiser.schedule.std > 0).tolist() == [True, True, False, False, False]
+    assert policy.denoiser.schedule.output_weight[2:].equal(policy.drawing_denoiser.schedule.output_weight[2:])
+    assert not policy.drawing_denoiser.schedule.std.any()
+
+
+# --- memory ---
+
+
+def test_text_encoders_that_are_not_trained_may_leave_the_device_and_encode_a_prompt_once(folders, tmp_path, monkeypatch):
+    calls = []
+
+    def read(encoder, ids):
+        calls.append(len(ids))
+        return families.t5(encoder, ids)
+
+    monkeypatch.setitem(families.SD3.text, "text_encoder_3", replace(families.SD3.text["text_encoder_3"], read=read))
+    outputs = []
+    for name, offload in (("kept", False), ("offloaded", True)):
+        (tmp_path / name).mkdir()
+        calls.clear()
+        output = tmp_path / name / "out"
+        train.train(training(folders("sd3"), output, "sd3", num_epochs=2, offload_text_encoders=offload))
+        outputs.append([load_file(folder_of(output, part) / "adapter_model.safetensors") for part in TRAINED["sd3"]])
+    assert calls == [1] * 5  # the four prompts and the null prompt
+    for kept, offloaded in zip(*outputs, strict=True):
+        for key, tensor in kept.items():
+            torch.testing.assert_close(offloaded[key], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "sana"])
+def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path, name):
+    gradients, kept = [], []
+    chosen = {"text_encoders": ["text_encoder", "text_encoder_2", "text_encoder_3"]} if name == "sd3" else {}
+    for checkpointing in (False, True):
+        config = training(folders(name), tmp_path / "out", name, gradient_checkpointing=checkpointing, **chosen)
+        policy = texforce.make_policy(models.load_model(str(folders(name))), config)
+        batch, noising, pairs = matching_share(policy, config)
+        loss = functools.partial(texforce.matching_micro_batch, noising=noising)
+        texforce.accumulate_gradients(policy, texforce.Share(batch, pairs, loss), Learner(policy.parameters, config), config)
+        gradients.append(gradient_of(policy))
+        kept.append(train.saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.7 * kept[0]
+
+
+# --- what is refused ---
+
+
+def changed(folder, tmp_path, file, **changes):
+    """A copy of a pipeline with fields of a JSON file changed; None removes one."""
+    copy = shutil.copytree(folder, tmp_path / "changed")
+    fields = json.loads((copy / file).read_text()) | changes
+    (copy / file).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    return copy
+
+
+INDEX, SCHEDULER, TRANSFORMER = "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"
+
+
+@pytest.mark.parametrize(("name", "file", "changes", "message"), [
+    ("sd3", INDEX, {"_class_name": "HunyuanDiTPipeline"}, "is a HunyuanDiTPipeline, which is not supported; known are"),
+    ("sd3", INDEX, {"_class_name": "StableDiffusion3InpaintPipeline"}, "is a StableDiffusion3InpaintPipeline, which is not"),
+    ("flux", INDEX, {"_class_name": "FluxFillPipeline"}, "is a FluxFillPipeline, which is not supported"),
+    ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, "is a SanaSprintPipeline, which is not supported"),
+    ("sd3", INDEX, {"text_encoder_2": [None, None]}, "names no text_encoder_2"),
+    ("flux", INDEX, {"transformer": None}, "names no transformer"),
+    ("sd3", SCHEDULER, {"_class_name": "DDIMScheduler"}, "of a DDIMScheduler whose noise is not that of flow matching"),
+    ("flux", SCHEDULER, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "of a FlowMatchHeunDiscreteScheduler"),
+    ("sana", SCHEDULER, {"use_flow_sigmas": False}, "of a DPMSolverMultistepScheduler whose noise is not that of flow"),
+    ("sd3", SCHEDULER, {"invert_sigmas": True}, "of a FlowMatchEulerDiscreteScheduler whose noise is not"),
+    ("pixart-alpha", SCHEDULER, {"use_flow_sigmas": True}, "of a DPMSolverMultistepScheduler whose noise is not DDIM's"),
+    ("pixart-alpha", SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "whose noise is not DDIM's"),
+])  # fmt: skip
+def test_a_pipeline_of_no_family_or_schedule_here_is_refused(folders, tmp_path, name, file, changes, message):
+    folder = changed(folders(name), tmp_path, file, **changes)
+    with pytest.raises(InputError, match=f"model: .*{message}"):
+        models.load_model(str(folder))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"name": "sd3", "target": "unet"}, "target: Stable Diffusion 3 or 3.5 has no U-Net"),
+    ({"name": "sana", "target": "both", "null_prompt": "adapted"}, "target: Sana has no U-Net"),
+    ({"name": "sd3", "text_encoders": ["text_encoder_4"]}, "has no 'text_encoder_4', it has text_encoder, .*; did you mean"),
+    ({"name": "sd3-without-t5", "text_encoders": ["text_encoder_3"]}, "has no 'text_encoder_3', it has"),
+    ({"name": "sd3", "sampler": "ddim"}, "sampler: must be euler or cps or dpm-solver for .*, not ddim"),
+    ({"name": "pixart-alpha", "sampler": "euler"}, "sampler: must be ddim or dpm-solver for .*, not euler"),
+    ({"name": "sd3", "algorithm": "ppo", "eta": 0.0}, "eta: must be above 0 for ppo"),
+    ({"name": "flux", "sampler": "dpm-solver"}, "sampler: the scheduler shifts its noise levels by the image's size"),
+    ({"name": "sd3", "resolution": 80}, "resolution: must be at most 64 pixels for this model, not 80"),
+    ({"name": "sd3", "resolution": 18}, "resolution: must be a multiple of 4 pixels"),
+    ({"name": "flux", "resolution": 18}, "resolution: must be a multiple of 4 pixels"),
+])  # fmt: skip
+def test_options_that_do_not_fit_the_family_are_refused(folders, tmp_path, options, message):
+    name = options.pop("name")
+    with pytest.raises(InputError, match=message):
+        train.train(training(folders(name), tmp_path / "out", name, **options))
+
+
+def test_flux_takes_no_negative_prompt_and_flow_matching_is_drawn_without_randomness(folders):
+    for options, message in (
+        ({"negative_prompt": "blurry"}, "negative_prompt: FLUX.1 takes none"),
+        ({"eta": 0.5}, "flow matching is drawn by euler at an eta of 0, not by euler at 0.5"),
+        ({"sampler": "cps"}, "flow matching is drawn by euler at an eta of 0, not by cps"),
+    ):
+        with pytest.raises(InputError, match=message):
+            our_images(folders("flux"), "flux", **options)
+
+
+def test_a_text_encoder_of_another_width_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders("pixart-sigma"), tmp_path / "wide")
+    small_models.t5_of_shape(40).save_pretrained(folder / "text_encoder")
+    with pytest.raises(InputError, match=r"the transformer of .* takes embeddings of 24, its text encoder makes 40"):
+        models.load_model(str(folder))
+
+
+# --- the commands ---
+
+
+def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_matching(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("two red circle\na blue square\na and a\nred and blue\n")
+    model = ["--model", str(folders("sd3")), "--resolution", "16", "--num-inference-steps", "3"]
+    small = ["--prompts", "prompts.txt", "--reward", "jpeg", "--num-prompts-per-epoch", "2", "--num-samples-per-prompt", "2"]
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run("train", *model, *small, "--num-epochs", "2", "--checkpoint-every", "1", "--output-dir", "whole")
+    run("train", *model, *small, "--num-epochs", "2", "--checkpoint-every", "1", "--output-dir", "again")
+    for part in ("", "text_encoder_2"):
+        whole, again = (load_file(tmp_path / run / part / "adapter_model.safetensors") for run in ("whole", "again"))
+        assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+    assert "text_encoder_2" in run("train", *model, *small, "--dry-run")
+    run("sample", "--adapter", "whole", "--prompt", "two red circle", "--negative-prompt", "blurry", "--num-images", "1")
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 1
+    run("eval", "--adapter", "whole", "--benchmark", "prompts.txt", "--reward", "jpeg", "--num-images", "1")
+    assert (tmp_path / "eval" / "results.json").is_file()

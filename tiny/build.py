@@ -1,8 +1,9 @@
-"""Build the embedded tiny model from scratch: `python tiny/build.py --seed 0` (about 80 minutes on one CPU core).
+"""Build the embedded tiny models from scratch: `python tiny/build.py --seed 0` (about 80 minutes on one CPU core each).
 
 Stages, each of which can be run alone with --stage: prompts, tokenizer, vae, text_encoder, unet, hps. The result is the
 prompt sets of the tiny world, a complete Stable Diffusion pipeline in diffusers' format, and a preference scorer in HPSv2's
-format (open_clip, `state_dict`).
+format (open_clip, `state_dict`). The stages flow_text_encoders and flow_transformer make tiny-flow, the same world in the
+architecture of Stable Diffusion 3, with the tokenizer and the VAE of the first model.
 
 The text encoder is imperfect on purpose, in the way of real ones. It is trained contrastively, which asks little of
 word order, and then frozen; rare words (crimson, disc) are seldom seen and often with a wrong meaning. The U-Net learns
@@ -22,15 +23,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from texforce import prompt_sets, scorers, world
 
 ROOT = Path(__file__).parent
-STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps")
+FLOW = ROOT.parent / "tiny-flow"
+STAGES = ("prompts", "tokenizer", "vae", "text_encoder", "unet", "hps", "flow_text_encoders", "flow_transformer")
 Step = tuple[Tensor, dict[str, float]]  # a loss, and what to print beside it
 NUM_PROMPTS = {"colour": (75, 28), "count": (150, 74), "composition": (150, 77), "position": (75, 77)}  # to train, held out
 NUM_COMMON = {"colour": 12, "count": 25, "composition": 25, "position": 13}  # to train, of common words alone
@@ -68,6 +86,19 @@ SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+}
+TRANSFORMER: dict[str, Any] = {
+    "sample_size": world.IMAGE_SIZE // 4,
+    "patch_size": 2,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "num_layers": 6,
+    "attention_head_dim": 24,
+    "num_attention_heads": 4,
+    "joint_attention_dim": WIDTH,
+    "caption_projection_dim": WIDTH,
+    "pooled_projection_dim": 96,
+    "pos_embed_max_size": world.IMAGE_SIZE // 8,
 }
 HPS_VISION: dict[str, Any] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
 HPS_TEXT: dict[str, Any] = {"context_length": MAX_TOKENS, "width": WIDTH, "heads": 4, "layers": 3}
@@ -292,13 +323,18 @@ def build_prompts(output_dir: Path, seed: int) -> None:
     (folder / "common.txt").write_text("\n".join(common) + "\n")
 
 
-def build_tokenizer(output_dir: Path, seed: int) -> None:
-    """A CLIP tokenizer that knows every word of the tiny world and of the shipped prompts as one token."""
-    del seed
+def known_words() -> list[str]:
+    """The words of the tiny world and of the shipped prompts."""
     words = {word for name in TOKENIZED for word in (ROOT.parent / "prompts" / f"{name}.txt").read_text().lower().split()}
     words |= {w for pair in world.COLOUR_WORDS + world.SHAPE_WORDS for w in pair}
     words |= {world.plural(w) for pair in world.SHAPE_WORDS for w in pair} | set(world.COUNTS.values())
-    distinct = sorted({word.strip(",.") for word in words})
+    return sorted({word.strip(",.") for word in words})
+
+
+def build_tokenizer(output_dir: Path, seed: int) -> None:
+    """A CLIP tokenizer that knows every word of the tiny world and of the shipped prompts as one token."""
+    del seed
+    distinct = known_words()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
@@ -311,8 +347,9 @@ def build_tokenizer(output_dir: Path, seed: int) -> None:
     CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS).save_pretrained(output_dir / "tokenizer")
 
 
-def encode_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+def encode_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    options = {"padding": "max_length", "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    return tokenizer(list(prompts), **options).input_ids
 
 
 def build_vae(output_dir: Path, seed: int, num_steps: int = 2200) -> None:
@@ -427,6 +464,143 @@ def build_unet(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: i
     path.write_text(
         json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n"
     )
+
+
+# --- the model of flow matching ---
+
+
+def t5_tokenizer() -> Any:
+    """A T5 tokenizer that knows the same words, and the letters of others."""
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + word for word in known_words()), *letters]
+    scores = [0.0, 0.0, 0.0, -10.0, *(-5.0 for _ in known_words()), *(-10.0 for _ in letters)]
+    vocabulary = list(zip(pieces, scores, strict=True))
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def clip_of_width(tokenizer: Any, width: int, num_layers: int) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def build_flow_text_encoders(output_dir: Path, seed: int, num_steps: int = 2500) -> None:
+    """Two CLIPs and a T5, each trained as tiny's text encoder is, against an image tower that they share."""
+    rng = random.Random(seed)
+    tokenizer, t5_words = CLIPTokenizer.from_pretrained(ROOT / "tokenizer"), t5_tokenizer()
+    first, second = clip_of_width(tokenizer, 64, 3), clip_of_width(tokenizer, 32, 3)
+    third: Any = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_words), d_model=WIDTH, d_kv=24, d_ff=2 * WIDTH, num_layers=3, num_heads=4,
+            feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=MAX_TOKENS,
+            dropout_rate=0.0,
+        )
+    )  # fmt: skip
+    image_encoder, heads = ImageEncoder(WIDTH), nn.ModuleList([nn.Linear(width, WIDTH) for width in (64, 32, WIDTH)])
+    scale = nn.Parameter(torch.full((3,), 2.5))
+
+    def text_features(captions: list[str]) -> list[Tensor]:
+        ids, t5_ids = encode_ids(tokenizer, captions), encode_ids(t5_words, captions)
+        mask = (t5_ids != t5_words.pad_token_id)[..., None]
+        states = third(input_ids=t5_ids).last_hidden_state  # SD 3 gives no mask
+        pooled = [first(input_ids=ids).text_embeds, second(input_ids=ids).text_embeds, (states * mask).sum(1) / mask.sum(1)]
+        return [F.normalize(head(vector), dim=1) for head, vector in zip(heads, pooled, strict=True)]
+
+    def step(_: int) -> Step:
+        scenes, captions = captioned_scenes(128, rng, with_mutants=True)
+        image_features = F.normalize(image_encoder(2 * render(scenes, rng) - 1), dim=1)
+        loss, measures = torch.zeros(()), {}
+        for k, features in enumerate(text_features(captions)):
+            logits = scale[k].clamp(max=4.6).exp() * image_features @ features.T
+            loss = loss + contrastive_loss(logits, scenes)
+            measures[f"accuracy {k + 1}"] = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean().item()
+        return loss, measures
+
+    trained = nn.ModuleList([first, second, third, image_encoder, heads])
+    fit([*trained.parameters(), scale], step, num_steps, 1e-3, "flow_text_encoders")
+    folder = flow_folder(output_dir)
+    for name, encoder in (("text_encoder", first), ("text_encoder_2", second), ("text_encoder_3", third)):
+        encoder.half().save_pretrained(folder / name)
+    t5_words.save_pretrained(folder / "tokenizer_3")
+
+
+def flow_folder(output_dir: Path) -> Path:
+    return FLOW if output_dir == ROOT else output_dir / "tiny-flow"
+
+
+def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: int = 60_000) -> None:
+    """Flow matching (arXiv:2403.03206) with logit-normal noise levels, as `build_unet` with the text encoders frozen.
+
+    Weights are written in float16, since the folder is shipped.
+    """
+    rng, folder = random.Random(seed), flow_folder(output_dir)
+    tokenizer, t5_words = (
+        CLIPTokenizer.from_pretrained(ROOT / "tokenizer"),
+        T5Tokenizer.from_pretrained(folder / "tokenizer_3"),
+    )
+    load = {"torch_dtype": torch.float32}
+    clips = [CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{n}", **load) for n in ("", "_2")]
+    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_3", **load)
+    vae = AutoencoderKL.from_pretrained(ROOT / "vae").requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = encode_ids(tokenizer, captions)
+        texts = [clip(input_ids=ids, output_hidden_states=True) for clip in clips]
+        states = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
+        long = t5(input_ids=encode_ids(t5_words, captions)).last_hidden_state
+        return torch.cat([states, long], dim=1), torch.cat([text.text_embeds for text in texts], dim=1)
+
+    scenes, captions = captioned_scenes(num_scenes, rng)
+    encoded = [encode(captions[i : i + 512]) for i in range(0, num_scenes, 512)]
+    embeds, pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    null_embeds, null_pooled = encode([""])
+    with torch.no_grad():
+        chunks = [scenes[i : i + 256] for i in range(0, num_scenes, 256)]
+        latents = torch.cat([vae.encode(2 * render(chunk, rng) - 1).latent_dist.mean for chunk in chunks])
+    shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
+    latents = (latents - shift) * scaling
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
+    print(f"flow_transformer: {num_scenes} scenes encoded", flush=True)
+
+    def step(_: int) -> Step:
+        pick, dropped = torch.randint(num_scenes, (128,)), torch.rand(128, 1) < 0.1
+        text = torch.where(dropped[..., None], null_embeds, embeds[pick])
+        vector = torch.where(dropped, null_pooled, pooled[pick])
+        noise, sigma = torch.randn_like(latents[pick]), torch.sigmoid(torch.randn(128))
+        noised = latents[pick].lerp(noise, sigma[:, None, None, None])
+        options = {"encoder_hidden_states": text, "pooled_projections": vector, "timestep": 1000 * sigma}
+        return F.mse_loss(transformer(hidden_states=noised, **options).sample, noise - latents[pick]), {}
+
+    fit(transformer.parameters(), step, num_steps, 1.5e-3, "flow_transformer")
+    vae.register_to_config(scaling_factor=scaling, shift_factor=shift)
+    StableDiffusion3Pipeline(
+        vae=vae.half(),
+        text_encoder=clips[0].half(),
+        text_encoder_2=clips[1].half(),
+        text_encoder_3=t5.half(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_words,
+        transformer=transformer.half(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+    for path in folder.glob("*/config.json"):  # libraries note where it was loaded from; that tells nobody anything
+        fields = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
+        path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+# --- the scorer ---
 
 
 def per_image(num_images: int) -> Tensor:
