@@ -180,7 +180,9 @@ class TrainConfig:
     eval_reward: list[Reward] | None = option(
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
-    model: str = option("'tiny', a diffusers folder or a hub name (default: tiny without a GPU, else SD 1.5)")
+    model: str = option(
+        "'tiny', a diffusers folder, a checkpoint of one file or a hub name (default: tiny without a GPU, else SD 1.5)"
+    )
     prompts: str = option(
         f"{PROMPT_FILES}; sets joined by commas: world, colour, count, composition, position, common, general, "
         "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
@@ -202,7 +204,7 @@ class TrainConfig:
         "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
     )
     text_encoders: list[str] | None = option(
-        "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the one there is)", None
+        "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
     )
     offload_text_encoders: bool = option(
         "keep the text encoders that are not trained off the GPU; they encode each prompt once", False
@@ -502,7 +504,9 @@ ADAPTER_HELP = (
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
-MODEL_HELP = "'tiny', a diffusers folder or a hub name (default: the adapter's, else as in training)"
+MODEL_HELP = (
+    "'tiny', a diffusers folder, a checkpoint of one file or a hub name (default: the adapter's, else as in training)"
+)
 
 
 @dataclass(frozen=True)
@@ -639,7 +643,9 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
     """
     paths = [locate(path, "adapter") for system in systems for path, _ in system.adapters]
     paths += [locate(path, "unet") for system in systems for path, _ in system.unets]
-    paths += [Path(given["model"])] if given.get("model") else []
+    if given.get("model"):
+        path = Path(given["model"])
+        paths.append(path.parent if path.is_file() else path)  # beside a checkpoint of one file
     for path in (path / name for path in paths for name in ("config.json", SETTINGS)):
         if path.is_file():
             yield path, _saved_settings(path)

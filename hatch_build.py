@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 MODULES = (
     "adapters", "cli", "config", "errors", "evaluate", "experience", "families", "files", "flags", "interrupts", "ldm",
     "learner", "measures", "merge", "models", "presets", "processes", "prompt_sets", "report", "rewards", "run",
-    "sampler", "scorers", "server", "stages", "texforce", "train", "views", "weights", "world",
+    "sampler", "scorers", "server", "single_file", "stages", "texforce", "train", "views", "weights", "world",
 )  # fmt: skip
 DATA = ("prompts", "tiny", "report.html", "py.typed")
 EDITABLE = ".editable"  # on the path of an editable install, so that `texforce` is importable and nothing else

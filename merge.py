@@ -169,12 +169,13 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
     source = models.find_model(name)
     with models.reading_model(name):
         kind = models.pipeline_kind(source)
-        parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind)
+        file = models.checkpoint_file(name)
+        parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind, file=file)
         if kind.family.default_size is None:
             models.config_size(parts[kind.family.part])
         absent = kind.family.text.keys() - kind.text_parts.keys()
         parts |= {name.replace("text_encoder", what): None for name in absent for what in ("text_encoder", "tokenizer")}
-        parts |= _accessories(source, without) | {"scheduler": _own_scheduler(source)}
+        parts |= _accessories(source, ACCESSORIES if file else without) | {"scheduler": _own_scheduler(source)}
         pipeline = DiffusionPipeline.from_pretrained(source, **parts)
         models.check_text(pipeline, source)
     return pipeline

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import single_file
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NO_TOKEN, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
-from .files import describe_files, quiet_hub, read_json
+from .files import describe_files, quiet_hub, read_json, sha256
 from .weights import check_content, quiet_libraries
 
 TINY = Path(__file__).parent / "tiny"
@@ -109,7 +110,7 @@ class Model:
 
 
 def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Load a pipeline's parts: `tiny`, a folder in diffusers' format, or a name on the hub.
+    """Load a pipeline's parts: `tiny`, a folder in diffusers' format, a checkpoint of one file, or a name on the hub.
 
     Raises:
         NotFoundError: there is no such model.
@@ -118,7 +119,8 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     source = find_model(name)
     with reading_model(name):
         kind = pipeline_kind(source)
-        parts = {"scheduler": load_scheduler(source)} | load_tokenizers(source, kind) | load_parts(source, kind, dtype)
+        parts = {"scheduler": load_scheduler(source)} | load_tokenizers(source, kind)
+        parts |= load_parts(source, kind, dtype, checkpoint_file(name))
         model = Model(name, family=kind.family, zero_null=kind.zero_null, **parts)
         check_text(model, source)
         _check_kind(model)
@@ -266,17 +268,18 @@ def _noise_defaults(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def find_model(name: str) -> str:
-    """The folder or hub name of a model.
+    """The folder or hub name of a model; of a checkpoint of one file, that of its configuration.
 
     Raises:
-        NotFoundError: there is no such folder. InputError: the hub does not give the model.
+        NotFoundError: there is no such folder. InputError: the hub does not give the model, or a file is no checkpoint.
     """
     from huggingface_hub import hf_hub_download
 
     quiet_hub()
     source = str(TINY) if name == "tiny" else name
-    if Path(source).is_file():
-        raise InputError(f"model: {name!r} is a file; give 'tiny', a folder in diffusers' format or a name on the hub")
+    if file := checkpoint_file(source):
+        base = single_file.base_model(single_file.header_of(file))
+        return single_file.configuration(file) if base is None else find_model(base)
     if not Path(source).is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise NotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
@@ -285,12 +288,28 @@ def find_model(name: str) -> str:
     return source
 
 
+def checkpoint_file(name: str) -> Path | None:
+    """The file of a model that is a checkpoint of one file; None for another model.
+
+    Raises:
+        InputError: it is another file.
+    """
+    if not Path(name).is_file():
+        return None
+    if Path(name).suffix not in single_file.ENDINGS:
+        endings = " or ".join(single_file.ENDINGS)
+        raise InputError(f"model: {name!r} is no {endings}; give 'tiny', a folder in diffusers' format or a name on the hub")
+    return Path(name).resolve()
+
+
 def revision(name: str) -> Any:
     """The version of a model: the commit in the hub's cache, or the SHA-256 of the files read of a folder; None for tiny."""
     from huggingface_hub import try_to_load_from_cache
 
     if name == "tiny":
         return None
+    if file := checkpoint_file(name):
+        return sha256(file)
     if Path(name).is_dir():
         texts = [f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")]
         read = ("model_index.json", "scheduler", *texts, "unet", "transformer", "vae")
@@ -355,8 +374,8 @@ def load_tokenizers(source: str, kind: Kind) -> dict[str, Any]:
     return parts
 
 
-def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The networks of a pipeline, frozen.
+def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32, file: Path | None = None) -> dict[str, Any]:
+    """The networks of a pipeline, frozen; those of a checkpoint of one file by the configuration in a folder.
 
     T5 and Gemma overflow in float16, so that they are in bfloat16 then; so does SDXL's VAE, which is in float32.
     """
@@ -364,17 +383,17 @@ def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32) -> d
     import transformers
 
     family, half = kind.family, dtype == torch.float16
-    parts = {}
-    for name, part in kind.text_parts.items():
-        own = torch.bfloat16 if half and not part.is_clip else dtype
-        parts[name] = load_network(getattr(transformers, part.encoder), source, name, own)
-    parts[family.part] = load_network(getattr(diffusers, family.denoiser), source, family.part, dtype)
-    vae_class = getattr(diffusers, family.vae)
+    classes = {name: getattr(transformers, part.encoder) for name, part in kind.text_parts.items()}
+    classes |= {family.part: getattr(diffusers, family.denoiser), "vae": getattr(diffusers, family.vae)}
+    dtypes = dict.fromkeys(classes, dtype)
+    dtypes |= {name: torch.bfloat16 for name, part in kind.text_parts.items() if half and not part.is_clip}
     if family is SDXL and half:
         with reading_part(source, "vae"):
-            config: Any = vae_class.load_config(source, subfolder="vae")
-            dtype = torch.float32 if config.get("force_upcast", True) else dtype  # others say so for no reason
-    return parts | {"vae": load_network(vae_class, source, "vae", dtype)}
+            config: Any = classes["vae"].load_config(source, subfolder="vae")
+            dtypes["vae"] = torch.float32 if config.get("force_upcast", True) else dtype  # others say so for no reason
+    if file is not None:
+        return {name: part.to(dtypes[name]) for name, part in single_file.load_parts(file, source, family).items()}
+    return {name: load_network(cls, source, name, dtypes[name]) for name, cls in classes.items()}
 
 
 def check_text(model: Any, source: str) -> None:
