@@ -230,7 +230,7 @@ class TrainConfig:
     )
     num_inference_steps: Count = option("denoising steps")
     eta: DrawEta = option(
-        "randomness of the steps, 0 to 1; ppo needs some (default: 1, but 0 for dpm-solver and 0.7 for ppo in flow matching)",
+        "randomness of the steps, 0 to 1; ppo needs some (default: 1; 0 for dpm-solver; in flow matching 0, for ppo 0.7)",
         1.0,
     )
     guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")

@@ -86,10 +86,13 @@ class Evil:
         return (open, ("executed", "w"))
 
 
+TEXT_LAYER = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
 @pytest.mark.parametrize(("content", "error", "message"), [
     ({"weight": torch.zeros(1)}, InputError, "is no checkpoint of Stable Diffusion 1.x, 2.x or XL"),
-    ({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(3, 5)}, InputError, "no chec"),
-    ({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(3, 1024)}, InputError,
+    ({TEXT_LAYER: torch.zeros(3, 5)}, InputError, "no chec"),
+    ({TEXT_LAYER: torch.zeros(3, 1024)}, InputError,
      "does not say whether its U-Net predicts noise or v"),
     (b"not weights", ArtifactError, "refused as a checkpoint of a model"),
     (b"", ArtifactError, "it is empty"),
@@ -151,8 +154,7 @@ def test_the_configurations_are_those_of_the_published_architectures(width, tmp_
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     file = tmp_path / "file.safetensors"
-    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    save_file({name: torch.zeros(2, width)}, file, {"modelspec.prediction_type": "v"})
+    save_file({TEXT_LAYER: torch.zeros(2, width)}, file, {"modelspec.prediction_type": "v"})
     folder = single_file.configuration(file)
     kind = models.pipeline_kind(folder)
     assert models.load_scheduler(folder).config.prediction_type == "v_prediction"
