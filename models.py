@@ -41,6 +41,7 @@ SCHEDULERS = (
 )  # fmt: skip
 # Options of a U-Net that takes more than latents, a timestep and text: class labels, images, or (LCM's) guidance.
 MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+DISTILLED = re.compile(r"turbo|schnell|lightning|lcm|hyper-?sd|sprint|dmd", re.IGNORECASE)
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
@@ -286,6 +287,22 @@ def find_model(name: str) -> str:
         with reading_model(name):  # one question to the hub before dozens, each tried again for a while
             hf_hub_download(source, "model_index.json")
     return source
+
+
+def distillation_note(model: Model, algorithm: str) -> str | None:
+    """Why an algorithm is known to do badly on a model that was distilled to few steps; None where nothing is known.
+
+    A model's name says that it was, or, of FLUX.1's, that its transformer takes no guidance (schnell).
+    """
+    schnell = model.family.guidance_input and not model.denoiser.config.guidance_embeds
+    if algorithm == "gradient" or not (schnell or DISTILLED.search(Path(model.name).name)):
+        return None
+    if algorithm == "ppo" and not model.family.flow:
+        return None  # its few steps are DDIM's
+    return (
+        "it was distilled to few steps, and no longer predicts the mean at every level of noise, on which "
+        f"{algorithm} rests (Flow-Factory's issue 158: it worked a little); --algorithm gradient needs no such thing"
+    )
 
 
 def checkpoint_file(name: str) -> Path | None:

@@ -192,6 +192,8 @@ def train(
         cut = check_prompts(setup.policy, config, prompts)
         if cut.prompts:
             warn(f"prompts: {cut}")
+        if note := models.distillation_note(setup.policy.model, config.algorithm):
+            warn(f"model: {note}")
         if not prompts.heldout:
             warn("prompts: a single one cannot be held out, so base and tuned are measured on the training prompts")
         current = begin(setup, config, prompts.train)

@@ -591,6 +591,63 @@ def test_a_text_encoder_of_another_width_is_refused(folders, tmp_path):
         models.load_model(str(folder))
 
 
+@pytest.mark.parametrize(("name", "algorithm", "expected"), [
+    ("black-forest-labs/FLUX.1-schnell", "matching", True), ("black-forest-labs/FLUX.1-schnell", "ppo", True),
+    ("black-forest-labs/FLUX.1-schnell", "gradient", False), ("black-forest-labs/FLUX.1-dev", "matching", False),
+    ("stabilityai/stable-diffusion-3.5-large-turbo", "matching", True),
+])  # fmt: skip
+def test_a_warning_says_where_an_algorithm_is_known_to_fail_on_distilled_models(folders, name, algorithm, expected):
+    model = replace(models.load_model(str(folders("flux" if "FLUX" in name else "sd3"))), name=name)
+    note = models.distillation_note(model, algorithm)
+    assert (note is not None and "Flow-Factory's issue 158" in note) == expected
+
+
+def test_the_transformer_of_flux_schnell_says_so_itself_and_training_warns(folders, tmp_path):
+    folder = tmp_path / "renamed"
+    torch.manual_seed(0)
+    small_models.flux_pipeline(guidance_embeds=False).save_pretrained(folder)
+    said = []
+    train.train(training(folder, tmp_path / "out", "flux"), warn=said.append)
+    assert [line for line in said if line.startswith("model: it was distilled to few steps")]
+    ours = our_images(folder, "flux", num_inference_steps=3, guidance_scale=3.0)
+    plain = plain_images(plain_pipeline(folder), "flux", num_inference_steps=3, guidance_scale=3.0)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+# --- folders as people have them ---
+
+
+def variant_of(folder, tmp_path, variant=None, shards="1GB"):
+    """A pipeline saved again in float16 under a variant's names, or in shards."""
+    pipeline = plain_pipeline(folder)
+    if variant:
+        pipeline.to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "saved", variant=variant, max_shard_size=shards)
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana", "pixart-sigma"])
+def test_a_folder_of_an_fp16_variant_alone_is_read(folders, tmp_path, name):
+    folder = variant_of(folders(name), tmp_path, "fp16")
+    assert not list(folder.rglob("model.safetensors"))
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "eta": 0.0}
+    torch.testing.assert_close(
+        our_images(folder, name, **options), our_images(folders(name), name, **options), rtol=0, atol=0.05
+    )
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_sharded_weights_are_read_and_a_missing_shard_is_named(folders, tmp_path, name):
+    folder = variant_of(folders(name), tmp_path, shards="50KB")
+    shards = sorted((folder / "transformer").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "eta": 0.0}
+    assert torch.equal(our_images(folder, name, **options), our_images(folders(name), name, **options))
+    shards[-1].unlink()
+    with pytest.raises(InputError, match=r"model: the transformer in .* could not be loaded"):
+        models.load_model(str(folder))
+
+
 # --- the commands ---
 
 
