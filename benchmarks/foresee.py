@@ -1,0 +1,157 @@
+"""What an update of each family takes at its published size: `python benchmarks/foresee.py`.
+
+Everything is computed on the meta device, from the published configurations, without weights and without a GPU: parameters,
+bytes of the frozen weights, what autograd keeps of the denoiser for one image and of the trained text encoders for one
+prompt. Attention counts as fused, which keeps its inputs and its output.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from texforce import families, models, single_file, train
+from texforce.config import TrainOptions, resolve
+from texforce.families import Inputs, Text
+from texforce.weights import quiet_libraries
+
+CLIP_L, CLIP_G = single_file.CLIP_L, single_file.OPEN_CLIP_G
+T5_XXL = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+GEMMA_2B = {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256,
+}  # fmt: skip
+SD35 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "out_channels": 16, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
+NOTHING: dict[str, Any] = {"name": "meta", "tokenizer": None, "text_encoder": None}
+SANA_TOKENS = (
+    300 + 250
+)  # with the instruction, whose tokens only the published tokenizer counts; about a quarter of its letters
+PIXART = {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096}
+# Name on the hub, family, the denoiser's and the text encoders' configurations, latents along a side.
+SIZES: list[tuple[str, families.Family, dict[str, Any], list[dict[str, Any]], int]] = [
+    ("stable-diffusion-v1-5", families.SD, single_file.ARCHITECTURES[768]["unet"], [CLIP_L], 64),
+    ("stable-diffusion-xl-base-1.0", families.SDXL, single_file.ARCHITECTURES[2048]["unet"], [CLIP_L, CLIP_G], 128),
+    ("stable-diffusion-3.5-medium", families.SD3, SD35, [CLIP_L, CLIP_G, T5_XXL], 128),
+    ("PixArt-Sigma-XL-2-1024-MS", families.PIXART_SIGMA, PIXART, [T5_XXL], 128),
+    ("Sana_1600M_1024px_diffusers", families.SANA, {}, [GEMMA_2B], 32),
+    ("FLUX.1-dev", families.FLUX, {"guidance_embeds": True}, [CLIP_L, T5_XXL], 128),
+]
+
+
+class FusedAttention(torch.autograd.Function):
+    """Keeps for the backward pass what a fused kernel keeps; its gradients are never asked for."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        context.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    return FusedAttention.apply(query, key, value)
+
+
+def build(make: Callable[[], nn.Module]) -> Any:
+    with torch.device("meta"):
+        return make().to(torch.bfloat16).requires_grad_(False)
+
+
+def num_tokens(family: families.Family, part: families.TextPart) -> int:
+    return SANA_TOKENS if family is families.SANA else part.num_tokens or 77
+
+
+def kept_by_denoiser(family: families.Family, denoiser: Any, side: int, checkpointing: bool) -> int:
+    """Bytes that autograd keeps of the denoiser for one image, where the gradient goes to its text."""
+    width, pooled_width = family.wanted_widths(denoiser.config)
+    tokens = sum(num_tokens(family, part) for part in family.text.values())
+    tokens = {"Stable Diffusion 3 or 3.5": 77 + 256, "FLUX.1": 512, "Sana": 300, "Stable Diffusion XL": 77}.get(
+        family.name, tokens
+    )
+    channels = denoiser.config.in_channels // family.packed**2
+    options = {"device": "meta", "dtype": torch.bfloat16}
+    text = Text(
+        torch.empty(1, tokens, width, **options).requires_grad_(),
+        torch.empty(1, pooled_width, **options).requires_grad_() if family.pooled else None,
+        torch.ones(1, tokens, **options) if family.masked else None,
+    )
+    inputs = Inputs(torch.empty(1, channels, side, side, **options), torch.full((1,), 500.0, device="meta"), text)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        denoiser.train()
+    model = models.Model(**NOTHING | {"family": family, family.part: denoiser})
+    return train.saved_bytes(model, lambda: family.call(denoiser, inputs))
+
+
+def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> int:
+    """Bytes that autograd keeps of a text encoder with LoRA for one prompt, its activations not recomputed."""
+    from peft import LoraConfig, get_peft_model
+
+    part = family.text[name]
+    with torch.device("meta"):
+        adapted: Any = get_peft_model(encoder, LoraConfig(r=16, lora_alpha=16, target_modules=list(part.lora_layers)))
+    ids = torch.ones(1, num_tokens(family, part), dtype=torch.long, device="meta")
+    model = models.Model(**NOTHING | {"family": family, name: adapted, family.part: adapted})
+    return train.saved_bytes(model, lambda: adapted(input_ids=ids))
+
+
+def row(name: str, family: families.Family, size: dict[str, Any], texts: list[dict[str, Any]], side: int) -> list[str]:
+    import diffusers
+    import transformers
+
+    sizes = {key: value for key, value in size.items() if not key.startswith("_")}
+    denoiser = build(lambda: getattr(diffusers, family.denoiser)(**sizes))
+    encoders = {}
+    for (part, record), config in zip(family.text.items(), texts, strict=True):
+        cls = getattr(transformers, record.encoder)
+        encoders[part] = build(lambda cls=cls, config=config: cls(cls.config_class(**config)))
+    counts = {part: sum(p.numel() for p in network.parameters()) for part, network in encoders.items()}
+    num_denoiser = sum(p.numel() for p in denoiser.parameters())
+    plain, recomputed = (kept_by_denoiser(family, denoiser, side, each) for each in (False, True))
+    text = sum(kept_by_text_encoder(family, part, encoders[part]) for part in family.text_encoders)
+    config = resolve(TrainOptions(model=name, algorithm="matching", mixed_precision="bf16"))
+    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
+    rollout = num_images * config.num_inference_steps * (1 if family.guidance_input else 2)
+    update = num_images * config.num_noise_levels * config.num_inner_epochs * 2  # with the base model's prediction
+    trained = sum(counts[part] for part in family.text_encoders)
+    return [
+        name, ", ".join(family.text_encoders), f"{trained / 1e9:.2f}", f"{(sum(counts.values()) - trained) / 1e9:.2f}",
+        f"{num_denoiser / 1e9:.2f}", f"{2 * (num_denoiser + sum(counts.values())) / 2**30:.1f}",
+        f"{plain / 2**30:.2f}", f"{recomputed / 2**30:.2f}", f"{text / 2**30:.3f}", f"{rollout} + {update}",
+    ]  # fmt: skip
+
+
+COLUMNS = (
+    "model", "trained by default", "their parameters, 1e9", "other text encoders, 1e9", "denoiser, 1e9",
+    "weights in bfloat16, GiB", "kept of an image, GiB", "with --gradient-checkpointing", "kept of a prompt, GiB",
+    "denoiser calls of an epoch: sampling + update",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", choices=[name for name, *_ in SIZES], default=[name for name, *_ in SIZES])
+    chosen = parser.parse_args().models
+    quiet_libraries()
+    F.scaled_dot_product_attention = fused_attention  # type: ignore[assignment]
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    for size in (size for size in SIZES if size[0] in chosen):
+        print("| " + " | ".join(row(*size)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
