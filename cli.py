@@ -342,6 +342,7 @@ def sample_command(given: dict[str, Any]) -> None:
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
             "sampler": config.sampler, "num_inference_steps": config.num_inference_steps,
             "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
+            "negative_prompt": config.negative_prompt or "",
         }  # fmt: skip
         for name, drawn in images.items():
             labels = [

@@ -202,8 +202,8 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     """All settings that decide the images."""
     config, benchmark = evaluation.config, evaluation.benchmark
     names = (
-        "model", "sampler", "num_inference_steps", "eta", "guidance_scale", "null_prompt", "resolution", "mixed_precision",
-        "compile", "num_images", "batch_size", "seed",
+        "model", "sampler", "num_inference_steps", "eta", "guidance_scale", "null_prompt", "negative_prompt", "resolution",
+        "mixed_precision", "compile", "num_images", "batch_size", "seed",
     )  # fmt: skip
     about = {"name": benchmark.name, "num_prompts": len(benchmark.prompts), "sha256": benchmark.sha256}
     return {

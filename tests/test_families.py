@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal
 from typer.testing import CliRunner
@@ -398,6 +399,36 @@ def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_
     assert (ours - theirs).norm() / theirs.norm() <= 1e-5
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("sd3", {"algorithm": "ppo", "sampler": "euler", "timestep_window": 0.5}),
+    ("flux", {"offload_text_encoders": True, "gradient_checkpointing": True}),
+    ("sana", {"kl_weight": 0.1, "null_anchor": 1.0, "num_inner_epochs": 2}),
+])  # fmt: skip
+def test_a_run_that_is_stopped_goes_on_exactly(folders, tmp_path, monkeypatch, name, options):
+    options |= {"num_epochs": 3, "checkpoint_every": 1, "ema_decay": 0.5}
+    train.train(training(folders(name), tmp_path / "whole", name, **options))
+    updates = []
+
+    def stopping(update):
+        def stopping_update(*given):
+            updates.append(given)
+            if len(updates) == 2:
+                raise RuntimeError("stopped")
+            return update(*given)
+
+        return stopping_update
+
+    with monkeypatch.context() as patch:
+        for function in ("ppo_update", "matching_update"):
+            patch.setattr(train, function, stopping(getattr(texforce, function)))
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.train(training(folders(name), tmp_path / "parted", name, **options))
+    train.train(training(folders(name), tmp_path / "parted", name, **options), resume=True)
+    for part in TRAINED[name]:
+        files = [folder_of(tmp_path / run, part) / "adapter_model.safetensors" for run in ("whole", "parted")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 # --- flow matching as Gaussian transitions ---
 
 
@@ -670,5 +701,11 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     assert "text_encoder_2" in run("train", *model, *small, "--dry-run")
     run("sample", "--adapter", "whole", "--prompt", "two red circle", "--negative-prompt", "blurry", "--num-images", "1")
     assert (tmp_path / "samples" / "00000.png").is_file()
-    run("eval", "--adapter", "whole", "--benchmark", "prompts.txt", "--reward", "jpeg", "--num-images", "1")
+    with Image.open(tmp_path / "samples" / "00000.png") as image:
+        assert image.text["negative_prompt"] == "blurry"
+    evaluation = ["eval", "--adapter", "whole", "--benchmark", "prompts.txt", "--reward", "jpeg", "--num-images", "1"]
+    run(*evaluation)
     assert (tmp_path / "eval" / "results.json").is_file()
+    result = CliRunner().invoke(cli.app, [*evaluation, "--negative-prompt", "blurry"])
+    assert result.exit_code == 2
+    assert '--negative-prompt null and not "blurry"' in result.output.replace("\n", " ")

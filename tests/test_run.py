@@ -29,8 +29,6 @@ from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
 from texforce.learner import Learner
 
-from . import small_models
-
 WEIGHTS = "adapter_model.safetensors"
 WRITE_CURVE = run.write_curve  # which the fixture `quick` replaces
 
@@ -210,19 +208,14 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
         {"algorithm": "gradient", "reward": "hps", "backprop_steps": 1, "null_anchor": 1.0, "eta": 0.0},
         {"algorithm": "matching", "sampler": "dpm-solver", "num_inference_steps": 3},
         {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "sampler": "dpm-solver", "num_inference_steps": 3},
-        {"model": "sd3", "algorithm": "ppo", "sampler": "euler", "eta": 0.7, "resolution": 16, "timestep_window": 0.5},
-        {"model": "flux", "algorithm": "matching", "sampler": "euler", "eta": 0.0, "resolution": 16, "reward": "jpeg",
-         "offload_text_encoders": True, "gradient_checkpointing": True},
     ],
     ids=[
         "normalised mixture, base null prompt", "U-Net too, no average", "matching", "gradient", "matching, dpm-solver",
-        "gradient, dpm-solver", "SD 3, ppo", "FLUX.1, matching",
+        "gradient, dpm-solver",
     ],
 )  # fmt: skip
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
     options = options | {"num_epochs": 2, "checkpoint_every": 1} | changes
-    if options["model"] in small_models.PIPELINES:
-        options["model"] = str(small_models.save_family(options["model"], tmp_path / "model"))
     for name, stop_in in (("whole", None), ("stopped", 2)):
         run_training(options, tmp_path / name, stop_in)
     check_goes_on_exactly(options, tmp_path / "whole", tmp_path / "stopped", tmp_path)
