@@ -90,7 +90,7 @@ def find_files(path: Path) -> list[_File]:
     if not path.is_dir():
         raise NotFoundError(f"adapter: there is no file or folder {str(path)!r}")
     files = []
-    for part, folder in {None: path, **{part: path / part for part in PARTS[1:]}}.items():
+    for part, folder in ((None, path), *((part, path / part) for part in PARTS[1:])):
         if (folder / "adapter_config.json").is_file():
             weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
             found = next((file for file in weights if file.is_file()), None)
@@ -632,7 +632,8 @@ def named_as_in(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Lay
 def named_as_published(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """A text encoder's layers by the names that files of LoRA have kept: all within `text_model.` but the projection."""
     named = named_as_in(module, layers)
-    is_plain = hasattr(module, "text_model") or not module.config.model_type.startswith("clip")
+    config: Any = module.config
+    is_plain = hasattr(module, "text_model") or not config.model_type.startswith("clip")
     return named if is_plain else {f"text_model.{name}": layer for name, layer in named.items()}
 
 

@@ -190,7 +190,8 @@ def call_sd3(transformer: Any, inputs: Inputs) -> Tensor:
 
 def call_pixart(transformer: Any, inputs: Inputs) -> Tensor:
     """PixArt-alpha of 1024 pixels also takes the image's size. The second half of the channels is a variance: not used."""
-    latents, options = inputs.latents, {"resolution": None, "aspect_ratio": None}
+    latents = inputs.latents
+    options: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if transformer.config.sample_size == 128:
         height, width = (inputs.pixels_per_latent * size for size in latents.shape[2:])
         options["resolution"] = latents.new_tensor([[height, width]]).expand(len(latents), -1)

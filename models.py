@@ -65,7 +65,7 @@ class Model:
     transformer: Any = None
     family: Family = SD
     zero_null: bool = False  # the null prompt's embedding is zeros and not an empty prompt's, as in the plain SDXL pipeline
-    encode_once: Mapping[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
+    encode_once: dict[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
 
     @property
     def denoiser(self) -> Any:

@@ -108,7 +108,7 @@ PRESETS["tiny", "default"] = PRESETS["tiny", "fast"]
 PRESETS["stable-diffusion", "default"] = PRESETS["stable-diffusion", "ppo"]
 # Steps and guidance of families that no published recipe of TexForce is for: those of their pipelines in diffusers, but
 # FLUX.1's guidance of its model card. Their default is `fast`, whose figures are from SD 3.5.
-_OTHERS = {
+_OTHERS: dict[str, dict[str, Any]] = {
     "sd3": {"sampler": "euler", "num_inference_steps": 28, "guidance_scale": 7.0},
     "flux": {"sampler": "euler", "num_inference_steps": 28, "guidance_scale": 3.5},
     "sana": {"sampler": "euler", "num_inference_steps": 20, "guidance_scale": 4.5},

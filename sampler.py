@@ -135,7 +135,7 @@ def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linea
         InputError: the scheduler cannot be used, or does not give that many different levels.
     """
     with reading("model: its scheduler_config.json cannot be used", InputError):
-        options = {"mu": _dynamic_shift(scheduler.config, num_tokens)} if scheduler.config.use_dynamic_shifting else {}
+        options: dict[str, Any] = {"mu": _dynamic_shift(scheduler.config, num_tokens)} if scheduler.config.use_dynamic_shifting else {}
         if linear:
             options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(num_inference_steps, **options)
@@ -149,8 +149,8 @@ def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linea
 
 def _dynamic_shift(config: Any, num_tokens: int) -> float:
     """The shift of an image's noise levels, linear in its tokens, as the pipelines of FLUX.1 and SD 3 compute it."""
-    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    few, many, low, high = (config.get(name, value) for name, value in usual.items())
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (high - low) / (many - few)
     return num_tokens * slope + low - slope * few
 
