@@ -309,7 +309,7 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return saved | given
 
 
-FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_anchor", "eta")
+FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_anchor", "sampler", "eta")
 
 
 # --- sample ---

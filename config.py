@@ -24,7 +24,7 @@ from pydantic import Field
 
 from .errors import InputError, naming_origins, near
 from .files import locate, read_json
-from .presets import PRESETS, family, is_flow, preset_for, sampler_defaults
+from .presets import EMBEDDED, PRESETS, family, is_flow, preset_for, sampler_defaults
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
@@ -181,7 +181,7 @@ class TrainConfig:
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
     model: str = option(
-        "'tiny', a diffusers folder, a checkpoint of one file or a hub name (default: tiny without a GPU, else SD 1.5)"
+        "'tiny', 'tiny-flow', a diffusers folder, a checkpoint's file or a hub name (default: tiny without a GPU, else SD 1.5)"
     )
     prompts: str = option(
         f"{PROMPT_FILES}; sets joined by commas: world, colour, count, composition, position, common, general, "
@@ -348,7 +348,7 @@ def default_precision(model: str, device: str) -> str:
 
     if device != "cpu":
         return "bf16" if is_flow(model) else "fp16"
-    return "bf16" if family(model) != "tiny" and torch.cpu._is_avx512_bf16_supported() else "no"
+    return "bf16" if model not in EMBEDDED and torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def rounds_by_batch(mixed_precision: str, device: str) -> bool:
@@ -504,9 +504,7 @@ ADAPTER_HELP = (
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
-MODEL_HELP = (
-    "'tiny', a diffusers folder, a checkpoint of one file or a hub name (default: the adapter's, else as in training)"
-)
+MODEL_HELP = "'tiny', 'tiny-flow', a diffusers folder, a checkpoint's file or a hub name (default: the adapter's, else as in training)"
 
 
 @dataclass(frozen=True)
@@ -778,7 +776,7 @@ def resolve_eval(options: Options) -> EvalConfig:
     if strengths and not systems:
         raise InputError("strength: works only together with --adapter or --unet")
     values = _drawing(given, systems)
-    benchmark = given.get("benchmark", "world" if values["model"] == "tiny" else "drawbench")
+    benchmark = given.get("benchmark", "world" if values["model"] in EMBEDDED else "drawbench")
     usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
     values |= {"benchmark": benchmark, "reward": given.get("reward") or usual}
     measures = parse_measures(values["reward"])

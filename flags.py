@@ -29,7 +29,7 @@ TRAIN_GROUPS = {
         "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
     ),
     "What is trained, and how": (
-        "target", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip",
+        "target", "text_encoders", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip",
         "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor",
         "anchor_prompts",
     ),
@@ -38,7 +38,8 @@ TRAIN_GROUPS = {
         "backprop_steps",
     ),
     "Memory and speed": (
-        "sample_batch_size", "micro_batch_size", "micro_batch", "mixed_precision", "gradient_checkpointing", "compile",
+        "sample_batch_size", "micro_batch_size", "micro_batch", "mixed_precision", "gradient_checkpointing",
+        "offload_text_encoders", "compile",
     ),
     "Measuring, saving, stopping": (
         "eval_every", "checkpoint_every", "checkpoints_to_keep", "force_resume", "max_kl", "max_reward_drop", "report_to",

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from . import single_file
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NO_TOKEN, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
 from .files import describe_files, quiet_hub, read_json, sha256
+from .presets import EMBEDDED
 from .weights import check_content, quiet_libraries
 
-TINY = Path(__file__).parent / "tiny"
+TINY, TINY_FLOW = (Path(__file__).parent / name for name in EMBEDDED)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # one of them holds the words
 SCHEDULER_FILE = "scheduler_config.json"
@@ -277,7 +278,7 @@ def find_model(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     quiet_hub()
-    source = str(TINY) if name == "tiny" else name
+    source = str(Path(__file__).parent / name) if name in EMBEDDED else name
     if file := checkpoint_file(source):
         base = single_file.base_model(single_file.header_of(file))
         return single_file.configuration(file) if base is None else find_model(base)
@@ -320,10 +321,10 @@ def checkpoint_file(name: str) -> Path | None:
 
 
 def revision(name: str) -> Any:
-    """The version of a model: the commit in the hub's cache, or the SHA-256 of the files read of a folder; None for tiny."""
+    """The version of a model: its commit in the hub's cache, or the SHA-256 of the files read; None if it is embedded."""
     from huggingface_hub import try_to_load_from_cache
 
-    if name == "tiny":
+    if name in EMBEDDED:
         return None
     if file := checkpoint_file(name):
         return sha256(file)
@@ -560,7 +561,8 @@ class Reader:
     @property
     def num_read(self) -> int:
         """Tokens of a prompt that are read, with its start and end."""
-        return self.part.num_tokens or self.tokenizer.model_max_length
+        most = self.tokenizer.model_max_length
+        return most if self.part.num_tokens is None else min(self.part.num_tokens, most)
 
     @functools.cached_property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import InputError
 from .files import read_json
 
+EMBEDDED = ("tiny", "tiny-flow")  # models that come with texforce: the tiny world as Stable Diffusion and as SD 3 have it
 _TINY = {
     "prompts": "world",
     "num_epochs": 140,
@@ -121,6 +122,9 @@ for _preset in ("default", "ppo", "paper", "fast", "gradient"):
         _as = "fast" if _preset == "default" else _preset
         PRESETS[_family, _preset] = PRESETS["stable-diffusion", _as] | _SDXL | _own
 
+for _preset in ("default", "ppo", "paper", "fast", "gradient"):
+    PRESETS["tiny-flow", _preset] = PRESETS["tiny", _preset] | {"sampler": "euler", "null_prompt": "adapted"}
+
 # Parts of the names of pipelines' classes, and of models on the hub, with the preset that they take.
 _PIPELINES = {"StableDiffusion3": "sd3", "Flux": "flux", "Sana": "sana", "PixArt": "pixart"}
 _NAMES = {"stable-diffusion-3": "sd3", "sd3": "sd3", "flux": "flux", "sana": "sana", "pixart": "pixart"}
@@ -131,8 +135,8 @@ def family(model: str) -> str:
 
     Of a folder the class of its pipeline says it; else its name does, as on the hub.
     """
-    if model == "tiny":
-        return "tiny"
+    if model in EMBEDDED:
+        return model
     pipeline, name = _pipeline_class(model), Path(model).name.lower()
     for start, found in _PIPELINES.items():
         if pipeline.startswith(start):

@@ -32,6 +32,7 @@ from . import scorers, world
 from .config import password_of, without_passwords
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
+from .presets import EMBEDDED
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import describe_source, describe_weights, find_weights
 
@@ -209,7 +210,7 @@ def functions_of(spec: str) -> list[str]:
     return [name for name in parse_mixture(spec) if ":" in name and not name.startswith(URL)]
 
 
-EMBEDDED: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}  # checkpoints for the tiny world's images
+EMBEDDED_CHECKPOINTS: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}  # for the tiny world's images
 
 
 def checkpoints_for(model: str, items: Sequence[str] | None, specs: Sequence[str]) -> dict[str, str | Path]:
@@ -218,7 +219,7 @@ def checkpoints_for(model: str, items: Sequence[str] | None, specs: Sequence[str
     Raises:
         InputError: as `parse_checkpoints`.
     """
-    return (EMBEDDED if model == "tiny" else {}) | parse_checkpoints(items or (), specs)
+    return (EMBEDDED_CHECKPOINTS if model in EMBEDDED else {}) | parse_checkpoints(items or (), specs)
 
 
 def load_reward(
@@ -242,7 +243,7 @@ def load_reward(
     check_reward(spec)
     weights = parse_mixture(spec)
     if checkpoints is None:
-        checkpoints = EMBEDDED if device == "cpu" else {}
+        checkpoints = EMBEDDED_CHECKPOINTS if device == "cpu" else {}
     parts = {name: _load_one(name, checkpoints, device, timeout) for name in weights}
     return Mixture(parts, weights, normalise and len(parts) > 1)  # advantages are in units of one reward as it is
 

@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
+from .presets import EMBEDDED
 from .prompt_sets import MEASURED_ON, find_measured
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check_room(folder: Path, config: TrainConfig) -> None:
 
 def checkpoint_size(config: TrainConfig) -> int:
     """Estimated bytes of a checkpoint, without knowing the model: at rank 16 one MiB for tiny, else 16 or 64."""
-    return config.rank * 2**16 * (1 if config.model == "tiny" else 16 if config.target == "text-encoder" else 64)
+    return config.rank * 2**16 * (1 if config.model in EMBEDDED else 16 if config.target == "text-encoder" else 64)
 
 
 # --- the state ---

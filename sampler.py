@@ -135,7 +135,9 @@ def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linea
         InputError: the scheduler cannot be used, or does not give that many different levels.
     """
     with reading("model: its scheduler_config.json cannot be used", InputError):
-        options: dict[str, Any] = {"mu": _dynamic_shift(scheduler.config, num_tokens)} if scheduler.config.use_dynamic_shifting else {}
+        options: dict[str, Any] = {}
+        if scheduler.config.use_dynamic_shifting:
+            options["mu"] = _dynamic_shift(scheduler.config, num_tokens)
         if linear:
             options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(num_inference_steps, **options)

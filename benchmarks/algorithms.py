@@ -67,7 +67,7 @@ def begin(config: TrainConfig, options: argparse.Namespace) -> Run:
     if config.reward == "brightness":
         reward = rewards.Mixture({"brightness": brightness}, {"brightness": 1.0})
     else:
-        reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED)
+        reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED_CHECKPOINTS)
     policy = bench.make_policy(options.model, options.device, config)
     return train.begin(train.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
 

@@ -1142,7 +1142,7 @@ def test_the_saved_config_is_resolved_and_a_process_of_its_own_repeats_the_run_t
     folder, _ = trained
     config = strict((folder / "config.json").read_text())
     assert set(config) == {item.name for item in option_fields(TrainConfig)}
-    nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile", "max_kl", "anchor_prompts"}
+    nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile", "max_kl", "anchor_prompts", "text_encoders"}
     assert {name for name, value in config.items() if value is None} <= nullable
     done, other = fresh_process
     assert "the training ended with 0" in done.stdout, done.stderr

@@ -222,7 +222,7 @@ def test_prompts_that_a_reward_cannot_judge_are_found_beforehand(specs, prompts,
 
 
 def test_the_embedded_scorer_is_for_the_tiny_model_only():
-    assert rewards.load_reward("hps=1,jpeg=1", checkpoints=rewards.EMBEDDED).parts["hps"].max_size
+    assert rewards.load_reward("hps=1,jpeg=1", checkpoints=rewards.EMBEDDED_CHECKPOINTS).parts["hps"].max_size
     for name in ("hps", "hps-v2"):
         with pytest.raises(FileNotFoundError, match="xswu/HPSv2"):
             rewards.load_reward(f"{name}=1,jpeg=1", checkpoints={})
