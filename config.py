@@ -181,7 +181,7 @@ class TrainConfig:
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
     model: str = option(
-        "'tiny', 'tiny-flow', a diffusers folder, a checkpoint's file or a hub name (default: tiny without a GPU, else SD 1.5)"
+        "'tiny', 'tiny-flow', a diffusers folder, a checkpoint or a hub name (default: tiny without a GPU, else SD 1.5)"
     )
     prompts: str = option(
         f"{PROMPT_FILES}; sets joined by commas: world, colour, count, composition, position, common, general, "
@@ -504,7 +504,9 @@ ADAPTER_HELP = (
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
-MODEL_HELP = "'tiny', 'tiny-flow', a diffusers folder, a checkpoint's file or a hub name (default: the adapter's, else as in training)"
+MODEL_HELP = (
+    "'tiny', 'tiny-flow', a diffusers folder, a checkpoint or a hub name (default: the adapter's, else as in training)"
+)
 
 
 @dataclass(frozen=True)

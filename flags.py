@@ -29,8 +29,8 @@ TRAIN_GROUPS = {
         "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
     ),
     "What is trained, and how": (
-        "target", "text_encoders", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip",
-        "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor",
+        "target", "text_encoders", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages",
+        "advantage_clip", "lr_scheduler", "lr_warmup_steps", "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor",
         "anchor_prompts",
     ),
     "One algorithm's": (
