@@ -201,6 +201,7 @@ def test_the_sweep_gives_images_per_second_of_each_sample_batch(bench, made, mon
     assert all(rate > 0 for rate in rates.values())
 
 
+@pytest.mark.slow
 def test_every_algorithm_is_measured_by_epochs_of_a_training(scripts, tmp_path, monkeypatch, capsys):
     algorithms, epochs = scripts("algorithms"), []
     train_epoch = algorithms.train.train_epoch

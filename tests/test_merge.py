@@ -179,7 +179,9 @@ def read_by_others(base: Base, format: str, folder: Path):
 
 FORMATS = ("peft", "diffusers", "kohya", "pipeline", "checkpoint")
 # The single file of Stable Diffusion 2.1 has a layout of its own; the other formats are those of 1.5.
-CASES = [(name, format) for name in ("sd15", "sdxl") for format in FORMATS] + [("sd21", "checkpoint"), ("sd21", "kohya")]
+CASES = [("sd15", format) for format in FORMATS]
+CASES += [pytest.param("sdxl", format, marks=pytest.mark.slow) for format in FORMATS]
+CASES += [pytest.param("sd21", format, marks=pytest.mark.slow) for format in ("checkpoint", "kohya")]
 
 
 @pytest.mark.parametrize(("name", "format"), CASES)
@@ -381,6 +383,7 @@ def texts(pipeline) -> Tensor:
     return torch.cat([embeds, pooled[:, None]], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attentions", [True, False], ids=["with the attentions", "also alone"])
 def test_lora_on_sdxls_text_projection_is_the_same_in_every_format_and_in_sampling(bases, tmp_path, attentions):
     base = bases("sdxl")

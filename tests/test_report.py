@@ -131,6 +131,7 @@ def order_by(results: dict, sign: float, system: str = "te", measure: str = "hps
     return sorted(range(len(change)), key=lambda i: (-change[i], i))
 
 
+@pytest.mark.slow
 def test_a_thousand_prompts_are_on_the_screen_within_two_seconds(visit, tmp_path):
     results = write_evaluation(tmp_path, 1000, size=80)  # noise does not compress: 20 kB, as a large image's thumbnail
     report.write(tmp_path, results)
