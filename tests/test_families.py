@@ -220,6 +220,49 @@ def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
     assert epoch["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("name", ["sd3", "sana"])
+def test_an_epoch_along_the_rewards_gradient_raises_the_reward(folders, tmp_path, name):
+    (tmp_path / "mine.py").write_text(
+        "def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\nbrightness.with_gradients = True\n"
+    )
+    options = {"algorithm": "gradient", "reward": f"{tmp_path / 'mine.py'}:brightness", "backprop_steps": 2}
+    options |= {"num_epochs": 4, "num_samples_per_prompt": 1, "advantages": "per-prompt"}
+    result = train.train(training(folders(name), tmp_path / "out", name, **options))
+    heldout = result["heldout"][options["reward"]]
+    assert heldout["tuned"] > heldout["base"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_rewards_gradient_goes_through_the_last_steps_of_sampling(folders, tmp_path, name):
+    """Along a random direction it is a finite difference, with all steps in it."""
+    config = training(folders(name), tmp_path / "out", name, algorithm="gradient", reward="hps", backprop_steps=3)
+    policy = texforce.make_policy(models.load_model(str(folders(name))), config)
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(parameter.shape, generator=generator) for parameter in policy.parameters]
+    with torch.no_grad():
+        for parameter, part in zip(policy.parameters, direction, strict=True):
+            parameter.add_(0.05 * part)
+    ids = models.tokenize_for(policy.model, PROMPTS)
+    noises = list(sampler.draw_noise(3, 2, policy.latent_shape, generator, torch.device("cpu")))
+
+    weights = torch.randn(2, *policy.latent_shape, generator=generator)
+
+    def objective():
+        embeds, rows = policy.encode_distinct(ids)
+        latents = sampler.sample_with_gradients(policy.denoiser, embeds, rows, noises, config.backprop_steps)
+        return (latents.double() * weights).sum()
+
+    objective().backward()
+    slope = sum((parameter.grad * part).sum() for parameter, part in zip(policy.parameters, direction, strict=True))
+    values = []
+    for shift in (0.001, -0.002):
+        with torch.no_grad():
+            for parameter, part in zip(policy.parameters, direction, strict=True):
+                parameter.add_(shift * part)
+            values.append(objective().item())
+    assert slope.item() == pytest.approx((values[0] - values[1]) / 0.002, rel=0.03)
+
+
 def our_tuned_images(folder, name, adapter, **options):
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.0, "resolution": resolution_of(name)} | options
     config = resolve_sample(SampleOptions(model=str(folder), adapter=[str(adapter)], prompt=PROMPTS, **given))
@@ -665,6 +708,22 @@ def test_a_folder_of_an_fp16_variant_alone_is_read(folders, tmp_path, name):
     torch.testing.assert_close(
         our_images(folder, name, **options), our_images(folders(name), name, **options), rtol=0, atol=0.05
     )
+
+
+def test_the_transformer_of_early_pixart_alpha_folders_has_another_class_name(folders, tmp_path):
+    from diffusers import Transformer2DModel
+
+    folder = changed(folders("pixart-alpha"), tmp_path, INDEX, transformer=["diffusers", "Transformer2DModel"])
+    torch.manual_seed(0)
+    early = Transformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=4, in_channels=4,
+        cross_attention_dim=32, out_channels=8, caption_channels=24, norm_type="ada_norm_single", norm_eps=1e-6,
+        norm_elementwise_affine=False, attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    early.save_pretrained(folder / "transformer")
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    plain = plain_images(plain_pipeline(folder, plain_scheduler("pixart-alpha")), "pixart-alpha", **options)
+    torch.testing.assert_close(our_images(folder, "pixart-alpha", eta=0.0, **options), plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
