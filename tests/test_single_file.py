@@ -81,6 +81,13 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(checkpoint, tmp
         models.load_model(str(tmp_path / "less.safetensors"))
 
 
+@pytest.mark.parametrize("base", ["somebody/model", "file.safetensors", "/no/such/folder", 5])
+def test_a_base_model_that_is_not_here_is_not_asked_for(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    save_file({TEXT_LAYER: torch.zeros(3, 768)}, "file.safetensors", {"texforce": json.dumps({"model": base})})
+    assert models.find_model("file.safetensors") == single_file.configuration((tmp_path / "file.safetensors").resolve())
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("executed", "w"))
