@@ -281,7 +281,9 @@ def find_model(name: str) -> str:
     source = str(Path(__file__).parent / name) if name in EMBEDDED else name
     if file := checkpoint_file(source):
         base = single_file.base_model(single_file.header_of(file)) or ""
-        is_here = base in EMBEDDED or Path(base, "model_index.json").is_file()  # a foreign file asks nothing of the hub
+        is_here = base in EMBEDDED or bool(
+            base and Path(base, "model_index.json").is_file()
+        )  # a foreign file asks nothing of the hub
         return find_model(base) if is_here else single_file.configuration(file)
     if not Path(source).is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):

@@ -1,9 +1,9 @@
-"""What an image costs in each algorithm: `python benchmarks/algorithms.py --model tiny|sd15|sdxl --json FILE`.
+"""What an image costs in each algorithm: `python benchmarks/algorithms.py --model tiny|sd15|sdxl|sd35 --json FILE`.
 
 Every algorithm runs the epochs of `texforce train`, with its own defaults for the model where no option is given.
 A compiled U-Net is compiled in a first epoch. The next epoch measures the memory of its update. The others are timed, and
 each figure is their median. The sampling includes decoding and scoring; `gradient` samples in its update. The tiny model's
-reward is `hps`. `sd15` and `sdxl` have random weights, so nothing is downloaded, and a reward that costs nothing.
+reward is `hps`. The others have random weights, so nothing is downloaded, and a reward that costs nothing.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def measure(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     epilog = "Options that are not given are the algorithm's defaults for the model."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, epilog=epilog)
-    parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
+    parser.add_argument("--model", choices=("tiny", "sd15", "sdxl", "sd35"), default="tiny")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--json", type=Path)

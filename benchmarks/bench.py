@@ -138,7 +138,8 @@ class Bench:
 
 def model_name(model: str) -> str:
     """The name of the model whose defaults are taken."""
-    return {"tiny": "tiny", "sd15": STABLE_DIFFUSION, "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}[model]
+    large = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd35": "stabilityai/stable-diffusion-3.5-medium"}
+    return ({"tiny": "tiny", "sd15": STABLE_DIFFUSION} | large)[model]
 
 
 def configure(options: argparse.Namespace) -> tuple[float, TrainConfig]:

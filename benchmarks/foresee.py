@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from architectures import SD35, T5_XXL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,18 +20,9 @@ from texforce.families import Inputs, Text
 from texforce.weights import quiet_libraries
 
 CLIP_L, CLIP_G = single_file.CLIP_L, single_file.OPEN_CLIP_G
-T5_XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
 GEMMA_2B = {
     "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256,
-}  # fmt: skip
-SD35 = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-    "out_channels": 16, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
 NOTHING: dict[str, Any] = {"name": "meta", "tokenizer": None, "text_encoder": None}
 SANA_TOKENS = (

@@ -285,7 +285,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_ends_within_twelve_minutes(s
     assert done.stderr == "sd15-exact failed or took more than 180 s\n"
     commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
     assert [Path(command[-1]).stem for command in commands] == [
-        "gpu-sd15-exact", "gpu-sd15-checkpointing", "gpu-sd15-algorithms", "gpu-sdxl",
+        "gpu-sd15-exact", "gpu-sd15-checkpointing", "gpu-sd15-algorithms", "gpu-sdxl", "gpu-sd35",
     ]  # fmt: skip
     assert sum(int(command[1]) + int(command[0].removeprefix("--kill-after=")) for command in commands) <= 12 * 60
     for _, _, _, script, *arguments in commands:
@@ -310,6 +310,7 @@ def test_the_gpu_script_measures_small_shapes_on_a_cpu(tmp_path):
         "gpu-sd15-checkpointing": ["ppo"],
         "gpu-sd15-algorithms": ["ppo", "matching", "gradient"],
         "gpu-sdxl": ["ppo", "matching", "gradient"],
+        "gpu-sd35": ["ppo", "matching"],
     }
     exact, checkpointing = (results[f"gpu-sd15-{name}"]["ppo"] for name in ("exact", "checkpointing"))
     assert checkpointing["peak_memory_bytes"] < exact["peak_memory_bytes"]
