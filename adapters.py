@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import ldm
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
+from .families import FAMILIES
 from .files import locate
 from .models import Model, family_of
 from .weights import read_finite
@@ -198,9 +199,12 @@ ARCHITECTURES = {  # kohya's base model and modelspec's architecture, by the wid
 def _check_family(header: Mapping[str, str], model: Any, path: Path) -> None:
     said = header.get("ss_base_model_version", "")
     families = {width: base.removesuffix("_base_v1-0") for width, (base, _) in ARCHITECTURES.items()}  # sdxl has variants
-    unet = getattr(model, "unet", None)
-    own = families.get(unet.config.cross_attention_dim) if unet is not None else None
-    family = next((family for family in families.values() if said.startswith(family)), None)
+    others = [family.kohya_base.partition("_")[0] for family in FAMILIES if family.kohya_base]
+    unet, own = getattr(model, "unet", None), family_of(model).kohya_base.partition("_")[0]
+    if unet is not None:
+        own = families.get(unet.config.cross_attention_dim, "")
+    family = next((family for family in (*families.values(), *others) if said.startswith(family)), None)
+    own = own or ("another" if family and unet is None else "")
     if family and own and family != own:
         raise ArtifactError(f"{path}: made for another model: it says {said}, and this one is {own}; see --model")
 
@@ -593,13 +597,33 @@ def check_embedding(tokenizer: Any, text_encoder: Any, layers: Mapping[str, Laye
     Raises:
         ArtifactError: they do not.
     """
-    tuned = copy.deepcopy(text_encoder)
-    bake(tuned, layers)
     prompt_ids = torch.tensor(tokenizer([PROBE], truncation=True).input_ids).to(text_encoder.device)
-    outputs = [encoder(input_ids=prompt_ids).to_tuple() for encoder in (text_encoder, tuned)]
+    outputs = [text_encoder(input_ids=prompt_ids).to_tuple()]
+    with _added(text_encoder, layers):
+        outputs.append(text_encoder(input_ids=prompt_ids).to_tuple())
     base, changed = ([tensor for tensor in output if isinstance(tensor, Tensor)] for output in outputs)
     if all(torch.equal(one, other) for one, other in zip(base, changed, strict=True)):  # the pooled text is among them
         raise ArtifactError("adapter: it is loaded, and the embedding of a prompt does not change")
+
+
+@contextlib.contextmanager
+def _added(module: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Let layers add to what a module's linear layers give, without a copy of its weights."""
+    modules = {name.removeprefix("text_model."): layer for name, layer in module.named_modules()}
+
+    def adding(layer: Layer) -> Callable[[Any, Any, Tensor], Tensor]:
+        def add(_: Any, inputs: Any, output: Tensor) -> Tensor:
+            down, up = (factor.to(output.device, torch.float32) for factor in (layer.down, layer.up))
+            return (output.float() + layer.scale * nn.functional.linear(inputs[0].float() @ down.T, up)).to(output.dtype)
+
+        return add
+
+    hooks = [modules[name].register_forward_hook(adding(layer)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def lora_config(layers: Mapping[str, Layer]) -> dict[str, Any]:

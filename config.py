@@ -525,12 +525,12 @@ class DrawConfig:
     model: str = option(MODEL_HELP)
     sampler: Sampler = option("ddim or dpm-solver, for flow matching euler (default: the adapter's, else ddim or euler)")
     num_inference_steps: Count = option("denoising steps (default: the adapter's)")
-    eta: DrawEta = option("randomness of the DDIM steps, 0 to 1 (default: the adapter's, else 1; 0 for dpm-solver)")
+    eta: DrawEta = option("randomness of DDIM's steps, 0 to 1 (default: the adapter's, else 1; 0 for the other samplers)")
     guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
     resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
     batch_size: Count = option("images drawn at a time", 16)
     mixed_precision: Precision = option("no, fp16 or bf16 (default: fp16 on CUDA, else no)")
-    compile: bool | None = option("compile the U-Net (default: on CUDA)", None)
+    compile: bool | None = option("compile the denoiser (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
     negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
@@ -643,10 +643,10 @@ def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Itera
     """
     paths = [locate(path, "adapter") for system in systems for path, _ in system.adapters]
     paths += [locate(path, "unet") for system in systems for path, _ in system.unets]
+    model, named = Path(given.get("model", "")), [path / name for path in paths for name in ("config.json", SETTINGS)]
     if given.get("model"):
-        path = Path(given["model"])
-        paths.append(path.parent if path.is_file() else path)  # beside a checkpoint of one file
-    for path in (path / name for path in paths for name in ("config.json", SETTINGS)):
+        named += [model.parent / SETTINGS] if model.is_file() else [model / "config.json", model / SETTINGS]
+    for path in named:
         if path.is_file():
             yield path, _saved_settings(path)
 

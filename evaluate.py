@@ -60,7 +60,7 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
 
 def find_cut(config: DrawConfig, prompts: Sequence[str]) -> models.Cut:
     """The prompts whose end the text encoder does not read; raises as `models.load_model`."""
-    return models.find_cut(models.open_readers(config.model), prompts)
+    return models.find_cut(models.open_readers(config.model), [*prompts, *filter(None, [config.negative_prompt])])
 
 
 def load_model(config: DrawConfig) -> models.Model:

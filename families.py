@@ -267,6 +267,7 @@ class TextPart:
     lora_layers: tuple[str, ...]
     num_tokens: int | None = None  # L; None: the tokenizer's own
     optional: bool = False
+    masked: bool = False  # the denoiser takes a mask of the tokens
     lowercase: bool = False  # prompts are read in small letters, without space around them
     instruction: Callable[[], str] | None = None  # what comes before prompts, but not before negative ones
 
@@ -290,11 +291,13 @@ class Family:
     pooled: bool = False  # the denoiser takes pooled text too
     flow: bool = False  # flow matching, and not DDIM's noise
     vae: str = "AutoencoderKL"
+    vae_instead_of_half: torch.dtype | None = None  # the type of a VAE that overflows in float16
     packed: int = 1  # latents along a side that the denoiser takes as one
     gives_variance: bool = False  # the denoiser may give a variance too, in the second half of its channels
     guidance_input: bool = False  # the denoiser takes the guidance as an input, and no null prompt
     linear_sigmas: bool = False  # the pipeline gives the scheduler evenly spaced noise levels
     kohya: Mapping[str, str] = field(default_factory=dict)  # starts of names in sd-scripts' and ComfyUI's LoRA, by part
+    kohya_base: str = ""  # sd-scripts' name of the base model, where the family is enough to know it
     diffusers_lora: tuple[str, ...] = ()  # text encoders whose LoRA diffusers' `load_lora_weights` takes
     architecture: str = ""  # of Stability's Model Spec, where it has one
     default_size: int | None = None  # latents along a side, where the denoiser's configuration does not say it
@@ -307,7 +310,7 @@ class Family:
     @property
     def masked(self) -> bool:
         """Whether the denoiser takes a mask of the tokens."""
-        return any(part.read in (t5_masked, gemma) for part in self.text.values())
+        return any(part.masked for part in self.text.values())
 
     @property
     def text_encoders(self) -> list[str]:
@@ -322,7 +325,7 @@ def _clip(read: Callable[[Any, Tensor], Text], projected: bool = False) -> TextP
 
 def _t5(num_tokens: int, masked: bool = False, optional: bool = False) -> TextPart:
     read = t5_masked if masked else t5
-    return TextPart("T5EncoderModel", "T5Tokenizer", read, T5_LAYERS, num_tokens, optional, lowercase=masked)
+    return TextPart("T5EncoderModel", "T5Tokenizer", read, T5_LAYERS, num_tokens, optional, masked, lowercase=masked)
 
 
 def _pixart(name: str, pipeline: str, num_tokens: int) -> Family:
@@ -364,6 +367,7 @@ SDXL = Family(
     ),
     given_widths=lambda widths, _: (_sum(list(widths.values()))[0], widths["text_encoder_2"][1]),
     pooled=True,
+    vae_instead_of_half=torch.float32,
     kohya={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
     diffusers_lora=("text_encoder", "text_encoder_2"),
 )
@@ -384,6 +388,7 @@ SD3 = Family(
     flow=True,
     kohya={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"},
     diffusers_lora=("text_encoder", "text_encoder_2"),
+    kohya_base="sd3_v1",
     architecture="stable-diffusion-3",
 )
 PIXART_ALPHA = _pixart("PixArt-alpha", "PixArtAlphaPipeline", 120)
@@ -393,7 +398,14 @@ SANA = Family(
     ("SanaPipeline",),
     {
         "text_encoder": TextPart(
-            "Gemma2Model", "GemmaTokenizer", gemma, GEMMA_LAYERS, 300, lowercase=True, instruction=sana_instruction
+            "Gemma2Model",
+            "GemmaTokenizer",
+            gemma,
+            GEMMA_LAYERS,
+            300,
+            masked=True,
+            lowercase=True,
+            instruction=sana_instruction,
         )
     },
     join=first,
@@ -403,6 +415,7 @@ SANA = Family(
     given_widths=lambda widths, _: (widths["text_encoder"][0], 0),
     flow=True,
     vae="AutoencoderDC",
+    vae_instead_of_half=torch.bfloat16,
     gives_variance=True,
 )
 FLUX = Family(
@@ -422,6 +435,7 @@ FLUX = Family(
     default_size=128,
     kohya={"text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     diffusers_lora=("text_encoder",),
+    kohya_base="flux1",
     architecture="flux-1-dev",
 )
 FAMILIES = (SD, SDXL, SD3, PIXART_ALPHA, PIXART_SIGMA, SANA, FLUX)

@@ -47,6 +47,7 @@ def merge(config: MergeConfig) -> Path:
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
+    check_format(models.pipeline_kind(models.find_model(config.model)).family, {}, config.format)
     # Only a whole pipeline is written with what is no network of the model.
     model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES)
     terms = adapters.read_terms(system.adapters, model)
@@ -171,8 +172,7 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
         kind = models.pipeline_kind(source)
         file = models.checkpoint_file(name)
         parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind, file=file)
-        if kind.family.default_size is None:
-            models.config_size(parts[kind.family.part])
+        models.size_of(kind.family, parts[kind.family.part])
         absent = kind.family.text.keys() - kind.text_parts.keys()
         parts |= {name.replace("text_encoder", what): None for name in absent for what in ("text_encoder", "tokenizer")}
         parts |= _accessories(source, ACCESSORIES if file else without) | {"scheduler": _own_scheduler(source)}
@@ -299,7 +299,7 @@ def architecture_of(model: Any) -> tuple[str, str]:
     """kohya's and modelspec's names of the base model; general ones for models that were not published."""
     family = models.family_of(model)
     if family.part != "unet":
-        return "", family.architecture
+        return family.kohya_base, family.architecture
     base, name = ARCHITECTURES.get(model.unet.config.cross_attention_dim, ("", "stable-diffusion"))
     if base == "sd_v2":
         name += "-768-v" if prediction_type(model) == "v" else "-512"
@@ -317,7 +317,7 @@ def modelspec(merged: Merged, kind: str) -> dict[str, str]:
     """Metadata of Stability's Model Spec 1.0.0; `kind` follows the architecture, as /lora."""
     model, config = merged.model, merged.config
     family = models.family_of(model)
-    size = family.default_size or models.config_size(getattr(model, family.part)) or 64
+    size = models.size_of(family, getattr(model, family.part)) or 64
     pixels = size * models.pixels_per_latent(model.vae)
     return {
         "format": "pt",

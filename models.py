@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from . import single_file
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NO_TOKEN, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
 from .files import describe_files, quiet_hub, read_json, sha256
-from .presets import EMBEDDED
+from .presets import DISTILLED, EMBEDDED
 from .weights import check_content, quiet_libraries
 
 TINY, TINY_FLOW = (Path(__file__).parent / name for name in EMBEDDED)
@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.mo
 SCHEDULER_FILE = "scheduler_config.json"
 JSON_FILES = (
     "config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", SCHEDULER_FILE,
-    *TOKENIZER_FILES,
+    "tokenizer.json", "vocab.json",
 )  # fmt: skip
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\."
@@ -42,7 +42,6 @@ SCHEDULERS = (
 )  # fmt: skip
 # Options of a U-Net that takes more than latents, a timestep and text: class labels, images, or (LCM's) guidance.
 MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
-DISTILLED = re.compile(r"turbo|schnell|lightning|lcm|hyper-?sd|sprint|dmd", re.IGNORECASE)
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
@@ -65,7 +64,7 @@ class Model:
     text_encoder_3: Any = None
     transformer: Any = None
     family: Family = SD
-    zero_null: bool = False  # the null prompt's embedding is zeros and not an empty prompt's, as in the plain SDXL pipeline
+    zero_null: bool = False  # the null prompt's embedding is zeros, as in SDXL's plain pipeline, or there is no null prompt
     encode_once: dict[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
 
     @property
@@ -111,8 +110,12 @@ class Model:
         return Packing(pooled_width, self.family.masked)
 
 
-def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, text_on_cpu: bool = False
+) -> Model:
     """Load a pipeline's parts: `tiny`, a folder in diffusers' format, a checkpoint of one file, or a name on the hub.
+
+    With `text_on_cpu` the text encoders stay off the device, until `offload_text_encoders` has sorted them.
 
     Raises:
         NotFoundError: there is no such model.
@@ -126,7 +129,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         model = Model(name, family=kind.family, zero_null=kind.zero_null, **parts)
         check_text(model, source)
         _check_kind(model)
-    for part in (*model.policy_parts.values(), model.vae):
+    for part in (model.denoiser, model.vae, *(() if text_on_cpu else model.text_encoders.values())):
         part.to(device)
     if torch.device(device).type == "cuda":
         if model.unet is not None:
@@ -164,7 +167,8 @@ def pipeline_kind(source: str) -> Kind:
     if missing or family.part not in there:
         raise InputError(f"model: the model_index.json of {source!r} names no {', '.join(missing) or family.part}")
     text_parts = {name: part for name, part in family.text.items() if name in there}
-    return Kind(family, text_parts, family is SDXL and index.get("force_zeros_for_empty_prompt", True))
+    zero_null = family is SDXL and index.get("force_zeros_for_empty_prompt", True)
+    return Kind(family, text_parts, zero_null or family.guidance_input)
 
 
 def family_of(pipeline: Any) -> Family:
@@ -287,7 +291,9 @@ def find_model(name: str) -> str:
         return find_model(base) if is_here else single_file.configuration(file)
     if not Path(source).is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise NotFoundError(f"model: there is no folder {name!r}; give 'tiny', a diffusers folder or a name on the hub")
+            raise NotFoundError(
+                f"model: there is no folder {name!r}; give 'tiny', a diffusers folder, a file or a name on the hub"
+            )
         with reading_model(name):  # one question to the hub before dozens, each tried again for a while
             hf_hub_download(source, "model_index.json")
     return source
@@ -398,7 +404,7 @@ def load_tokenizers(source: str, kind: Kind) -> dict[str, Any]:
 def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32, file: Path | None = None) -> dict[str, Any]:
     """The networks of a pipeline, frozen; those of a checkpoint of one file by the configuration in a folder.
 
-    T5 and Gemma overflow in float16, so that they are in bfloat16 then; so does SDXL's VAE, which is in float32.
+    What overflows in float16 is in another type then: T5 and Gemma in bfloat16, and VAEs as their families say.
     """
     import diffusers
     import transformers
@@ -408,10 +414,10 @@ def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32, file
     classes |= {family.part: getattr(diffusers, family.denoiser), "vae": getattr(diffusers, family.vae)}
     dtypes = dict.fromkeys(classes, dtype)
     dtypes |= {name: torch.bfloat16 for name, part in kind.text_parts.items() if half and not part.is_clip}
-    if family is SDXL and half:
+    if half and family.vae_instead_of_half is not None:
         with reading_part(source, "vae"):
             config: Any = classes["vae"].load_config(source, subfolder="vae")
-            dtypes["vae"] = torch.float32 if config.get("force_upcast", True) else dtype  # others say so for no reason
+            dtypes["vae"] = family.vae_instead_of_half if config.get("force_upcast", True) else dtype
     if file is not None:
         return {name: part.to(dtypes[name]) for name, part in single_file.load_parts(file, source, family).items()}
     return {name: load_network(cls, source, name, dtypes[name]) for name, cls in classes.items()}
@@ -564,8 +570,8 @@ class Reader:
     @property
     def num_read(self) -> int:
         """Tokens of a prompt that are read, with its start and end."""
-        most = self.tokenizer.model_max_length
-        return most if self.part.num_tokens is None else min(self.part.num_tokens, most)
+        usual, most = self.part.num_tokens, self.tokenizer.model_max_length
+        return most if usual is None else usual if self.part.instruction else min(usual, most)
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -622,17 +628,17 @@ class Cut:
 
 
 def find_cut(readers: Sequence[Reader], prompts: Sequence[str]) -> Cut:
-    """The prompts that are longer than the text encoders read.
+    """The prompts that none of a model's text encoders reads whole.
 
     Raises:
         InputError: a prompt is not text.
     """
-    distinct = dict.fromkeys(prompts)
+    distinct = dict.fromkeys(prompts, True)
     for reader in readers if distinct else ():
         texts = convert_prompts(reader.tokenizer, reader.texts(list(distinct)))
         for prompt, ids in zip(distinct, reader.tokenizer(texts, verbose=False).input_ids, strict=True):
-            distinct[prompt] = distinct[prompt] or len(ids) > reader.num_tokens
-    num_read = min(reader.num_read for reader in readers)
+            distinct[prompt] = distinct[prompt] and len(ids) > reader.num_tokens
+    num_read = max(reader.num_read for reader in readers)
     return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), num_read)
 
 
@@ -651,16 +657,39 @@ def encode(model: Model, prompt_ids: Tensor) -> Tensor:
     In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
     sampling and training, whose batches differ, must read the same.
     """
+    for name, ids in split_ids(model, prompt_ids).items():
+        if name in model.encode_once:
+            model.encode_once[name].learn(ids)  # all at once, since it moves to the device for it
     alone = model.dtype != torch.float32 or prompt_ids.device.type != "cpu"
     return torch.cat([_encode(model, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
 
 
 def _encode(model: Model, prompt_ids: Tensor) -> Tensor:
-    readers, texts = model.readers, {}
-    parts = prompt_ids.split([reader.num_tokens for reader in readers.values()], dim=1)
-    for (name, reader), ids in zip(readers.items(), parts, strict=True):
+    return model.packing.pack(model.family.join(_read(model, prompt_ids), model.denoiser))
+
+
+def _read(model: Model, prompt_ids: Tensor) -> dict[str, Text]:
+    """What each text encoder makes of prompt ids (N, L)."""
+    texts = {}
+    for name, ids in split_ids(model, prompt_ids).items():
         once = model.encode_once.get(name)
-        texts[name] = reader.part.read(model.text_encoders[name], ids) if once is None else once(ids)
+        texts[name] = model.family.text[name].read(model.text_encoders[name], ids) if once is None else once(ids)
+    return texts
+
+
+def split_ids(model: Model, prompt_ids: Tensor) -> dict[str, Tensor]:
+    """The ids of each text encoder among prompt ids (N, L)."""
+    parts = prompt_ids.split([reader.num_tokens for reader in model.readers.values()], dim=1)
+    return dict(zip(model.readers, parts, strict=True))
+
+
+def moved_by(model: Model, names: Collection[str], prompt_ids: Tensor) -> Tensor:
+    """Which of the packed embeddings' numbers (N, L, D) these text encoders decide, as 1 and 0."""
+    texts = {}
+    for name, text in _read(model, prompt_ids).items():
+        fill = float(name in names)
+        embeds, pooled = (None if each is None else torch.full_like(each, fill) for each in (text.embeds, text.pooled))
+        texts[name] = Text(embeds, pooled, None if text.mask is None else torch.zeros_like(text.mask))
     return model.packing.pack(model.family.join(texts, model.denoiser))
 
 
@@ -672,16 +701,19 @@ class EncodeOnce:
         self.known: dict[bytes, Text] = {}  # on the CPU, by ids
 
     @torch.no_grad()
-    def __call__(self, prompt_ids: Tensor) -> Text:
-        """Text of ids (N, L), on their device."""
-        keys = [row.cpu().numpy().tobytes() for row in prompt_ids]
-        missing = {key: row for key, row in zip(keys, prompt_ids, strict=True) if key not in self.known}
-        if missing:
+    def learn(self, prompt_ids: Tensor) -> None:
+        """Encode those of the ids (N, L) that are not known, on their device."""
+        rows = {_key(row): row for row in prompt_ids}
+        if missing := {key: row for key, row in rows.items() if key not in self.known}:
             self.encoder.to(prompt_ids.device)
             for key, row in missing.items():
                 self.known[key] = self._moved([self.part.read(self.encoder, row[None])], torch.device("cpu"))
             self.encoder.to("cpu")
-        return self._moved([self.known[key] for key in keys], prompt_ids.device)
+
+    def __call__(self, prompt_ids: Tensor) -> Text:
+        """Text of ids (N, L), on their device."""
+        self.learn(prompt_ids)
+        return self._moved([self.known[_key(row)] for row in prompt_ids], prompt_ids.device)
 
     def _moved(self, texts: Sequence[Text], device: torch.device) -> Text:
         """Texts as one, on a device."""
@@ -691,6 +723,10 @@ class EncodeOnce:
             return None if tensors[0] is None else torch.cat(tensors).to(device)
 
         return Text(join("embeds"), join("pooled"), join("mask"))
+
+
+def _key(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().tobytes()
 
 
 def encode_null(model: Model, negative_prompt: str = "") -> Tensor:
@@ -757,17 +793,17 @@ def denoiser_size(model: Model) -> int | None:
     Raises:
         ValueError: the configuration names no square size.
     """
-    return model.family.default_size or config_size(model.denoiser)
+    return size_of(model.family, model.denoiser)
 
 
-def config_size(denoiser: Any) -> int | None:
-    """The sample_size in a denoiser's configuration; raises ValueError if it is no square."""
-    size = denoiser.config.sample_size
+def size_of(family: Family, denoiser: Any) -> int | None:
+    """The size that a family has, or its denoiser's configuration; raises ValueError if it is no square."""
+    size = family.default_size or denoiser.config.sample_size
     if size is None:
         return None
     sizes = size if isinstance(size, list | tuple) else [size]
     if not all(isinstance(side, int) and side > 0 for side in sizes) or len(set(sizes)) != 1:
-        raise ValueError(f"the U-Net's sample_size must be a number of latents, or two equal ones, not {size!r}")
+        raise ValueError(f"the denoiser's sample_size must be a number of latents, or two equal ones, not {size!r}")
     return sizes[0]
 
 
@@ -795,7 +831,7 @@ def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int,
     factor, multiple = pixels_per_latent(model.vae), latent_multiple(model)
     size = denoiser_size(model) if resolution is None else resolution / factor
     if size is None:
-        raise InputError("resolution: the U-Net of this model does not say for which size it was made; give --resolution")
+        raise InputError("resolution: the denoiser of this model does not say for which size it was made; give --resolution")
     if size < multiple or size % multiple:
         raise InputError(f"resolution: must be a multiple of {factor * multiple} pixels for this model, not {resolution}")
     largest = getattr(model.denoiser.config, "pos_embed_max_size", None)

@@ -7,6 +7,8 @@ shape and the constant rate are ours. The preset `paper` is the recipe as their 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +122,16 @@ for _preset in ("default", "ppo", "paper", "fast", "gradient"):
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
     for _family, _own in _OTHERS.items():
         _as = "fast" if _preset == "default" else _preset
-        PRESETS[_family, _preset] = PRESETS["stable-diffusion", _as] | _SDXL | _own
+        _settings = PRESETS["stable-diffusion", _as] | _SDXL | _own
+        if _family == "pixart" and _settings["algorithm"] != "ppo":
+            _settings["sampler"] = "dpm-solver"  # its pipeline's, for which the steps are
+        PRESETS[_family, _preset] = _settings
+        PRESETS[f"{_family}-turbo", _preset] = _settings | _TURBO
 
 for _preset in ("default", "ppo", "paper", "fast", "gradient"):
     PRESETS["tiny-flow", _preset] = PRESETS["tiny", _preset] | {"sampler": "euler", "null_prompt": "adapted"}
 
+DISTILLED = re.compile(r"turbo|schnell|lightning|lcm|hyper-?sd|sprint|dmd", re.IGNORECASE)  # in names: to few steps
 # Parts of the names of pipelines' classes, and of models on the hub, with the preset that they take.
 _PIPELINES = {"StableDiffusion3": "sd3", "Flux": "flux", "Sana": "sana", "PixArt": "pixart"}
 _NAMES = {"stable-diffusion-3": "sd3", "sd3": "sd3", "flux": "flux", "sana": "sana", "pixart": "pixart"}
@@ -138,13 +145,10 @@ def family(model: str) -> str:
     if model in EMBEDDED:
         return model
     pipeline, name = _pipeline_class(model), Path(model).name.lower()
-    for start, found in _PIPELINES.items():
-        if pipeline.startswith(start):
-            return found
-    if not pipeline:
-        for part, found in _NAMES.items():
-            if part in name:
-                return found
+    known = [found for start, found in _PIPELINES.items() if pipeline.startswith(start)]
+    known += [found for part, found in _NAMES.items() if not pipeline and part in name]
+    if known:
+        return f"{known[0]}-turbo" if DISTILLED.search(name) else known[0]
     return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
 
 
@@ -154,8 +158,14 @@ def is_flow(model: str) -> bool:
 
 
 def _pipeline_class(model: str) -> str:
-    """The pipeline's class in a model's folder; empty where there is none or it cannot be read."""
+    """The pipeline's class in a model's folder or in the hub's cache; empty where there is none or it cannot be read."""
     path = Path(model, "model_index.json")
+    if model.count("/") == 1 and not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        with contextlib.suppress(ValueError):  # no name of the hub
+            cached = try_to_load_from_cache(model, "model_index.json")
+            path = Path(cached) if isinstance(cached, str) else path
     try:
         return str(read_json(path).get("_class_name", "")) if path.is_file() else ""
     except (InputError, AttributeError):

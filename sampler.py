@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError, reading
+from .families import Inputs, Text, call_unet
 from .models import Conditioning, pixels_per_latent
 
 MAX_DECODED = 16  # images at a time, of at most 512x512 pixels; fewer if they are larger
@@ -137,7 +138,10 @@ def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linea
     with reading("model: its scheduler_config.json cannot be used", InputError):
         options: dict[str, Any] = {}
         if scheduler.config.use_dynamic_shifting:
-            options["mu"] = _dynamic_shift(scheduler.config, num_tokens)
+            from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            options["mu"] = calculate_shift(num_tokens, *(scheduler.config[name] for name in names))
         if linear:
             options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         scheduler.set_timesteps(num_inference_steps, **options)
@@ -147,14 +151,6 @@ def flow_levels(scheduler: Any, num_inference_steps: int, num_tokens: int, linea
             f"num_inference_steps: the scheduler's levels of noise do not fall to 0 in {num_inference_steps} steps"
         )
     return sigmas, scheduler.timesteps.float().cpu()
-
-
-def _dynamic_shift(config: Any, num_tokens: int) -> float:
-    """The shift of an image's noise levels, linear in its tokens, as the pipelines of FLUX.1 and SD 3 compute it."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (high - low) / (many - few)
-    return num_tokens * slope + low - slope * few
 
 
 def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
@@ -316,7 +312,7 @@ class Step:
 
 
 def _call_unet(unet: Any, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-    return unet(latents, timesteps, embeds, return_dict=False)[0]
+    return call_unet(unet, Inputs(latents, timesteps, Text(embeds)))
 
 
 @dataclass(frozen=True)
@@ -475,7 +471,8 @@ def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
 
     A compiled network computes them each time; so do separate branches, which differ in their text.
     """
-    attentions = [module for name, module in denoiser.network.named_modules() if name.endswith(".attn2")]
+    modules = [module for name, module in denoiser.network.named_modules() if name.endswith(".attn2")]
+    attentions = [module for module in modules if getattr(module, "is_cross_attention", True)]  # SD 3.5's are of the image
     if denoiser.compiled or denoiser.branches_apart:
         attentions = []
     layers = [layer for module in attentions for layer in (module.to_k, module.to_v)]

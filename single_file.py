@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from . import ldm
 from .errors import InputError, reading
 from .families import Family
-from .weights import quiet_libraries, read_tensors
+from .weights import check_content, quiet_libraries, read_tensors, refused
 
 ENDINGS = (".safetensors", ".ckpt")
+KIND = "a checkpoint of a model"
 DIFFUSION: dict[str, Any] = {
     "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
@@ -116,19 +117,20 @@ def configuration(file: Path) -> str:
     Raises:
         InputError: the file is of no such architecture, or does not say what its U-Net predicts.
     """
-    tensors = read(file)
-    widths = {tensor.shape[1] for name, tensor in tensors.items() if name.endswith(CROSS_ATTENTIONS)}
+    shapes = shapes_of(file)
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith(CROSS_ATTENTIONS)}
     architecture = ARCHITECTURES.get(widths.pop()) if len(widths) == 1 else None
-    if architecture is None or not any(name.startswith(ldm.UNET) for name in tensors):
+    if architecture is None or not any(name.startswith(ldm.UNET) for name in shapes):
         raise InputError(
             f"model: {str(file)!r} is no checkpoint of Stable Diffusion 1.x, 2.x or XL; give other models as folders in "
             "diffusers' format"
         )
     folder = Path(_folders().name, f"{len(list(Path(_folders().name).iterdir()))}")
-    prediction = _prediction_type(file, architecture)
-    for part in ("unet", "vae"):
-        _write(folder / part / "config.json", architecture[part])
-    _write(folder / "scheduler" / "scheduler_config.json", DIFFUSION | {"prediction_type": prediction})
+    noise = _noise(file, shapes, architecture)
+    size = {"sample_size": 96} if architecture is ARCHITECTURES[1024] and noise["prediction_type"] == "v_prediction" else {}
+    _write(folder / "unet" / "config.json", architecture["unet"] | size)
+    _write(folder / "vae" / "config.json", architecture["vae"])
+    _write(folder / "scheduler" / "scheduler_config.json", DIFFUSION | noise)
     index: dict[str, Any] = {"_class_name": architecture["pipeline"], "unet": ["diffusers", "UNet2DConditionModel"]}
     index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
     for part, (cls, config, padding) in architecture["text"].items():
@@ -152,15 +154,21 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def _prediction_type(file: Path, architecture: Mapping[str, Any]) -> str:
-    """What the U-Net predicts: of Stable Diffusion 2.x there are both kinds, and only the header can say it."""
-    said = header_of(file).get("modelspec.prediction_type")
+def _noise(file: Path, names: Collection[str], architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """What the U-Net predicts, and whether the noise ends at zero SNR, by the header or by tensors that only mark it.
+
+    Of Stable Diffusion 2.x there are both kinds of predictions, so that one of them must say it.
+    """
+    said = header_of(file).get("modelspec.prediction_type") or ("v" if "v_pred" in names else None)
+    if said not in (None, "epsilon", "v", "v_prediction") or any(name.startswith("edm_") for name in names):
+        raise InputError(f"model: the U-Net of {str(file)!r} predicts neither noise nor v, but {said or 'as EDM does'}")
     if said is None and architecture is ARCHITECTURES[1024]:
         raise InputError(
             f"model: {str(file)!r} is of Stable Diffusion 2.x and does not say whether its U-Net predicts noise or v; "
             "convert it into a folder with diffusers' convert_original_stable_diffusion_to_diffusers.py"
         )
-    return {"v": "v_prediction", "v_prediction": "v_prediction"}.get(said or "", "epsilon")
+    prediction_type = "v_prediction" if said in ("v", "v_prediction") else "epsilon"
+    return {"prediction_type": prediction_type, "rescale_betas_zero_snr": "ztsnr" in names}
 
 
 def clip_tokenizer(padding: str) -> Any:
@@ -175,13 +183,25 @@ def clip_tokenizer(padding: str) -> Any:
     return CLIPTokenizer(vocabulary, merges, model_max_length=77, pad_token=padding)
 
 
+def shapes_of(file: Path) -> dict[str, Sequence[int]]:
+    """The shapes of a checkpoint's tensors by name; raises as `read`."""
+    if file.suffix != ".safetensors":
+        return {name: tensor.shape for name, tensor in read(file).items()}
+    from safetensors import safe_open
+
+    with refused(file, KIND):
+        check_content(file)
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint.
 
     Raises:
         ArtifactError: it is damaged, or would run code.
     """
-    return read_tensors(file, "a checkpoint of a model")
+    return read_tensors(file, KIND)
 
 
 def load_parts(file: Path, folder: str, family: Family) -> dict[str, Any]:

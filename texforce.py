@@ -154,7 +154,8 @@ class Policy:
         self.denoiser = self._make_denoiser(config)
         self.noise_process = _noise_process(model, self.latent_shape).to(model.device)
         self.anchor_ids, self.anchor_embeds = self._anchors(config)
-        # Users sample every step with the same eta, so held-out images do too, whatever training does.
+        self.anchor_moved = self._anchor_moved()
+        # Users sample every step with the same eta, in flow matching 0, so held-out images do too, whatever training does.
         drawing = _schedule(model, config, self.latent_shape)
         self.drawing_denoiser = replace(self.denoiser, schedule=drawing, keep_null_outputs=False)
 
@@ -189,7 +190,19 @@ class Policy:
         """Mean squared distance of the anchors' embeddings to the base text encoder's, with gradients; 0 without anchors."""
         if self.anchor_ids is None or self.anchor_embeds is None:
             return torch.zeros(())
-        return (models.encode(self.model, self.anchor_ids) - self.anchor_embeds).square().mean()
+        distances = (models.encode(self.model, self.anchor_ids) - self.anchor_embeds).square()
+        if self.anchor_moved is None:
+            return distances.mean()
+        return (distances * self.anchor_moved).sum() / self.anchor_moved.sum()
+
+    def _anchor_moved(self) -> Tensor | None:
+        """Which of the anchors' numbers (A, L, D) the trained text encoders move, as 1 and 0; None if all of them."""
+        if self.anchor_ids is None:
+            return None
+        trained = [name for name, encoder in self.model.text_encoders.items() if hasattr(encoder, "peft_config")]
+        with torch.no_grad():
+            moved = models.moved_by(self.model, trained, self.anchor_ids)
+        return None if moved.all() else moved
 
     def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,)."""
@@ -333,9 +346,11 @@ def recompute_activations(policy: Policy) -> None:
 
 
 def offload_text_encoders(model: models.Model) -> None:
-    """Move the text encoders that are not trained off the device; they encode each prompt once."""
+    """Keep the text encoders that are not trained off the device; they encode each prompt once."""
     for name, encoder in model.text_encoders.items():
-        if not hasattr(encoder, "peft_config"):
+        if hasattr(encoder, "peft_config"):
+            encoder.to(model.device)
+        else:
             model.encode_once[name] = models.EncodeOnce(encoder, model.family.text[name])
 
 

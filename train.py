@@ -30,7 +30,7 @@ from texforce import (
 )
 
 from . import files, interrupts, models, processes, rewards, run, scorers, stages, world
-from .config import TrainConfig, TrainOptions, default_device, resolve, without_passwords
+from .config import FLOW_SAMPLERS, TrainConfig, TrainOptions, default_device, resolve, without_passwords
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
     PromptOrder,
@@ -100,7 +100,8 @@ def load_policy(config: TrainConfig) -> Policy:
     if config.algorithm == "gradient":
         rewards.check_gradients(config.reward)
     rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
-    model = models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
+    dtype, device = models.DTYPES[config.mixed_precision], default_device()
+    model = models.load_model(config.model, device, dtype, text_on_cpu=config.offload_text_encoders)
     return make_policy(model, config)
 
 
@@ -728,7 +729,8 @@ def _ppo_beside(policy: Policy, config: TrainConfig, network: str) -> dict[str, 
     """What ppo costs with its defaults for the model, beside another algorithm."""
     if config.algorithm == "ppo":
         return {}
-    ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target))
+    sampler = {"sampler": config.sampler} if config.sampler in FLOW_SAMPLERS else {}
+    ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target, **sampler))
     num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
     num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
     return {f"{network} calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}

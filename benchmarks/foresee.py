@@ -25,9 +25,6 @@ GEMMA_2B = {
     "num_key_value_heads": 4, "head_dim": 256,
 }  # fmt: skip
 NOTHING: dict[str, Any] = {"name": "meta", "tokenizer": None, "text_encoder": None}
-SANA_TOKENS = (
-    300 + 250
-)  # with the instruction, whose tokens only the published tokenizer counts; about a quarter of its letters
 PIXART = {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096}
 # Name on the hub, family, the denoiser's and the text encoders' configurations, latents along a side.
 SIZES: list[tuple[str, families.Family, dict[str, Any], list[dict[str, Any]], int]] = [
@@ -63,17 +60,16 @@ def build(make: Callable[[], nn.Module]) -> Any:
         return make().to(torch.bfloat16).requires_grad_(False)
 
 
-def num_tokens(family: families.Family, part: families.TextPart) -> int:
-    return SANA_TOKENS if family is families.SANA else part.num_tokens or 77
+def num_rows(part: families.TextPart) -> int:
+    """Rows of embeddings of a prompt."""
+    return part.num_tokens or 77
 
 
 def kept_by_denoiser(family: families.Family, denoiser: Any, side: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps of the denoiser for one image, where the gradient goes to its text."""
     width, pooled_width = family.wanted_widths(denoiser.config)
-    tokens = sum(num_tokens(family, part) for part in family.text.values())
-    tokens = {"Stable Diffusion 3 or 3.5": 77 + 256, "FLUX.1": 512, "Sana": 300, "Stable Diffusion XL": 77}.get(
-        family.name, tokens
-    )
+    parts = {name: Text(torch.empty(1, num_rows(part), 1), torch.empty(1, 1)) for name, part in family.text.items()}
+    tokens = family.join(parts, denoiser).embeds.shape[1]
     channels = denoiser.config.in_channels // family.packed**2
     options = {"device": "meta", "dtype": torch.bfloat16}
     text = Text(
@@ -96,7 +92,9 @@ def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> in
     part = family.text[name]
     with torch.device("meta"):
         adapted: Any = get_peft_model(encoder, LoraConfig(r=16, lora_alpha=16, target_modules=list(part.lora_layers)))
-    ids = torch.ones(1, num_tokens(family, part), dtype=torch.long, device="meta")
+    # Sana's instruction is about a quarter of its letters in tokens; only the published tokenizer counts them.
+    instruction = len(part.instruction()) // 4 if part.instruction else 0
+    ids = torch.ones(1, num_rows(part) + instruction, dtype=torch.long, device="meta")
     model = models.Model(**NOTHING | {"family": family, name: adapted, family.part: adapted})
     return train.saved_bytes(model, lambda: adapted(input_ids=ids))
 
