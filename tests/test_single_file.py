@@ -88,6 +88,31 @@ def test_a_base_model_that_is_not_here_is_not_asked_for(tmp_path, monkeypatch, b
     assert models.find_model("file.safetensors") == single_file.configuration((tmp_path / "file.safetensors").resolve())
 
 
+@pytest.mark.parametrize(("marks", "said", "expected"), [
+    ([], None, {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}),
+    (["v_pred", "ztsnr"], None, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    (["v_pred"], "v", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}),
+    (["edm_mean", "edm_std"], None, "predicts neither noise nor v, but as EDM does"),
+    ([], "edm", "predicts neither noise nor v, but edm"),
+])  # fmt: skip
+def test_tensors_that_only_mark_a_checkpoint_say_what_its_unet_predicts(tmp_path, marks, said, expected):
+    tensors = {TEXT_LAYER: torch.zeros(3, 2048)} | {name: torch.zeros(1) for name in marks}
+    save_file(tensors, tmp_path / "file.safetensors", {"modelspec.prediction_type": said} if said else {})
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            single_file.configuration(tmp_path / "file.safetensors")
+        return
+    config = models.load_scheduler(single_file.configuration(tmp_path / "file.safetensors")).config
+    assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("said", "size"), [("v", 96), ("epsilon", 64)])
+def test_a_checkpoint_of_stable_diffusion_2_that_predicts_v_is_of_768_pixels(tmp_path, said, size):
+    save_file({TEXT_LAYER: torch.zeros(3, 1024)}, tmp_path / "file.safetensors", {"modelspec.prediction_type": said})
+    folder = single_file.configuration(tmp_path / "file.safetensors")
+    assert json.loads((models.Path(folder) / "unet" / "config.json").read_text())["sample_size"] == size
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("executed", "w"))
