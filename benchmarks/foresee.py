@@ -68,7 +68,10 @@ def num_rows(part: families.TextPart) -> int:
 def kept_by_denoiser(family: families.Family, denoiser: Any, side: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps of the denoiser for one image, where the gradient goes to its text."""
     width, pooled_width = family.wanted_widths(denoiser.config)
-    parts = {name: Text(torch.empty(1, num_rows(part), 1), torch.empty(1, 1)) for name, part in family.text.items()}
+    parts = {
+        name: Text(torch.empty(1, num_rows(part), 1 if part.is_clip else width), torch.empty(1, 1))
+        for name, part in family.text.items()
+    }
     tokens = family.join(parts, denoiser).embeds.shape[1]
     channels = denoiser.config.in_channels // family.packed**2
     options = {"device": "meta", "dtype": torch.bfloat16}
