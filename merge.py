@@ -49,7 +49,7 @@ def merge(config: MergeConfig) -> Path:
     adapters.check_inputs(system)
     check_format(models.pipeline_kind(models.find_model(config.model)).family, {}, config.format)
     # Only a whole pipeline is written with what is no network of the model.
-    model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES)
+    model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES, config.format)
     terms = adapters.read_terms(system.adapters, model)
     whole_unet = False
     if config.unet:
@@ -157,10 +157,10 @@ def check_replaceable(output: Path) -> None:
             )
 
 
-def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
+def load_pipeline(name: str, without: Sequence[str] = (), format: str = "pipeline") -> Any:
     """A pipeline of diffusers, of a family in families.py, none of its tensors missing, in float32.
 
-    The parts in `without` are not read.
+    The parts in `without` are not read. A format of LoRA needs no weights of a transformer and its VAE.
 
     Raises:
         NotFoundError, InputError: as `models.load_model`.
@@ -171,7 +171,8 @@ def load_pipeline(name: str, without: Sequence[str] = ()) -> Any:
     with models.reading_model(name):
         kind = models.pipeline_kind(source)
         file = models.checkpoint_file(name)
-        parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind, file=file)
+        hollow = (kind.family.part, "vae") if format in LORA_FORMATS and kind.family.part == "transformer" else ()
+        parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind, file=file, without=hollow)
         models.size_of(kind.family, parts[kind.family.part])
         absent = kind.family.text.keys() - kind.text_parts.keys()
         parts |= {name.replace("text_encoder", what): None for name in absent for what in ("text_encoder", "tokenizer")}

@@ -401,9 +401,12 @@ def load_tokenizers(source: str, kind: Kind) -> dict[str, Any]:
     return parts
 
 
-def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32, file: Path | None = None) -> dict[str, Any]:
+def load_parts(
+    source: str, kind: Kind, dtype: torch.dtype = torch.float32, file: Path | None = None, without: Collection[str] = ()
+) -> dict[str, Any]:
     """The networks of a pipeline, frozen; those of a checkpoint of one file by the configuration in a folder.
 
+    Parts in `without` have no weights: they are on the meta device.
     What overflows in float16 is in another type then: T5 and Gemma in bfloat16, and VAEs as their families say.
     """
     import diffusers
@@ -420,7 +423,11 @@ def load_parts(source: str, kind: Kind, dtype: torch.dtype = torch.float32, file
             dtypes["vae"] = family.vae_instead_of_half if config.get("force_upcast", True) else dtype
     if file is not None:
         return {name: part.to(dtypes[name]) for name, part in single_file.load_parts(file, source, family).items()}
-    return {name: load_network(cls, source, name, dtypes[name]) for name, cls in classes.items()}
+    with torch.device("meta"):
+        hollow = {name: classes[name].from_config(classes[name].load_config(source, subfolder=name)) for name in without}
+    return hollow | {
+        name: load_network(cls, source, name, dtypes[name]) for name, cls in classes.items() if name not in without
+    }
 
 
 def check_text(model: Any, source: str) -> None:

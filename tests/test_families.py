@@ -313,6 +313,13 @@ def test_diffusers_loads_the_lora_of_its_format_for_the_same_images(folders, tra
     torch.testing.assert_close(our_tuned_images(folders(name), name, folder), ours, rtol=0, atol=1e-5)
 
 
+def test_writing_lora_reads_no_transformer_and_no_vae(folders, trained, tmp_path):
+    folder = shutil.copytree(folders("flux"), tmp_path / "model")
+    for file in (*folder.glob("transformer/*.safetensors"), *folder.glob("vae/*.safetensors")):
+        file.unlink()
+    assert (merged(folder, trained("flux"), tmp_path / "lora", "kohya") / "lora.safetensors").is_file()
+
+
 @pytest.mark.parametrize(("name", "prefixes"), [
     ("sd3", {"lora_te1_text_model_", "lora_te2_text_model_", "lora_te3_encoder_block_"}),
     ("flux", {"lora_te1_text_model_", "lora_te3_encoder_block_"}),
