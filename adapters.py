@@ -323,6 +323,10 @@ def _by_part(
     for key, tensor in tensors.items():
         place = _place(key, names, file.part, prefixes)
         if place is None:
+            if "unet" not in names and key.startswith(("transformer.", "lora_unet_", "lora_transformer_")):
+                raise ArtifactError(
+                    f"{file.path}: it changes the transformer, as {key}, which texforce does not train or read"
+                )
             if kind := _other_kind(key):
                 raise ArtifactError(
                     f"{file.path}: it holds {kind}, as {key}, and only LoRA is supported; train or export it so"

@@ -194,10 +194,11 @@ class TrainConfig:
     )
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper", "fast"] = option(
-        "default (matching for tiny, else ppo), paper: the published recipe, or fast: matching", "default"
+        "default (ppo for Stable Diffusion 1.x to XL, else matching), paper: the published recipe, or fast: matching",
+        "default",
     )
     algorithm: Algorithm = option(
-        "ppo (TexForce as published), matching (advantage-weighted matching of the final images: a tenth of the images) or "
+        "ppo (TexForce as published), matching (advantage-weighted matching of final images: fewer images) or "
         "gradient (the reward's own gradient, for scorers that have one)"
     )
     target: Literal["text-encoder", "unet", "both"] = option(
@@ -225,12 +226,12 @@ class TrainConfig:
     )
     sampler: Sampler = option(
         "ddim, or dpm-solver (DPM-Solver++ 2M: fewer steps, none of them random, so not for ppo); for flow matching euler "
-        "(with eta Flow-GRPO's SDE) or cps (coefficients-preserving) (default: ddim, or euler)",
+        "(with eta Flow-GRPO's SDE), which is its default, or cps (coefficients-preserving)",
         "ddim",
     )
     num_inference_steps: Count = option("denoising steps")
     eta: DrawEta = option(
-        "randomness of the steps, 0 to 1; ppo needs some (default: 1; 0 for dpm-solver; in flow matching 0, for ppo 0.7)",
+        "randomness of the steps, 0 to 1; ppo needs some; dpm-solver has none, flow matching 0.7 for ppo, else none",
         1.0,
     )
     guidance_scale: NonNegative = option("classifier-free guidance; 1 or less switches it off")
@@ -249,7 +250,7 @@ class TrainConfig:
         0.0,
     )
     backprop_steps: Count = option("gradient: last sampling steps that the reward's gradient goes through", 4)
-    resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
+    resolution: Count | None = option("pixels of a side (default: what the denoiser was made for)", None)
     learning_rate: Positive = option("of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
         "of the learning rate after its warm-up: constant, linear or cosine (to 0)"
@@ -288,7 +289,8 @@ class TrainConfig:
     )
     sample_batch_size: Count = option("images sampled at a time")
     mixed_precision: Precision = option(
-        "no, fp16 or bf16 for the frozen weights (default: fp16 on CUDA, else bf16 where the CPU has it, but no for tiny)"
+        "no, fp16 or bf16 for the frozen weights (default: on CUDA fp16, in flow matching bf16; on a CPU that has it bf16, "
+        "but no for tiny)"
     )
     gradient_checkpointing: bool = option(
         "recompute the activations of the denoiser and of the trained text encoders to save memory", False
@@ -378,7 +380,7 @@ def resolve(options: Options) -> TrainConfig:
     if given.get("target", "text-encoder") != "text-encoder":
         follows["null_prompt"] = "adapted"
     if given.get("target") == "unet":
-        follows["null_anchor"] = 0.0  # the null prompt does not move
+        follows |= {"null_anchor": 0.0, "text_encoders": None}  # nothing of the text moves
     config = TrainConfig(**preset | follows | given)
     num_updates = num_optimizer_steps(config)
     if "lr_warmup_steps" not in given:
@@ -527,9 +529,9 @@ class DrawConfig:
     num_inference_steps: Count = option("denoising steps (default: the adapter's)")
     eta: DrawEta = option("randomness of DDIM's steps, 0 to 1 (default: the adapter's, else 1; 0 for the other samplers)")
     guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
-    resolution: Count | None = option("pixels of a side (default: what the U-Net was made for)", None)
+    resolution: Count | None = option("pixels of a side (default: what the denoiser was made for)", None)
     batch_size: Count = option("images drawn at a time", 16)
-    mixed_precision: Precision = option("no, fp16 or bf16 (default: fp16 on CUDA, else no)")
+    mixed_precision: Precision = option("no, fp16 or bf16 (default: on CUDA fp16, in flow matching bf16; else no)")
     compile: bool | None = option("compile the denoiser (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
     negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)

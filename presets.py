@@ -117,10 +117,13 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "sana": {"sampler": "euler", "num_inference_steps": 20, "guidance_scale": 4.5},
     "pixart": {"num_inference_steps": 20, "guidance_scale": 4.5},
 }
-for _preset in ("default", "ppo", "paper", "fast", "gradient"):
+_ALL = ("default", "ppo", "paper", "fast", "gradient")
+for _preset in _ALL:
     PRESETS["turbo", _preset] = PRESETS["stable-diffusion", _preset] | _TURBO
     PRESETS["sdxl", _preset] = PRESETS["stable-diffusion", _preset] | _SDXL
     for _family, _own in _OTHERS.items():
+        if _preset == "paper":  # there is none
+            continue
         _as = "fast" if _preset == "default" else _preset
         _settings = PRESETS["stable-diffusion", _as] | _SDXL | _own
         if _family == "pixart" and _settings["algorithm"] != "ppo":
@@ -128,8 +131,9 @@ for _preset in ("default", "ppo", "paper", "fast", "gradient"):
         PRESETS[_family, _preset] = _settings
         PRESETS[f"{_family}-turbo", _preset] = _settings | _TURBO
 
-for _preset in ("default", "ppo", "paper", "fast", "gradient"):
+for _preset in _ALL:
     PRESETS["tiny-flow", _preset] = PRESETS["tiny", _preset] | {"sampler": "euler", "null_prompt": "adapted"}
+    PRESETS["tiny-flow", _preset] |= {"text_encoders": ["text_encoder", "text_encoder_2", "text_encoder_3"]}
 
 DISTILLED = re.compile(r"turbo|schnell|lightning|lcm|hyper-?sd|sprint|dmd", re.IGNORECASE)  # in names: to few steps
 # Parts of the names of pipelines' classes, and of models on the hub, with the preset that they take.
@@ -149,7 +153,7 @@ def family(model: str) -> str:
     known += [found for part, found in _NAMES.items() if not pipeline and part in name]
     if known:
         return f"{known[0]}-turbo" if DISTILLED.search(name) else known[0]
-    return "turbo" if "turbo" in name else "sdxl" if "xl" in name else "stable-diffusion"
+    return "turbo" if DISTILLED.search(name) else "sdxl" if "xl" in name else "stable-diffusion"
 
 
 def is_flow(model: str) -> bool:
@@ -176,8 +180,10 @@ def preset_for(family: str, preset: str, algorithm: str | None) -> dict[str, Any
     """The settings of a preset; of the default one, those for the algorithm that is given.
 
     Raises:
-        InputError: the preset is another algorithm's.
+        InputError: the preset is another algorithm's, or of no use for the family.
     """
+    if (family, preset) not in PRESETS:
+        raise InputError(f"preset: {preset} is a recipe for Stable Diffusion 1.x to XL; for this model take default or fast")
     usual = PRESETS[family, preset]["algorithm"]
     if algorithm in (None, usual):
         return PRESETS[family, preset]

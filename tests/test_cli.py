@@ -607,7 +607,7 @@ def test_a_function_that_hangs_does_not_keep_the_process(fresh_process):
 
 @pytest.mark.parametrize("option", ["reward", "eval_reward"])
 def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monkeypatch, without_pyiqa, option):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     for reward in ("hsp", "absent.py:reward", "face"):
         result = run_train(small_run | {option: reward}, output_dir=tmp_path / "out")
         check_failure(result, 2, reward.partition(":")[0])
@@ -1484,7 +1484,7 @@ def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, co
 
 
 def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     check_failure(
         run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 2, "--output-dir", "is a file"

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import PeftModel
 from PIL import Image
@@ -20,7 +21,7 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Policy, cli, evaluate, families, merge, models, presets, sampler, train
+from texforce import Policy, cli, evaluate, families, merge, models, presets, prompt_sets, sampler, train
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
@@ -828,6 +829,35 @@ def test_an_anchor_is_the_mean_distance_of_what_the_trained_text_encoders_move(f
     ]
     moved = torch.cat([(one - other).flatten() for one, other in pairs if one is not None])
     torch.testing.assert_close(policy.anchor_drift().detach(), moved.square().mean(), rtol=1e-4, atol=1e-8)
+
+
+# --- the embedded model of flow matching ---
+
+
+def test_tiny_flow_draws_what_plain_diffusers_draws():
+    prompts = ["a red circle", "two crimson discs"]
+    config = resolve_sample(SampleOptions(model="tiny-flow", prompt=prompts))
+    policy = Policy(models.load_model("tiny-flow"), config)
+    ours = policy.draw(models.tokenize_for(policy.model, prompts), [torch.Generator().manual_seed(seed) for seed in (0, 1)])
+    pipeline = DiffusionPipeline.from_pretrained(models.TINY_FLOW, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    plain = pipeline(prompts, max_sequence_length=24, generator=generator, output_type="pt", **options).images
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_tiny_flow_takes_at_most_six_megabytes():
+    assert sum(path.stat().st_size for path in models.TINY_FLOW.rglob("*") if path.is_file()) <= 6_000_000
+
+
+@pytest.mark.slow
+def test_tiny_flow_is_imperfect_as_tiny_is():
+    policy = Policy(models.load_model("tiny-flow"), resolve(TrainOptions(model="tiny-flow")))
+    prompts = prompt_sets.read_prompts("world-heldout")
+    measures = train.measure(train.heldout_images(policy, prompts, 128), prompts, {})
+    assert 0.25 <= measures["alignment_exact"] <= 0.65
+    assert measures["alignment_exact_rare"] <= measures["alignment_exact_common"] - 0.15
 
 
 # --- the commands ---

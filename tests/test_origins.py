@@ -259,7 +259,7 @@ def test_a_setting_of_an_adapters_config_that_cannot_be_used_is_said_to_come_fro
     adapter_of, narrow_model, monkeypatch, settings, words
 ):
     model = narrow_model()
-    monkeypatch.setattr(models, "load_model", lambda *_: model)
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
     monkeypatch.setattr("texforce.adapters.put_on", lambda model, system: model)
     result = command_line(*use("sample", adapter_of(model="tiny", **settings)))
     check_failure(result, 2, "config.json", words)

@@ -98,7 +98,7 @@ def quick(narrow_model):
     """Train a narrow U-Net, and draw no curve, which takes longer than the training of these runs."""
     narrow_model()  # loaded before the processes are forked
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+        patch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
         patch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
         yield
 

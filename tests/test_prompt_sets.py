@@ -214,7 +214,7 @@ def test_a_published_training_set_in_another_layout_is_refused(content, words, h
 @pytest.fixture
 def options(small_run, narrow_model, monkeypatch, tmp_path):
     """Options of a short training on ImageReward's prompts, of a narrow U-Net and without a curve."""
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
     monkeypatch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
     del small_run["heldout_prompts"]
     return small_run | {"prompts": "imagereward", "output_dir": str(tmp_path / "out")}

@@ -44,7 +44,7 @@ def quick(narrow_model):
     A curve takes longer than the training of these runs.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+        patch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
         patch.setattr(PromptStatistics.__init__, "__defaults__", (32, 3))
         patch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_bytes(b""))
         yield
@@ -387,7 +387,7 @@ def edited(path: Path, content: str) -> Iterator[None]:
     pytest.param("anchors.txt", "the anchor prompts", id="also anchors"),
 ])  # fmt: skip
 def test_a_file_that_decides_a_run_and_has_another_content_since_is_refused_by_name(from_files, name, words, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("it loaded the model"))
     folder, options = from_files
     before = contents(folder / "run" / "checkpoints")
     content = "a red circle\na blue disc\n" if name.endswith(".txt") else REWARD.replace("images.", "1 + images.")
@@ -398,7 +398,7 @@ def test_a_file_that_decides_a_run_and_has_another_content_since_is_refused_by_n
 
 def test_another_revision_on_the_hub_is_refused(from_files, monkeypatch):
     folder, options = from_files
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("it loaded the model"))
     monkeypatch.setattr(models, "revision", lambda name: "0123abc")
     with pytest.raises(InputError, match="changed since the checkpoint: the files of the model; --force"):
         run_training(options, folder / "run", resume=True)

@@ -30,7 +30,7 @@ def configure(options: dict, output_dir: Path, **changes) -> TrainConfig:
 @pytest.fixture
 def train_small(small_run, tmp_path, narrow_model, monkeypatch) -> Callable[..., dict]:
     """A function that trains the tiny model with a small U-Net, with some options, into tmp_path/out."""
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
 
     def run(report: train.Report = lambda measures: None, **options) -> dict:
         return train.train(configure(small_run, tmp_path / "out", **options), report)
@@ -90,7 +90,7 @@ def train_both(shared_run, narrow_model, tmp_path_factory) -> Callable[[int], Fi
         folder = tmp_path_factory.mktemp("train") / "out"
         config = configure(shared_run, folder, seed=seed, num_epochs=2, target="both")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+            patch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
             policies, base, original = remember_policies(patch), {}, texforce.add_lora
 
             def add_lora(model, config):
@@ -139,7 +139,7 @@ def test_the_result_counts_images_and_unet_calls(finished):
 
 
 def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
     plan = train.plan(replace(finished.config, output_dir=str(tmp_path / "new")))
     assert plan["images in all"] == finished.result["num_images"]
     assert plan["U-Net calls an epoch"] * 2 == finished.result["num_unet_calls"]
@@ -540,7 +540,7 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
 
 
 def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, narrow_model, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: narrow_model(dtype))
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
     options = small_run | {"algorithm": "gradient", "reward": "jpeg", "output_dir": str(tmp_path / "out")}
     with pytest.raises(InputError, match="jpeg carries no gradients"):
         train.train(resolve(TrainOptions(**options)))
