@@ -451,7 +451,7 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
     model = stable_diffusion(version, monkeypatch)
     assert sum(parameter.numel() for parameter in model.unet.parameters()) == num_unet_parameters
     assert sum(parameter.numel() for parameter in model.text_encoder.parameters()) == num_text_parameters
-    monkeypatch.setattr(models, "load_model", lambda name, device, dtype: model)
+    monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: model)
     monkeypatch.setattr(models, "find_model", lambda name: name)
     monkeypatch.setattr(models, "revision", lambda name: None)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
