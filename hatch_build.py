@@ -12,7 +12,7 @@ MODULES = (
     "learner", "measures", "merge", "models", "presets", "processes", "prompt_sets", "report", "rewards", "run",
     "sampler", "scorers", "server", "single_file", "stages", "texforce", "train", "views", "weights", "world",
 )  # fmt: skip
-DATA = ("prompts", "tiny", "report.html", "py.typed")
+DATA = ("prompts", "tiny", "tiny-flow", "report.html", "py.typed")
 EDITABLE = ".editable"  # on the path of an editable install, so that `texforce` is importable and nothing else
 
 
