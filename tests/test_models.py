@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from texforce import cli, evaluate, merge, models, sampler
 from texforce.config import SampleOptions, resolve_sample
-from texforce.errors import InputError, NotFoundError
+from texforce.errors import ArtifactError, InputError, NotFoundError
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -109,7 +109,7 @@ def test_the_size_of_a_unet_is_a_number_or_two_equal_ones(size, expected):
 
 def test_a_unet_without_a_size_needs_a_resolution():
     assert models.latent_shape(shapes_of(4, 4, None), 512) == (4, 64, 64)
-    with pytest.raises(InputError, match=r"resolution: the U-Net of this model does not say .* give --resolution"):
+    with pytest.raises(InputError, match=r"resolution: the denoiser of this model does not say .* give --resolution"):
         models.latent_shape(shapes_of(4, 4, None))
 
 
@@ -343,12 +343,17 @@ def test_two_variants_without_plain_weights_are_refused_by_name(copied):
 # --- what is missing is named ---
 
 
-@pytest.mark.parametrize("given", ["a.safetensors", "some/a.safetensors", "also/a.ckpt", "also/unet/config.json"])
-def test_a_file_that_is_given_for_a_model_is_called_a_file(tmp_path, monkeypatch, given):
+@pytest.mark.parametrize(("given", "error", "message"), [
+    ("a.safetensors", InputError, "a.safetensors' could not be read"),
+    ("some/a.safetensors", InputError, "a.safetensors' could not be read"),
+    ("also/a.ckpt", ArtifactError, "a.ckpt: refused as a checkpoint of a model"),
+    ("also/unet/config.json", InputError, "'also/unet/config.json' is no .safetensors or .ckpt; give 'tiny', a folder"),
+])  # fmt: skip
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, monkeypatch, given, error, message):
     monkeypatch.chdir(tmp_path)
     Path(given).parent.mkdir(parents=True, exist_ok=True)
     Path(given).write_bytes(b"weights")
-    with pytest.raises(InputError, match=f"model: '{given}' is a file; give 'tiny', a folder in diffusers' format"):
+    with pytest.raises(error, match=message):
         models.load_model(given)
 
 

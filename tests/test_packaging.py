@@ -17,7 +17,7 @@ SOURCES = {
     **{f"texforce/{path.name}": path for path in FILES},
     **{
         f"texforce/{path.relative_to(ROOT)}": path
-        for folder in ("prompts", "tiny")
+        for folder in ("prompts", "tiny", "tiny-flow")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     },
