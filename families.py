@@ -1,6 +1,7 @@
 """The families of pipelines, a record each: how text is encoded, how the denoiser is called, and what its latents are.
 
-The table at the end names them; docs/models.md says how to add one. Everything is as the plain diffusers pipeline does it.
+The table at the end names them; docs/models.md says how to add one, and what differs from
+diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -247,6 +248,10 @@ def _sum(widths: Sequence[Widths]) -> Widths:
     return sum(width for width, _ in widths), sum(pooled for _, pooled in widths)
 
 
+def _first_width(widths: Mapping[str, Widths], denoiser: Any) -> Widths:
+    return widths["text_encoder"][0], 0
+
+
 def _sd3_widths(widths: Mapping[str, Widths], denoiser: Any) -> Widths:
     clips = _sum([widths["text_encoder"], widths["text_encoder_2"]])
     wanted = denoiser.config.joint_attention_dim
@@ -263,7 +268,7 @@ class TextPart:
 
     encoder: str
     tokenizer: str
-    read: Callable[[Any, Tensor], Text]  # of the text encoder and ids (N, L)
+    read: Callable[[Any, Tensor], Text]  # called with the text encoder and prompt ids (N, L)
     lora_layers: tuple[str, ...]
     num_tokens: int | None = None  # L; None: the tokenizer's own
     optional: bool = False
@@ -285,7 +290,7 @@ class Family:
     text: Mapping[str, TextPart]  # by the name of the text encoder's folder
     join: Callable[[Mapping[str, Text], Any], Text]  # the parts' text as the denoiser reads it
     denoiser: str  # its class in diffusers
-    call: Callable[[Any, Inputs], Tensor]  # of the denoiser; gives (N, C, H, W)
+    call: Callable[[Any, Inputs], Tensor]  # called with the denoiser and its inputs; returns its outputs (N, C, H, W)
     wanted_widths: Callable[[Any], Widths]  # by the denoiser's configuration
     given_widths: Callable[[Mapping[str, Widths], Any], Widths]  # by the text encoders' own
     pooled: bool = False  # the denoiser takes pooled text too
@@ -337,7 +342,7 @@ def _pixart(name: str, pipeline: str, num_tokens: int) -> Family:
         denoiser="PixArtTransformer2DModel",
         call=call_pixart,
         wanted_widths=lambda config: (config.caption_channels, 0),
-        given_widths=lambda widths, _: (widths["text_encoder"][0], 0),
+        given_widths=_first_width,
         gives_variance=True,
     )
 
@@ -350,7 +355,7 @@ SD = Family(
     denoiser="UNet2DConditionModel",
     call=call_unet,
     wanted_widths=lambda config: (config.cross_attention_dim, 0),
-    given_widths=lambda widths, _: (widths["text_encoder"][0], 0),
+    given_widths=_first_width,
     kohya={"text_encoder": "lora_te_"},
     diffusers_lora=("text_encoder",),
 )
@@ -412,7 +417,7 @@ SANA = Family(
     denoiser="SanaTransformer2DModel",
     call=call_sana,
     wanted_widths=lambda config: (config.caption_channels, 0),
-    given_widths=lambda widths, _: (widths["text_encoder"][0], 0),
+    given_widths=_first_width,
     flow=True,
     vae="AutoencoderDC",
     vae_instead_of_half=torch.bfloat16,

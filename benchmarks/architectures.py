@@ -20,7 +20,7 @@ SD3_VAE = single_file.VAE | {
     "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
     "use_post_quant_conv": False, "sample_size": 1024,
 }  # fmt: skip
-WIDTHS = {"sd15": 768, "sdxl": 2048}  # of the text that the U-Net takes
+WIDTHS = {"sd15": 768, "sdxl": 2048}  # numbers D in each text embedding that the U-Net reads
 
 
 def build(model: str, device: str, precision: str) -> models.Model:

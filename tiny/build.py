@@ -479,6 +479,7 @@ def t5_tokenizer() -> Any:
 
 
 def clip_of_width(tokenizer: Any, width: int, num_layers: int) -> Any:
+    """A CLIP text encoder with a projection, of random weights; its embeddings have `width` numbers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -544,10 +545,8 @@ def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, n
     Weights are written in float16, since the folder is shipped.
     """
     rng, folder = random.Random(seed), flow_folder(output_dir)
-    tokenizer, t5_words = (
-        CLIPTokenizer.from_pretrained(ROOT / "tokenizer"),
-        T5Tokenizer.from_pretrained(folder / "tokenizer_3"),
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tokenizer")
+    t5_words = T5Tokenizer.from_pretrained(folder / "tokenizer_3")
     load = {"torch_dtype": torch.float32}
     clips = [CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{n}", **load) for n in ("", "_2")]
     t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_3", **load)
@@ -595,6 +594,11 @@ def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, n
         transformer=transformer.half(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)
+    forget_origins(folder)
+
+
+def forget_origins(folder: Path) -> None:
+    """Remove where its parts were loaded from out of the configurations in a pipeline's folder."""
     for path in folder.glob("*/config.json"):  # libraries note where it was loaded from; that tells nobody anything
         fields = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
         path.write_text(json.dumps(fields, indent=2) + "\n")
