@@ -50,7 +50,7 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and
 Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
 Sampler = Literal["ddim", "dpm-solver", "euler", "cps"]
-FLOW_SAMPLERS = ("euler", "cps")  # of models of flow matching
+FLOW_SAMPLERS = ("euler", "cps")  # for models of flow matching
 NullPrompt = Literal["adapted", "base"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}

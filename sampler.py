@@ -326,7 +326,7 @@ class Denoiser:
     schedule: Schedule
     guidance_scale: float
     compile: bool | None = None  # whether the network is fused into one compiled graph; None: on CUDA
-    call: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = _call_unet  # of network, latents, timesteps and embeddings
+    call: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = _call_unet  # called with network, latents, timesteps, embeddings
     branches_apart: bool = False  # the null and the prompt branch run as separate batches, as the update runs only one
     keep_null_outputs: bool = False  # in trajectories: the null prompt is not trained, so that updates need its outputs only
     text_trained: bool | None = None  # in training, whether embeddings have gradients in updates; None: no training
