@@ -1,7 +1,7 @@
 """Runs that are killed, terminated, or run out of disk, in processes of their own; slow, so `make check` and CI run them.
 
-`TEXFORCE_KILLS` says how many SIGKILLs, SIGTERMs and file size limits at random there are (10 of each),
-`TEXFORCE_PROMPT_FILES` how many prompt files (10,000).
+`TEXFORCE_KILLS` says how many SIGKILLs, SIGTERMs and file size limits at random there are (5 of each),
+`TEXFORCE_PROMPT_FILES` how many prompt files (1,000).
 """
 
 import itertools
@@ -24,8 +24,8 @@ from texforce import prompt_sets, run
 from texforce.errors import InputError
 
 pytestmark = pytest.mark.slow
-NUM_KILLS = int(os.environ.get("TEXFORCE_KILLS", "10"))
-NUM_PROMPT_FILES = int(os.environ.get("TEXFORCE_PROMPT_FILES", "3000"))
+NUM_KILLS = int(os.environ.get("TEXFORCE_KILLS", "5"))
+NUM_PROMPT_FILES = int(os.environ.get("TEXFORCE_PROMPT_FILES", "1000"))
 WEIGHTS = "adapter_model.safetensors"
 
 
