@@ -167,14 +167,14 @@ def train_command(
         settings = train_settings(given, config, resume)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
-        from . import train
+        from . import training
 
         if dry_run:
             if processes.is_first():
-                output.print(rows_table("plan", train.plan(settings)))
+                output.print(rows_table("plan", training.plan(settings)))
             return
         with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
-            result = train.train(settings, view, warn, resume is not None, force_resume)
+            result = training.train(settings, view, warn, resume is not None, force_resume)
         if not processes.is_first():
             return
         output.print(results_table(result))
@@ -324,7 +324,7 @@ def sample_command(given: dict[str, Any]) -> None:
     texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
     """
     with exit_codes("--batch-size or --resolution"):
-        from . import evaluate, files, run
+        from . import evaluation, files, run
 
         config = resolve_sample(SampleOptions(**given))
         warn(f"model: {config.model}")
@@ -333,10 +333,10 @@ def sample_command(given: dict[str, Any]) -> None:
         repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
         seeds = [config.seed + i for i in range(len(repeated))]
         with naming_origins(config.origins):
-            cut = evaluate.find_cut(config, prompts)
+            cut = evaluation.find_cut(config, prompts)
             if cut.prompts:
                 warn(f"prompt: {cut}")
-            images = evaluate.sample(config, repeated, seeds)
+            images = evaluation.sample(config, repeated, seeds)
         folder = Path(config.output_dir)
         shown = {
             "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
@@ -369,12 +369,12 @@ def merge_command(given: dict[str, Any]) -> None:
     texforce merge --adapter out --unet ddpo.safetensors
     """
     with exit_codes():
-        from . import merge
+        from . import merging
 
         config = resolve_merge(MergeOptions(**given))
         warn(f"model: {config.model}")
         with naming_origins(config.origins):
-            folder = merge.merge(config)
+            folder = merging.merge(config)
         show(f"{config.format}: {folder}")
 
 
@@ -392,11 +392,11 @@ def eval_command(given: dict[str, Any]) -> None:
     with exit_codes("--batch-size or --resolution"):
         config = resolve_eval(EvalOptions(**given))
         warn(f"model: {config.model}; benchmark: {config.benchmark}")
-        from . import evaluate
+        from . import evaluation
 
         try:
             with StageView() as view, naming_origins(config.origins):
-                results = evaluate.evaluate(config, view, warn)
+                results = evaluation.evaluate(config, view, warn)
         except KeyboardInterrupt:
             warn("what is finished is kept; the same command goes on from there")
             raise

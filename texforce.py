@@ -2,8 +2,8 @@
 
 The policy is LoRA on the text encoder (and, if wanted, on the U-Net); the update is PPO over denoising steps, or one of two
 others: matching, or the reward's own gradient. Read top to bottom: the policy, what a step learns from, a loss for each
-algorithm, the updates. experience.py makes the images, scores and advantages; train.py repeats the two epoch by epoch. This
-file is also the package `texforce`.
+algorithm, the updates. experience.py makes the images, scores and advantages; training.py repeats the two epoch by epoch.
+This file is also the package `texforce`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from texforce import files, models, prompt_sets, rewards, train
+from texforce import files, models, prompt_sets, rewards, training
 from texforce.config import TrainConfig, TrainOptions, default_device, default_precision, resolve
 from texforce.run import Run
 
@@ -69,13 +69,13 @@ def begin(config: TrainConfig, options: argparse.Namespace) -> Run:
     else:
         reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED_CHECKPOINTS)
     policy = bench.make_policy(options.model, options.device, config)
-    return train.begin(train.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
+    return training.begin(training.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
 
 
 @contextlib.contextmanager
 def metered(algorithm: str, device: str) -> Iterator[dict[str, int]]:
     """Measure the memory of the update of train_epoch."""
-    update = getattr(train, f"{algorithm}_update")
+    update = getattr(training, f"{algorithm}_update")
     peaks: dict[str, int] = {}
 
     def work(*arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def metered(algorithm: str, device: str) -> Iterator[dict[str, int]]:
         peaks["held_memory_bytes"] = meters.held_bytes(device)
         return updated[0]
 
-    with mock.patch.object(train, f"{algorithm}_update", work):
+    with mock.patch.object(training, f"{algorithm}_update", work):
         yield peaks
 
 
@@ -94,10 +94,12 @@ def measure(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()  # so many graphs of one function are kept, and no more
     config = configure(algorithm, options)
     current = begin(config, options)
-    epochs = [train.train_epoch(current, config)] if current.policy.denoiser.compiled else []  # compiling takes memory too
+    epochs = (
+        [training.train_epoch(current, config)] if current.policy.denoiser.compiled else []
+    )  # compiling takes memory too
     with metered(algorithm, options.device) as memory:
-        epochs.append(train.train_epoch(current, config))
-    timed = [train.train_epoch(current, config) for _ in range(options.repeats)]
+        epochs.append(training.train_epoch(current, config))
+    timed = [training.train_epoch(current, config) for _ in range(options.repeats)]
     seconds = [1 / epoch["images_per_s"] for epoch in timed]
     sampling = [each * epoch["sampling_share"] for each, epoch in zip(seconds, timed, strict=True)]
     results: dict[str, Any] = {

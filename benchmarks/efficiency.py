@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from texforce import DivergedError, train
+from texforce import DivergedError, training
 from texforce.config import TrainOptions, resolve
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -52,7 +52,7 @@ def run(folder: Path, **options: Any) -> Epochs:
     if not (folder / "result.json").is_file() and not diverged.is_file():
         config = resolve(TrainOptions(model="tiny", output_dir=str(folder), **options))
         try:
-            train.train(config, lambda epoch: print(folder.name, epoch["epoch"], epoch.get("heldout", "")), resume=True)
+            training.train(config, lambda epoch: print(folder.name, epoch["epoch"], epoch.get("heldout", "")), resume=True)
         except DivergedError as error:
             diverged.write_text(f"{error}\n")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from architectures import SD35, T5_XXL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from texforce import families, models, single_file, train
+from texforce import families, models, single_file, training
 from texforce.config import TrainOptions, resolve
 from texforce.families import Inputs, Text
 from texforce.weights import quiet_libraries
@@ -85,7 +85,7 @@ def kept_by_denoiser(family: families.Family, denoiser: Any, side: int, checkpoi
         denoiser.enable_gradient_checkpointing()
         denoiser.train()
     model = models.Model(**NOTHING | {"family": family, family.part: denoiser})
-    return train.saved_bytes(model, lambda: family.call(denoiser, inputs))
+    return training.saved_bytes(model, lambda: family.call(denoiser, inputs))
 
 
 def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> int:
@@ -99,7 +99,7 @@ def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> in
     instruction = len(part.instruction()) // 4 if part.instruction else 0
     ids = torch.ones(1, num_rows(part) + instruction, dtype=torch.long, device="meta")
     model = models.Model(**NOTHING | {"family": family, name: adapted, family.part: adapted})
-    return train.saved_bytes(model, lambda: adapted(input_ids=ids))
+    return training.saved_bytes(model, lambda: adapted(input_ids=ids))
 
 
 def row(name: str, family: families.Family, size: dict[str, Any], texts: list[dict[str, Any]], side: int) -> list[str]:

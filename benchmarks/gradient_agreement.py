@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 import texforce
-from texforce import Batch, Share, experience, prompt_sets, train
+from texforce import Batch, Share, experience, prompt_sets, training
 from texforce.config import TrainOptions, resolve
 from texforce.learner import Learner
 
@@ -24,7 +24,7 @@ class Probe:
 
     def __init__(self, seed: int) -> None:
         self.config = resolve(TrainOptions(model="tiny", algorithm="ppo", seed=seed))
-        setup = train.prepare(self.config)
+        setup = training.prepare(self.config)
         self.policy, self.reward = setup.policy, setup.reward
         self.noise = torch.Generator().manual_seed(seed)
         self.learner = Learner(self.policy.parameters, self.config)

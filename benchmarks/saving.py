@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from texforce import run, train
+from texforce import run, training
 from texforce.config import TrainOptions, resolve
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         # Prompts and batches are the command's; a checkpoint an epoch gives many times to average.
         output_dir = Path(place, "out")
         given = TrainOptions(model="tiny", num_epochs=num_epochs, checkpoint_every=1, output_dir=str(output_dir))
-        seconds = train.train(resolve(given))["seconds"] - sum(snapshots) - sum(checkpoints)
+        seconds = training.train(resolve(given))["seconds"] - sum(snapshots) - sum(checkpoints)
         newest = output_dir / run.CHECKPOINTS / f"epoch_{num_epochs:06d}"
         size = sum(path.stat().st_size for path in newest.iterdir())
     snapshot, checkpoint = (sum(times) / len(times) for times in (snapshots, checkpoints))

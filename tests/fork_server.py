@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from peft import LoraConfig, get_peft_model  # noqa: F401
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-from texforce import cli, evaluate, merge, rewards, run, train  # noqa: F401
+from texforce import cli, evaluation, merging, rewards, run, training  # noqa: F401
 
 IO_EVENTS = {
     "open",

@@ -22,7 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluate, files, ldm, merge, models, train
+from texforce import adapters, cli, evaluation, files, ldm, merging, models, training
 from texforce.adapters import Layer
 from texforce.config import (
     MergeOptions,
@@ -52,7 +52,7 @@ OPTIONS = {  # learning rates high enough that one epoch is seen in the images
 @pytest.fixture(scope="module")
 def small(stable_diffusion):
     """A small Stable Diffusion pipeline, for adapters to be read for. Do not change it."""
-    return merge.load_pipeline(str(stable_diffusion))
+    return merging.load_pipeline(str(stable_diffusion))
 
 
 def a_copy(pipeline, *parts: str):
@@ -238,7 +238,7 @@ def test_factors_of_fewer_or_more_axes_than_the_weight_are_fitted(small, stable_
     assert adapter["unet"][linear].up.shape == (16, 2)
     adapters.apply(models.load_model(str(stable_diffusion)), adapter)
     options = {"unet": str(tmp_path / "odd.safetensors"), "output_dir": str(tmp_path / "merged"), "format": "diffusers"}
-    folder = merge.merge(resolve_merge(MergeOptions(**options, model=str(stable_diffusion))))
+    folder = merging.merge(resolve_merge(MergeOptions(**options, model=str(stable_diffusion))))
     a_copy(small, "unet", "text_encoder").load_lora_weights(folder)
 
 
@@ -452,7 +452,7 @@ def test_an_adapter_and_a_unet_may_be_names_on_the_hub(runs, hub):
     drawn = sample(["me/adapter:0.5"], unet="me/also-unet", **options)["tuned"]
     assert torch.equal(drawn, sample([f"{runs / 'text-encoder'}:0.5"], unet=str(runs / "unet"), **options)["tuned"])
     assert sorted(asked) == ["me/adapter", "me/also-unet"]
-    described = evaluate.describe_systems(resolve_sample(SampleOptions(adapter=["me/adapter"], prompt=PROMPTS)).systems)
+    described = evaluation.describe_systems(resolve_sample(SampleOptions(adapter=["me/adapter"], prompt=PROMPTS)).systems)
     assert described["tuned"]["adapters"][0]["path"] == "me/adapter"
 
 
@@ -540,11 +540,11 @@ def runs(tmp_path_factory) -> Path:
             return images
 
         with pytest.MonkeyPatch.context() as patch:
-            original = train.draw_share
-            patch.setattr(train, "draw_share", keep)
+            original = training.draw_share
+            patch.setattr(training, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
             (folder / target).mkdir(mode=0o700)
-            train.train(resolve(TrainOptions(**OPTIONS | files | target_option | options)))
+            training.train(resolve(TrainOptions(**OPTIONS | files | target_option | options)))
         torch.save(drawn, folder / f"{target}.images")
     return folder
 
@@ -570,7 +570,7 @@ def load_tiny() -> models.Model:
 def sample(paths: list[Path], **options) -> dict[str, Tensor]:
     """texforce's own images of the prompts, of seeds 5 and 6."""
     config = resolve_sample(SampleOptions(adapter=[str(path) for path in paths], prompt=PROMPTS, **options))
-    return evaluate.sample(config, PROMPTS, [5, 6])
+    return evaluation.sample(config, PROMPTS, [5, 6])
 
 
 def by_diffusers(pipeline, **arguments) -> Tensor:
@@ -640,9 +640,9 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     settings = json.loads((runs / name / "config.json").read_text())
     config = resolve(TrainOptions(**settings))
     policy = texforce.Policy(load_adapter(load_tiny(), runs / name), config)
-    assert torch.equal(train.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
+    assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
     with policy.base():
-        assert torch.equal(train.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
+        assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

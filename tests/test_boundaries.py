@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from texforce import adapters, evaluate, files, merge, models, prompt_sets, report, rewards, sampler, scorers
+from texforce import adapters, evaluation, files, merging, models, prompt_sets, report, rewards, sampler, scorers
 from texforce.adapters import lora_tensors
 from texforce.config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
@@ -162,19 +162,19 @@ def test_a_damaged_file_of_a_pipeline_to_merge_into_is_bad_input_that_names_the_
     folder = link_folder(with_checker, tmp_path / "model")
     path = damage_part(folder / name, kind, tmp_path)
     if (path.parent.name, kind) == ("feature_extractor", "JSON of other fields"):  # its fields are all optional
-        merge.load_pipeline(str(folder))
+        merging.load_pipeline(str(folder))
         return
-    check_refused(lambda: merge.load_pipeline(str(folder)), path.parent, InputError, tmp_path)
+    check_refused(lambda: merging.load_pipeline(str(folder)), path.parent, InputError, tmp_path)
 
 
 def test_a_pipeline_with_a_safety_checker_is_loaded_whole_and_its_parts_are_only_read_if_wanted(with_checker, tmp_path):
     folder = link_folder(with_checker, tmp_path / "model")
-    checker = merge.load_pipeline(str(folder)).safety_checker.state_dict()
+    checker = merging.load_pipeline(str(folder)).safety_checker.state_dict()
     for name, tensor in load_file(folder / "safety_checker" / "model.safetensors").items():
         assert torch.equal(checker[name.replace("vision_model.vision_model", "vision_model")], tensor)
-    for part in merge.ACCESSORIES:
+    for part in merging.ACCESSORIES:
         shutil.rmtree(folder / part, ignore_errors=True)
-    assert merge.load_pipeline(str(folder), merge.ACCESSORIES).safety_checker is None
+    assert merging.load_pipeline(str(folder), merging.ACCESSORIES).safety_checker is None
     models.load_model(str(folder))
 
 
@@ -216,7 +216,7 @@ ADAPTER_FILES = (
 
 @pytest.fixture(scope="module")
 def pipeline(stable_diffusion):
-    return merge.load_pipeline(str(stable_diffusion))
+    return merging.load_pipeline(str(stable_diffusion))
 
 
 @pytest.fixture(scope="module")
@@ -434,12 +434,12 @@ def test_an_image_larger_than_any_that_is_drawn_is_refused_before_it_is_decoded(
 @pytest.mark.parametrize("size", [(4, 8), (8, 4), (16, 16)], ids=["also upright", "also lying", "another size"])
 def test_images_of_a_prompt_that_differ_in_size_are_refused_by_name(tmp_path, size):
     config = SimpleNamespace(num_images=2, output_dir=str(tmp_path), batch_size=2)
-    evaluation = evaluate.Evaluation(config, SimpleNamespace(prompts=["a"]), [System("base")])
+    small = evaluation.Evaluation(config, SimpleNamespace(prompts=["a"]), [System("base")])
     (tmp_path / "images" / "base").mkdir(parents=True)
-    paths = [tmp_path / evaluation.image(System("base"), 0, k) for k in range(2)]
+    paths = [tmp_path / small.image(System("base"), 0, k) for k in range(2)]
     for path, shape in zip(paths, ((8, 8), size), strict=True):
         path.write_bytes(blank_png(shape))
-    check_refused(lambda: evaluation.read_images(System("base"), range(1)), paths[1], ArtifactError, tmp_path)
+    check_refused(lambda: small.read_images(System("base"), range(1)), paths[1], ArtifactError, tmp_path)
 
 
 @pytest.mark.parametrize("line", [
@@ -447,42 +447,42 @@ def test_images_of_a_prompt_that_differ_in_size_are_refused_by_name(tmp_path, si
     "7", '{"system": "base", "measure": {}, "start": 0, "scores": []}',
 ], ids=["no measure", "a list", "deep lists", "also objects", "also a name", "also a number", "also an object"])  # fmt: skip
 def test_a_line_of_scores_that_is_none_is_bad_input_that_is_named(tmp_path, line):
-    path = tmp_path / evaluate.SCORES
+    path = tmp_path / evaluation.SCORES
     path.write_text(line + "\n")
-    check_refused(lambda: evaluate.ScoreFile(path), path, InputError, tmp_path)
+    check_refused(lambda: evaluation.ScoreFile(path), path, InputError, tmp_path)
 
 
 @pytest.fixture
-def evaluation(tmp_path, monkeypatch) -> evaluate.Evaluation:
+def begun(tmp_path, monkeypatch) -> SimpleNamespace:
     """An evaluation with its settings in its folder."""
     settings = {"model": "tiny", "systems": {"base": {"adapters": [], "unets": []}}}
-    monkeypatch.setattr(evaluate, "describe", lambda evaluation: settings)
-    evaluation = SimpleNamespace(folder=tmp_path / "eval", systems=[System(name="base")])
-    evaluation.folder.mkdir()
-    evaluate.write_settings(evaluation)
-    return evaluation
+    monkeypatch.setattr(evaluation, "describe", lambda begun: settings)
+    begun = SimpleNamespace(folder=tmp_path / "eval", systems=[System(name="base")])
+    begun.folder.mkdir()
+    evaluation.write_settings(begun)
+    return begun
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, PICKLE, "systems that are none"])
-def test_damaged_settings_of_an_evaluation_are_bad_input_that_is_named(evaluation, tmp_path, kind):
-    path = evaluation.folder / evaluate.SETTINGS
+def test_damaged_settings_of_an_evaluation_are_bad_input_that_is_named(begun, tmp_path, kind):
+    path = begun.folder / evaluation.SETTINGS
     if kind in KINDS:
         damage(path, kind, tmp_path)
     else:
         path.write_text('{"model": "tiny", "systems": {"base": 7}}')
-    check_refused(lambda: evaluate.write_settings(evaluation), path, InputError, tmp_path)
+    check_refused(lambda: evaluation.write_settings(begun), path, InputError, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, PICKLE])
 def test_damaged_scores_of_an_evaluation_are_measured_anew_or_named(tmp_path, kind):
-    path = tmp_path / evaluate.SCORES
+    path = tmp_path / evaluation.SCORES
     line = {"system": "base", "measure": "jpeg", "start": 0, "scores": [1.0]}
     path.write_text(json.dumps(line) + "\n")
     damage(path, kind, tmp_path)
     if kind in ("JSON of other fields", "a pointer of git-lfs"):  # the others are one line that may have been cut off
-        check_refused(lambda: evaluate.ScoreFile(path), path, InputError, tmp_path)
+        check_refused(lambda: evaluation.ScoreFile(path), path, InputError, tmp_path)
     else:
-        assert evaluate.ScoreFile(path).scores == {}
+        assert evaluation.ScoreFile(path).scores == {}
     assert not (tmp_path / "created").exists()
 
 
@@ -490,14 +490,14 @@ def test_damaged_scores_of_an_evaluation_are_measured_anew_or_named(tmp_path, ki
     None, 7, {"0": 1.0}, "12", [], [1.0], [1.0, 2.0, 3.0], ["1", "2"], [True, False], [[1.0], [2.0]], [1.0, 10**400],
 ], ids=str)  # fmt: skip
 def test_scores_of_an_evaluation_that_are_none_or_too_few_are_bad_input_that_is_named(tmp_path, scores):
-    path = tmp_path / evaluate.SCORES
+    path = tmp_path / evaluation.SCORES
     lines = [{"system": "base", "measure": "jpeg", "start": start, "scores": [0.0, None]} for start in (0, 2)]
     files.append_line(path, lines[0])
     files.append_line(path, lines[1])
     chunks = [range(2), range(2, 4)]
-    assert evaluate.ScoreFile(path).table("base", "jpeg", chunks, 1).shape == (4, 1)
+    assert evaluation.ScoreFile(path).table("base", "jpeg", chunks, 1).shape == (4, 1)
     files.append_line(path, lines[1] | {"scores": scores})
-    check_refused(lambda: evaluate.ScoreFile(path).table("base", "jpeg", chunks, 1), path, InputError, tmp_path)
+    check_refused(lambda: evaluation.ScoreFile(path).table("base", "jpeg", chunks, 1), path, InputError, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "texforce.json"])

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, models, rewards, sampler, stages, train, views, weights
+from texforce import cli, models, rewards, sampler, stages, training, views, weights
 from texforce import server as serving
 from texforce.config import (
     EvalConfig,
@@ -648,7 +648,7 @@ def test_lack_of_memory_ends_with_five_and_the_option_that_helps(small_run, tmp_
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "ppo_update", exhausted)
+    monkeypatch.setattr(training, "ppo_update", exhausted)
     check_failure(run_train(small_run, output_dir=tmp_path / "out"), 5, "--micro-batch-size")
 
 
@@ -767,7 +767,7 @@ def test_a_model_that_a_foreign_folder_names_cannot_drive_the_terminal(tmp_path,
 
 
 def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, stop: Callable[[], None]) -> Result:
-    original, epochs = train.train_epoch, []
+    original, epochs = training.train_epoch, []
 
     def train_epoch(*args):
         epochs.append(1)
@@ -775,7 +775,7 @@ def train_until_second_epoch(small_run: dict, output_dir: Path, monkeypatch, sto
             stop()
         return original(*args)
 
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
     return run_train({"eval_every": 3} | small_run, output_dir=output_dir, num_epochs=3)
 
 
@@ -794,7 +794,7 @@ def check_saved(folder: Path) -> None:
     (OSError(5, "Input/output error"), 5, "Input/output error"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None)  # fmt: skip
 def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_path, monkeypatch, error, code, words):
-    policies, original = [], train.prepare
+    policies, original = [], training.prepare
 
     def prepare(config):
         prepared = original(config)
@@ -804,7 +804,7 @@ def test_a_training_that_stops_midway_saves_the_adapter_first(small_run, tmp_pat
     def stop():
         raise error
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(training, "prepare", prepare)
     result = train_until_second_epoch(small_run, tmp_path / "out", monkeypatch, stop)
     check_failure(result, code, words)
     check_saved(tmp_path / "out")
@@ -1043,7 +1043,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest(values, line):
 def test_a_training_reports_what_it_is_doing(small_run, tmp_path):
     reported = []
     with stages.reporting_to(lambda stage, done, total: reported.append((stage, done, total))):
-        train.train(resolve(TrainOptions(**small_run | {"output_dir": str(tmp_path / "out"), "sample_batch_size": 4})))
+        training.train(resolve(TrainOptions(**small_run | {"output_dir": str(tmp_path / "out"), "sample_batch_size": 4})))
     assert list(dict.fromkeys(stage for stage, _, _ in reported)) == [
         "loading the model", "loading jpeg", "measuring", "sampling", "scoring", "learning",
     ]  # fmt: skip
@@ -1270,7 +1270,7 @@ def test_a_tracker_that_fails_at_its_finish_does_not_hide_why_the_run_ended(smal
         raise DivergedError("the loss is not finite")
 
     monkeypatch.setattr(tracking.TensorBoardTracker, "finish", fail)
-    monkeypatch.setattr(train, "train_epoch", diverge)
+    monkeypatch.setattr(training, "train_epoch", diverge)
     result = run_train(small_run, output_dir=tmp_path / "out", report_to="tensorboard")
     check_failure(result, 4, "the loss is not finite")
 

@@ -21,7 +21,7 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Policy, cli, evaluate, families, merge, models, presets, prompt_sets, sampler, train
+from texforce import Policy, cli, evaluation, families, merging, models, presets, prompt_sets, sampler, training
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
@@ -158,7 +158,7 @@ TRAINED = {  # by default
 }  # fmt: skip
 
 
-def training(folder, output, name, **options):
+def train_config(folder, output, name, **options):
     prompts = output.parent / "prompts.txt"
     prompts.write_text("two red circle\na blue square\na and a\nred and blue\n")
     usual = {
@@ -182,7 +182,7 @@ def trained(folders, tmp_path_factory):
     def output(name):
         (root / name).mkdir(exist_ok=True)
         if not (root / name / "out").is_dir():
-            train.train(training(folders(name), root / name / "out", name))
+            training.train(train_config(folders(name), root / name / "out", name))
         return root / name / "out"
 
     return output
@@ -202,7 +202,7 @@ def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
     model = models.load_model(str(folders(name)))
     before = {part: {key: tensor.clone() for key, tensor in module.state_dict().items()} for part, module in
               (model.policy_parts | {"vae": model.vae}).items()}  # fmt: skip
-    config = training(folders(name), tmp_path / "out", name)
+    config = train_config(folders(name), tmp_path / "out", name)
     policy = texforce.make_policy(model, config)
     with torch.no_grad():
         for parameter in policy.parameters:
@@ -220,8 +220,8 @@ def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
 def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
     sampled = {} if name.startswith("pixart") else {"sampler": "cps" if name == "sana" else "euler"}
     options = {"algorithm": "ppo", "timestep_window": 0.9, "num_updates_per_epoch": 1} | sampled
-    config = training(folders(name), tmp_path / "out", name, **options)
-    train.train(config)
+    config = train_config(folders(name), tmp_path / "out", name, **options)
+    training.train(config)
     (_, epoch) = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert epoch["ratio_deviation"] <= 5e-6
     assert epoch["grad_norm"] > 0
@@ -234,7 +234,7 @@ def test_an_epoch_along_the_rewards_gradient_changes_what_is_drawn(folders, tmp_
     )
     options = {"algorithm": "gradient", "reward": f"{tmp_path / 'mine.py'}:brightness", "backprop_steps": 2}
     options |= {"num_samples_per_prompt": 1, "advantages": "per-prompt"}
-    result = train.train(training(folders(name), tmp_path / "out", name, **options))
+    result = training.train(train_config(folders(name), tmp_path / "out", name, **options))
     heldout = result["heldout"][options["reward"]]
     assert heldout["tuned"] != heldout["base"]
 
@@ -242,7 +242,7 @@ def test_an_epoch_along_the_rewards_gradient_changes_what_is_drawn(folders, tmp_
 @pytest.mark.parametrize("name", KINDS)
 def test_the_rewards_gradient_goes_through_the_last_steps_of_sampling(folders, tmp_path, name):
     """Along a random direction it is a finite difference, with all steps in it."""
-    config = training(folders(name), tmp_path / "out", name, algorithm="gradient", reward="hps", backprop_steps=3)
+    config = train_config(folders(name), tmp_path / "out", name, algorithm="gradient", reward="hps", backprop_steps=3)
     policy = texforce.make_policy(models.load_model(str(folders(name))), config)
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(parameter.shape, generator=generator) for parameter in policy.parameters]
@@ -273,7 +273,7 @@ def test_the_rewards_gradient_goes_through_the_last_steps_of_sampling(folders, t
 def our_tuned_images(folder, name, adapter, **options):
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.0, "resolution": resolution_of(name)} | options
     config = resolve_sample(SampleOptions(model=str(folder), adapter=[str(adapter)], prompt=PROMPTS, **given))
-    return evaluate.sample(config, PROMPTS, range(len(PROMPTS)))["tuned"]
+    return evaluation.sample(config, PROMPTS, range(len(PROMPTS)))["tuned"]
 
 
 def plain_tuned_images(pipeline, name):
@@ -294,7 +294,7 @@ def test_peft_puts_the_adapter_on_the_plain_pipeline_for_the_same_images(folders
 
 def merged(folder, adapter, output, format):
     config = resolve_merge(MergeOptions(model=str(folder), adapter=[str(adapter)], output_dir=str(output), format=format))
-    return merge.merge(config)
+    return merging.merge(config)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -327,7 +327,7 @@ def test_writing_lora_reads_no_transformer_and_no_vae(folders, trained, tmp_path
 ])  # fmt: skip
 def test_kohyas_names_are_those_of_sd_scripts_and_comfyui(folders, tmp_path, name, prefixes):
     chosen = ["text_encoder", "text_encoder_2"] + ["text_encoder_3"] * (name == "sd3")
-    train.train(training(folders(name), tmp_path / "out", name, text_encoders=chosen))
+    training.train(train_config(folders(name), tmp_path / "out", name, text_encoders=chosen))
     folder = merged(folders(name), tmp_path / "out", tmp_path / "kohya", "kohya")
     tensors = load_file(folder / "kohya.safetensors")
     assert {prefix for prefix in prefixes for key in tensors if key.startswith(prefix)} == prefixes
@@ -360,8 +360,8 @@ def test_a_format_that_no_reader_takes_is_refused_with_the_reason(folders, train
 
 
 def test_t5_may_be_trained_alone_and_diffusers_format_refuses_it(folders, tmp_path):
-    config = training(folders("sd3"), tmp_path / "out", "sd3", text_encoders=["text_encoder_3"])
-    train.train(config)
+    config = train_config(folders("sd3"), tmp_path / "out", "sd3", text_encoders=["text_encoder_3"])
+    training.train(config)
     assert [path.parent.name for path in (tmp_path / "out").rglob("adapter_model.safetensors")] == ["text_encoder_3"]
     pipeline = plain_pipeline(folders("sd3"))
     adapted = PeftModel.from_pretrained(pipeline.text_encoder_3, tmp_path / "out" / "text_encoder_3")
@@ -451,7 +451,7 @@ def gradient_of(policy):
 
 @pytest.mark.parametrize("name", [*KINDS, "sd3-without-t5"])
 def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_path, name):
-    config = training(folders(name), tmp_path / "out", name, kl_weight=0.3, micro_batch_size=3)
+    config = train_config(folders(name), tmp_path / "out", name, kl_weight=0.3, micro_batch_size=3)
     policy = texforce.make_policy(models.load_model(str(folders(name))), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -474,7 +474,7 @@ def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_
 ])  # fmt: skip
 def test_a_run_that_is_stopped_goes_on_exactly(folders, tmp_path, monkeypatch, name, options):
     options |= {"num_epochs": 3, "checkpoint_every": 1, "ema_decay": 0.5}
-    train.train(training(folders(name), tmp_path / "whole", name, **options))
+    training.train(train_config(folders(name), tmp_path / "whole", name, **options))
     updates = []
 
     def stopping(update):
@@ -488,10 +488,10 @@ def test_a_run_that_is_stopped_goes_on_exactly(folders, tmp_path, monkeypatch, n
 
     with monkeypatch.context() as patch:
         for function in ("ppo_update", "matching_update"):
-            patch.setattr(train, function, stopping(getattr(texforce, function)))
+            patch.setattr(training, function, stopping(getattr(texforce, function)))
         with pytest.raises(RuntimeError, match="stopped"):
-            train.train(training(folders(name), tmp_path / "parted", name, **options))
-    train.train(training(folders(name), tmp_path / "parted", name, **options), resume=True)
+            training.train(train_config(folders(name), tmp_path / "parted", name, **options))
+    training.train(train_config(folders(name), tmp_path / "parted", name, **options), resume=True)
     for part in TRAINED[name]:
         files = [folder_of(tmp_path / run, part) / "adapter_model.safetensors" for run in ("whole", "parted")]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -558,7 +558,7 @@ def test_cps_leaves_the_noise_that_each_level_should_have(eta):
 
 @pytest.mark.parametrize("kind", ["euler", "cps"])
 def test_log_probabilities_of_flow_matching_are_those_of_the_normal_distribution(folders, kind):
-    config = training(folders("sd3"), folders("sd3"), "sd3", algorithm="ppo", sampler=kind, timestep_window=0.5)
+    config = train_config(folders("sd3"), folders("sd3"), "sd3", algorithm="ppo", sampler=kind, timestep_window=0.5)
     policy = texforce.make_policy(models.load_model(str(folders("sd3"))), config)
     ids = models.tokenize_for(policy.model, PROMPTS)
     with torch.no_grad():
@@ -573,7 +573,7 @@ def test_log_probabilities_of_flow_matching_are_those_of_the_normal_distribution
 
 def test_steps_outside_the_window_may_be_deterministic_in_flow_matching(folders, tmp_path):
     options = {"algorithm": "ppo", "timestep_window": 0.4, "num_inference_steps": 5, "deterministic_elsewhere": True}
-    config = training(folders("sd3"), tmp_path / "out", "sd3", **options)
+    config = train_config(folders("sd3"), tmp_path / "out", "sd3", **options)
     policy = texforce.make_policy(models.load_model(str(folders("sd3"))), config)
     assert (policy.denoiser.schedule.std > 0).tolist() == [True, True, False, False, False]
     assert policy.denoiser.schedule.output_weight[2:].equal(policy.drawing_denoiser.schedule.output_weight[2:])
@@ -596,7 +596,7 @@ def test_text_encoders_that_are_not_trained_may_leave_the_device_and_encode_a_pr
         (tmp_path / name).mkdir()
         calls.clear()
         output = tmp_path / name / "out"
-        train.train(training(folders("sd3"), output, "sd3", num_epochs=2, offload_text_encoders=offload))
+        training.train(train_config(folders("sd3"), output, "sd3", num_epochs=2, offload_text_encoders=offload))
         outputs.append([load_file(folder_of(output, part) / "adapter_model.safetensors") for part in TRAINED["sd3"]])
     assert calls == [1] * 5  # the four prompts and the null prompt
     for kept, offloaded in zip(*outputs, strict=True):
@@ -609,13 +609,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path, na
     gradients, kept = [], []
     chosen = {"text_encoders": ["text_encoder", "text_encoder_2", "text_encoder_3"]} if name == "sd3" else {}
     for checkpointing in (False, True):
-        config = training(folders(name), tmp_path / "out", name, gradient_checkpointing=checkpointing, **chosen)
+        config = train_config(folders(name), tmp_path / "out", name, gradient_checkpointing=checkpointing, **chosen)
         policy = texforce.make_policy(models.load_model(str(folders(name))), config)
         batch, noising, pairs = matching_share(policy, config)
         loss = functools.partial(texforce.matching_micro_batch, noising=noising)
         texforce.accumulate_gradients(policy, texforce.Share(batch, pairs, loss), Learner(policy.parameters, config), config)
         gradients.append(gradient_of(policy))
-        kept.append(train.saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
+        kept.append(training.saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
     assert kept[1] < 0.7 * kept[0]
 
@@ -670,7 +670,7 @@ def test_a_pipeline_of_no_family_or_schedule_here_is_refused(folders, tmp_path, 
 def test_options_that_do_not_fit_the_family_are_refused(folders, tmp_path, options, message):
     name = options.pop("name")
     with pytest.raises(InputError, match=message):
-        train.train(training(folders(name), tmp_path / "out", name, **options))
+        training.train(train_config(folders(name), tmp_path / "out", name, **options))
 
 
 def test_flux_takes_no_negative_prompt_and_flow_matching_is_drawn_without_randomness(folders):
@@ -706,7 +706,7 @@ def test_the_transformer_of_flux_schnell_says_so_itself_and_training_warns(folde
     torch.manual_seed(0)
     small_models.flux_pipeline(guidance_embeds=False).save_pretrained(folder)
     said = []
-    train.train(training(folder, tmp_path / "out", "flux"), warn=said.append)
+    training.train(train_config(folder, tmp_path / "out", "flux"), warn=said.append)
     assert [line for line in said if line.startswith("model: it was distilled to few steps")]
     ours = our_images(folder, "flux", num_inference_steps=3, guidance_scale=3.0)
     plain = plain_images(plain_pipeline(folder), "flux", num_inference_steps=3, guidance_scale=3.0)
@@ -814,7 +814,9 @@ def test_the_class_in_a_folder_decides_where_its_name_says_nothing(folders, tmp_
 @pytest.mark.parametrize("name", KINDS)
 def test_an_anchor_is_the_mean_distance_of_what_the_trained_text_encoders_move(folders, tmp_path, name):
     (tmp_path / "anchors.txt").write_text("blurry\n")
-    config = training(folders(name), tmp_path / "out", name, null_anchor=1.0, anchor_prompts=str(tmp_path / "anchors.txt"))
+    config = train_config(
+        folders(name), tmp_path / "out", name, null_anchor=1.0, anchor_prompts=str(tmp_path / "anchors.txt")
+    )
     policy = texforce.make_policy(models.load_model(str(folders(name))), config)
     assert len(policy.anchor_ids) == (1 if name == "flux" else 2)  # FLUX.1 has no null prompt
     assert policy.anchor_drift().item() == 0
@@ -855,7 +857,7 @@ def test_tiny_flow_takes_at_most_six_megabytes():
 def test_tiny_flow_is_imperfect_as_tiny_is():
     policy = Policy(models.load_model("tiny-flow"), resolve(TrainOptions(model="tiny-flow")))
     prompts = prompt_sets.read_prompts("world-heldout")
-    measures = train.measure(train.heldout_images(policy, prompts, 128), prompts, {})
+    measures = training.measure(training.heldout_images(policy, prompts, 128), prompts, {})
     assert 0.25 <= measures["alignment_exact"] <= 0.65
     assert measures["alignment_exact_rare"] <= measures["alignment_exact_common"] - 0.15
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, merge, models, sampler
+from texforce import cli, evaluation, merging, models, sampler
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import ArtifactError, InputError, NotFoundError
 
@@ -277,7 +277,7 @@ def draw_both(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     plain = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
     plain.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
-    return evaluate.sample(config, PROMPTS, [5, 6, 7])["base"], plain(
+    return evaluation.sample(config, PROMPTS, [5, 6, 7])["base"], plain(
         PROMPTS, generator=generators, output_type="pt", **options
     ).images
 
@@ -361,7 +361,7 @@ PARTS = ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("load", [models.load_model, merge.load_pipeline], ids=["to sample", "also to merge"])
+@pytest.mark.parametrize("load", [models.load_model, merging.load_pipeline], ids=["to sample", "also to merge"])
 def test_a_missing_part_is_named_and_not_the_folder_above_it(copied, part, load):
     """diffusers reads the pipeline's own config.json where a part has none."""
     shutil.copytree(copied / part, copied, dirs_exist_ok=True)
@@ -406,7 +406,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-@pytest.mark.parametrize("load", [models.load_model, merge.load_pipeline], ids=["to sample", "also to merge"])
+@pytest.mark.parametrize("load", [models.load_model, merging.load_pipeline], ids=["to sample", "also to merge"])
 def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused_by_name(copied, kind, load):
     MISFITS[kind](copied)
     with pytest.raises(

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from texforce import cli, models, rewards, run, train
+from texforce import cli, models, rewards, run, training
 from texforce.config import TrainOptions, password_of, resolve, without_passwords
 from texforce.errors import InputError, RewardError
 
@@ -92,7 +92,7 @@ def test_the_hint_to_resume_says_that_the_reward_is_code(small_run, tmp_path, mo
     def fail(*_):
         raise RewardError("reward: gone")
 
-    monkeypatch.setattr(train, "train_epoch", fail)
+    monkeypatch.setattr(training, "train_epoch", fail)
     for reward, hinted in ((f"{tmp_path / 'mine.py'}:f", True), ("jpeg", False)):
         result = command_line("train", *flags(small_run | {"reward": reward, "output_dir": tmp_path / str(hinted)}))
         hint = f"resume with: texforce train --resume {tmp_path / str(hinted)}" + " --trust-reward-code" * hinted

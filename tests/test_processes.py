@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, interrupts, models, processes, rewards, run, scorers, train
+from texforce import cli, interrupts, models, processes, rewards, run, scorers, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, NotFoundError, RewardError
 from texforce.learner import Learner
@@ -77,7 +77,7 @@ def configure(options: dict) -> TrainConfig:
 
 
 def run_training(number: int, options: dict, log: Path, **arguments) -> None:
-    codes = finish(start(number, lambda: train.train(configure(options), **arguments), log))
+    codes = finish(start(number, lambda: training.train(configure(options), **arguments), log))
     assert codes == [0] * number, said(log)
 
 
@@ -183,16 +183,16 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = train.train_epoch
+    original = training.train_epoch
 
     def dying(current, config):
         if len(current.epochs) == 2 and processes.rank() == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(current, config)
 
-    monkeypatch.setattr(train, "train_epoch", dying)
+    monkeypatch.setattr(training, "train_epoch", dying)
     begin = time.perf_counter()
-    codes = finish(start(2, lambda: train.train(configure(options)), tmp_path / "log"))
+    codes = finish(start(2, lambda: training.train(configure(options)), tmp_path / "log"))
     assert time.perf_counter() - begin < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
@@ -204,15 +204,15 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
 
 def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monkeypatch):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    original = train.train_epoch
+    original = training.train_epoch
 
     def stopping(current, config):
         if len(current.epochs) == 2:
             raise OSError("stopped")
         return original(current, config)
 
-    monkeypatch.setattr(train, "train_epoch", stopping)
-    assert finish(start(2, lambda: train.train(configure(options)), tmp_path / "log")) == [1, 1]
+    monkeypatch.setattr(training, "train_epoch", stopping)
+    assert finish(start(2, lambda: training.train(configure(options)), tmp_path / "log")) == [1, 1]
     monkeypatch.undo()
     run_training(1, options, tmp_path / "log", resume=True)
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1, 2]
@@ -245,7 +245,7 @@ def ends(work, log: Path) -> list[str]:
 
 @pytest.mark.parametrize(("place", "error", "message"), [
     ((rewards, "load_reward"), NotFoundError("no weights"), "NotFoundError: no weights"),
-    ((train, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
+    ((training, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
     ((rewards.Mixture, "score"), RewardError("reward: broken"), "RewardError: reward: broken"),
     ((texforce, "ppo_micro_batch"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")  # fmt: skip
@@ -259,7 +259,7 @@ def test_an_error_in_one_process_ends_all_of_them_by_the_same_error(small_run, t
 
     monkeypatch.setattr(*place, failing)
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    assert ends(lambda: train.train(configure(options)), tmp_path / "log") == [message] * 2
+    assert ends(lambda: training.train(configure(options)), tmp_path / "log") == [message] * 2
 
 
 @pytest.mark.parametrize(("error", "first", "second"), [
@@ -308,7 +308,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
-    first, second = ends(lambda: train.train(configure(options)), tmp_path / "log")
+    first, second = ends(lambda: training.train(configure(options)), tmp_path / "log")
     assert first.startswith("InputError: output_dir")
     assert second == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
@@ -316,7 +316,7 @@ def test_bad_input_ends_every_process(small_run, tmp_path):
 
 def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(small_run, tmp_path, monkeypatch):
     options = small_run | OPTIONS | {"output_dir": str(tmp_path / "out"), "checkpoint_every": 2}
-    original, write = train.train_epoch, run.write_checkpoint
+    original, write = training.train_epoch, run.write_checkpoint
 
     def dying(current, config):
         if len(current.epochs) == 2 and processes.rank() == 1:
@@ -329,9 +329,9 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
     def work():
         with interrupts.handled():
-            train.train(configure(options))
+            training.train(configure(options))
 
-    monkeypatch.setattr(train, "train_epoch", dying)
+    monkeypatch.setattr(training, "train_epoch", dying)
     monkeypatch.setattr(run, "write_checkpoint", terminated)
     assert finish(start(2, work, tmp_path / "log")) == [1, -signal.SIGKILL]
     assert said(tmp_path / "log").startswith("ProcessLost: process 0 of 2 has lost another one")
@@ -343,7 +343,7 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 
 def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numbers(small_run, tmp_path, monkeypatch):
     seen = tmp_path / "seen"
-    original, check_guards = scorers.score, train.check_guards
+    original, check_guards = scorers.score, training.check_guards
 
     def note(**entry):
         with seen.open("a") as file:
@@ -358,7 +358,7 @@ def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numb
         check_guards(epochs, config, reward)
 
     monkeypatch.setattr(scorers, "score", unlike)  # rewards.py has a name of its own for it
-    monkeypatch.setattr(train, "check_guards", noted)
+    monkeypatch.setattr(training, "check_guards", noted)
     options = {"num_epochs": 1, "sample_batch_size": 1, "output_dir": str(tmp_path / "out")}
     run_training(2, small_run | OPTIONS | options, tmp_path / "log")
     entries = [json.loads(line) for line in seen.read_text().splitlines()]
@@ -399,7 +399,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
 def test_more_processes_than_batches_are_refused(monkeypatch, small_run):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="sample_batch_size: 8 images an epoch in batches of 4 are too few"):
-        train.check_shares(configure(small_run | OPTIONS))
+        training.check_shares(configure(small_run | OPTIONS))
 
 
 def worker(launcher: int, rank: int) -> int:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from rich.console import Console
 from typer.testing import CliRunner
 
-from texforce import cli, models, prompt_sets, run, train, views, world
+from texforce import cli, models, prompt_sets, run, training, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
@@ -170,9 +170,9 @@ def test_halves_of_characters_in_json_become_spaces(hub):
 def test_a_tenth_of_a_published_training_set_is_held_out_and_at_most_64(name, hub):
     prompts = [f"sentence number {i}" for i in range(1000)]
     hub(prompts)
-    training, heldout = split_prompts(resolve(TrainOptions(model="some/model", prompts=name)))
+    train, heldout = split_prompts(resolve(TrainOptions(model="some/model", prompts=name)))
     assert heldout == prompts[:640:10]
-    assert training == [prompt for prompt in prompts if prompt not in heldout]
+    assert train == [prompt for prompt in prompts if prompt not in heldout]
 
 
 @pytest.mark.parametrize("name", TRAINING_SETS)
@@ -236,21 +236,21 @@ def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(sour
         }[source]
     )
     messages, config = [], resolve(TrainOptions(**options))
-    assert train.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
-    result = train.train(config, warn=messages.append)
+    assert training.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
+    result = training.train(config, warn=messages.append)
     (message,) = messages
     number = 21 if source == "also: held out" else 20
     assert message.startswith(f"prompts: 3 of {number} prompts are cut to the 24 tokens that the text encoder reads, as ")
     assert f"a red circle {LONG}"[:40] in message
     assert result["num_prompts_cut"] == json.loads((tmp_path / "out" / "result.json").read_text())["num_prompts_cut"] == 3
     assert "Prompts that were cut to what the text encoder reads: 3." in (tmp_path / "out" / "README.md").read_text()
-    assert train.train(config, resume=True) == result  # the same prompts as before
+    assert training.train(config, resume=True) == result  # the same prompts as before
 
 
 def test_nothing_is_said_where_every_prompt_fits(options, hub, tmp_path):
     hub([f"a circle and {i} squares" for i in range(20)])
     messages = []
-    assert train.train(resolve(TrainOptions(**options)), warn=messages.append)["num_prompts_cut"] == 0
+    assert training.train(resolve(TrainOptions(**options)), warn=messages.append)["num_prompts_cut"] == 0
     assert messages == []
     assert "cut" not in (tmp_path / "out" / "README.md").read_text()
 
@@ -270,10 +270,10 @@ SINGLE = {
 def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, options, tmp_path):
     options["prompts"] = str(write(tmp_path / "one.txt", content))
     messages, config = [], resolve(TrainOptions(**options))
-    training, heldout = split_prompts(config)
-    assert (training[0], heldout) == ("a red circle", [])
-    assert train.plan(config)["prompts"] == f"{len(training)} for training, none held out"
-    result = train.train(config, warn=messages.append)
+    train, heldout = split_prompts(config)
+    assert (train[0], heldout) == ("a red circle", [])
+    assert training.plan(config)["prompts"] == f"{len(train)} for training, none held out"
+    result = training.train(config, warn=messages.append)
     (message,) = messages
     assert "cannot be held out, so base and tuned are measured on the training prompts" in message
     written = [(tmp_path / "out" / name).read_text() for name in ("result.json", "metrics.jsonl", "README.md")]
@@ -555,8 +555,8 @@ def test_an_unknown_benchmark_lists_the_known_ones(name, tmp_path, monkeypatch):
 def test_sets_are_joined_by_commas_with_what_each_keeps_apart():
     prompts = read_prompts("world,common")
     assert prompts == [*read_prompts("world"), *read_prompts("common")]
-    training, heldout = split_prompts(resolve(TrainOptions(prompts="count,common,colour")))
-    assert training == [*read_prompts("count"), *read_prompts("common"), *read_prompts("colour")]
+    train, heldout = split_prompts(resolve(TrainOptions(prompts="count,common,colour")))
+    assert train == [*read_prompts("count"), *read_prompts("common"), *read_prompts("colour")]
     assert heldout == [*read_prompts("count-heldout"), *read_prompts("colour-heldout")]
     assert read_prompts("world, common") == prompts
     with pytest.raises(NotFoundError, match="no file 'world,kommon'"):

@@ -23,7 +23,7 @@ import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, files, models, rewards, run, train
+from texforce import cli, files, models, rewards, run, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
@@ -80,9 +80,9 @@ def run_training(options: dict, folder: Path, stop_in: int | None = None, **argu
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ppo_update", "matching_update", "gradient_update"):
-            patch.setattr(train, name, stopping(getattr(texforce, name)))
+            patch.setattr(training, name, stopping(getattr(texforce, name)))
         with contextlib.suppress(Stop):
-            return train.train(configure(**options, output_dir=str(folder)), **arguments)
+            return training.train(configure(**options, output_dir=str(folder)), **arguments)
     return {}
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_result_of_a_finished_run_is_bad_input_that_is_named(options, 
 
 
 def test_a_finished_run_gives_its_result_and_changes_nothing(options, finished, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     said = []
     result = run_training(options, finished, resume=True, warn=said.append)
@@ -268,7 +268,7 @@ def test_a_finished_run_gives_its_result_and_changes_nothing(options, finished, 
 
 
 def test_a_finished_run_without_checkpoints_is_not_overwritten(options, finished, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     shutil.rmtree(finished / "checkpoints")
     with pytest.raises(InputError, match="seed: 0 -> 7"):
         run_training(options | {"seed": 7}, finished, resume=True)
@@ -520,7 +520,7 @@ def test_what_is_measured_stays_when_a_run_is_stopped_and_then_diverges(options,
     def diverge(*arguments):
         raise DivergedError("it went wrong")
 
-    monkeypatch.setattr(train, "collect", diverge)
+    monkeypatch.setattr(training, "collect", diverge)
     with pytest.raises(DivergedError, match="it went wrong; the adapter of epoch 2 is kept in"):
         run_training(options, folder, resume=True)
     assert weights(folder) == kept
@@ -580,7 +580,7 @@ def test_a_checkpoint_with_a_file_more_less_or_of_another_kind_is_broken(checkpo
 
 @pytest.mark.parametrize("format", [None, 1, run.STATE_FORMAT + 1])
 def test_a_checkpoint_of_another_version_is_refused_and_stays(options, checkpoint, monkeypatch, format):
-    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     state = json.loads((checkpoint / "state.json").read_text())
     assert state.pop("format") == run.STATE_FORMAT
     (checkpoint / "state.json").write_text(json.dumps(state if format is None else state | {"format": format}))
@@ -645,7 +645,7 @@ def test_a_save_that_fails_after_a_signal_is_told_and_the_signal_is_obeyed(optio
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "train_epoch", interrupted)
+    monkeypatch.setattr(training, "train_epoch", interrupted)
     monkeypatch.setattr(run, "write_checkpoint", full)
     result = command_line(*flags(options), "--output-dir", tmp_path / "out")
     check_failure(result, 143, "could not be saved: [Errno 28] No space left on device")
@@ -666,19 +666,19 @@ MIXTURE = rewards.Mixture({"hps": lambda images, prompts: None}, {"hps": 1.0})
 def test_a_held_out_reward_that_collapses_stops_the_run(final, limit, stops):
     config = configure(model="tiny", reward="hps", max_reward_drop=limit)
     with pytest.raises(DivergedError, match=r"hps has collapsed from 0.5000 to") if stops else contextlib.nullcontext():
-        train.check_guards(epochs(0.5, 0.6, final), config, MIXTURE)
+        training.check_guards(epochs(0.5, 0.6, final), config, MIXTURE)
 
 
 def test_a_measure_that_is_not_finite_is_a_divergence():
     last = {"epoch": 3, "ratio_deviation": math.inf, "reward_std": 0.1}
     with pytest.raises(DivergedError, match="ratio_deviation of epoch 3 is not finite"):
-        train.check_guards([*epochs(0.5, 0.5), last], configure(model="tiny", reward="hps"), MIXTURE)
+        training.check_guards([*epochs(0.5, 0.5), last], configure(model="tiny", reward="hps"), MIXTURE)
 
 
 def test_a_kl_divergence_above_the_limit_stops_the_run(options, tmp_path):
     with pytest.raises(DivergedError, match=r"above --max-kl 2; lower"):
-        train.check_guards(epochs(0.5, 0.5, kl=3.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
-    train.check_guards(epochs(0.5, 0.5, kl=1.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
+        training.check_guards(epochs(0.5, 0.5, kl=3.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
+    training.check_guards(epochs(0.5, 0.5, kl=1.0), configure(model="tiny", reward="hps", max_kl=2.0), MIXTURE)
     with pytest.raises(DivergedError, match=r"KL divergence.*the adapter of epoch 1 is kept in"):
         run_training(options | {"max_kl": 1e-9, "num_updates_per_epoch": 1, "eval_every": 1}, tmp_path / "run")
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
@@ -735,7 +735,7 @@ def check_folder_is_locked(options: dict, whole: Path, stopped: Path, folder: Pa
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ppo_update", lambda *_: pytest.fail("it trained"))
+        patch.setattr(training, "ppo_update", lambda *_: pytest.fail("it trained"))
         run_training(options, folder, report=second)
     assert refused
     assert not (folder / files.HOLDER).exists()
@@ -768,7 +768,7 @@ def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, t
         raise RewardError("reward: gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "collect", fail)
+        patch.setattr(training, "collect", fail)
         check_failure(command_line(*arguments), 6, "resume with: texforce train --resume", "reward: gone")
     assert command_line(*arguments).exit_code == 0
     result = command_line("--resume", tmp_path / "out")
@@ -798,7 +798,7 @@ def files_of_50_kb():
 
 
 def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monkeypatch, files_of_50_kb):
-    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("it loaded the model"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     check_failure(command_line(*flags(options), "--output-dir", tmp_path / "out"), 5, "storage")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {files.LOCK}
     run.check_folder(str(tmp_path / "out"))  # so that the same command begins the run when there is room

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from texforce import Policy, evaluate, models, sampler
+from texforce import Policy, evaluation, models, sampler
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import InputError, expected
 from texforce.models import Conditioning
@@ -623,13 +623,13 @@ def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pi
     given = {"model": str(stable_diffusion), "prompt": PROMPTS} | options
     policy, larger = (Policy(model, resolve_sample(SampleOptions(**given, resolution=size))) for size in (None, 48))
     ids = models.tokenize(model.tokenizer, PROMPTS)
-    whole = evaluate.draw(policy, ids, [5, 6, 7], batch_size=3)
+    whole = evaluation.draw(policy, ids, [5, 6, 7], batch_size=3)
     assert whole.shape == (3, 3, 32, 32)
-    parted = evaluate.draw(policy, ids.flip(0), [7, 6, 5], batch_size=2)
+    parted = evaluation.draw(policy, ids.flip(0), [7, 6, 5], batch_size=2)
     torch.testing.assert_close(parted.flip(0), whole, rtol=1e-4, atol=1e-4)
     expected = pipeline(PROMPTS, generator=seeded(5, 6, 7), output_type="pt", **options).images
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
-    assert evaluate.draw(larger, ids[:1], [5], 1).shape == (1, 3, 48, 48)
+    assert evaluation.draw(larger, ids[:1], [5], 1).shape == (1, 3, 48, 48)
 
 
 # --- trajectories ---

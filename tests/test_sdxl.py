@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluate, experience, merge, models, rewards, sampler, train
+from texforce import cli, evaluation, experience, merging, models, rewards, sampler, training
 from texforce.config import (
     MergeOptions,
     SampleOptions,
@@ -57,7 +57,7 @@ def draw(folder: Path, guidance_scale: float, steps: int = 4, adapter: Path | No
     """Images of `texforce sample`."""
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "eta": 1.0}
     given = SampleOptions(model=str(folder), adapter=adapter and [str(adapter)], prompt=PROMPTS, **options)
-    return next(iter(evaluate.sample(resolve_sample(given), PROMPTS, [5, 6]).values()))
+    return next(iter(evaluation.sample(resolve_sample(given), PROMPTS, [5, 6]).values()))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_zeros_for_the_null_prompt_are_the_default_and_show(copied):
 def test_the_unet_is_given_another_resolution(sdxl):
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "eta": 1.0}
     given = SampleOptions(model=str(sdxl), prompt=PROMPTS, resolution=48, **options)
-    ours = evaluate.sample(resolve_sample(given), PROMPTS, [5, 6])["base"]
+    ours = evaluation.sample(resolve_sample(given), PROMPTS, [5, 6])["base"]
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     expected = load_plain(sdxl)(PROMPTS, height=48, width=48, generator=generators, output_type="pt", **options).images
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
@@ -181,7 +181,7 @@ def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(sdxl, targe
 
 
 def run_training(folder: Path, output: Path, options: dict, **more) -> dict:
-    return train.train(resolve(TrainOptions(**options | {"model": str(folder), "output_dir": str(output)} | more)))
+    return training.train(resolve(TrainOptions(**options | {"model": str(folder), "output_dir": str(output)} | more)))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_a_trained_adapter_draws_the_same_images_everywhere(sdxl, trained, tmp_p
     assert not (trained / "unet").exists()
     expected = check_loads_plainly(sdxl, trained, TEXT_ENCODERS, 3.0, 4)
     for format in ("diffusers", "kohya"):
-        merge.merge(resolve_merge(MergeOptions(adapter=[str(trained)], output_dir=str(tmp_path / format), format=format)))
+        merging.merge(resolve_merge(MergeOptions(adapter=[str(trained)], output_dir=str(tmp_path / format), format=format)))
         pipeline = load_plain(sdxl)
         pipeline.load_lora_weights(tmp_path / format / ("kohya.safetensors" if format == "kohya" else ""))
         torch.testing.assert_close(draw_plainly(pipeline, 3.0), expected, rtol=0, atol=1e-4)
@@ -242,8 +242,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_adapter(sdxl, trained, shared
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, report=stop)
-    train.train(config, resume=True)
+        training.train(config, report=stop)
+    training.train(config, resume=True)
     for place in ("", "text_encoder_2"):
         one, other = (load_file(run / place / "adapter_model.safetensors") for run in (trained, tmp_path / "run"))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -332,7 +332,7 @@ def test_turbos_defaults_are_stable_diffusions_but_for_few_steps_without_guidanc
 def test_the_plan_counts_both_text_encoders(sdxl, small_run, tmp_path):
     options = {"model": str(sdxl), "output_dir": str(tmp_path / "run"), "mixed_precision": "no"}
     config = resolve(TrainOptions(**small_run | options))
-    shown = train.plan(config)
+    shown = training.plan(config)
     layers = 3 * 4 * 2 * config.rank  # of each text encoder, four matrices with two factors
     assert shown["trained parameters"] == layers * (16 + 24)
     model = models.load_model(str(sdxl))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, merge, models, single_file
+from texforce import cli, evaluation, merging, models, single_file
 from texforce.config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
@@ -36,22 +36,22 @@ def checkpoint(request, tmp_path_factory):
         base = small_models.save_stable_diffusion_xl(root / "base")
     else:
         base = small_models.save_stable_diffusion(root / "base", int(request.param))
-    pipeline = merge.load_pipeline(str(base))
+    pipeline = merging.load_pipeline(str(base))
     layers = {"text_encoder": small_models.random_layers(pipeline.text_encoder, 1)}
     options = {"model": str(base), "output_dir": str(root / "lora"), "format": "peft", "adapter": ["none"]}
     (root / "lora").mkdir()
-    merge.write_peft(merge.Merged(pipeline, layers, resolve_merge(MergeOptions(**options))), root / "lora")
+    merging.write_peft(merging.Merged(pipeline, layers, resolve_merge(MergeOptions(**options))), root / "lora")
     folders = {}
     for format in ("checkpoint", "pipeline"):
         options = {"model": str(base), "adapter": [str(root / "lora")], "output_dir": str(root / format), "format": format}
-        folders[format] = merge.merge(resolve_merge(MergeOptions(**options)))
+        folders[format] = merging.merge(resolve_merge(MergeOptions(**options)))
     return folders["checkpoint"] / "checkpoint.safetensors", folders["pipeline"]
 
 
 def images(model, **options):
     given = {"num_inference_steps": 3, "guidance_scale": 3.0, "resolution": 64, "eta": 1.0} | options
     config = resolve_sample(SampleOptions(model=str(model), prompt=PROMPTS, **given))
-    return evaluate.sample(config, PROMPTS, [0, 1])["base"]
+    return evaluation.sample(config, PROMPTS, [0, 1])["base"]
 
 
 def test_a_checkpoint_draws_what_its_folder_draws(checkpoint):

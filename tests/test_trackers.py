@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from texforce import cli, train
+from texforce import cli, training
 
 TRACKERS = ("wandb", "trackio")
 
@@ -95,7 +95,7 @@ def test_without_an_account_nothing_is_loaded_and_the_folder_stays_free(small_ru
         raise error
 
     stand_in(monkeypatch, name, init)
-    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("a model was loaded"))
     options = small_run | {"output_dir": tmp_path / "out", "report_to": name}
     result = CliRunner().invoke(cli.app, ["train", *flags(options)])
     assert result.exit_code == 2, result.output

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluate, files, ldm, merge, models, train
+from texforce import adapters, cli, evaluation, files, ldm, merging, models, training
 from texforce.adapters import Layer
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
@@ -52,7 +52,7 @@ class Base:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.parts = ("text_encoder", "text_encoder_2", "unet") if name == "sdxl" else ("text_encoder", "unet")
-        self.loaded = quiet(merge.load_pipeline(str(folder)))
+        self.loaded = quiet(merging.load_pipeline(str(folder)))
         self.latents = draw(self.loaded)
 
     def pipeline(self):
@@ -127,7 +127,7 @@ def adapted_by_hand(base: Base, *weighted: tuple[Path, float]):
 
 def merge_into(base: Base, output: Path, *specs: str, **options) -> Path:
     config = MergeOptions(adapter=list(specs) or None, model=str(base.folder), output_dir=str(output), **options)
-    return merge.merge(resolve_merge(config))
+    return merging.merge(resolve_merge(config))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_others_draw_the_same_images_from_every_format(bases, fused, merged, nam
 def test_a_single_adapter_keeps_its_alpha_in_every_format_of_lora(bases, pairs, tmp_path):
     base, (one, _) = bases("tiny"), pairs("tiny")
     expected = draw(adapted_by_hand(base, (one, 1.0)))
-    for format in merge.LORA_FORMATS:
+    for format in merging.LORA_FORMATS:
         folder = merge_into(base, tmp_path / format, str(one), format=format)
         torch.testing.assert_close(draw(read_by_others(base, format, folder)), expected, rtol=0, atol=5e-4)
     tensors = load_file(tmp_path / "kohya" / "kohya.safetensors")
@@ -207,7 +207,7 @@ def test_a_single_adapter_keeps_its_alpha_in_every_format_of_lora(bases, pairs, 
 @pytest.mark.parametrize(("name", "format"), CASES)
 def test_this_project_reads_every_format_back(bases, fused, merged, name, format):
     base, expected, folder = bases(name), fused(name)[0], merged(name, format)
-    if format in merge.FULL_FORMATS:
+    if format in merging.FULL_FORMATS:
         source = folder if format == "pipeline" else folder / "merged.safetensors"
         tensors = adapters.read_unet(source, base.pipeline()).tensors
         for key, tensor in expected.unet.state_dict().items():
@@ -285,7 +285,7 @@ def test_the_published_models_have_their_names(width, base, architecture):
         unet=SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width)),
         scheduler=SimpleNamespace(config={"prediction_type": kind}),
     )
-    assert merge.architecture_of(models) == (base, architecture)
+    assert merging.architecture_of(models) == (base, architecture)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -351,7 +351,7 @@ def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs
     options = {"prompt": PROMPTS, "num_inference_steps": 2, "guidance_scale": 3.0, "eta": 1.0}
     merged = resolve_sample(SampleOptions(model=str(folder), **options))
     beside = resolve_sample(SampleOptions(model="tiny", adapter=[f"{text}:0.8"], unet=unet, **options))
-    drawn = [evaluate.sample(config, PROMPTS, [5, 6]) for config in (merged, beside)]
+    drawn = [evaluation.sample(config, PROMPTS, [5, 6]) for config in (merged, beside)]
     torch.testing.assert_close(drawn[0]["base"], drawn[1]["tuned"], rtol=0, atol=1e-4)
     alone = merge_into(bases("tiny"), tmp_path / "alone", unet=unet)
     assert not torch.equal(draw(read_by_others(bases("tiny"), "pipeline", alone)), bases("tiny").latents)
@@ -427,7 +427,7 @@ WRONG_WRITING = {
 def test_what_is_not_written_as_it_was_merged_is_no_merge(bases, pairs, tmp_path, monkeypatch, kind):
     name, function = WRONG_WRITING[kind]
     format = {"lora_tensors": "peft", "_bake": "pipeline", "save": "checkpoint"}.get(name, kind)
-    original = getattr(merge, name)
+    original = getattr(merging, name)
     if name == "save":
 
         def function(tensors, path, metadata):
@@ -438,13 +438,13 @@ def test_what_is_not_written_as_it_was_merged_is_no_merge(bases, pairs, tmp_path
             bases("tiny").folder, folder, dirs_exist_ok=True
         ))  # fmt: skip
     if function:
-        monkeypatch.setattr(merge, name, function)
+        monkeypatch.setattr(merging, name, function)
     with pytest.raises(ArtifactError, match=r"not written as they were merged|is of no layer|missing|lacks"):
         merge_into(bases("tiny"), tmp_path / "merged", str(pairs("tiny")[0]), format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", merge.LORA_FORMATS)
+@pytest.mark.parametrize("format", merging.LORA_FORMATS)
 def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
     from peft import LoraConfig, get_peft_model
 
@@ -472,7 +472,7 @@ def test_parts_without_a_single_file_layout_are_refused_by_name():
 # --- the safety checker ---
 
 
-@pytest.mark.parametrize("format", [*merge.LORA_FORMATS, "checkpoint", "pipeline"])
+@pytest.mark.parametrize("format", [*merging.LORA_FORMATS, "checkpoint", "pipeline"])
 def test_only_a_whole_pipeline_is_written_with_the_safety_checker(bases, pairs, tmp_path, format):
     folder = Path(shutil.copytree(models.TINY, tmp_path / "model"))
     index = json.loads((folder / "model_index.json").read_text())
@@ -484,9 +484,9 @@ def test_only_a_whole_pipeline_is_written_with_the_safety_checker(bases, pairs, 
     )
     if format == "pipeline":
         with pytest.raises(InputError, match=f"the safety_checker could not be loaded: .* '{folder / 'safety_checker'}'"):
-            merge.merge(resolve_merge(options))
+            merging.merge(resolve_merge(options))
         return
-    merged = merge.merge(resolve_merge(options))
+    merged = merging.merge(resolve_merge(options))
     expected = adapted_by_hand(bases("tiny"), (pairs("tiny")[0], 1.0))
     torch.testing.assert_close(draw(read_by_others(bases("tiny"), format, merged)), draw(expected), rtol=0, atol=5e-4)
 
@@ -536,22 +536,22 @@ def written(bases, pairs, tmp_path_factory) -> Path:
 
 
 def test_what_merge_wrote_is_listed_with_its_sums(written):
-    listed = json.loads((written / merge.WRITTEN).read_text())
+    listed = json.loads((written / merging.WRITTEN).read_text())
     there = {path.relative_to(written).as_posix(): path for path in written.rglob("*") if path.is_file()}
     assert "unet/adapter_model.safetensors" in listed
-    assert listed == {name: files.sha256(path) for name, path in there.items() if name != merge.WRITTEN}
+    assert listed == {name: files.sha256(path) for name, path in there.items() if name != merging.WRITTEN}
 
 
 FOREIGN = {
-    "a card with our words": lambda output: (output / merge.WRITTEN).unlink(),
+    "a card with our words": lambda output: (output / merging.WRITTEN).unlink(),
     "also a file of somebody else": lambda output: (output / "unet" / "notes.txt").write_text("mine"),
     "also a hidden folder": lambda output: (output / ".git").mkdir(),
     "also a card that was edited": lambda output: (output / "README.md").write_text("Merged by texforce, and mine"),
     "also a link": lambda output: (
         (output / "texforce.json").rename(output.parent / "t") and (output / "texforce.json").symlink_to(output.parent / "t")
     ),
-    "also a list of other words": lambda output: (output / merge.WRITTEN).write_text("{}"),
-    "also a list that is none": lambda output: (output / merge.WRITTEN).write_text("[]"),
+    "also a list of other words": lambda output: (output / merging.WRITTEN).write_text("{}"),
+    "also a list that is none": lambda output: (output / merging.WRITTEN).write_text("[]"),
 }
 
 
@@ -569,9 +569,9 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(bases, pairs, wri
 
 def test_what_somebody_writes_while_a_merge_runs_is_not_overwritten(bases, pairs, written, tmp_path, monkeypatch):
     output, one = Path(shutil.copytree(written, tmp_path / "merged")), str(pairs("tiny")[0])
-    write_peft = merge.WRITERS["peft"]
+    write_peft = merging.WRITERS["peft"]
     monkeypatch.setitem(
-        merge.WRITERS, "peft", lambda *given: (write_peft(*given), (output / "notes.txt").write_text("mine"))
+        merging.WRITERS, "peft", lambda *given: (write_peft(*given), (output / "notes.txt").write_text("mine"))
     )
     with pytest.raises(InputError, match=r"notes\.txt' was not written by texforce merge"):
         merge_into(bases("tiny"), output, one, format="peft", overwrite=True)
@@ -614,7 +614,7 @@ def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     if failing == "writing":
-        monkeypatch.setattr(merge, "save", fail)
+        monkeypatch.setattr(merging, "save", fail)
     else:
         original, calls = os.rename, []
 
@@ -654,7 +654,7 @@ def trained(shared_run, tmp_path_factory) -> Path:
     options = shared_run | {"guidance_scale": 2.0, "learning_rate": 0.03}
     for target, null_prompt in (("text-encoder", "base"), ("unet", "adapted")):
         own = {"target": target, "null_prompt": null_prompt, "output_dir": str(folder / target)}
-        train.train(resolve(TrainOptions(**options | own)))
+        training.train(resolve(TrainOptions(**options | own)))
     return folder
 
 
@@ -668,7 +668,7 @@ def test_the_model_of_the_run_is_the_default(trained, monkeypatch):
 
 def sample(**options) -> dict[str, Tensor]:
     config = resolve_sample(SampleOptions(prompt=PROMPTS, **options))
-    return evaluate.sample(config, PROMPTS, [5, 6])
+    return evaluation.sample(config, PROMPTS, [5, 6])
 
 
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(bases, trained, tmp_path):
@@ -682,14 +682,14 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
 def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     adapter = str(trained / "text-encoder")
     expected = sample(adapter=[adapter])["tuned"]
-    for format in merge.LORA_FORMATS:
+    for format in merging.LORA_FORMATS:
         config = MergeOptions(adapter=[adapter], output_dir=str(tmp_path / format), format=format)
-        config = resolve_sample(SampleOptions(adapter=[str(merge.merge(resolve_merge(config)))], prompt=PROMPTS))
+        config = resolve_sample(SampleOptions(adapter=[str(merging.merge(resolve_merge(config)))], prompt=PROMPTS))
         settings = (config.model, config.null_prompt, config.guidance_scale, config.num_inference_steps)
         assert settings == ("tiny", "base", 2.0, 4)
-        torch.testing.assert_close(evaluate.sample(config, PROMPTS, [5, 6])["tuned"], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(evaluation.sample(config, PROMPTS, [5, 6])["tuned"], expected, rtol=0, atol=1e-4)
     config = MergeOptions(adapter=[adapter], output_dir=str(tmp_path / "pipeline"))
-    config = resolve_sample(SampleOptions(model=str(merge.merge(resolve_merge(config))), prompt=PROMPTS))
+    config = resolve_sample(SampleOptions(model=str(merging.merge(resolve_merge(config))), prompt=PROMPTS))
     assert (config.model, config.null_prompt) == (str(tmp_path / "pipeline"), "adapted")
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
 
@@ -700,7 +700,7 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     (adapter / "config.json").write_text(json.dumps(config | {"sampler": "dpm-solver", "eta": 0.0}))
     for format, name in (("peft", "adapter"), ("pipeline", "model")):
         options = MergeOptions(adapter=[str(adapter)], output_dir=str(tmp_path / format), format=format)
-        place = str(merge.merge(resolve_merge(options)))
+        place = str(merging.merge(resolve_merge(options)))
         given = {"prompt": PROMPTS, name: [place] if name == "adapter" else place}
         config = resolve_sample(SampleOptions(**given))
         assert (config.sampler, config.eta, config.num_inference_steps) == ("dpm-solver", 0.0, 4)

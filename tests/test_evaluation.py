@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluate, files, measures, models, rewards, scorers, train
+from texforce import cli, evaluation, files, measures, models, rewards, scorers, training
 from texforce.config import (
     EvalOptions,
     SampleOptions,
@@ -40,7 +40,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def adapter(shared_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "out"
-    train.train(resolve(TrainOptions(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03})))
+    training.train(resolve(TrainOptions(**shared_run | {"output_dir": str(folder), "learning_rate": 0.03})))
     return folder
 
 
@@ -60,7 +60,7 @@ def options(adapter, benchmark) -> dict:
 
 
 def run_eval(options: dict, folder: Path) -> dict:
-    return evaluate.evaluate(resolve_eval(EvalOptions(**options, output_dir=str(folder))))
+    return evaluation.evaluate(resolve_eval(EvalOptions(**options, output_dir=str(folder))))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_images_are_what_sample_draws_of_the_same_prompt_and_seed(finished, options, adapter):
     prompt = results_of(finished)["prompts"][2]
     sampling = SampleOptions(adapter=[str(adapter)], prompt=["x"], num_inference_steps=2, compare=True)
-    drawn = evaluate.sample(resolve_sample(sampling), 2 * [prompt["prompt"]], prompt["seeds"])
+    drawn = evaluation.sample(resolve_sample(sampling), 2 * [prompt["prompt"]], prompt["seeds"])
     for name, images in drawn.items():
         for k in range(2):
             expected = (images[k] * 255).round().permute(1, 2, 0).numpy()
@@ -208,21 +208,21 @@ def test_the_same_seed_gives_the_same_results_and_another_one_others(finished, o
 
 
 def test_diversity_falls_to_0_when_all_images_are_the_same(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.Evaluation, "seed", lambda self, i, k: 5)
+    monkeypatch.setattr(evaluation.Evaluation, "seed", lambda self, i, k: 5)
     results = run_eval(options | {"reward": ["jpeg,hps"], "adapter": None}, tmp_path / "eval")
     assert results["systems"]["base"]["measures"]["diversity"]["mean"] == pytest.approx(0, abs=1e-5)
     assert list(results["systems"]["base"]["measures"]) == ["jpeg", "hps", "diversity"]
 
 
 def test_an_image_that_is_not_finite_has_no_score_and_is_counted(options, tmp_path, monkeypatch):
-    original = evaluate.draw
+    original = evaluation.draw
 
     def broken(*arguments):
         images = original(*arguments)
         images[1, 0, 0, 0] = math.nan
         return images
 
-    monkeypatch.setattr(evaluate, "draw", broken)
+    monkeypatch.setattr(evaluation, "draw", broken)
     results = run_eval(options | {"reward": ["jpeg"], "adapter": None}, tmp_path / "eval")
     base = results["systems"]["base"]
     assert [row[1] for row in base["scores"]["jpeg"]].count(None) == 3  # one a chunk
@@ -251,7 +251,7 @@ def test_a_strength_is_chosen_on_one_half_and_measured_on_the_other(options, ada
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(finished, options, tmp_path, monkeypatch):
-    original, drawn = evaluate.draw, []
+    original, drawn = evaluation.draw, []
 
     def interrupted(*arguments):
         if len(drawn) == 4:  # the base's three chunks and the tuned one's first
@@ -259,13 +259,13 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(finished, options, 
         drawn.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(evaluate, "draw", interrupted)
+    monkeypatch.setattr(evaluation, "draw", interrupted)
     result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
     assert result.exit_code == 130
     cut_off = tmp_path / "eval/images/base/.00004_1.png.x.tmp/00004_1.png"
     cut_off.parent.mkdir()
     cut_off.write_bytes(b"cut off")
-    monkeypatch.setattr(evaluate, "draw", lambda *arguments: drawn.append(arguments) or original(*arguments))
+    monkeypatch.setattr(evaluation, "draw", lambda *arguments: drawn.append(arguments) or original(*arguments))
     run_eval(options, tmp_path / "eval")
     assert len(drawn) == 6
     assert results_of(tmp_path / "eval") == results_of(finished)
@@ -279,8 +279,8 @@ def test_only_what_is_missing_is_made_again(finished, options, tmp_path, monkeyp
     lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
     (folder / "scores.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])  # killed while it wrote
     times = {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}
-    original, drawn = evaluate.draw, []
-    monkeypatch.setattr(evaluate, "draw", lambda *arguments: drawn.append(arguments) or original(*arguments))
+    original, drawn = evaluation.draw, []
+    monkeypatch.setattr(evaluation, "draw", lambda *arguments: drawn.append(arguments) or original(*arguments))
     run_eval(options, folder)
     assert len(drawn) == 1
     assert times.items() <= {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}.items()
@@ -477,8 +477,8 @@ CELLS = ["=1+1", "+1", "-1", "@SUM(A1)", "\ttab", "\rreturn", "also a = b", "'qu
 def test_cells_that_a_spreadsheet_would_compute_are_text(tmp_path):
     config = SimpleNamespace(num_images=1, output_dir=str(tmp_path), batch_size=1, seed=0)
     benchmark = SimpleNamespace(prompts=CELLS, categories=CELLS[::-1])
-    evaluation = evaluate.Evaluation(config, benchmark, [System("base")])
-    evaluate.write_csv(evaluation, {"base": {"@mine.py:f": -np.ones((len(CELLS), 1))}})
+    small = evaluation.Evaluation(config, benchmark, [System("base")])
+    evaluation.write_csv(small, {"base": {"@mine.py:f": -np.ones((len(CELLS), 1))}})
     with (tmp_path / "results.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header[-1] == "'@mine.py:f"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Share, experience, models, rewards, sampler, train, world
+from texforce import DivergedError, Share, experience, models, rewards, sampler, training, world
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 from texforce.learner import Learner
@@ -32,21 +32,21 @@ def train_small(small_run, tmp_path, narrow_model, monkeypatch) -> Callable[...,
     """A function that trains the tiny model with a small U-Net, with some options, into tmp_path/out."""
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
 
-    def run(report: train.Report = lambda measures: None, **options) -> dict:
-        return train.train(configure(small_run, tmp_path / "out", **options), report)
+    def run(report: training.Report = lambda measures: None, **options) -> dict:
+        return training.train(configure(small_run, tmp_path / "out", **options), report)
 
     return run
 
 
 def remember_policies(monkeypatch) -> list[texforce.Policy]:
     """The policies of the trainings to come."""
-    policies, original = [], train.make_policy
+    policies, original = [], training.make_policy
 
     def make_policy(model, config):
         policies.append(original(model, config))
         return policies[-1]
 
-    monkeypatch.setattr(train, "make_policy", make_policy)
+    monkeypatch.setattr(training, "make_policy", make_policy)
     return policies
 
 
@@ -103,7 +103,7 @@ def train_both(shared_run, narrow_model, tmp_path_factory) -> Callable[[int], Fi
                 torch.manual_seed(5)
                 expected = torch.rand(3)
                 torch.manual_seed(5)
-                result = train.train(config)
+                result = training.train(config)
                 found = torch.rand(3)
         return Finished(folder, config, result, policies[0], base, (found, expected))
 
@@ -140,7 +140,7 @@ def test_the_result_counts_images_and_unet_calls(finished):
 
 def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
-    plan = train.plan(replace(finished.config, output_dir=str(tmp_path / "new")))
+    plan = training.plan(replace(finished.config, output_dir=str(tmp_path / "new")))
     assert plan["images in all"] == finished.result["num_images"]
     assert plan["U-Net calls an epoch"] * 2 == finished.result["num_unet_calls"]
     assert plan["trained parameters"] == finished.result["num_parameters"]
@@ -149,11 +149,11 @@ def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monk
 
 def test_the_plan_of_another_algorithm_tells_what_ppo_would_cost(tmp_path):
     ppo = resolve(TrainOptions(model="tiny", algorithm="ppo", output_dir=str(tmp_path / "out")))
-    alone = train.plan(ppo)
+    alone = training.plan(ppo)
     assert "U-Net calls in all of ppo with its defaults" not in alone
     expected = f"{alone['U-Net calls in all']} for {alone['images in all']} images"
     for options in ({"preset": "fast"}, {"algorithm": "gradient"}):
-        plan = train.plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
+        plan = training.plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
         assert plan["U-Net calls in all of ppo with its defaults"] == expected
         assert plan["U-Net calls in all"] < alone["U-Net calls in all"]
 
@@ -294,7 +294,7 @@ def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_
     images = []
     for options in ({}, {"deterministic_elsewhere": True, "timestep_window": 0.5}):
         policy = texforce.make_policy(narrow_model(), configure(small_run, tmp_path, **options))
-        images.append(train.heldout_images(policy, ["a green square", "a navy box", "a red circle"], batch_size=2))
+        images.append(training.heldout_images(policy, ["a green square", "a navy box", "a red circle"], batch_size=2))
     assert torch.equal(images[0], images[1])
     assert (policy.denoiser.schedule.std == 0).any()
 
@@ -303,7 +303,7 @@ def test_a_broken_image_counts_in_no_measure(tiny_build):
     prompts = ["a red circle", "a red circle", "a blue square"]
     images = tiny_build.render([world.parse(prompts[0])] * 3, random.Random(0))
     images[1] = NAN
-    measures = train.measure(images, prompts, {})
+    measures = training.measure(images, prompts, {})
     assert measures["alignment_exact"] == 0.5
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], [prompts[0], prompts[2]]).mean())
 
@@ -317,12 +317,12 @@ def test_the_measures_of_a_normalised_reward_are_in_the_units_of_the_end():
         "parts": {"a": 4.0, "b": 10.0},
         "heldout": {"a=1,b=2": 99.0, "a": 6.0, "b": 20.0, "c": 5.0},
     }
-    final = train._in_final_units(epoch, "a=1,b=2", mixture)
+    final = training._in_final_units(epoch, "a=1,b=2", mixture)
     assert final["reward_mean"] == pytest.approx(4 / 2 + 2 * 10 / 20)
     assert final["heldout"] == pytest.approx({"a=1,b=2": 6 / 2 + 2 * 20 / 20, "a": 6.0, "b": 20.0, "c": 5.0})
     assert epoch["reward_mean"] == epoch["heldout"]["a=1,b=2"] == 99.0
     mixture.normalise = False
-    assert train._in_final_units(epoch, "a=1,b=2", mixture) == epoch
+    assert training._in_final_units(epoch, "a=1,b=2", mixture) == epoch
 
 
 # --- guards ---
@@ -346,10 +346,10 @@ def test_an_epoch_that_is_none_to_go_on_from_is_known(small_run, options, last, 
     config, reward = guarded(small_run, **options)
     epochs = [{"epoch": 0, "heldout": {"jpeg": 0.0}}, {"epoch": 1, "reward_std": 1.0}, {"epoch": 2, **last}]
     if message is None:
-        train.check_guards(epochs, config, reward)
+        training.check_guards(epochs, config, reward)
     else:
         with pytest.raises(DivergedError, match=message):
-            train.check_guards(epochs, config, reward)
+            training.check_guards(epochs, config, reward)
 
 
 # --- the plan ---
@@ -367,7 +367,7 @@ def test_the_plan_foresees_the_memory_of_a_micro_batch(small_run, tmp_path, narr
         texforce.accumulate_gradients(
             policy, Share(batch, pairs, texforce.ppo_micro_batch), Learner(policy.parameters, config), config
         )
-    assert sum(train.activation_bytes(policy, config, len(prompts))) == pytest.approx(bytes_kept[0], rel=0.25)
+    assert sum(training.activation_bytes(policy, config, len(prompts))) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
 # --- pipelines of the published shapes ---
@@ -462,7 +462,7 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
         heldout_prompts=str(tmp_path / "heldout.txt"), resolution=64, num_epochs=1, num_inference_steps=2,
         num_prompts_per_epoch=2, num_samples_per_prompt=2, num_updates_per_epoch=1,
     )  # fmt: skip
-    result = train.train(resolve(options))
+    result = training.train(resolve(options))
     assert result["max_ratio_deviation"] <= 1e-6
     assert math.isfinite(result["heldout"]["jpeg"]["tuned"])
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -491,7 +491,7 @@ def test_the_training_reward_rises_on_a_reward_of_ones_own(small_run, tmp_path):
         clip_range=5e-2, rank=16, sample_batch_size=32, micro_batch_size=32,
         reward=reward_file(tmp_path, "    return (images[:, 2] - images[:, 0]).mean(dim=(1, 2))\n"),
     )  # fmt: skip
-    result = train.train(config)
+    result = training.train(config)
     means = [measures["reward_mean"] for measures in read_metrics(tmp_path / "out")[1:]]
     assert sum(means[-2:]) / 2 - means[0] > 0.03
     assert result["num_images"] == 6 * 32
@@ -523,7 +523,7 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
         "advantages": "leave-one-out", "learning_rate": 1e-2, "output_dir": str(tmp_path / "out"), "sample_batch_size": 4,
         "null_anchor": 0.0 if family == "sdxl" else 1.0, "micro_batch_size": 3, "lr_warmup_steps": 0, "ema_decay": 0.0,
     }  # fmt: skip
-    result = train.train(resolve(TrainOptions(**options)))
+    result = training.train(resolve(TrainOptions(**options)))
     written = {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("adapter_model.safetensors")
     }
@@ -543,7 +543,7 @@ def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, na
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
     options = small_run | {"algorithm": "gradient", "reward": "jpeg", "output_dir": str(tmp_path / "out")}
     with pytest.raises(InputError, match="jpeg carries no gradients"):
-        train.train(resolve(TrainOptions(**options)))
+        training.train(resolve(TrainOptions(**options)))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
