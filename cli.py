@@ -28,6 +28,7 @@ from .config import (
     SampleOptions,
     TrainConfig,
     TrainOptions,
+    changed_later_options,
     check_algorithm_options,
     option_fields,
     resolve,
@@ -324,7 +325,7 @@ def sample_command(given: dict[str, Any]) -> None:
     texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
     """
     with exit_codes("--batch-size or --resolution"):
-        from . import evaluation, files, run
+        from . import evaluation, files, models, run
 
         config = resolve_sample(SampleOptions(**given))
         warn(f"model: {config.model}")
@@ -333,9 +334,12 @@ def sample_command(given: dict[str, Any]) -> None:
         repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
         seeds = [config.seed + i for i in range(len(repeated))]
         with naming_origins(config.origins):
-            cut = evaluation.find_cut(config, prompts)
+            num_chunks = evaluation.find_chunks(config, prompts)
+            cut = evaluation.find_cut(config, prompts, num_chunks)
             if cut.prompts:
                 warn(f"prompt: {cut}")
+            if num_chunks > 1:
+                warn(f"prompt: {models.chunks_note(num_chunks)}")
             images = evaluation.sample(config, repeated, seeds)
         folder = Path(config.output_dir)
         shown = {
@@ -344,6 +348,8 @@ def sample_command(given: dict[str, Any]) -> None:
             "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
             "negative_prompt": config.negative_prompt or "",
         }  # fmt: skip
+        shown |= changed_later_options(config)
+        shown |= {"num_chunks": num_chunks} if num_chunks > 1 else {}
         for name, drawn in images.items():
             labels = [
                 {"system": name, "prompt": prompt, "seed": seed}

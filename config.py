@@ -52,6 +52,7 @@ Precision = Literal["no", "fp16", "bf16"]
 Sampler = Literal["ddim", "dpm-solver", "euler", "cps"]
 FLOW_SAMPLERS = ("euler", "cps")  # for models of flow matching
 NullPrompt = Literal["adapted", "base"]
+LongPrompt = Literal["refuse", "cut", "chunk"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
 
@@ -166,6 +167,11 @@ def given_values(options: Options) -> dict[str, Any]:
 
 # --- train ---
 
+LONG_PROMPT_HELP = (
+    "prompts that are longer than what the text encoders read (75 tokens of CLIP's): refuse, cut, or for models of CLIPs "
+    "alone chunk, which encodes 75 tokens at a time and joins them, as A1111 does"
+)
+
 
 @validated
 class TrainConfig:
@@ -192,6 +198,7 @@ class TrainConfig:
         "sets, as world's and general's, else a tenth of --prompts)",
         None,
     )
+    long_prompt: LongPrompt = option(LONG_PROMPT_HELP, "cut")
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
     preset: Literal["default", "paper", "fast"] = option(
         "default (ppo for Stable Diffusion 1.x to XL, else matching), paper: the published recipe, or fast: matching",
@@ -535,7 +542,17 @@ class DrawConfig:
     compile: bool | None = option("compile the denoiser (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
     negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
+    long_prompt: LongPrompt = option(f"{LONG_PROMPT_HELP} (default: the adapter's, else cut)")
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
+
+
+# Options that came after others: results and metadata name them where they are not these, so that they stay as they were.
+LATER_OPTIONS: dict[str, Any] = {"long_prompt": "cut"}
+
+
+def changed_later_options(config: DrawConfig) -> dict[str, Any]:
+    """Those of LATER_OPTIONS that are not as they were before there was a choice, with their values."""
+    return {name: getattr(config, name) for name, usual in LATER_OPTIONS.items() if getattr(config, name) != usual}
 
 
 @validated
@@ -623,6 +640,7 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     model = given.get("model") or saved.get("model") or default_model(device)
     preset = PRESETS[family(model), "default"]
     usual: dict[str, Any] = {"eta": 1.0, "sampler": preset.get("sampler", "ddim"), "null_prompt": "adapted"}
+    usual["long_prompt"] = "cut"
     usual["mixed_precision"] = "no" if device == "cpu" else "bf16" if is_flow(model) else "fp16"
     usual |= {name: preset[name] for name in ("num_inference_steps", "guidance_scale")}
     sampler = given.get("sampler", saved.get("sampler", usual["sampler"]))
@@ -660,7 +678,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
         content = {"sampler": "ddim"} | content
     if content.get("sampler") in FLOW_SAMPLERS:  # random for training on alone
         content |= {"sampler": "euler", "eta": 0.0}
-    names = ["model", "sampler", "num_inference_steps", "guidance_scale", "eta"]
+    names = ["model", "sampler", "num_inference_steps", "guidance_scale", "eta", "long_prompt"]
     if content.get("target") != "unet":  # the null prompt goes through the text encoder
         names.append("null_prompt")
     saved = {name: content[name] for name in names if content.get(name) is not None}

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from torch import Tensor
 from texforce import Policy, __version__
 
 from . import adapters, files, measures, models, report, rewards, run, scorers
-from .config import BASE, DrawConfig, EvalConfig, SampleConfig, System, default_device
+from .config import (
+    BASE,
+    LATER_OPTIONS,
+    DrawConfig,
+    EvalConfig,
+    SampleConfig,
+    System,
+    changed_later_options,
+    default_device,
+)
 from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
 from .files import read_json
@@ -49,7 +58,7 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     """
     for system in config.systems:
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
-    model = load_model(config)
+    model = load_model(config, prompts)
     prompt_ids = models.tokenize_for(model, prompts)
     systems = {system.name: adapters.put_on(model, system) for system in config.systems}
     if config.compare or not systems:
@@ -58,14 +67,27 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     return {name: check_finite(draw(policy, prompt_ids, seeds, config.batch_size)) for name, policy in policies.items()}
 
 
-def find_cut(config: DrawConfig, prompts: Sequence[str]) -> models.Cut:
+def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> models.Cut:
     """The prompts whose end the text encoder does not read; raises as `models.load_model`."""
-    return models.find_cut(models.open_readers(config.model), [*prompts, *filter(None, [config.negative_prompt])])
+    readers = [replace(reader, num_chunks=num_chunks) for reader in models.open_readers(config.model)]
+    return models.find_cut(readers, [*prompts, *filter(None, [config.negative_prompt])])
 
 
-def load_model(config: DrawConfig) -> models.Model:
-    """The model of a resolved configuration, on its device and in its precision; raises as `models.load_model`."""
-    return models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
+def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
+    """In how many chunks prompts and the negative one are read; raises as `models.find_chunks`."""
+    texts = [*dict.fromkeys(prompts), *filter(None, [config.negative_prompt])]
+    return models.find_chunks(config.model, config.long_prompt, texts)
+
+
+def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
+    """The model of a resolved configuration, on its device and in its precision, to draw prompts.
+
+    Raises:
+        What `models.load_model` and `models.find_chunks` raise.
+    """
+    num_chunks = find_chunks(config, prompts)
+    model = models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
+    return replace(model, num_chunks=num_chunks)
 
 
 def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int) -> Tensor:
@@ -171,9 +193,10 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     """
     path, settings = evaluation.folder / SETTINGS, describe(evaluation)
     kept = read_json(path) if path.is_file() else settings
-    for name, value in settings.items():
-        if name != "systems" and kept.get(name) != value:
-            old, new = _where_they_differ(kept.get(name), value)
+    before, now = LATER_OPTIONS | kept, LATER_OPTIONS | settings
+    for name, value in now.items():
+        if name != "systems" and before.get(name) != value:
+            old, new = _where_they_differ(before.get(name), value)
             raise InputError(
                 f"output_dir: {str(evaluation.folder)!r} holds another evaluation, of {name} {old} and not {new}; choose "
                 "another folder"
@@ -209,6 +232,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "benchmark": about | benchmark.source,
         **{name: getattr(config, name) for name in names},
+        **changed_later_options(config),
         "model_revision": models.revision(config.model),
         "device": default_device(),
         "versions": run.versions(),
@@ -293,14 +317,18 @@ def evaluate(
     benchmark = read_benchmark(config.benchmark).limited(config.limit)
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)
-    cut = find_cut(config, benchmark.prompts)
+    num_chunks = find_chunks(config, benchmark.prompts)
+    cut = find_cut(config, benchmark.prompts, num_chunks)
     if cut.prompts:
         warn(f"benchmark: {cut}")
+    if num_chunks > 1:
+        warn(f"benchmark: {models.chunks_note(num_chunks)}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
         settings = write_settings(evaluation)
         draw_missing(evaluation, progress)
         scores = score(evaluation, sources, progress)
         about = {"commit": run.commit(), "rewards": sources, "num_tokens": cut.num_tokens, "prompts_cut": cut.prompts}
+        about |= {"num_chunks": num_chunks} if config.long_prompt != "cut" else {}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
         results["timings"] = {"seconds": time.perf_counter() - start}
         files.write_json(evaluation.folder / "results.json", results)
@@ -347,7 +375,7 @@ def draw_missing(evaluation: Evaluation, progress: Progress) -> None:
     for system in evaluation.systems:
         missing = [chunk for chunk in evaluation.chunks if not evaluation.is_drawn(system, chunk)]
         if missing:
-            model = model or load_model(evaluation.config)
+            model = model or load_model(evaluation.config, evaluation.benchmark.prompts)
             policy = Policy(adapters.put_on(model, system), evaluation.config)
             for n, chunk in enumerate(missing):
                 progress(f"drawing {system.name}", len(evaluation.chunks) - len(missing) + n, len(evaluation.chunks))

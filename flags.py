@@ -25,8 +25,8 @@ TRAIN_GROUPS = {
     ),
     "Rewards": ("eval_reward", "normalise_rewards", "reward_checkpoint", "reward_timeout", "trust_reward_code"),
     "Prompts and images": (
-        "heldout_prompts", "num_prompts_per_epoch", "num_samples_per_prompt", "sampler", "num_inference_steps", "eta",
-        "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
+        "heldout_prompts", "long_prompt", "num_prompts_per_epoch", "num_samples_per_prompt", "sampler",
+        "num_inference_steps", "eta", "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
     ),
     "What is trained, and how": (
         "target", "text_encoders", "rank", "lora_alpha", "num_updates_per_epoch", "num_inner_epochs", "advantages",

@@ -66,6 +66,7 @@ class Model:
     family: Family = SD
     zero_null: bool = False  # the null prompt's embedding is zeros, as in SDXL's plain pipeline, or there is no null prompt
     encode_once: dict[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
+    num_chunks: int = 1  # in which each CLIP reads a prompt, as `find_chunks` counts them
 
     @property
     def denoiser(self) -> Any:
@@ -101,7 +102,8 @@ class Model:
     @functools.cached_property
     def readers(self) -> dict[str, Reader]:
         """How prompts become ids, by their text encoders' names."""
-        return {name: Reader(tokenizer, self.family.text[name]) for name, tokenizer in self.tokenizers.items()}
+        parts = {name: (tokenizer, self.family.text[name]) for name, tokenizer in self.tokenizers.items()}
+        return {name: Reader(*pair, self.num_chunks if pair[1].is_clip else 1) for name, pair in parts.items()}
 
     @property
     def packing(self) -> Packing:
@@ -568,6 +570,7 @@ class Reader:
 
     tokenizer: Any
     part: TextPart
+    num_chunks: int = 1  # each with a start and an end token of its own, and read by itself
 
     @functools.cached_property
     def instruction(self) -> str:
@@ -583,7 +586,8 @@ class Reader:
     @functools.cached_property
     def num_tokens(self) -> int:
         """Tokens L of a row of ids."""
-        return self.num_read + (len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0)
+        instruction = len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
+        return self.num_chunks * self.num_read + instruction
 
     def texts(self, prompts: Sequence[str], negative: bool = False) -> list[str]:
         """Prompts as the tokenizer gets them."""
@@ -592,9 +596,39 @@ class Reader:
 
     def ids(self, prompts: Sequence[str], negative: bool = False) -> Tensor:
         """Ids (N, L) of prompts; raises as `tokenize`."""
+        if self.num_chunks > 1:
+            return self._chunked_ids(prompts)
         length = self.num_read if negative else self.num_tokens
         ids = tokenize(self.tokenizer, self.texts(prompts, negative), length)
         return nn.functional.pad(ids, (0, self.num_tokens - length), value=NO_TOKEN)
+
+    def chunks(self, prompts: Sequence[str]) -> list[list[list[int]]]:
+        """The token ids of each prompt in chunks, 75 of published CLIPs in each; an empty prompt has an empty chunk."""
+        size, texts = self.num_read - 2, convert_prompts(self.tokenizer, self.texts(prompts))
+        found = [ids[1:-1] for ids in self.tokenizer(texts, verbose=False).input_ids]
+        return [[ids[start : start + size] for start in range(0, max(1, len(ids)), size)] for ids in found]
+
+    def _chunked_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Ids (N, L) of chunks side by side; what is left of them is filled with chunks of the empty prompt."""
+        tokenizer, rows = self.tokenizer, []
+        for chunks in self.chunks(prompts):
+            for k in range(self.num_chunks):
+                row = [tokenizer.bos_token_id, *(chunks[k] if k < len(chunks) else ()), tokenizer.eos_token_id]
+                rows.append(row + [tokenizer.pad_token_id] * (self.num_read - len(row)))
+        return torch.tensor(rows).reshape(len(prompts), -1)
+
+    def read(self, encoder: Any, ids: Tensor) -> Text:
+        """What a text encoder makes of ids (N, L): chunks are encoded apart and joined, the pooled text is the first one's.
+
+        A1111 does so, and diffusers' community pipeline lpw_stable_diffusion, which has no pooled text.
+        """
+        if self.num_chunks == 1:
+            return self.part.read(encoder, ids)
+        text = self.part.read(encoder, ids.reshape(-1, self.num_read))
+        apart: Any = [
+            None if each is None else each.unflatten(0, (-1, self.num_chunks)) for each in (text.embeds, text.pooled)
+        ]
+        return Text(apart[0].flatten(1, 2), None if apart[1] is None else apart[1][:, 0])
 
 
 def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -644,9 +678,42 @@ def find_cut(readers: Sequence[Reader], prompts: Sequence[str]) -> Cut:
     for reader in readers if distinct else ():
         texts = convert_prompts(reader.tokenizer, reader.texts(list(distinct)))
         for prompt, ids in zip(distinct, reader.tokenizer(texts, verbose=False).input_ids, strict=True):
-            distinct[prompt] = distinct[prompt] and len(ids) > reader.num_tokens
+            # Each further chunk has a start and an end token of its own.
+            distinct[prompt] = distinct[prompt] and len(ids) > reader.num_tokens - 2 * (reader.num_chunks - 1)
     num_read = max(reader.num_read for reader in readers)
     return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), num_read)
+
+
+def find_chunks(name: str, long_prompt: str, prompts: Sequence[str]) -> int:
+    """In how many chunks each of a model's CLIPs reads prompts: 1, but with `chunk` as many as the longest one has.
+
+    Raises:
+        InputError: with `refuse` no text encoder reads a prompt whole; with `chunk` the model has others than CLIPs; or
+            as `find_cut`. What `load_model` raises.
+    """
+    if long_prompt == "cut":
+        return 1
+    readers = open_readers(name)
+    if long_prompt == "refuse":
+        if (cut := find_cut(readers, prompts)).prompts:
+            raise InputError(
+                f"long_prompt: {len(cut.prompts)} of {cut.num_prompts} prompts are longer than the {cut.num_tokens} tokens "
+                f"that the text encoder reads, the first is {cut.prompts[0][:60]!r}...; shorten them, or take cut or chunk"
+            )
+        return 1
+    if not all(reader.part.is_clip for reader in readers):
+        raise InputError(
+            f"long_prompt: chunk is for Stable Diffusion 1.x to XL, whose text encoders are CLIPs alone; {name!r} reads "
+            f"{max(reader.num_read for reader in readers)} tokens with another one, so take cut or refuse"
+        )
+    return max((len(chunks) for reader in readers for chunks in reader.chunks(prompts)), default=1) if prompts else 1
+
+
+def chunks_note(num_chunks: int) -> str:
+    """What is said where prompts are read in several chunks."""
+    return (
+        f"the longest one has {num_chunks} chunks of tokens, so every prompt is read in {num_chunks} (--long-prompt chunk)"
+    )
 
 
 def open_readers(name: str) -> list[Reader]:
@@ -680,7 +747,7 @@ def _read(model: Model, prompt_ids: Tensor) -> dict[str, Text]:
     texts = {}
     for name, ids in split_ids(model, prompt_ids).items():
         once = model.encode_once.get(name)
-        texts[name] = model.family.text[name].read(model.text_encoders[name], ids) if once is None else once(ids)
+        texts[name] = model.readers[name].read(model.text_encoders[name], ids) if once is None else once(ids)
     return texts
 
 
@@ -703,8 +770,8 @@ def moved_by(model: Model, names: Collection[str], prompt_ids: Tensor) -> Tensor
 class EncodeOnce:
     """A frozen text encoder that is on the device only while it encodes prompts, each of them once."""
 
-    def __init__(self, encoder: nn.Module, part: TextPart) -> None:
-        self.encoder, self.part = encoder.to("cpu"), part
+    def __init__(self, encoder: nn.Module, reader: Reader) -> None:
+        self.encoder, self.reader = encoder.to("cpu"), reader
         self.known: dict[bytes, Text] = {}  # on the CPU, by ids
 
     @torch.no_grad()
@@ -714,7 +781,7 @@ class EncodeOnce:
         if missing := {key: row for key, row in rows.items() if key not in self.known}:
             self.encoder.to(prompt_ids.device)
             for key, row in missing.items():
-                self.known[key] = self._moved([self.part.read(self.encoder, row[None])], torch.device("cpu"))
+                self.known[key] = self._moved([self.reader.read(self.encoder, row[None])], torch.device("cpu"))
             self.encoder.to("cpu")
 
     def __call__(self, prompt_ids: Tensor) -> Text:

@@ -456,6 +456,8 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
     num_cut = result["num_prompts_cut"]
     cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
+    if result.get("num_chunks", 1) > 1:
+        cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
     return "\n".join(
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",

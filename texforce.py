@@ -351,7 +351,7 @@ def offload_text_encoders(model: models.Model) -> None:
         if hasattr(encoder, "peft_config"):
             encoder.to(model.device)
         else:
-            model.encode_once[name] = models.EncodeOnce(encoder, model.family.text[name])
+            model.encode_once[name] = models.EncodeOnce(encoder, model.readers[name])
 
 
 def trainable_steps(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:

@@ -100,9 +100,12 @@ def load_policy(config: TrainConfig) -> Policy:
     if config.algorithm == "gradient":
         rewards.check_gradients(config.reward)
     rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    num_chunks = 1
+    if config.long_prompt != "cut":
+        num_chunks = models.find_chunks(config.model, config.long_prompt, read_run_prompts(config).all)
     dtype, device = models.DTYPES[config.mixed_precision], default_device()
     model = models.load_model(config.model, device, dtype, text_on_cpu=config.offload_text_encoders)
-    return make_policy(model, config)
+    return make_policy(replace(model, num_chunks=num_chunks), config)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,8 @@ def train(
         cut = check_prompts(setup.policy, config, prompts)
         if cut.prompts:
             warn(f"prompts: {cut}")
+        if setup.policy.model.num_chunks > 1:
+            warn(f"prompts: {models.chunks_note(setup.policy.model.num_chunks)}")
         if note := models.distillation_note(setup.policy.model, config.algorithm):
             warn(f"model: {note}")
         if not prompts.heldout:
@@ -333,6 +338,8 @@ def _finish(current: Run, config: TrainConfig, num_prompts_cut: int) -> dict[str
     epochs = [_in_final_units(measures, config.reward, current.reward) for measures in current.epochs]
     provenance = run.describe_run(config, str(current.policy.model.device), num_parameters)
     about = {"num_prompts_cut": num_prompts_cut, "seconds": current.epochs[-1]["seconds"]}
+    if config.long_prompt != "cut":
+        about |= {"long_prompt": config.long_prompt, "num_chunks": current.policy.model.num_chunks}
     result = provenance | _summary(epochs) | about
     if processes.is_first():
         run.write_result(Path(config.output_dir), config, epochs, result)
@@ -687,7 +694,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config")),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
         "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
-        + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else ""),
+        + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else "")
+        + (f", read in {policy.model.num_chunks} chunks" if policy.model.num_chunks > 1 else ""),
         "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
         "images in all": num_images * config.num_epochs,
         "images an optimizer step": f"{num_images_a_step:g}",
