@@ -45,6 +45,10 @@ Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 NonNegative = Annotated[float, Field(ge=0, description="a finite number, not negative")]
 StepShare = Annotated[float, Field(gt=0, le=1, description="above 0 and at most 1 (a share of the steps)")]
 DrawEta = Annotated[float, Field(ge=0, le=1, description="from 0 to 1")]
+LoraLayers = Annotated[
+    str,
+    Field(pattern=r"^(all|(first|last):[1-9]\d{0,3})$", description="all, first:N or last:N with N from 1 on, as last:4"),
+]
 Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
 Algorithm = Literal["ppo", "matching", "gradient"]
@@ -213,6 +217,14 @@ class TrainConfig:
     )
     text_encoders: list[str] | None = option(
         "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
+    )
+    lora_layers: LoraLayers = option(
+        "blocks of each trained text encoder that get LoRA: all, first:N or last:N, which counts back from the last block "
+        "that the denoiser reads",
+        "all",
+    )
+    lora_modules: list[str] | None = option(
+        "projections in these blocks that get LoRA, as q_proj; repeatable (default: those of attention)", None
     )
     offload_text_encoders: bool = option(
         "keep the text encoders that are not trained off the GPU; they encode each prompt once", False
@@ -471,6 +483,9 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.target == "unet" and (config.text_encoders or config.offload_text_encoders):
         name = "text_encoders" if config.text_encoders else "offload_text_encoders"
         raise InputError(f"{name}: needs a text encoder that is trained; target unet trains none")
+    if config.target == "unet" and (config.lora_layers != "all" or config.lora_modules):
+        name = "lora_modules" if config.lora_layers == "all" else "lora_layers"
+        raise InputError(f"{name}: chooses layers of a text encoder that is trained; target unet trains none")
     if config.null_anchor and config.target == "unet":
         raise InputError("null_anchor: needs a text encoder that is trained; target unet trains none")
     if config.anchor_prompts and not config.null_anchor:

@@ -275,6 +275,8 @@ class TextPart:
     masked: bool = False  # the denoiser takes a mask of the tokens
     lowercase: bool = False  # prompts are read in small letters, without space around them
     instruction: Callable[[], str] | None = None  # what comes before prompts, but not before negative ones
+    blocks: str = "layers"  # the name of the list of transformer blocks in the encoder
+    num_unread: int = 0  # last blocks whose output nothing reads
 
     @property
     def is_clip(self) -> bool:
@@ -325,12 +327,15 @@ class Family:
 
 def _clip(read: Callable[[Any, Tensor], Text], projected: bool = False) -> TextPart:
     encoder = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-    return TextPart(encoder, "CLIPTokenizer", read, CLIP_LAYERS)
+    # The last block of a projected one is read too, through the pooled text.
+    num_unread = 1 if read is clip_penultimate and not projected else 0
+    return TextPart(encoder, "CLIPTokenizer", read, CLIP_LAYERS, num_unread=num_unread)
 
 
 def _t5(num_tokens: int, masked: bool = False, optional: bool = False) -> TextPart:
     read = t5_masked if masked else t5
-    return TextPart("T5EncoderModel", "T5Tokenizer", read, T5_LAYERS, num_tokens, optional, masked, lowercase=masked)
+    options: Any = {"num_tokens": num_tokens, "optional": optional, "masked": masked, "lowercase": masked, "blocks": "block"}
+    return TextPart("T5EncoderModel", "T5Tokenizer", read, T5_LAYERS, **options)
 
 
 def _pixart(name: str, pipeline: str, num_tokens: int) -> Family:

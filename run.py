@@ -449,6 +449,12 @@ METHODS = {
 }  # fmt: skip
 
 
+def lora_places(config: TrainConfig) -> str:
+    """Which layers of the text encoders have LoRA, if they are not the usual ones."""
+    blocks = "" if config.lora_layers == "all" else f", blocks {config.lora_layers}"
+    return blocks + (f", projections {', '.join(config.lora_modules)}" if config.lora_modules else "")
+
+
 def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
     """README.md of the adapter, in the hub's format."""
     measured = find_measured(result) or "heldout"
@@ -462,8 +468,8 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
             f"# TexForce adapter for {config.model}", "",
-            f"LoRA (rank {config.rank}) on the {config.target}, trained by {METHODS[config.algorithm]} on "
-            f"`{config.reward}`: {result['num_images']} images, seed {config.seed}, "
+            f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, "
+            f"trained by {METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned |", "|---|---|---|", *rows, "",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
     """Put fresh LoRA (arXiv:2106.09685), which changes nothing yet, on text encoders, the U-Net or both.
 
     Raises:
-        InputError: the model has no such text encoder, or no U-Net.
+        InputError: the model has no such text encoder, no U-Net, or no such layers.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -99,12 +100,38 @@ def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for part in targets:
-            layers = UNET_LAYERS if part == "unet" else list(base.family.text[part].lora_layers)
-            lora = LoraConfig(
-                r=config.rank, lora_alpha=config.lora_alpha, target_modules=layers, init_lora_weights="gaussian"
-            )
+            where = {"target_modules": UNET_LAYERS} if part == "unet" else text_layers(base, part, config)
+            lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", **where)
             adapted[part] = get_peft_model(getattr(base, part), lora)
     return replace(base, **adapted)
+
+
+def text_layers(model: models.Model, part: str, config: TrainConfig) -> dict[str, Any]:
+    """The layers of a text encoder that get LoRA, as the fields of peft's LoraConfig that choose them.
+
+    Raises:
+        InputError: it has fewer blocks that are read, or no such projection in them.
+    """
+    text, asked = model.family.text[part], dict.fromkeys(config.lora_modules or ())
+    inside = re.compile(rf"(?:.*\.)?{text.blocks}\.(\d+)\.(?:.*\.)?(\w+)")
+    layers = model.text_encoders[part].named_modules()
+    found = [inside.fullmatch(name) for name, layer in layers if isinstance(layer, torch.nn.Linear)]
+    blocks, projections = (dict.fromkeys(match[group] for match in found if match) for group in (1, 2))
+    if unknown := [name for name in asked if name not in projections]:
+        there, guess = ", ".join(projections), near(unknown[0], projections)
+        raise InputError(f"lora_modules: the {part} of {model.name!r} has no {unknown[0]!r}, it has {there}{guess}")
+    where: dict[str, Any] = {"target_modules": list(asked) or list(text.lora_layers)}
+    if config.lora_layers == "all":
+        return where
+    end, _, number = config.lora_layers.partition(":")
+    num_read = len(blocks) - text.num_unread
+    if int(number) > num_read:
+        raise InputError(
+            f"lora_layers: the {part} of {model.name!r} has {num_read} blocks that are read, so N must be at most that, not "
+            + number
+        )
+    chosen = range(int(number)) if end == "first" else range(num_read - int(number), num_read)
+    return where | {"layers_to_transform": list(chosen), "layers_pattern": text.blocks}
 
 
 def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str, ...]:

@@ -691,7 +691,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "device": str(policy.model.device),
-        "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config")),
+        "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config"))
+        + run.lora_places(config),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
         "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
         + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else "")
