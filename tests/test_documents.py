@@ -66,9 +66,12 @@ def test_every_page_of_the_documents_can_be_reached_from_the_readme():
 def commands(page: Path) -> list[str]:
     """The texforce commands of a page: lines of its shell blocks, and code within a line that gives a command something."""
     text = page.read_text()
-    lines = [line for kind, block in FENCED.findall(text) if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line for kind, block in FENCED.findall(text) if kind == "sh" for line in block.replace("\\\n", " ").splitlines()
+    ]
     lines += re.findall(r"`((?:texforce|torchrun|accelerate launch) [^`]+ [^`]+)`", FENCED.sub("", text))
-    return [" ".join(found[1].split()) for line in lines if (found := re.search(r"\btexforce(?:\.cli)? ([a-z].*)", line))]
+    spaced = (" ".join(line.split()) for line in lines)
+    return [found[1] for line in spaced if (found := re.search(r"\btexforce(?:\.cli)? ([a-z].*)", line))]
 
 
 @functools.cache
@@ -96,12 +99,16 @@ def test_every_command_of_the_guides_can_be_typed(page):
     for command in commands(page):
         given = parse(command)
         if command.startswith("train ") and not {"resume", "config", "help_all"} & given.keys():
-            check_algorithm_options(given, resolve(TrainOptions(**{name: given[name] for name in names & given.keys()})).algorithm)
+            check_algorithm_options(
+                given, resolve(TrainOptions(**{name: given[name] for name in names & given.keys()})).algorithm
+            )
 
 
 def test_commands_are_found_in_shell_blocks_and_in_lines(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("```sh\ntexforce train \\\n  --seed 1  # why\n```\nAs `torchrun -m texforce.cli train\n--seed 2` does.\n")
+    page.write_text(
+        "```sh\ntexforce train \\\n  --seed 1  # why\n```\nAs `torchrun -m texforce.cli train\n--seed 2` does.\n"
+    )
     assert commands(page) == ["train --seed 1 # why", "train --seed 2"]
     assert [parse(command) for command in commands(page)] == [{"seed": 1}, {"seed": 2}]
     assert sum(len(commands(page)) for page in GUIDES) >= 40
