@@ -468,8 +468,8 @@ def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
         [
             "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
             f"# TexForce adapter for {config.model}", "",
-            f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, "
-            f"trained by {METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
+            f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, trained by "
+            f"{METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned |", "|---|---|---|", *rows, "",
