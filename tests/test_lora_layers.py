@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, merge, models, run, train
+from texforce import adapters, cli, merging, models, run, training
 from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
 
@@ -165,8 +165,8 @@ def test_sampling_puts_on_exactly_the_layers_that_were_trained(written, name):
 def test_each_format_holds_these_layers_alone_and_is_read_back(written, tmp_path, name, format):
     folder, adapter, expected = written(name)
     options = {"adapter": [str(adapter)], "model": str(folder), "output_dir": str(tmp_path / "merged"), "format": format}
-    out = merge.merge(resolve_merge(MergeOptions(**options)))
-    if format in merge.FULL_FORMATS:
+    out = merging.merge(resolve_merge(MergeOptions(**options)))
+    if format in merging.FULL_FORMATS:
         place = out if format == "pipeline" else next(out.glob("*.safetensors"))
         model, base = models.load_model(str(place)), models.load_model(str(folder))
         torch.testing.assert_close(embeddings(model), expected, rtol=0, atol=1e-5)
@@ -221,8 +221,8 @@ LAYERS = {"lora_layers": "last:1", "lora_modules": ["v_proj", "out_proj"], "ema_
 
 def test_a_run_of_some_layers_goes_on_byte_for_byte_and_with_no_others(quick, small_run, tmp_path, monkeypatch):
     options = small_run | LAYERS | {"num_epochs": 2}
-    result = train.train(resolve(TrainOptions(**options, output_dir=str(tmp_path / "whole"))))
-    original, epochs = train.train_epoch, []
+    result = training.train(resolve(TrainOptions(**options, output_dir=str(tmp_path / "whole"))))
+    original, epochs = training.train_epoch, []
 
     def stopping(current, config):
         epochs.append(current)
@@ -230,14 +230,14 @@ def test_a_run_of_some_layers_goes_on_byte_for_byte_and_with_no_others(quick, sm
             raise RuntimeError("stopped")
         return original(current, config)
 
-    monkeypatch.setattr(train, "train_epoch", stopping)
+    monkeypatch.setattr(training, "train_epoch", stopping)
     parted = resolve(TrainOptions(**options, output_dir=str(tmp_path / "parted")))
     with pytest.raises(RuntimeError, match="stopped"):
-        train.train(parted)
+        training.train(parted)
     for change in ({"lora_layers": "all"}, {"lora_modules": ["q_proj"]}):
         with pytest.raises(InputError, match=rf"^resume: changed since the checkpoint: {next(iter(change))}: "):
-            train.train(resolve(TrainOptions(**options | change, output_dir=str(tmp_path / "parted"))), resume=True)
-    train.train(parted, resume=True)
+            training.train(resolve(TrainOptions(**options | change, output_dir=str(tmp_path / "parted"))), resume=True)
+    training.train(parted, resume=True)
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parted")]
     assert files[0].read_bytes() == files[1].read_bytes()
     tensors = load_file(files[0])
@@ -254,7 +254,7 @@ def test_a_run_saved_before_there_were_these_options_goes_on_with_all_layers(sma
 
 
 def test_the_plan_counts_the_parameters_of_these_layers(quick, small_run):
-    plans = [train.plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
+    plans = [training.plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
     assert plans[0]["LoRA on"] == "text_encoder"
     assert plans[1]["LoRA on"] == "text_encoder, blocks first:1"
     num_blocks = models.load_model("tiny").text_encoder.config.num_hidden_layers
