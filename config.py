@@ -552,17 +552,23 @@ class DrawConfig:
     eta: DrawEta = option("randomness of DDIM's steps, 0 to 1 (default: the adapter's, else 1; 0 for the other samplers)")
     guidance_scale: NonNegative = option("classifier-free guidance (default: the adapter's)")
     resolution: Count | None = option("pixels of a side (default: what the denoiser was made for)", None)
+    width: Count | None = option("pixels from left to right, instead of --resolution", None)
+    height: Count | None = option("pixels from top to bottom, instead of --resolution", None)
     batch_size: Count = option("images drawn at a time", 16)
     mixed_precision: Precision = option("no, fp16 or bf16 (default: on CUDA fp16, in flow matching bf16; else no)")
     compile: bool | None = option("compile the denoiser (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
     negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
     long_prompt: LongPrompt = option(f"{LONG_PROMPT_HELP} (default: the adapter's, else cut)")
+    clip_skip: Natural = option(
+        "last layers of CLIP that are skipped, as diffusers counts them (A1111's 2 is 1); null and negative prompts skip none",
+        0,
+    )
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
 
 
 # Options that came after others: results and metadata name them where they are not these, so that they stay as they were.
-LATER_OPTIONS: dict[str, Any] = {"long_prompt": "cut"}
+LATER_OPTIONS: dict[str, Any] = {"long_prompt": "cut", "clip_skip": 0, "width": None, "height": None}
 
 
 def changed_later_options(config: DrawConfig) -> dict[str, Any]:
@@ -645,6 +651,8 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     Raises:
         InputError: the adapters' runs disagree in what is not given.
     """
+    if {"resolution", "width", "height"} <= given.keys():
+        raise InputError("resolution: has no effect beside --width and --height; leave it out")
     device, saved, origins = default_device(), dict[str, Any](), dict[str, str]()
     for path, settings in sampling_settings(given, systems):
         for name, value in settings.items():

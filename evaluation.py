@@ -85,9 +85,10 @@ def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
     Raises:
         What `models.load_model` and `models.find_chunks` raise.
     """
+    models.check_clip_skip(config.model, config.clip_skip)
     num_chunks = find_chunks(config, prompts)
     model = models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
-    return replace(model, num_chunks=num_chunks)
+    return replace(model, num_chunks=num_chunks, clip_skip=config.clip_skip)
 
 
 def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int) -> Tensor:
@@ -356,6 +357,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     check_folder(evaluation.folder)
     files.check_writable(evaluation.folder)
     checkpoints = _checkpoints(config)
+    models.check_clip_skip(config.model, config.clip_skip)
     models.find_model(config.model)
     for spec in config.measures:
         rewards.check_loadable(spec, checkpoints)

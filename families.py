@@ -69,13 +69,16 @@ class Packing:
         return Text(packed, pooled, mask)
 
 
-def clip_last(encoder: Any, ids: Tensor) -> Text:
-    return Text(encoder(input_ids=ids).last_hidden_state)
+def clip_last(encoder: Any, ids: Tensor, clip_skip: int = 0) -> Text:
+    if not clip_skip:
+        return Text(encoder(input_ids=ids).last_hidden_state)
+    states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
+    return Text(getattr(encoder, "text_model", encoder).final_layer_norm(states[-1 - clip_skip]))
 
 
-def clip_penultimate(encoder: Any, ids: Tensor) -> Text:
+def clip_penultimate(encoder: Any, ids: Tensor, clip_skip: int = 0) -> Text:
     output = encoder(input_ids=ids, output_hidden_states=True)
-    return Text(output.hidden_states[-2], getattr(output, "text_embeds", None))
+    return Text(output.hidden_states[-2 - clip_skip], getattr(output, "text_embeds", None))
 
 
 def clip_pooled(encoder: Any, ids: Tensor) -> Text:
@@ -268,7 +271,7 @@ class TextPart:
 
     encoder: str
     tokenizer: str
-    read: Callable[[Any, Tensor], Text]  # called with the text encoder and prompt ids (N, L)
+    read: Callable[..., Text]  # called with the text encoder and prompt ids (N, L)
     lora_layers: tuple[str, ...]
     num_tokens: int | None = None  # L; None: the tokenizer's own
     optional: bool = False
@@ -277,6 +280,7 @@ class TextPart:
     instruction: Callable[[], str] | None = None  # what comes before prompts, but not before negative ones
     blocks: str = "layers"  # the name of the list of transformer blocks in the encoder
     num_unread: int = 0  # last blocks whose output nothing reads
+    layer: int = 0  # of a CLIP whose `read` takes `clip_skip`: the layer that is read without it, from the end
 
     @property
     def is_clip(self) -> bool:
@@ -325,11 +329,13 @@ class Family:
         return [name for name, part in self.text.items() if part.is_clip] or list(self.text)
 
 
-def _clip(read: Callable[[Any, Tensor], Text], projected: bool = False) -> TextPart:
+def _clip(read: Callable[..., Text], projected: bool = False) -> TextPart:
     encoder = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    layer = {clip_last: 1, clip_penultimate: 2}.get(read, 0)
     # The last block of a projected one is read too, through the pooled text.
-    num_unread = 1 if read is clip_penultimate and not projected else 0
-    return TextPart(encoder, "CLIPTokenizer", read, CLIP_LAYERS, num_unread=num_unread)
+    return TextPart(
+        encoder, "CLIPTokenizer", read, CLIP_LAYERS, num_unread=1 if layer == 2 and not projected else 0, layer=layer
+    )
 
 
 def _t5(num_tokens: int, masked: bool = False, optional: bool = False) -> TextPart:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Model:
     zero_null: bool = False  # the null prompt's embedding is zeros, as in SDXL's plain pipeline, or there is no null prompt
     encode_once: dict[str, EncodeOnce] = field(default_factory=dict)  # text encoders that are off the device
     num_chunks: int = 1  # in which each CLIP reads a prompt, as `find_chunks` counts them
+    clip_skip: int = 0  # last layers of the CLIPs that are skipped, but not for negative and null prompts, as in diffusers
 
     @property
     def denoiser(self) -> Any:
@@ -617,14 +618,15 @@ class Reader:
                 rows.append(row + [tokenizer.pad_token_id] * (self.num_read - len(row)))
         return torch.tensor(rows).reshape(len(prompts), -1)
 
-    def read(self, encoder: Any, ids: Tensor) -> Text:
+    def read(self, encoder: Any, ids: Tensor, clip_skip: int = 0) -> Text:
         """What a text encoder makes of ids (N, L): chunks are encoded apart and joined, the pooled text is the first one's.
 
         A1111 does so, and diffusers' community pipeline lpw_stable_diffusion, which has no pooled text.
         """
+        options = {"clip_skip": clip_skip} if clip_skip and self.part.layer else {}
         if self.num_chunks == 1:
-            return self.part.read(encoder, ids)
-        text = self.part.read(encoder, ids.reshape(-1, self.num_read))
+            return self.part.read(encoder, ids, **options)
+        text = self.part.read(encoder, ids.reshape(-1, self.num_read), **options)
         apart: Any = [
             None if each is None else each.unflatten(0, (-1, self.num_chunks)) for each in (text.embeds, text.pooled)
         ]
@@ -709,6 +711,29 @@ def find_chunks(name: str, long_prompt: str, prompts: Sequence[str]) -> int:
     return max((len(chunks) for reader in readers for chunks in reader.chunks(prompts)), default=1) if prompts else 1
 
 
+def check_clip_skip(name: str, clip_skip: int) -> None:
+    """Check that a model's CLIPs have so many layers to skip, without their weights.
+
+    Raises:
+        InputError: they have not, or none of them is read at a layer. What `load_model` raises.
+    """
+    import transformers
+
+    if not clip_skip:
+        return
+    source = find_model(name)
+    with reading_model(name):
+        kind = pipeline_kind(source)
+        parts, most = {part: text for part, text in kind.text_parts.items() if text.layer}, []
+        for part, text in parts.items():
+            config: Any = getattr(transformers, text.encoder).config_class.from_pretrained(source, subfolder=part)
+            most.append(config.num_hidden_layers - text.layer)
+    if not parts:
+        raise InputError(f"clip_skip: {kind.family.name} reads no layer of a CLIP, so that none can be skipped")
+    if clip_skip > min(most):
+        raise InputError(f"clip_skip: must be at most {min(most)} for {name!r}, by the layers of its CLIP, not {clip_skip}")
+
+
 def chunks_note(num_chunks: int) -> str:
     """What is said where prompts are read in several chunks."""
     return (
@@ -747,7 +772,8 @@ def _read(model: Model, prompt_ids: Tensor) -> dict[str, Text]:
     texts = {}
     for name, ids in split_ids(model, prompt_ids).items():
         once = model.encode_once.get(name)
-        texts[name] = model.readers[name].read(model.text_encoders[name], ids) if once is None else once(ids)
+        reader, encoder = model.readers[name], model.text_encoders[name]
+        texts[name] = reader.read(encoder, ids, model.clip_skip) if once is None else once(ids)
     return texts
 
 
@@ -805,6 +831,7 @@ def _key(ids: Tensor) -> bytes:
 
 def encode_null(model: Model, negative_prompt: str = "") -> Tensor:
     """The embedding (1, L, D) of what guidance leads away from: the null prompt, or a negative one."""
+    model = replace(model, clip_skip=0) if model.clip_skip else model
     embeds = encode(model, tokenize_for(model, [negative_prompt], negative=True).to(model.device))
     return torch.zeros_like(embeds) if model.zero_null and not negative_prompt else embeds
 
@@ -817,6 +844,8 @@ def encode_distinct(
     The null prompt is encoded too unless its embedding (1, L, D) is given or zeros; a negative prompt takes its place.
     """
     distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
+    if null_embeds is None and model.clip_skip:
+        null_embeds = encode_null(model, negative_prompt)
     if null_embeds is None and not (model.zero_null and not negative_prompt):
         null_ids = tokenize_for(model, [negative_prompt], negative=True).to(prompt_ids.device)
         return encode(model, torch.cat([null_ids, distinct])), 1 + rows
@@ -895,22 +924,33 @@ def num_image_tokens(model: Model, latent_shape: tuple[int, int, int]) -> int:
     return height * width // latent_multiple(model) ** 2
 
 
-def latent_shape(model: Model, resolution: int | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of a square image; by default of the size that the denoiser was made for.
+def latent_shape(
+    model: Model, resolution: int | None = None, width: int | None = None, height: int | None = None
+) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of an image; by default of the size that the denoiser was made for.
+
+    The resolution, in pixels, is that of the sides that are not given.
 
     Raises:
-        InputError: the resolution is not a multiple of what the models need or too large for them, or neither it nor the
+        InputError: a side is not a multiple of what the models need or too large for them, or neither it nor the
             denoiser's size is given.
     """
+    sides = [
+        _latents_along(model, "resolution", resolution) if pixels is None else _latents_along(model, name, pixels)
+        for name, pixels in (("height", height), ("width", width))
+    ]
+    return model.vae.config.latent_channels, sides[0], sides[1]
+
+
+def _latents_along(model: Model, option: str, pixels: int | None) -> int:
+    """The latents along a side of so many pixels, by an option; raises as `latent_shape`."""
     factor, multiple = pixels_per_latent(model.vae), latent_multiple(model)
-    size = denoiser_size(model) if resolution is None else resolution / factor
+    size = denoiser_size(model) if pixels is None else pixels / factor
     if size is None:
         raise InputError("resolution: the denoiser of this model does not say for which size it was made; give --resolution")
     if size < multiple or size % multiple:
-        raise InputError(f"resolution: must be a multiple of {factor * multiple} pixels for this model, not {resolution}")
+        raise InputError(f"{option}: must be a multiple of {factor * multiple} pixels for this model, not {pixels}")
     largest = getattr(model.denoiser.config, "pos_embed_max_size", None)
     if largest and size > largest * multiple:
-        raise InputError(
-            f"resolution: must be at most {largest * multiple * factor} pixels for this model, not {resolution}"
-        )
-    return model.vae.config.latent_channels, int(size), int(size)
+        raise InputError(f"{option}: must be at most {largest * multiple * factor} pixels for this model, not {pixels}")
+    return int(size)

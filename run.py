@@ -494,7 +494,9 @@ def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor]
             pixels = (images[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
             method = Image.Resampling.NEAREST if pixels.shape[0] < cell else Image.Resampling.LANCZOS
             x = left + 4 + k * (cell + 4)
-            canvas.paste(Image.fromarray(pixels).resize((cell, cell), method), (x, top + label))
+            longest = max(pixels.shape[:2])
+            size = (cell * pixels.shape[1] // longest, cell * pixels.shape[0] // longest)
+            canvas.paste(Image.fromarray(pixels).resize(size, method), (x, top + label))
             if i % per_side == 0:
                 draw.text((x, 2), name, fill="grey", font=font)
     with files.replacing(path) as temporary:

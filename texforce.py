@@ -170,7 +170,8 @@ class Policy:
             if parameter.requires_grad
         }
         self.parameters = list(self.named_parameters.values())
-        self.latent_shape = models.latent_shape(model, config.resolution)
+        sides = (None, None) if isinstance(config, TrainConfig) else (config.width, config.height)
+        self.latent_shape = models.latent_shape(model, config.resolution, *sides)
         self.rounds_by_batch = rounds_by_batch(config.mixed_precision, model.device.type)
         self.negative_prompt = _negative_prompt(model, config)
         self.null_embeds: Tensor | None = None

@@ -67,10 +67,8 @@ def plain_scheduler(name):
 
 
 def drawing(folder, **options):
-    config = resolve_sample(
-        SampleOptions(model=str(folder), prompt=PROMPTS, resolution=options.pop("resolution"), **options)
-    )
-    return Policy(models.load_model(str(folder)), config)
+    config = resolve_sample(SampleOptions(model=str(folder), prompt=PROMPTS, **options))
+    return Policy(replace(models.load_model(str(folder)), clip_skip=config.clip_skip), config)
 
 
 def ddim_of(name):
@@ -83,16 +81,17 @@ def resolution_of(name):
 
 
 def plain_images(pipeline, name, **options):
-    size = resolution_of(name)
+    options = {"height": resolution_of(name), "width": resolution_of(name)} | options
     generator = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     options |= {} if name.startswith(("sd3", "flux")) else {"use_resolution_binning": False}
     if name.startswith("pixart"):
         options["clean_caption"] = False
-    return pipeline(PROMPTS, height=size, width=size, generator=generator, output_type="pt", **options).images
+    return pipeline(PROMPTS, generator=generator, output_type="pt", **options).images
 
 
 def our_images(folder, name, **options):
-    policy = drawing(folder, **{"resolution": resolution_of(name)} | ddim_of(name) | options)
+    usual = {} if {"width", "height"} <= options.keys() else {"resolution": resolution_of(name)}
+    policy = drawing(folder, **usual | ddim_of(name) | options)
     generator = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     return policy.draw(models.tokenize_for(policy.model, PROMPTS), generator)
 
@@ -104,6 +103,44 @@ def test_images_equal_those_of_the_plain_pipeline(folders, name, guidance):
     ours = our_images(folders(name), name, eta=0.0, **options)
     plain = plain_images(plain_pipeline(folders(name), plain_scheduler(name)), name, **options)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_that_are_not_square_equal_those_of_the_plain_pipeline(folders, name):
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    size = resolution_of(name)
+    ours = our_images(folders(name), name, eta=0.0, width=2 * size, **options)
+    assert ours.shape[2:] == (size, 2 * size)
+    plain = plain_images(plain_pipeline(folders(name), plain_scheduler(name)), name, width=2 * size, **options)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_pixart_of_1024_pixels_is_given_the_aspect_ratio_of_an_image_that_is_not_square(folders, tmp_path):
+    from diffusers import PixArtTransformer2DModel
+
+    folder = shutil.copytree(folders("pixart-alpha"), tmp_path / "large")
+    config = PixArtTransformer2DModel.load_config(folder / "transformer")
+    config |= {"sample_size": 128, "use_additional_conditions": True, "attention_head_dim": 12, "cross_attention_dim": 48}
+    torch.manual_seed(0)
+    PixArtTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "width": 32, "height": 64}
+    ours = our_images(folder, "pixart-alpha", eta=0.0, **options)
+    plain = plain_images(plain_pipeline(folder, plain_scheduler("pixart-alpha")), "pixart-alpha", **options)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_clip_skip_reads_the_clips_of_sd3_as_the_plain_pipeline_does(folders):
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "clip_skip": 1}
+    ours = our_images(folders("sd3"), "sd3", eta=0.0, negative_prompt="Blurry", **options)
+    plain = plain_images(plain_pipeline(folders("sd3")), "sd3", negative_prompt=["Blurry"] * 2, **options)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart-sigma", "sana"])
+def test_clip_skip_is_refused_where_no_layer_of_a_clip_is_read(folders, name):
+    config = resolve_sample(SampleOptions(model=str(folders(name)), prompt=PROMPTS, clip_skip=1))
+    with pytest.raises(InputError, match=r"^clip_skip: .* reads no layer of a CLIP"):
+        evaluate.sample(config, PROMPTS, [0, 1])
 
 
 @pytest.mark.parametrize("name", GUIDED)
