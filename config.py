@@ -561,7 +561,8 @@ class DrawConfig:
     negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
     long_prompt: LongPrompt = option(f"{LONG_PROMPT_HELP} (default: the adapter's, else cut)")
     clip_skip: Natural = option(
-        "last layers of CLIP that are skipped, as diffusers counts them (A1111's 2 is 1); null and negative prompts skip none",
+        "last layers of CLIP that are skipped, as diffusers counts them (A1111's 2 is 1); null and negative prompts skip "
+        "none",
         0,
     )
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from

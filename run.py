@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import platform
+import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
-from .presets import EMBEDDED
+from .presets import EMBEDDED, is_flow
 from .prompt_sets import MEASURED_ON, find_measured
 
 if TYPE_CHECKING:
@@ -326,7 +328,7 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
 def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
     """The reward curve, the model card and the result of a finished run; the last one says that it is."""
     write_curve(output_dir / "curve.png", epochs, config.reward)
-    files.write_text(output_dir / "README.md", model_card(config, result))
+    files.write_text(output_dir / "README.md", model_card(config, result, output_dir))
     files.write_json(output_dir / RESULT, result)
 
 
@@ -455,27 +457,83 @@ def lora_places(config: TrainConfig) -> str:
     return blocks + (f", projections {', '.join(config.lora_modules)}" if config.lora_modules else "")
 
 
-def model_card(config: TrainConfig, result: dict[str, Any]) -> str:
-    """README.md of the adapter, in the hub's format."""
+def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str:
+    """README.md of the adapter in a folder, in the hub's format."""
     measured = find_measured(result) or "heldout"
-    rows = [f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} |" for name, value in result[measured].items()]
+    rows = [
+        f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} | {value['tuned'] - value['base']:+.4f} |"
+        for name, value in result[measured].items()
+    ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
     num_cut = result["num_prompts_cut"]
     cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
     if result.get("num_chunks", 1) > 1:
         cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
+    grids = sorted((folder / "grids").glob("epoch_*.png"), key=lambda path: (len(path.name), path.name))
     return "\n".join(
         [
-            "---", "library_name: peft", "tags: [texforce, text-to-image, lora, reinforcement-learning]", "---",
+            *_card_metadata(config.model),
             f"# TexForce adapter for {config.model}", "",
             f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, trained by "
             f"{METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             *cut, "", f"{about}, base and tuned from the same noise:", "",
-            "| measure | base | tuned |", "|---|---|---|", *rows, "",
+            "| measure | base | tuned | change |", "|---|---|---|---|", *rows, "",
+            *(f"![Base and tuned images from the same noise](grids/{path.name})\n" for path in grids[-1:]),
+            "![The reward over the images of the training](curve.png)", "",
+            "## Usage", "", *_card_usage(config, folder), "",
             "Every setting is in `config.json`, every figure in `result.json` and `metrics.jsonl`.", "",
         ]
     )  # fmt: skip
+
+
+def _card_metadata(model: str) -> list[str]:
+    """The head of a model card for the hub. The base model decides the licence, since the adapter derives from it."""
+    licence = ["license: apache-2.0"] if model in EMBEDDED else ["license: other", "license_name: license-of-the-base-model"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, flags=re.ASCII) and not Path(model).exists():  # a name on the hub
+        base = [f"base_model: {json.dumps(model)}", "base_model_relation: adapter"]
+        licence.append(f"license_link: https://huggingface.co/{model}")
+    else:
+        base = []
+    tags = "tags: [texforce, text-to-image, lora, reinforcement-learning]"
+    return ["---", "library_name: peft", "pipeline_tag: text-to-image", *base, *licence, tags, "---"]
+
+
+def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
+    """How to draw with the adapter in a folder: in diffusers and peft, and by texforce."""
+    prompt = "a crimson disc" if config.model in EMBEDDED else "a lighthouse in a storm"
+    command = [f"texforce sample --adapter {shlex.quote(folder.name)} --prompt {shlex.quote(prompt)} --compare"]
+    by_texforce = ["```sh", *command, "```"]
+    if Path(config.model).is_file():  # whose pipeline only its tensors name
+        return by_texforce
+    own = config.model in EMBEDDED
+    model = f"models.{config.model.upper().replace('-', '_')}" if own else json.dumps(config.model)
+    imports = ["from texforce import models"] if own else []
+    subfolders = {"text_encoder": ""} | {
+        name: f', subfolder="{name}"' for name in ("text_encoder_2", "text_encoder_3", "unet")
+    }
+    loading = [
+        f'pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, "{folder.name}"{subfolder})'
+        for name, subfolder in subfolders.items()
+        if (folder / (name if subfolder else "") / "adapter_config.json").is_file()
+    ]
+    schedulers = {"ddim": "DDIMScheduler", "dpm-solver": "DPMSolverMultistepScheduler"}
+    scheduler = "" if is_flow(config.model) else schedulers.get(config.sampler, "")
+    sampling = f"num_inference_steps={config.num_inference_steps}, guidance_scale={config.guidance_scale:g}"
+    sampling += f", eta={config.eta:g}" if scheduler == "DDIMScheduler" else ""
+    sampling += f", height={config.resolution}, width={config.resolution}" if config.resolution else ""
+    relies = "It relies on the base text encoder for the null prompt, so only texforce draws what was measured:"
+    return [
+        "```python",
+        f"from diffusers import {', '.join(filter(None, [scheduler, 'DiffusionPipeline']))}",
+        "from peft import PeftModel", *imports, "",
+        f"pipeline = DiffusionPipeline.from_pretrained({model})",
+        *([f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)"] if scheduler else []),
+        *loading,
+        f'image = pipeline("{prompt}", {sampling}).images[0]',
+        "```", "",
+        relies if config.null_prompt == "base" else "or", "", *by_texforce,
+    ]  # fmt: skip
 
 
 def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor], cell: int = 128) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
@@ -44,6 +46,7 @@ from texforce.config import (
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.flags import TRAIN_GROUPS
 from texforce.presets import PRESETS
+from texforce.run import model_card as write_card
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -1102,8 +1105,59 @@ def test_a_training_leaves_an_adapter_figures_and_a_card(trained):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert "library_name: peft" in card.split("---")[1]
-    for words in ("| alignment_exact |", "`hps`", "seed 11", "rank 4", "tiny"):
+    for words in ("| alignment_exact |", "| measure | base | tuned | change |", "`hps`", "seed 11", "rank 4", "tiny"):
         assert words in card
+    for picture in re.findall(r"!\[.+?\]\((.+?)\)", card):
+        assert (folder / picture).is_file()
+    assert "(grids/epoch_0002.png)" in card
+
+
+def test_the_model_cards_python_draws_the_image_of_the_adapter(trained, monkeypatch):
+    """Compared with the pipeline in which the adapter is put on by hand, and with the base model's."""
+    folder, _ = trained
+    monkeypatch.chdir(folder.parent)
+    (code,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    seeded = code.replace("eta=1)", "eta=1, generator=torch.Generator().manual_seed(0))")
+    assert seeded != code
+    names: dict = {"torch": torch}
+    exec(seeded, names)  # noqa: S102
+    pipeline = StableDiffusionPipeline.from_pretrained(models.TINY)
+
+    def draw() -> bytes:
+        settings = {"num_inference_steps": 4, "guidance_scale": 3, "eta": 1}
+        return pipeline("a crimson disc", **settings, generator=torch.Generator().manual_seed(0)).images[0].tobytes()
+
+    base = draw()
+    pipeline.text_encoder = PeftModel.from_pretrained(pipeline.text_encoder, folder)
+    assert names["image"].tobytes() == draw() != base
+
+
+@pytest.mark.parametrize(("options", "held", "missing"), [
+    (
+        {"model": "stabilityai/stable-diffusion-xl-base-1.0", "preset": "fast", "sampler": "dpm-solver", "target": "both"},
+        ['base_model: "stabilityai/stable-diffusion-xl-base-1.0"', "license: other",
+         "license_link: https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0", "DPMSolverMultistepScheduler",
+         'pipeline.text_encoder_2, "out", subfolder="text_encoder_2")', 'pipeline.unet, "out", subfolder="unet")'],
+        ["eta=", "apache-2.0"],
+    ),
+    ({"model": "black-forest-labs/FLUX.1-dev"}, ['from_pretrained("black-forest-labs/FLUX.1-dev")'], ["eta=", "Scheduler"]),
+    ({"model": "tiny", "algorithm": "ppo"}, ["license: apache-2.0", "models.TINY", "null prompt"], ["base_model"]),
+    ({"model": "tiny-flow"}, ["models.TINY_FLOW"], ["base_model", "eta=", "null prompt"]),
+    ({"model": "model.safetensors"}, ["texforce sample"], ["base_model", "```python"]),
+    ({"model": "models/mine"}, ['from_pretrained("models/mine")'], ["base_model:"]),
+])  # fmt: skip
+def test_the_model_card_names_base_model_licence_and_usage(options, held, missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "model.safetensors").touch()
+    for place in ("", "text_encoder_2", "unet"):
+        (tmp_path / "out" / place).mkdir(exist_ok=True)
+        (tmp_path / "out" / place / "adapter_config.json").touch()
+    result = {"heldout": {"hps": {"base": 0.25, "tuned": 0.2}}, "num_prompts_cut": 0, "num_images": 1, "seconds": 1.0}
+    card = write_card(resolve(TrainOptions(**options)), result | {"device": "cpu"}, tmp_path / "out")
+    assert "| hps | 0.2500 | 0.2000 | -0.0500 |" in card
+    assert [words for words in held if words not in card] == []
+    assert [words for words in missing if words in card] == []
 
 
 def test_the_result_has_what_one_needs_to_compare_and_repeat(trained):

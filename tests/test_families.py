@@ -140,7 +140,7 @@ def test_clip_skip_reads_the_clips_of_sd3_as_the_plain_pipeline_does(folders):
 def test_clip_skip_is_refused_where_no_layer_of_a_clip_is_read(folders, name):
     config = resolve_sample(SampleOptions(model=str(folders(name)), prompt=PROMPTS, clip_skip=1))
     with pytest.raises(InputError, match=r"^clip_skip: .* reads no layer of a CLIP"):
-        evaluate.sample(config, PROMPTS, [0, 1])
+        evaluation.sample(config, PROMPTS, [0, 1])
 
 
 @pytest.mark.parametrize("name", GUIDED)
