@@ -490,11 +490,10 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
 def _card_metadata(model: str) -> list[str]:
     """The head of a model card for the hub. The base model decides the licence, since the adapter derives from it."""
     licence = ["license: apache-2.0"] if model in EMBEDDED else ["license: other", "license_name: license-of-the-base-model"]
+    base: list[str] = []
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, flags=re.ASCII) and not Path(model).exists():  # a name on the hub
         base = [f"base_model: {json.dumps(model)}", "base_model_relation: adapter"]
         licence.append(f"license_link: https://huggingface.co/{model}")
-    else:
-        base = []
     tags = "tags: [texforce, text-to-image, lora, reinforcement-learning]"
     return ["---", "library_name: peft", "pipeline_tag: text-to-image", *base, *licence, tags, "---"]
 
@@ -502,7 +501,8 @@ def _card_metadata(model: str) -> list[str]:
 def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
     """How to draw with the adapter in a folder: in diffusers and peft, and by texforce."""
     prompt = "a crimson disc" if config.model in EMBEDDED else "a lighthouse in a storm"
-    command = [f"texforce sample --adapter {shlex.quote(folder.name)} --prompt {shlex.quote(prompt)} --compare"]
+    adapter = folder.absolute().name
+    command = [f"texforce sample --adapter {shlex.quote(adapter)} --prompt {shlex.quote(prompt)} --compare"]
     by_texforce = ["```sh", *command, "```"]
     if Path(config.model).is_file():  # whose pipeline only its tensors name
         return by_texforce
@@ -513,7 +513,7 @@ def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
         name: f', subfolder="{name}"' for name in ("text_encoder_2", "text_encoder_3", "unet")
     }
     loading = [
-        f'pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, "{folder.name}"{subfolder})'
+        f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {json.dumps(adapter)}{subfolder})"
         for name, subfolder in subfolders.items()
         if (folder / (name if subfolder else "") / "adapter_config.json").is_file()
     ]
