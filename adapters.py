@@ -528,6 +528,8 @@ def unet_files(path: Path) -> list[Path]:
 def put_on(model: Model, system: System) -> Model:
     """Model with a system's adapters and U-Net on copies of the parts that they change; those given stay as they are.
 
+    LoRA changes no weight of its part, so copies that it is put on share the weights of the parts given.
+
     Raises:
         NotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`.
     """
@@ -541,8 +543,13 @@ def put_on(model: Model, system: System) -> Model:
             move_towards(changed["unet"], unet.tensors, weight)
     adapter = fuse(terms)
     for part in adapter.keys() - changed.keys():
-        changed[part] = copy.deepcopy(getattr(model, part))
+        changed[part] = _with_the_same_weights(getattr(model, part))
     return apply(replace(model, **changed), adapter)
+
+
+def _with_the_same_weights(module: nn.Module) -> Any:
+    """A copy of a module for LoRA to be put on, whose parameters and buffers are the module's own."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def load_adapters(model: Model, specs: Sequence[str], scale: float = 1.0) -> Model:

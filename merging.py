@@ -47,9 +47,13 @@ def merge(config: MergeConfig) -> Path:
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
-    check_format(models.pipeline_kind(models.find_model(config.model)).family, {}, config.format)
-    # Only a whole pipeline is written with what is no network of the model.
-    model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES, config.format)
+    family = models.pipeline_kind(models.find_model(config.model)).family
+    check_format(family, {}, config.format)
+    # Only a whole pipeline is written with what is no network of the model; LoRA needs no weights but of text encoders, and
+    # of a U-Net that another one is compared with.
+    compared = bool(config.unet) and family.part == "unet"
+    hollow = () if config.format in FULL_FORMATS else ("vae",) if compared else (family.part, "vae")
+    model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES, hollow)
     terms = adapters.read_terms(system.adapters, model)
     whole_unet = False
     if config.unet:
@@ -157,10 +161,10 @@ def check_replaceable(output: Path) -> None:
             )
 
 
-def load_pipeline(name: str, without: Sequence[str] = (), format: str = "pipeline") -> Any:
+def load_pipeline(name: str, without: Sequence[str] = (), hollow: Sequence[str] = ()) -> Any:
     """A pipeline of diffusers, of a family in families.py, none of its tensors missing, in float32.
 
-    The parts in `without` are not read. A format of LoRA needs no weights of a transformer and its VAE.
+    The parts in `without` are not read. Those in `hollow` have no weights, but a checkpoint of one file is read whole.
 
     Raises:
         NotFoundError, InputError: as `models.load_model`.
@@ -171,7 +175,6 @@ def load_pipeline(name: str, without: Sequence[str] = (), format: str = "pipelin
     with models.reading_model(name):
         kind = models.pipeline_kind(source)
         file = models.checkpoint_file(name)
-        hollow = (kind.family.part, "vae") if format in LORA_FORMATS and kind.family.part == "transformer" else ()
         parts = models.load_tokenizers(source, kind) | models.load_parts(source, kind, file=file, without=hollow)
         models.size_of(kind.family, parts[kind.family.part])
         absent = kind.family.text.keys() - kind.text_parts.keys()

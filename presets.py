@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import ArtifactError, InputError
 from .files import read_json
 
 EMBEDDED = ("tiny", "tiny-flow")  # models that come with texforce: the tiny world as Stable Diffusion and as SD 3 have it
@@ -145,16 +145,35 @@ _NAMES = {"stable-diffusion-3": "sd3", "sd3": "sd3", "flux": "flux", "sana": "sa
 def family(model: str) -> str:
     """The preset that a model takes, since presets are needed before anything is loaded.
 
-    Of a folder the class of its pipeline says it; else its name does, as on the hub.
+    Of a folder the class of its pipeline says it, of a .safetensors file its header; else its name does, as on the hub: to
+    look into a .ckpt its weights would have to be read.
     """
     if model in EMBEDDED:
         return model
+    held = _held_by(Path(model))
+    if held in EMBEDDED:
+        return held
     pipeline, name = _pipeline_class(model), Path(model).name.lower()
     known = [found for start, found in _PIPELINES.items() if pipeline.startswith(start)]
-    known += [found for part, found in _NAMES.items() if not pipeline and part in name]
+    known += [found for part, found in _NAMES.items() if not pipeline and not held and part in name]
     if known:
         return f"{known[0]}-turbo" if DISTILLED.search(name) else known[0]
-    return "turbo" if DISTILLED.search(name) else "sdxl" if "xl" in name else "stable-diffusion"
+    return "turbo" if DISTILLED.search(name) else held or ("sdxl" if "xl" in name else "stable-diffusion")
+
+
+def _held_by(file: Path) -> str:
+    """The preset of what a checkpoint of one file holds, by its header; empty where it does not say it."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return ""
+    from . import single_file
+
+    with contextlib.suppress(InputError, ArtifactError):  # what is wrong with it is said where it is loaded
+        base = single_file.base_model(single_file.header_of(file))
+        if base in EMBEDDED:
+            return base
+        if architecture := single_file.architecture_of(single_file.shapes_of(file)):
+            return "sdxl" if architecture["pipeline"] == "StableDiffusionXLPipeline" else "stable-diffusion"
+    return ""
 
 
 def is_flow(model: str) -> bool:

@@ -108,6 +108,13 @@ def base_model(header: Mapping[str, str]) -> str | None:
     return said.get("model") if isinstance(said, dict) and isinstance(said.get("model"), str) else None
 
 
+def architecture_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+    """The published architecture of tensors' shapes by name, by the width of the text that the U-Net takes."""
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith(CROSS_ATTENTIONS)}
+    is_whole = len(widths) == 1 and any(name.startswith(ldm.UNET) for name in shapes)
+    return ARCHITECTURES.get(widths.pop()) if is_whole else None
+
+
 @functools.cache
 def configuration(file: Path) -> str:
     """A folder with the configuration of a published architecture that a file's tensors are of, without weights.
@@ -118,9 +125,8 @@ def configuration(file: Path) -> str:
         InputError: the file is of no such architecture, or does not say what its U-Net predicts.
     """
     shapes = shapes_of(file)
-    widths = {shape[1] for name, shape in shapes.items() if name.endswith(CROSS_ATTENTIONS)}
-    architecture = ARCHITECTURES.get(widths.pop()) if len(widths) == 1 else None
-    if architecture is None or not any(name.startswith(ldm.UNET) for name in shapes):
+    architecture = architecture_of(shapes)
+    if architecture is None:
         raise InputError(
             f"model: {str(file)!r} is no checkpoint of Stable Diffusion 1.x, 2.x or XL; give other models as folders in "
             "diffusers' format"

@@ -27,6 +27,7 @@ from texforce.adapters import Layer
 from texforce.config import (
     MergeOptions,
     SampleOptions,
+    System,
     TrainOptions,
     parse_weighted,
     resolve,
@@ -1032,3 +1033,22 @@ def test_the_commands_refuse_bad_files_by_name_and_write_nothing(small, tmp_path
         assert "Traceback" not in result.output, name
         assert re.sub(r"\s", "", path.name) in re.sub(r"\s", "", result.output), (name, result.output)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- what is copied ---
+
+
+def test_lora_is_put_on_a_copy_that_shares_the_weights_of_the_model_and_leaves_it_as_it_was(stable_diffusion, tmp_path):
+    model = models.load_model(str(stable_diffusion))
+    tensors = adapters.lora_tensors(random_layers(model.text_encoder, 1))
+    save_file({f"text_encoder.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    own = {parameter.data_ptr() for parameter in model.text_encoder.parameters()}
+    ids = models.tokenize_for(model, PROMPTS)
+    base = models.encode(model, ids)
+    tuned = adapters.put_on(model, System("tuned", ((str(tmp_path / "lora.safetensors"), 1.0),)))
+    assert tuned.unet is model.unet
+    shared = {weight.data_ptr() for name, weight in tuned.text_encoder.named_parameters() if ".lora_" not in name}
+    assert shared == own
+    assert not torch.equal(models.encode(tuned, ids), base)
+    assert torch.equal(models.encode(model, ids), base)
+    assert not any(".lora_" in name for name, _ in model.text_encoder.named_parameters())

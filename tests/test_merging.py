@@ -261,6 +261,25 @@ def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_
         assert len(keys - expected) == 3 * len(attention_names(bases(name).pipeline().unet))
 
 
+@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya"])
+def test_writing_lora_reads_weights_of_text_encoders_alone(bases, pairs, merged, tmp_path, format):
+    folder = shutil.copytree(bases("sd15").folder, tmp_path / "model")
+    for file in (*folder.glob("unet/*.safetensors"), *folder.glob("vae/*.safetensors")):
+        file.unlink()
+    base, (one, other) = SimpleNamespace(folder=folder), pairs("sd15")  # they have LoRA of the U-Net too
+    written = merge_into(base, tmp_path / "merged", f"{one}:0.7", f"{other}:-0.4", format=format)
+    for file in merged("sd15", format).rglob("*.safetensors"):
+        found, expected = load_file(written / file.relative_to(merged("sd15", format))), load_file(file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+def test_lora_with_another_unet_is_compared_with_the_weights_of_the_models_own(bases, pairs, tmp_path):
+    own = bases("sd15").folder / "unet"
+    with pytest.raises(ArtifactError, match="it is this very U-Net"):
+        merge_into(bases("sd15"), tmp_path / "merged", str(pairs("sd15")[0]), unet=str(own), format="kohya")
+
+
 def test_kohyas_metadata_say_what_it_is(bases, pairs, tmp_path):
     folder = merge_into(bases("sd15"), tmp_path / "mine", str(pairs("sd15")[0]), format="kohya")
     with safe_open(folder / "mine.safetensors", framework="pt") as file:

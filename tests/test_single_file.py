@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, single_file
+from texforce import cli, evaluation, merging, models, presets, single_file
 from texforce.config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
@@ -205,3 +205,29 @@ def test_the_configurations_are_those_of_the_published_architectures(width, tmp_
     assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
     models._check_kind(models.Model("file", unet=unet, vae=vae, family=kind.family, **tokenizers, **encoders))
     assert json.loads((models.Path(folder) / "model_index.json").read_text())["_class_name"] == kind.family.pipelines[0]
+
+
+# --- the preset ---
+
+
+@pytest.mark.parametrize(("width", "name", "expected"), [
+    (768, "my-xl-finetune", "stable-diffusion"), (1024, "flux-style", "stable-diffusion"), (2048, "plain", "sdxl"),
+    (2048, "plain-turbo", "turbo"), (5, "some-xl", "sdxl"),  # of no known width: by its name
+])  # fmt: skip
+def test_the_preset_of_a_file_goes_by_its_shapes_and_not_by_its_name(tmp_path, monkeypatch, width, name, expected):
+    monkeypatch.setattr(single_file, "read", None)  # no weights are read
+    save_file({TEXT_LAYER: torch.zeros(2, width)}, tmp_path / f"{name}.safetensors")
+    assert presets.family(str(tmp_path / f"{name}.safetensors")) == expected
+
+
+def test_the_preset_of_a_merged_file_is_that_of_the_embedded_model(tmp_path):
+    save_file({TEXT_LAYER: torch.zeros(2, 96)}, tmp_path / "file.safetensors", {"texforce": json.dumps({"model": "tiny"})})
+    assert presets.family(str(tmp_path / "file.safetensors")) == "tiny"
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"version https://git-lfs.github.com/spec/v1"])
+def test_the_preset_of_a_broken_file_goes_by_its_name(tmp_path, content):
+    (tmp_path / "some-xl.safetensors").write_bytes(content)
+    assert presets.family(str(tmp_path / "some-xl.safetensors")) == "sdxl"
+    (tmp_path / "some-xl.ckpt").write_bytes(content)
+    assert presets.family(str(tmp_path / "some-xl.ckpt")) == "sdxl"
