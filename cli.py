@@ -20,6 +20,7 @@ from rich.text import Text
 
 from . import interrupts
 from .config import (
+    SETTINGS,
     EvalConfig,
     EvalOptions,
     MergeConfig,
@@ -350,6 +351,8 @@ def sample_command(given: dict[str, Any]) -> None:
         }  # fmt: skip
         shown |= changed_later_options(config)
         shown |= {"num_chunks": num_chunks} if num_chunks > 1 else {}
+        if steps := next((system.adapter_steps for system in config.systems), None):
+            shown["adapter_steps"] = steps
         for name, drawn in images.items():
             labels = [
                 {"system": name, "prompt": prompt, "seed": seed}
@@ -381,6 +384,8 @@ def merge_command(given: dict[str, Any]) -> None:
         warn(f"model: {config.model}")
         with naming_origins(config.origins):
             folder = merging.merge(config)
+        if steps := config.settings.get("adapter_steps"):
+            warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
         show(f"{config.format}: {folder}")
 
 

@@ -50,6 +50,11 @@ LoraLayers = Annotated[
     Field(pattern=r"^(all|(first|last):[1-9]\d{0,3})$", description="all, first:N or last:N with N from 1 on, as last:4"),
 ]
 Decay = Annotated[float, Field(ge=0, lt=1, description="from 0 to below 1")]
+AdapterSteps = Annotated[
+    str,
+    Field(description="a range A-B of shares of the denoising steps with 0 <= A < B <= 1, as 0.8-1"),
+    pydantic.AfterValidator(lambda text: parse_steps(text) and text),
+]
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, description=f"above 0 and at most {MAX_TIMEOUT} seconds")]
 Algorithm = Literal["ppo", "matching", "gradient"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -77,6 +82,39 @@ def without_passwords(spec: str) -> str:
 def password_of(place: str) -> str | None:
     """The password that a URL with this place, user@host, was given with."""
     return _passwords.get(place)
+
+
+# --- ranges of steps ---
+
+
+@functools.cache
+def parse_steps(text: str) -> tuple[float, float]:
+    """Beginning and end of a range A-B of shares of the denoising steps; raises ValueError unless 0 <= A < B <= 1."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)-(\d+\.?\d*|\.\d+)", text)
+    first, end = map(float, found.groups()) if found else (math.nan, math.nan)
+    if not 0 <= first < end <= 1:
+        raise ValueError(f"must be A-B with 0 <= A < B <= 1, as 0.8-1, not {text!r}")
+    return first, end
+
+
+def is_inside(steps: str | None, share: float) -> bool:
+    """Whether a share of the denoising, from 0 at the pure noise to 1, lies in a range A-B of them; None is all of it."""
+    first, end = parse_steps(steps) if steps else (0.0, 1.0)
+    return first <= share and (share < end or end == 1)
+
+
+def steps_inside(steps: str | None, num_steps: int) -> list[bool]:
+    """Which of the denoising steps lie in a range A-B: step k does where A <= (k + 0.5) / num_steps < B."""
+    return [is_inside(steps, (k + 0.5) / num_steps) for k in range(num_steps)]
+
+
+def check_steps(steps: str | None, num_steps: int) -> None:
+    """Raise InputError for a range in which no step lies."""
+    if not any(steps_inside(steps, num_steps)):
+        raise InputError(
+            f"adapter_steps: none of the {num_steps} denoising steps lies in {steps} (step k does by (k + 0.5) / "
+            f"{num_steps}); widen it, or raise --num-inference-steps"
+        )
 
 
 # --- validated records ---
@@ -225,6 +263,11 @@ class TrainConfig:
     )
     lora_modules: list[str] | None = option(
         "projections in these blocks that get LoRA, as q_proj; repeatable (default: those of attention)", None
+    )
+    adapter_steps: AdapterSteps | None = option(
+        "range A-B of shares of the denoising steps, as 0.8-1, in which the text encoder's adapter is on; outside, the base "
+        "text encoder conditions the denoiser, and nothing is trained (default: all steps)",
+        None,
     )
     offload_text_encoders: bool = option(
         "keep the text encoders that are not trained off the GPU; they encode each prompt once", False
@@ -490,6 +533,32 @@ def _check_algorithm(config: TrainConfig) -> None:
         raise InputError("null_anchor: needs a text encoder that is trained; target unet trains none")
     if config.anchor_prompts and not config.null_anchor:
         raise InputError("anchor_prompts: needs a null_anchor above 0, the weight that holds them")
+    if config.adapter_steps:
+        _check_adapter_steps(config, config.adapter_steps)
+
+
+def _check_adapter_steps(config: TrainConfig, steps: str) -> None:
+    """Raise InputError for a range of steps in which nothing would be trained."""
+    if config.target == "unet":
+        raise InputError("adapter_steps: needs a text encoder that is trained; target unet trains none")
+    check_steps(steps, config.num_inference_steps)
+    inside = steps_inside(steps, config.num_inference_steps)
+    number, last = window_end(config), config.backprop_steps
+    if config.algorithm == "ppo" and not any(inside[:number]):
+        raise InputError(
+            f"adapter_steps, timestep_window: none of the first {number} of {len(inside)} steps, which may be trained on, "
+            f"lies in {steps}; raise --timestep-window"
+        )
+    if config.algorithm == "gradient" and not any(inside[-last:]):
+        raise InputError(
+            f"adapter_steps, backprop_steps: none of the last {last} of {len(inside)} steps, which the gradient goes "
+            f"through, lies in {steps}; raise --backprop-steps"
+        )
+    if config.algorithm == "matching" and parse_steps(steps)[0] >= config.noise_window:
+        raise InputError(
+            f"adapter_steps, noise_window: the noisiest {config.noise_window:g} of the noise levels hold none of those that "
+            f"{steps} stands for (level l of L by 1 - l/L); raise --noise-window"
+        )
 
 
 def check_precision(mixed_precision: str, device: str) -> None:
@@ -540,6 +609,7 @@ class System:
     name: str
     adapters: tuple[tuple[str, float], ...] = ()
     unets: tuple[tuple[str, float], ...] = ()
+    adapter_steps: str | None = None  # in which the text encoder's adapter is on; None: all
 
 
 @validated
@@ -564,6 +634,11 @@ class DrawConfig:
         "last layers of CLIP that are skipped, as diffusers counts them (A1111's 2 is 1); null and negative prompts skip "
         "none",
         0,
+    )
+    adapter_steps: AdapterSteps | None = option(
+        "range A-B of shares of the denoising steps, as 0.8-1, in which the text encoder's adapter is on; 0-1 is all of "
+        "them (default: the adapter's, else all)",
+        None,
     )
     origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
 
@@ -637,8 +712,47 @@ def resolve_sample(options: Options) -> SampleConfig:
     _check_unet_scale(given)
     if not given.get("adapter") and not given.get("unet") and given.get("compare"):
         raise InputError("compare: works only together with --adapter or --unet")
-    systems = _one_system(given, scale)
+    systems = _with_steps(_one_system(given, scale), given)
     return SampleConfig(**_drawing(given, systems), systems=systems)
+
+
+def _with_steps(systems: Sequence[System], given: dict[str, Any]) -> tuple[System, ...]:
+    """Systems with the steps in which their adapters are on: as given, or else as the adapters' runs have it.
+
+    Raises:
+        InputError: the runs of adapters that are summed differ, or steps are given without an adapter.
+    """
+    if "adapter_steps" in given and not given.get("adapter"):
+        raise InputError("adapter_steps: works only together with --adapter")
+    found = []
+    for system in systems:
+        saved = list(dict.fromkeys(steps for path, _ in system.adapters for steps in _saved_steps(path)))
+        if "adapter_steps" in given:
+            saved = [given["adapter_steps"]] if system.adapters else []
+        if len(saved) > 1:
+            texts = " and ".join(steps or "all steps" for steps in saved[:2])
+            raise InputError(f"adapter_steps: adapters that are summed were trained with {texts}; say which to use")
+        found.append(replace(system, adapter_steps=saved[0] if saved else None))
+    return tuple(found)
+
+
+def _saved_steps(adapter: str) -> list[str | None]:
+    """The steps in which an adapter's run, or a merge, has it on; nothing of a run that trained the U-Net alone.
+
+    Raises:
+        InputError: a file in its folder is nonsense.
+    """
+    folder = locate(adapter, "adapter")
+    folder = folder.parent if folder.name.startswith("adapter_model.") else folder
+    contents = {path: read_json(path) for path in (folder / "config.json", folder / SETTINGS) if path.is_file()}
+    for path, content in contents.items():
+        try:
+            TrainOptions(adapter_steps=content.get("adapter_steps"))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    if any(content.get("target") == "unet" for content in contents.values()):
+        return []
+    return [next((steps for content in contents.values() if (steps := content.get("adapter_steps"))), None)]
 
 
 def _check_unet_scale(given: dict[str, Any]) -> None:
@@ -676,6 +790,8 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     with naming_origins(origins):
         check_precision(values["mixed_precision"], device)
         check_drawn(sampler, values["eta"])
+    for system in systems:
+        check_steps(system.adapter_steps, values["num_inference_steps"])
     return values | {"origins": origins}
 
 
@@ -732,6 +848,9 @@ class MergeConfig:
     )
     output_dir: str = option("the folder to write", "merged")
     overwrite: bool = option("replace the output if it exists", False)
+    drop_adapter_steps: bool = option(
+        "write an adapter that was trained for a range of steps (--adapter-steps) as one that is on in all of them", False
+    )
     system: System = System("tuned")  # what is merged
     settings: dict[str, Any] = field(default_factory=dict)  # how what is written is to be sampled
     origins: dict[str, str] = field(default_factory=dict)  # as of DrawConfig
@@ -753,7 +872,10 @@ def resolve_merge(options: Options) -> MergeConfig:
     if not given.get("output_dir", "merged").strip("./ "):
         raise InputError(f"output_dir: must name a folder to be made, not {given['output_dir']!r}")
     systems = _one_system(given)
-    settings: dict[str, Any] = {}
+    if not given.get("drop_adapter_steps"):
+        systems = _with_steps(systems, {})
+        _check_carried(systems[0].adapter_steps, given.get("format", _default(MergeConfig, "format")))
+    settings: dict[str, Any] = {"adapter_steps": systems[0].adapter_steps} if systems[0].adapter_steps else {}
     origins: dict[str, str] = {}
     for path, saved in sampling_settings(given, systems):
         settings = saved | settings  # of runs that disagree the first one
@@ -762,6 +884,16 @@ def resolve_merge(options: Options) -> MergeConfig:
     model = given.get("model") or settings.get("model") or default_model(default_device())
     settings |= {"model": model}
     return MergeConfig(**given | {"model": model}, system=systems[0], settings=settings, origins=origins)
+
+
+def _check_carried(adapter_steps: str | None, format: str) -> None:
+    """Raise InputError for a range of steps that what reads a format would not honour."""
+    if adapter_steps and format != "peft":
+        raise InputError(
+            f"format: the adapter is for the steps {adapter_steps} alone, and no reader of the format {format} switches it "
+            "off in the others; take peft, beside which texforce.json says it to texforce, or --drop-adapter-steps, and it "
+            "is on in all steps"
+        )
 
 
 # --- evaluation ---
@@ -814,7 +946,7 @@ def resolve_eval(options: Options) -> EvalConfig:
         InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
     given = given_values(options)
-    systems = parse_systems(given.get("adapter", ()), given.get("unet", ()))
+    systems = _with_steps(parse_systems(given.get("adapter", ()), given.get("unet", ())), given)
     strengths = parse_strengths(given["strength"]) if "strength" in given else ()
     for system in systems:
         if len(system.unets) > 1:

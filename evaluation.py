@@ -60,11 +60,14 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
     model = load_model(config, prompts)
     prompt_ids = models.tokenize_for(model, prompts)
-    systems = {system.name: adapters.put_on(model, system) for system in config.systems}
-    if config.compare or not systems:
-        systems = {BASE: model} | systems
-    policies = {name: Policy(tuned, config) for name, tuned in systems.items()}
+    systems = [*([System(BASE)] if config.compare or not config.systems else []), *config.systems]
+    policies = {system.name: make_policy(model, system, config) for system in systems}
     return {name: check_finite(draw(policy, prompt_ids, seeds, config.batch_size)) for name, policy in policies.items()}
+
+
+def make_policy(model: models.Model, system: System, config: DrawConfig) -> Policy:
+    """The policy that draws a system's images, in the steps that are its adapters' own; raises as `adapters.put_on`."""
+    return Policy(adapters.put_on(model, system), replace(config, adapter_steps=system.adapter_steps))
 
 
 def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> models.Cut:
@@ -169,7 +172,7 @@ def scaled(system: System, strength: float) -> System:
     adapters, unets = (
         tuple((path, weight * strength) for path, weight in terms) for terms in (system.adapters, system.unets)
     )
-    return System(f"{system.name}@{strength:g}", adapters, unets)
+    return replace(system, name=f"{system.name}@{strength:g}", adapters=adapters, unets=unets)
 
 
 # --- the folder ---
@@ -242,7 +245,10 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
-    """Adapters and U-Nets of each system by name: paths as they were given, weights, and SHA-256 of the files."""
+    """Adapters and U-Nets of each system by name: paths as they were given, weights, and SHA-256 of the files.
+
+    The steps in which the adapters are on are there if those are not all.
+    """
     sums: dict[tuple[str, str], list[str]] = {}  # a sweep has the same files in every system
     readers = {"adapters": adapters.adapter_files, "unets": adapters.unet_files}
 
@@ -254,13 +260,15 @@ def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
 
     return {
         system.name: {"adapters": terms("adapters", system.adapters), "unets": terms("unets", system.unets)}
+        | ({"adapter_steps": system.adapter_steps} if system.adapter_steps else {})
         for system in systems
     }
 
 
 def _without_paths(described: dict[str, Any]) -> Any:
     """A description without its paths: a folder may have moved."""
-    return {kind: [term | {"path": ""} for term in terms] for kind, terms in described.items()}
+    pathless = {kind: [term | {"path": ""} for term in described[kind]] for kind in ("adapters", "unets")}
+    return described | pathless
 
 
 class ScoreFile:
@@ -378,7 +386,7 @@ def draw_missing(evaluation: Evaluation, progress: Progress) -> None:
         missing = [chunk for chunk in evaluation.chunks if not evaluation.is_drawn(system, chunk)]
         if missing:
             model = model or load_model(evaluation.config, evaluation.benchmark.prompts)
-            policy = Policy(adapters.put_on(model, system), evaluation.config)
+            policy = make_policy(model, system, evaluation.config)
             for n, chunk in enumerate(missing):
                 progress(f"drawing {system.name}", len(evaluation.chunks) - len(missing) + n, len(evaluation.chunks))
                 _draw_chunk(evaluation, system, chunk, policy)

@@ -142,8 +142,8 @@ def _sample_and_score(
 
 def _rollout(policy: Policy, prompts: Sequence[str], generator: torch.Generator) -> sampler.Trajectory:
     prompt_ids = models.tokenize_for(policy.model, prompts).to(policy.model.device)
-    conditioning = policy.conditioning(prompt_ids)  # with gradients, though none is used: it rounds as in updates
-    return sampler.rollout(policy.denoiser, prompt_ids, conditioning, policy.latent_shape, generator)
+    conditionings = policy.conditionings(prompt_ids)  # with gradients, though none is used: it rounds as in updates
+    return sampler.rollout(policy.denoiser, prompt_ids, conditionings, policy.latent_shape, generator)
 
 
 def _decode_and_score(

@@ -29,9 +29,9 @@ TRAIN_GROUPS = {
         "num_inference_steps", "eta", "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
     ),
     "What is trained, and how": (
-        "target", "text_encoders", "lora_layers", "lora_modules", "rank", "lora_alpha", "num_updates_per_epoch",
-        "num_inner_epochs", "advantages", "advantage_clip", "lr_scheduler", "lr_warmup_steps", "weight_decay",
-        "max_grad_norm", "ema_decay", "kl_weight", "null_anchor", "anchor_prompts",
+        "target", "text_encoders", "lora_layers", "lora_modules", "adapter_steps", "rank", "lora_alpha",
+        "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip", "lr_scheduler", "lr_warmup_steps",
+        "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor", "anchor_prompts",
     ),
     "One algorithm's": (
         "clip_range", "timestep_window", "timestep_fraction", "num_noise_levels", "noise_window", "imitation_weight",

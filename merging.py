@@ -221,13 +221,17 @@ def model_card(config: MergeConfig, adapter: Adapter) -> str:
     rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
     rows += [f"| U-Net | `{config.unet}` | {config.unet_scale:g} |"] if config.unet else []
     parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
+    steps = config.settings.get("adapter_steps")
+    ranged = (
+        [f"The text encoder's is for the share {steps} of the denoising steps; texforce honours it.", ""] if steps else []
+    )
     return "\n".join(
         [
             "---", "library_name: diffusers", "tags: [texforce, text-to-image, lora]", "---",
             f"# {Path(config.output_dir).name}", "",
             f"Merged by texforce {__version__} into the format `{config.format}`, for the model `{config.model}`. "
             "Changes are summed, each times its weight.",
-            "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "",
+            "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "", *ranged,
         ]
     )  # fmt: skip
 

@@ -466,6 +466,10 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
     num_cut = result["num_prompts_cut"]
+    ranged = [] if config.adapter_steps is None else [
+        f"It is for the share {config.adapter_steps} of the denoising steps alone: in the others the base text encoder "
+        "conditions the denoiser. `texforce sample` and `texforce eval` do so; other tools leave it on in all steps."
+    ]  # fmt: skip
     cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
     if result.get("num_chunks", 1) > 1:
         cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
@@ -477,7 +481,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
             f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, trained by "
             f"{METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
-            *cut, "", f"{about}, base and tuned from the same noise:", "",
+            *ranged, *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned | change |", "|---|---|---|---|", *rows, "",
             *(f"![Base and tuned images from the same noise](grids/{path.name})\n" for path in grids[-1:]),
             "![The reward over the images of the training](curve.png)", "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -467,7 +468,7 @@ def skip_rollout(denoiser: Denoiser, num_samples: int, shape: tuple[int, int, in
 
 @contextlib.contextmanager
 def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
-    """Compute the cross-attentions' keys and values at the first step only: the text stays the same in a rollout.
+    """Compute the cross-attentions' keys and values at the first step only: for steps that all read the same text.
 
     A compiled network computes them each time; so do separate branches, which differ in their text.
     """
@@ -500,23 +501,28 @@ def text_projected_once(denoiser: Denoiser) -> Iterator[None]:
 def rollout(
     denoiser: Denoiser,
     prompt_ids: Tensor,
-    conditioning: Conditioning,
+    conditioning: Conditioning | Sequence[Conditioning],
     shape: tuple[int, int, int],
     generator: Generators,
 ) -> Trajectory:
-    """Denoise N prompts from noise, all at once; with one generator, or with one a sample."""
-    num_samples, device = len(prompt_ids), conditioning.prompt_embeds.device
+    """Denoise N prompts from noise, all at once; with one generator, or with one a sample.
+
+    The conditioning is one for all steps, or a sequence with that of each step, in which equal ones are one object.
+    """
     timesteps = denoiser.schedule.timesteps
+    by_step = [conditioning] * len(timesteps) if isinstance(conditioning, Conditioning) else conditioning
+    num_samples, device = len(prompt_ids), by_step[0].prompt_embeds.device
     noises = draw_noise(len(timesteps), num_samples, shape, generator, device)
     latents, log_probs, null_outputs, history = [next(noises)], [], [], None
-    with text_projected_once(denoiser):
-        for k, noise in enumerate(noises):
-            step = denoiser.step(latents[-1], _steps(k, latents[-1]), conditioning, noise, history)
-            history = step.history
-            latents.append(step.next_latents)
-            log_probs.append(step.log_probs)
-            if denoiser.keep_null_outputs and step.null_outputs is not None:
-                null_outputs.append(step.null_outputs)
+    for _, alike in itertools.groupby(zip(by_step, enumerate(noises), strict=True), key=lambda turn: id(turn[0])):
+        with text_projected_once(denoiser):
+            for text, (k, noise) in alike:
+                step = denoiser.step(latents[-1], _steps(k, latents[-1]), text, noise, history)
+                history = step.history
+                latents.append(step.next_latents)
+                log_probs.append(step.log_probs)
+                if denoiser.keep_null_outputs and step.null_outputs is not None:
+                    null_outputs.append(step.null_outputs)
     return Trajectory(
         prompt_ids=prompt_ids,
         timesteps=timesteps.expand(num_samples, -1),
@@ -527,13 +533,13 @@ def rollout(
 
 
 def sample_with_gradients(
-    denoiser: Denoiser, embeds: Tensor, rows: Tensor, noises: Sequence[Tensor], num_gradient_steps: int
+    denoiser: Denoiser, embeds: Sequence[Tensor], rows: Tensor, noises: Sequence[Tensor], num_gradient_steps: int
 ) -> Tensor:
     """Final latents (N, C, H, W) whose gradients reach the embeddings through the last steps (DRaFT-K, arXiv:2309.17400).
 
-    Embeddings (1+U, L, D) are the null prompt's and the prompts', rows (N,) the prompt of each sample, and `noises` the
-    initial latents and each step's noise, (N, C, H, W) each. Steps are recomputed in the backward pass, so that memory grows
-    with the latents alone.
+    Each step's embeddings (1+U, L, D) are the null prompt's and the prompts', rows (N,) the prompt of each sample, and
+    `noises` the initial latents and each step's noise, (N, C, H, W) each. Steps are recomputed in the backward pass, so
+    that memory grows with the latents alone.
     """
     latents, history, num_steps = noises[0], None, len(denoiser.schedule.timesteps)
     first = num_steps - num_gradient_steps
@@ -544,9 +550,9 @@ def sample_with_gradients(
 
     with torch.no_grad():
         for k in range(first):
-            latents, history = step(k, latents, history, embeds[rows], embeds[:1])
+            latents, history = step(k, latents, history, embeds[k][rows], embeds[k][:1])
     for k in range(first, num_steps):
-        latents, history = checkpoint(step, k, latents, history, embeds[rows], embeds[:1], use_reentrant=False)
+        latents, history = checkpoint(step, k, latents, history, embeds[k][rows], embeds[k][:1], use_reentrant=False)
     return latents
 
 

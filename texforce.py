@@ -30,7 +30,7 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts, stages
-from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, rounds_by_batch, window_end
+from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
 from .errors import DivergedError, InputError, is_out_of_memory, near
 from .prompt_sets import read_prompts
 
@@ -172,6 +172,7 @@ class Policy:
         self.parameters = list(self.named_parameters.values())
         sides = (None, None) if isinstance(config, TrainConfig) else (config.width, config.height)
         self.latent_shape = models.latent_shape(model, config.resolution, *sides)
+        self.adapted_steps = _adapted_steps(model, config)
         self.rounds_by_batch = rounds_by_batch(config.mixed_precision, model.device.type)
         self.negative_prompt = _negative_prompt(model, config)
         self.null_embeds: Tensor | None = None
@@ -241,6 +242,14 @@ class Policy:
         embeds, rows = self.encode_distinct(prompt_ids)
         return models.Conditioning(embeds[rows], embeds[:1])
 
+    def conditionings(self, prompt_ids: Tensor) -> list[models.Conditioning]:
+        """The conditioning of each step for prompt ids (N, L): outside adapter_steps the base model's, without gradients."""
+        adapted = base = self.conditioning(prompt_ids)
+        if not all(self.adapted_steps):
+            with self.base(), torch.no_grad():
+                base = self.conditioning(prompt_ids)
+        return [adapted if is_adapted else base for is_adapted in self.adapted_steps]
+
     def base_embeds(self, prompt_ids: Tensor) -> Tensor:
         """What `encode_distinct` gives with the base model, (1+U, L, D)."""
         with self.base(), torch.no_grad():
@@ -255,8 +264,8 @@ class Policy:
     def draw(self, prompt_ids: Tensor, generator: sampler.Generators) -> Tensor:
         """Images (N, 3, H, W) float32 in [0, 1] of prompt ids (N, L); with one generator, or with one a sample."""
         with torch.no_grad():
-            conditioning = self.conditioning(prompt_ids)
-        trajectory = sampler.rollout(self.drawing_denoiser, prompt_ids, conditioning, self.latent_shape, generator)
+            conditionings = self.conditionings(prompt_ids)
+        trajectory = sampler.rollout(self.drawing_denoiser, prompt_ids, conditionings, self.latent_shape, generator)
         return sampler.decode(self.model.vae, trajectory.latents[:, -1])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -303,6 +312,18 @@ def _negative_prompt(model: models.Model, config: TrainConfig | DrawConfig) -> s
     return negative_prompt
 
 
+def _adapted_steps(model: models.Model, config: TrainConfig | DrawConfig) -> list[bool]:
+    """At which of T steps the text encoders' adapters are on; where there is none they change nothing at any step.
+
+    Raises:
+        InputError: a range of steps is given, and the adapters are the U-Net's alone.
+    """
+    adapted = [name for name, part in model.policy_parts.items() if hasattr(part, "peft_config")]
+    if config.adapter_steps and adapted == ["unet"]:
+        raise InputError("adapter_steps: is of the text encoder's adapter, and this one is the U-Net's")
+    return steps_inside(config.adapter_steps if adapted else None, config.num_inference_steps)
+
+
 def _noise_process(model: models.Model, latent_shape: tuple[int, int, int]) -> sampler.NoiseProcess:
     if model.family.flow:
         return sampler.flow_noise_process(model.scheduler, models.num_image_tokens(model, latent_shape))
@@ -342,17 +363,20 @@ def make_policy(model: models.Model, config: TrainConfig) -> Policy:
     """Put LoRA on the models of a resolved configuration, and make the policy that is trained.
 
     Raises:
-        InputError: no step of the schedule can be trained on, or as `Policy`.
+        InputError: no step or noise level of the schedule can be trained on, or as `Policy`.
     """
     model = add_lora(model, config)
     if config.offload_text_encoders:
         offload_text_encoders(model)
     policy = Policy(model, config)
     if config.algorithm == "ppo" and len(trainable_steps(policy.denoiser.schedule, config)) == 0:
+        chosen = f" in adapter_steps {config.adapter_steps}" if config.adapter_steps else ""
         raise InputError(
-            f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps is random enough to "
-            "have a density to train on; raise one of them"
+            f"eta, timestep_window: at eta {config.eta:g} none of the first {window_end(config)} steps{chosen} is random "
+            "enough to have a density to train on; raise one of them"
         )
+    if config.algorithm == "matching" and len(trainable_levels(policy, config)) == 0:
+        raise InputError(f"adapter_steps: holds none of the model's noise levels: {config.adapter_steps}; widen it")
     if config.gradient_checkpointing:
         recompute_activations(policy)
     return policy
@@ -383,13 +407,25 @@ def offload_text_encoders(model: models.Model) -> None:
 
 
 def trainable_steps(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:
-    """Indices of the steps that may be trained on: those of the first timestep_window that have a density.
+    """Indices of the steps that may be trained on: those of the first timestep_window, in adapter_steps, with a density.
 
     The last steps of a short schedule have a small deviation, so that their log-probability has a steep gradient, though
     they decide little of what an image shows: in a plain sum they drown the others in noise.
     """
     steps = schedule.trainable_steps
-    return steps[steps < window_end(config)]
+    adapted = torch.tensor(steps_inside(config.adapter_steps, len(schedule.std)), device=steps.device)
+    return steps[(steps < window_end(config)) & adapted[steps]]
+
+
+def trainable_levels(policy: Policy, config: TrainConfig) -> Tensor:
+    """The noise levels that matching trains: of the noisiest noise_window those that adapter_steps stands for.
+
+    Level l of L stands for the share 1 - l/L of the denoising.
+    """
+    number = len(policy.noise_process.sample_weight)
+    lowest = int((1 - config.noise_window) * (number - 1))
+    levels = [level for level in range(lowest, number) if is_inside(config.adapter_steps, 1 - level / number)]
+    return torch.tensor(levels, dtype=torch.long)
 
 
 # --- what an optimizer step learns from ---
@@ -542,7 +578,7 @@ class Embeddings:
     """Embeddings (1+U, L, D) of the null prompt and an update's distinct prompts."""
 
     policy: Tensor  # detached from the text encoder: micro-batches gather their gradients here
-    base: Tensor | None  # those of the base model, if the loss compares with it
+    base: Tensor | None  # those of the base model, if the loss compares with it, or steps read them
 
 
 def wants_kl(config: TrainConfig) -> bool:
@@ -651,7 +687,8 @@ def gradient_micro_batch(
     batch, images = micro_batch.share.batch, micro_batch.own[:, 0]
     noise = batch.noise[images].unbind(1)
     rows = micro_batch.rows[: micro_batch.number]
-    latents = sampler.sample_with_gradients(policy.denoiser, embeds.policy, rows, noise, config.backprop_steps)
+    by_step: Any = [embeds.policy if is_adapted else embeds.base for is_adapted in policy.adapted_steps]
+    latents = sampler.sample_with_gradients(policy.denoiser, by_step, rows, noise, config.backprop_steps)
     drawn = sampler.decode_with_gradients(policy.model.vae, latents)
     numbers = batch.local_indices[images.cpu()].tolist()
     parts = reward.with_gradients(drawn, [batch.prompts[i] for i in numbers])
@@ -779,10 +816,13 @@ def gradient_update(
 
 
 def draw_noising(policy: Policy, num_prompts: int, config: TrainConfig, generator: torch.Generator) -> Noising:
-    """num_noise_levels noise levels, stratified over the noisiest noise_window of the levels, and a noise for each."""
+    """num_noise_levels noise levels, stratified over those that are trained, and a noise for each."""
     number, last = config.num_noise_levels, len(policy.noise_process.sample_weight) - 1
     strata = (torch.arange(number) + torch.rand(num_prompts, number, generator=generator)) / number
     levels = ((1 - config.noise_window + config.noise_window * strata) * last).long()
+    if config.adapter_steps:
+        trained = trainable_levels(policy, config)
+        levels = trained[(strata * len(trained)).long().clamp(max=len(trained) - 1)]  # a sum of floats may round up to 1
     noise = torch.randn(num_prompts, number, *policy.latent_shape, generator=generator)
     return Noising(levels.to(policy.model.device), noise.to(policy.model.device))
 
@@ -832,7 +872,8 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     prompt_ids = share.batch.prompt_ids[local.pairs[:, 0]]
     encoded, rows = policy.encode_distinct(prompt_ids)
     leaf = encoded.detach().requires_grad_(encoded.requires_grad)
-    embeds = Embeddings(leaf, policy.base_embeds(prompt_ids) if wants_kl(config) else None)
+    reads_base = wants_kl(config) or (config.algorithm == "gradient" and not all(policy.adapted_steps))
+    embeds = Embeddings(leaf, policy.base_embeds(prompt_ids) if reads_base else None)
     inputs = [tensor for tensor in (leaf, *policy.model.denoiser.parameters()) if tensor.requires_grad]
 
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:

@@ -293,7 +293,8 @@ def test_the_rewards_gradient_goes_through_the_last_steps_of_sampling(folders, t
 
     def objective():
         embeds, rows = policy.encode_distinct(ids)
-        latents = sampler.sample_with_gradients(policy.denoiser, embeds, rows, noises, config.backprop_steps)
+        by_step = [embeds] * config.num_inference_steps
+        latents = sampler.sample_with_gradients(policy.denoiser, by_step, rows, noises, config.backprop_steps)
         return (latents.double() * weights).sum()
 
     objective().backward()

@@ -140,7 +140,12 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
     {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "num_inner_epochs": 2},
     {"algorithm": "gradient", "reward": "hps", "backprop_steps": 1, "null_anchor": 1.0},
     {"algorithm": "matching", "lora_layers": "last:1", "lora_modules": ["v_proj", "fc1"]},
-], ids=["matching", "gradient", "some layers"])  # fmt: skip
+    {"adapter_steps": "0-0.5"},
+    {"algorithm": "matching", "adapter_steps": "0-0.5"},
+    {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "adapter_steps": "0.5-0.75"},
+], ids=[
+    "matching", "gradient", "some layers", "ppo in some steps", "matching in some steps", "gradient in some steps",
+])  # fmt: skip
 def test_two_processes_give_the_adapter_of_one_by_every_algorithm(shared_run, tmp_path, options):
     for number in (1, 2):
         given = shared_run | OPTIONS | options | {"num_epochs": 1, "output_dir": str(tmp_path / str(number))}

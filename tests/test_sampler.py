@@ -351,8 +351,9 @@ def test_a_rollout_with_dpm_solver_equals_diffusers_pipeline(pipeline, predictio
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm-solver"])
-@pytest.mark.parametrize("num_gradient_steps", [2, 3, 5])
-def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name, num_gradient_steps):
+@pytest.mark.parametrize(("num_gradient_steps", "others"), [(2, ()), (3, ()), (5, ()), (3, (0, 3)), (5, (1, 4))])
+def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name, num_gradient_steps, others):
+    """Some steps may read other embeddings, which get no gradient."""
     scheduler, num_steps, scale = make_scheduler(prediction_type="v_prediction"), 5, 3.0
     make = dpm_solver_schedule if name == "dpm-solver" else partial(ddim_schedule, eta=0.0)
     denoiser = Denoiser(micro_unet(), make(scheduler, num_steps), scale)
@@ -360,7 +361,8 @@ def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name,
     torch.manual_seed(1)
     embeds, noises, direction = torch.randn(3, 5, 16), torch.randn(1 + num_steps, 3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     leaf = embeds.clone().requires_grad_()
-    latents = sampler.sample_with_gradients(denoiser, leaf, 1 + rows, noises.unbind(0), num_gradient_steps)
+    by_step = [embeds.flip(-1) if k in others else leaf for k in range(num_steps)]
+    latents = sampler.sample_with_gradients(denoiser, by_step, 1 + rows, noises.unbind(0), num_gradient_steps)
     (gradient,) = torch.autograd.grad((latents * direction).sum(), leaf)
 
     if name == "dpm-solver":
@@ -368,7 +370,8 @@ def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name,
     leaf, expected = embeds.double().requires_grad_(), noises[0].double()
     for k, timestep in enumerate(scheduler.timesteps):
         with torch.set_grad_enabled(k >= num_steps - num_gradient_steps):
-            null, text = (unet(expected, timestep, cond).sample for cond in (leaf[:1].expand(3, -1, -1), leaf[1 + rows]))
+            read = embeds.double().flip(-1) if k in others else leaf
+            null, text = (unet(expected, timestep, cond).sample for cond in (read[:1].expand(3, -1, -1), read[1 + rows]))
             expected = scheduler.step(null + scale * (text - null), timestep, expected).prev_sample
     (reference,) = torch.autograd.grad((expected * direction).sum(), leaf)
     torch.testing.assert_close(latents.double(), expected, rtol=1e-5, atol=1e-5)
@@ -518,6 +521,34 @@ def test_the_text_is_projected_once_a_rollout_and_nothing_else_changes(monkeypat
     assert calls == [6, 6] * 4
     assert torch.equal(kept.latents, plain.latents)
     assert torch.equal(kept.log_probs, plain.log_probs)
+
+
+def test_a_rollout_whose_text_changes_equals_diffusers_loop_and_projects_each_text_anew(monkeypatch):
+    one, other = conditioning(3), conditioning(3, seed=1)
+    denoiser, by_step, unet = micro_denoiser(num_steps=4), [one, one, other, one], micro_unet()
+    attention = next(module for name, module in denoiser.network.named_modules() if name.endswith(".attn2"))
+    calls, forward = [], nn.Linear.forward
+
+    def counted(self: nn.Linear, inputs: Tensor) -> Tensor:
+        calls.extend([self] if self in (attention.to_k, attention.to_v) else [])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    trajectory = sampler.rollout(denoiser, torch.zeros(3, 5).long(), by_step, (4, 8, 8), seeded(0)[0])
+    assert len(calls) == 2 * 3  # of both projections, at the first step and wherever the text is another one
+    monkeypatch.undo()
+    scheduler, noises = (
+        make_scheduler(prediction_type="v_prediction"),
+        sampler.draw_noise(4, 3, (4, 8, 8), seeded(0)[0], "cpu"),
+    )
+    scheduler.set_timesteps(4)
+    latents = next(noises)
+    for timestep, text, noise in zip(scheduler.timesteps, by_step, noises, strict=True):
+        null, prompt = (
+            unet(latents, timestep, embeds).sample for embeds in (text.null_embeds.expand(3, -1, -1), text.prompt_embeds)
+        )
+        latents = scheduler.step(null + 3 * (prompt - null), timestep, latents, eta=1.0, variance_noise=noise).prev_sample
+    torch.testing.assert_close(trajectory.latents[:, -1], latents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -557,6 +557,91 @@ def test_an_update_trains_on_steps_of_the_window_only(make_rig, shares):
     assert set(torch.cat([share.pairs for share in shares])[:, 1].tolist()) == {0, 1}
 
 
+# --- a range of steps for the adapter ---
+
+
+def is_outside(config: TrainConfig, k: int) -> bool:
+    """Whether step k is none of adapter_steps, by the definition."""
+    first, end = map(float, (config.adapter_steps or "0-1").split("-"))
+    return not first <= (k + 0.5) / config.num_inference_steps < end
+
+
+def textbook_log_prob(rig: Rig, trajectory: sampler.Trajectory, image: int, k: int) -> float:
+    """The log-probability of a sampled step whose text comes from the base text encoder outside adapter_steps."""
+    model, config, scheduler = rig.policy.model, rig.config, rig.policy.model.scheduler
+    scheduler.set_timesteps(config.num_inference_steps)
+    timestep, latents = scheduler.timesteps[k], trajectory.latents[image, k][None]
+    null_ids = models.tokenize(model.tokenizer, [""])
+    texts = []
+    for ids, is_base in ((null_ids, config.null_prompt == "base"), (trajectory.prompt_ids[image][None], False)):
+        with rig.policy.base() if is_base or is_outside(config, k) else nullcontext():
+            texts.append(model.text_encoder(input_ids=ids).last_hidden_state)
+    null, text = (model.unet(latents, timestep, embeds).sample for embeds in texts)  # its LoRA, if any, is on
+    noise_pred = null + config.guidance_scale * (text - null)
+    mean = scheduler.step(noise_pred, timestep, latents, eta=1.0, variance_noise=torch.zeros_like(latents)).prev_sample
+    previous = timestep - scheduler.config.num_train_timesteps // config.num_inference_steps
+    std = scheduler._get_variance(timestep, previous).sqrt()
+    return Normal(mean, std).log_prob(trajectory.latents[image, k + 1][None]).mean().item()
+
+
+@pytest.mark.parametrize(("target", "null_prompt"), [policy for policy in POLICIES if policy[0] != "unet"])
+def test_outside_adapter_steps_the_base_text_encoder_conditions_the_denoiser(make_rig, target, null_prompt):
+    rig = make_rig(target=target, null_prompt=null_prompt, adapter_steps="0.2-0.6")
+    rig.perturb(3e-2)
+    trajectory = rig.collect().trajectory
+    with torch.no_grad():
+        expected = [textbook_log_prob(rig, trajectory, 1, k) for k in WIDE_STEPS]
+        wrong = [textbook_log_prob(replace(rig, config=replace(rig.config, adapter_steps=None)), trajectory, 1, 0)]
+    assert trajectory.log_probs[1, WIDE_STEPS].tolist() == pytest.approx(expected, abs=1e-5)
+    assert abs(wrong[0] - expected[0]) > 1e-4  # the adapter would show
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    ("0.8-1", [4]), ("0-0.5", [0, 1]), ("0.5-1", [2, 3, 4]), ("0.1-0.3", [0]), ("0-1", ALL_STEPS),
+])  # fmt: skip
+def test_ppo_trains_the_steps_in_adapter_steps_alone_and_their_ratio_is_one(make_rig, shares, steps, expected):
+    rig = make_rig(adapter_steps=steps, sample_batch_size=6, micro_batch_size=6)
+    assert texforce.trainable_steps(rig.policy.denoiser.schedule, rig.config).tolist() == expected
+    rig.perturb(1e-2)
+    statistics = rig.update(rig.collect())
+    assert set(torch.cat([share.pairs for share in shares])[:, 1].tolist()) == set(expected)
+    assert statistics.first_ratio_deviation <= texforce.FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+def test_the_gradient_within_adapter_steps_equals_that_of_the_textbook_loop(make_rig, null_prompt):
+    rig = make_rig(adapter_steps="0.2-0.6", null_prompt=null_prompt, kl_weight=0.3)
+    rig.perturb(1e-2)
+    batch = rig.collect()
+    rig.perturb(1e-2)
+    pairs = rig.pairs(batch, [1, 2])[:6]
+    gradient = rig.gradient(batch, pairs)
+    assert relative_difference(gradient, textbook_gradient(rig, batch, pairs)) <= 1e-5
+
+
+@pytest.mark.parametrize(("steps", "window"), [("0.3-0.5", 1.0), ("0.2-1", 0.6), ("0-0.4", 0.6), ("0.8-1", 1.0)])
+def test_matching_draws_its_noise_levels_within_adapter_steps_and_all_of_them(make_rig, steps, window):
+    rig = make_rig(**MATCHING | {"num_noise_levels": 4, "noise_window": window, "adapter_steps": steps})
+    levels = texforce.draw_noising(rig.policy, 5000, rig.config, torch.Generator().manual_seed(0)).levels
+    first, end = map(float, steps.split("-"))
+    inside = [k for k in range(1000) if first <= 1 - k / 1000 and (1 - k / 1000 < end or end == 1)]
+    wanted = [k for k in inside if k >= int((1 - window) * 999)]
+    assert sorted(set(levels.flatten().tolist())) == wanted
+    strata = levels.sort(dim=1).values
+    assert torch.equal(strata, levels)  # one of each quarter of them
+    assert (torch.searchsorted(torch.tensor(wanted), levels) * 4 // len(wanted) - torch.arange(4)).abs().max() <= 1
+
+
+def test_a_range_that_holds_no_noise_level_is_refused(make_rig):
+    with pytest.raises(InputError, match=r"adapter_steps: holds none of the model's noise levels: 0\.3122-0\.3128"):
+        make_rig(**MATCHING | {"noise_window": 1.0, "adapter_steps": "0.3122-0.3128", "num_inference_steps": 8})
+
+
+def test_a_range_without_a_random_step_is_refused(make_rig):
+    with pytest.raises(InputError, match=r"none of the first 5 steps in adapter_steps 0\.8-1 is random enough"):
+        make_rig(adapter_steps="0.8-1", timestep_window=0.9, eta=1e-4)
+
+
 # --- the loss ---
 
 
@@ -866,7 +951,9 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
         latents = noises[:1]
         for k, timestep in enumerate(scheduler.timesteps):
             with torch.set_grad_enabled(k >= config.num_inference_steps - config.backprop_steps):
-                null, text = (model.text_encoder(input_ids=ids).last_hidden_state for ids in (null_ids, prompt_ids[None]))
+                with rig.policy.base() if is_outside(config, k) else nullcontext():
+                    encoded = [model.text_encoder(input_ids=ids).last_hidden_state for ids in (null_ids, prompt_ids[None])]
+                null, text = (embeds.detach() if is_outside(config, k) else embeds for embeds in encoded)
                 null_pred, text_pred = (model.unet(latents, timestep, embeds).sample for embeds in (null, text))
                 noise_pred = null_pred + config.guidance_scale * (text_pred - null_pred)
                 step = scheduler.step(noise_pred, timestep, latents, eta=config.eta, variance_noise=noises[1 + k][None])
@@ -876,9 +963,12 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
     return torch.cat(scores).mean()
 
 
-@pytest.mark.parametrize("target", ["text-encoder", "unet", "both"])
-def test_the_rewards_gradient_equals_that_of_the_textbook_loop(make_rig, target):
-    rig = make_rig(target=target, **GRADIENT)
+@pytest.mark.parametrize(("target", "options"), [
+    ("text-encoder", {}), ("unet", {}), ("both", {}), ("text-encoder", {"adapter_steps": "0.6-0.8"}),
+    ("both", {"adapter_steps": "0.2-0.8"}),
+])  # fmt: skip
+def test_the_rewards_gradient_equals_that_of_the_textbook_loop(make_rig, target, options):
+    rig = make_rig(target=target, **GRADIENT | options)
     rig.perturb(1e-2)
     share = gradient_share(rig)
     statistics = texforce.accumulate_gradients(rig.policy, share, rig.learner(), rig.config)

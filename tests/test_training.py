@@ -558,6 +558,13 @@ def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, na
     ({"algorithm": "gradient", "num_inner_epochs": 2}, "num_inner_epochs: must be 1"),
     ({"algorithm": "matching", "target": "unet", "null_anchor": 1.0}, "null_anchor: needs a text encoder"),
     ({"algorithm": "ppo", "anchor_prompts": "negative.txt"}, "anchor_prompts: needs a null_anchor"),
+    ({"target": "unet", "adapter_steps": "0.5-1"}, "adapter_steps: needs a text encoder that is trained"),
+    ({"adapter_steps": "0.9-0.92"}, "adapter_steps: none of the 8 denoising steps lies in 0.9-0.92"),
+    ({"algorithm": "ppo", "adapter_steps": "0.8-1"}, "adapter_steps, timestep_window: none of the first 4 of 8"),
+    ({"algorithm": "matching", "adapter_steps": "0.6-1"}, "adapter_steps, noise_window: the noisiest 0.6"),
+    ({"algorithm": "gradient", "adapter_steps": "0-0.4"}, "adapter_steps, backprop_steps: none of the last 4 of 8"),
+    *[({"adapter_steps": text}, "adapter_steps: must be a range A-B of shares") for text in
+      ("", "1", "0.5", "0.5-", "0.5-0.5", "1-0.5", "0-1.1", "-0.1-1", "a-b", "0-nan", "0-0.5-1", "0 - 1", "0-1e0")],
     ({"preset": "paper", "algorithm": "matching"}, "--preset paper is a recipe of ppo"),
     ({"preset": "fast", "algorithm": "ppo"}, "--preset fast is a recipe of matching"),
 ])  # fmt: skip
