@@ -149,7 +149,8 @@ def train_command(
     trust_reward_code: Annotated[
         bool,
         typer.Option(
-            "--trust-reward-code", help="run a reward function's file that --config or --resume names instead of --reward"
+            "--trust-reward-code",
+            help="run the file of a reward's or relabelling function that --config or --resume names, not this command",
         ),
     ] = False,
     help_all: Annotated[bool, HELP_ALL] = False,
@@ -220,21 +221,24 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_trusted(config: TrainConfig, given: dict[str, Any]) -> None:
-    """Check that the files of reward functions, which are code, are named on the command line itself.
+    """Check that the files of functions, which are code, are named on the command line itself.
 
     Raises:
         InputError: one comes from --config or --resume alone.
     """
-    from .rewards import functions_of
+    from .rewards import caption_files, functions_of
 
-    def paths(specs: Iterable[str]) -> set[Path]:
-        return {Path(name.rpartition(":")[0]) for spec in specs for name in functions_of(spec)}
+    def paths(specs: Iterable[str], relabel: str | None) -> dict[Path, str]:
+        """Each file, with the option that names it."""
+        files = {Path(name.rpartition(":")[0]): "reward" for spec in specs for name in functions_of(spec)}
+        return files | dict.fromkeys(caption_files(relabel), "relabel")
 
-    named = paths([*([given["reward"]] if "reward" in given else []), *given.get("eval_reward", ())])
-    if foreign := paths([config.reward, *(config.eval_reward or ())]) - named:
+    named = paths([*([given["reward"]] if "reward" in given else []), *given.get("eval_reward", ())], given.get("relabel"))
+    found = paths([config.reward, *(config.eval_reward or ())], config.relabel)
+    if foreign := found.keys() - named.keys():
         raise InputError(
-            f"reward: {str(min(foreign))!r} is code that --config or --resume names, not this command line; read it, and "
-            "give --trust-reward-code to run it"
+            f"{found[min(foreign)]}: {str(min(foreign))!r} is code that --config or --resume names, not this command line; "
+            "read it, and give --trust-reward-code to run it"
         )
 
 
@@ -252,6 +256,7 @@ def hint_to_resume(config: TrainConfig) -> Iterator[None]:
             with interrupts.deferred():  # as in the saving before it
                 if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
                     code = any(map(rewards.functions_of, [config.reward, *(config.eval_reward or ())]))
+                    code = code or rewards.caption_files(config.relabel)
                     trust = " --trust-reward-code" if code else ""
                     warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}{trust}")
         raise

@@ -63,6 +63,7 @@ FLOW_SAMPLERS = ("euler", "cps")  # for models of flow matching
 NullPrompt = Literal["adapted", "base"]
 LongPrompt = Literal["refuse", "cut", "chunk"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
+NO_REWARD = "none"  # what --reward takes where relabelled images alone teach
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
 
 
@@ -221,7 +222,7 @@ class TrainConfig:
 
     reward: Reward = option(
         "a name that `texforce rewards` lists, path/to/file.py:function, http://HOST:PORT/score, or a mixture of "
-        "them as hps=1,jpeg=0.1",
+        "them as hps=1,jpeg=0.1; or none, with --relabel",
         "hps",
     )
     normalise_rewards: bool = option("divide each part of a mixture by the running deviation of its scores", False)
@@ -310,6 +311,14 @@ class TrainConfig:
         "matching: weight of self-imitation: images above the epoch's mean reward are matched also where all of their "
         "prompt's are, which holds what is already drawn well",
         0.0,
+    )
+    relabel: str | None = option(
+        "matching: make an image that failed its prompt an example of what it shows, by path/to/file.py:function, which "
+        "captions it, or for the tiny world's prompts by world: its detector (default: nothing)",
+        None,
+    )
+    relabel_weight: Positive = option(
+        "matching: weight of a relabelled image under its caption; an advantage of one standard deviation has 1", 0.5
     )
     backprop_steps: Count = option("gradient: last sampling steps that the reward's gradient goes through", 4)
     resolution: Count | None = option("pixels of a side (default: what the denoiser was made for)", None)
@@ -460,6 +469,7 @@ def resolve(options: Options) -> TrainConfig:
 ALGORITHM_OPTIONS = {
     "timestep_window": "ppo", "timestep_fraction": "ppo", "deterministic_elsewhere": "ppo", "clip_range": "ppo",
     "num_noise_levels": "matching", "noise_window": "matching", "imitation_weight": "matching",
+    "relabel": "matching", "relabel_weight": "matching",
     "backprop_steps": "gradient",
 }  # fmt: skip
 
@@ -535,6 +545,7 @@ def _check_algorithm(config: TrainConfig) -> None:
         raise InputError("anchor_prompts: needs a null_anchor above 0, the weight that holds them")
     if config.adapter_steps:
         _check_adapter_steps(config, config.adapter_steps)
+    _check_relabelling(config)
 
 
 def _check_adapter_steps(config: TrainConfig, steps: str) -> None:
@@ -559,6 +570,17 @@ def _check_adapter_steps(config: TrainConfig, steps: str) -> None:
             f"adapter_steps, noise_window: the noisiest {config.noise_window:g} of the noise levels hold none of those that "
             f"{steps} stands for (level l of L by 1 - l/L); raise --noise-window"
         )
+
+
+def _check_relabelling(config: TrainConfig) -> None:
+    if config.relabel:
+        check_algorithm_options(["relabel"], config.algorithm)
+    elif config.relabel_weight != _default(TrainConfig, "relabel_weight"):
+        raise InputError("relabel_weight: works only together with --relabel")
+    if config.reward == NO_REWARD and not config.relabel:
+        raise InputError("reward: none teaches nothing by itself; give a reward, or --relabel, whose images teach alone")
+    if config.reward == NO_REWARD and not config.eval_reward:
+        raise InputError("reward: none measures nothing; say by --eval-reward what the held-out prompts are measured by")
 
 
 def check_precision(mixed_precision: str, device: str) -> None:

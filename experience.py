@@ -7,14 +7,14 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import interrupts, models, processes, rewards, sampler, scorers, stages
-from .config import TrainConfig
+from .config import NO_REWARD, TrainConfig
 from .errors import DivergedError, RewardError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Samples:
     rewards: Tensor  # (N,) float32, NaN where the sample was dropped
     parts: dict[str, Tensor]  # (N,) float32, the score of each part of the reward
     local_indices: Tensor  # (n,) int64, which of the N images the trajectory holds
+    captions: Sequence[str | None] = ()  # (N,) with --relabel: what images show that failed their prompt
+    caption_ids: Any = None  # (n, L) int64 of the captions of this process's images; anything where there is none
 
 
 def collect(
@@ -74,15 +76,25 @@ def collect(
     """
     repeated = [prompt for prompt in prompts for _ in range(config.num_samples_per_prompt)]
     trajectories, scored = processes.agreed(_sample_and_score, policy, reward, repeated, config, generator)
-    parts = gather_scores(scored)
+    judged = gather_scores(scored)
+    parts = judged.scores
     reward.observe(parts)  # before they are combined, so that one unit holds for all images that are compared
-    values = reward.combine(parts)
-    values = values.where(values.isfinite(), torch.nan)
+    values = torch.zeros(len(repeated)) if config.reward == NO_REWARD else reward.combine(parts)
+    values = values.where(values.isfinite() & judged.finite, torch.nan)
     if values.isnan().all():
         raise RewardError(f"reward: {config.reward} gave no finite score for any image of an epoch")
     indices = torch.arange(len(repeated)).split(config.sample_batch_size)
     local_indices = torch.cat([indices[number] for number in trajectories])
-    return Samples(repeated, sampler.concatenate(list(trajectories.values())), values, parts, local_indices)
+    samples = Samples(repeated, sampler.concatenate(list(trajectories.values())), values, parts, local_indices)
+    return samples if reward.captioner is None else _with_captions(policy, samples, judged.captions)
+
+
+def _with_captions(policy: Policy, samples: Samples, captions: Sequence[str | None]) -> Samples:
+    """Samples with the captions of those that are not dropped."""
+    finite = samples.rewards.isfinite().tolist()
+    captions = [caption if kept else None for caption, kept in zip(captions, finite, strict=True)]
+    ids = models.tokenize_for(policy.model, [captions[i] or "" for i in samples.local_indices.tolist()])
+    return replace(samples, captions=captions, caption_ids=ids.to(policy.model.device))
 
 
 @dataclass(frozen=True)
@@ -91,17 +103,20 @@ class Scored:
 
     finite: Tensor  # (N,) bool, whether the image is
     scores: dict[str, Tensor]  # (N,) float32 of each part; NaN where the image is not finite
+    captions: Sequence[str | None] = ()  # (N,) where there is a captioner
 
 
-def gather_scores(scored: Mapping[int, Scored]) -> dict[str, Tensor]:
-    """Scores (N,) of all processes' images by each part, from the batches of this process by their numbers.
+def gather_scores(scored: Mapping[int, Scored]) -> Scored:
+    """The scores of all processes' images, from the batches of this process by their numbers.
 
     Raises:
         DivergedError: no image is finite.
     """
     batches = list(processes.merged(scored).values())
-    check_some_finite(torch.cat([batch.finite for batch in batches]))
-    return {name: torch.cat([batch.scores[name] for batch in batches]) for name in batches[0].scores}
+    finite = torch.cat([batch.finite for batch in batches])
+    check_some_finite(finite)
+    scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in batches[0].scores}
+    return Scored(finite, scores, [caption for batch in batches for caption in batch.captions])
 
 
 def num_rollout_calls(policy: Policy, config: TrainConfig) -> int:
@@ -153,7 +168,10 @@ def _decode_and_score(
         torch.cuda.set_device(policy.model.device)  # a thread inherits neither this nor the grad mode
     with torch.no_grad():
         images = sampler.decode(policy.model.vae, trajectory.latents[:, -1])
-        return Scored(scorers.are_finite(images), reward.score(images, prompts))
+        finite, scores = scorers.are_finite(images), reward.score(images, prompts)
+        if reward.captioner is None or not finite.any():
+            return Scored(finite, scores, [None] * len(images) if reward.captioner else ())
+        return Scored(finite, scores, reward.captioner(images, prompts))
 
 
 def _in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:

@@ -35,7 +35,7 @@ TRAIN_GROUPS = {
     ),
     "One algorithm's": (
         "clip_range", "timestep_window", "timestep_fraction", "num_noise_levels", "noise_window", "imitation_weight",
-        "backprop_steps",
+        "relabel", "relabel_weight", "backprop_steps",
     ),
     "Memory and speed": (
         "sample_batch_size", "micro_batch_size", "micro_batch", "mixed_precision", "gradient_checkpointing",

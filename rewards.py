@@ -1,10 +1,12 @@
 """Rewards: what `--reward` names. A published scorer, a weighted sum of several, a function of yours, or a server of yours.
 
+Captions too, which `--relabel` names: the tiny world's own, or a function of yours.
+
 To add a scorer: its class in scorers.py, an entry in CATALOGUE here, its weights in weights.HUB, and an extra in
 pyproject.toml if it needs a package.
 
-Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, the HTTP client. server.py
-has the server.
+Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, captions, the HTTP client.
+server.py has the server.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from .config import password_of, without_passwords
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
 from .presets import EMBEDDED
+from .prompt_sets import NO_TEXT
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import describe_source, describe_weights, find_weights
 
@@ -150,12 +153,8 @@ def check_reward(spec: str) -> None:
     for name in parse_mixture(spec):
         if name.startswith(URL):
             _check_url(name)
-        elif ":" in name:
-            path = name.rpartition(":")[0]
-            if not Path(path).is_file():
-                raise NotFoundError(f"reward: there is no file {path!r}; a reward of your own is path/to/file.py:function")
-        elif Path(name).is_file():
-            raise InputError(f"reward: {name!r} is a file; name a function in it, as {name}:function")
+        elif ":" in name or Path(name).is_file():
+            _check_function(name, "reward")
         elif name not in CATALOGUE:
             known = ", ".join(CATALOGUE)
             raise InputError(
@@ -164,6 +163,13 @@ def check_reward(spec: str) -> None:
             )
         elif missing := missing_packages(name):
             raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
+
+
+def _check_function(name: str, option: str) -> None:
+    if ":" not in name:
+        raise InputError(f"{option}: {name!r} is a file; name a function in it, as {name}:function")
+    if not Path(path := name.rpartition(":")[0]).is_file():
+        raise NotFoundError(f"{option}: there is no file {path!r}; a function of your own is path/to/file.py:function")
 
 
 def _check_url(url: str) -> None:
@@ -351,7 +357,10 @@ class Mixture:
     """A weighted sum of scorers, each of which can also be seen on its own.
 
     With `normalise`, each is divided by the running deviation of its scores first, so that the easy one does not dominate.
+    `captioner` says what training images show, where failed ones are relabelled.
     """
+
+    captioner: Captioner | None = None
 
     def __init__(self, parts: Mapping[str, Scorer], weights: Mapping[str, float], normalise: bool = False) -> None:
         self.parts, self.weights, self.normalise = parts, weights, normalise
@@ -450,12 +459,14 @@ class Spread:
 class Supervised:
     """A scorer called in a thread of its own, so that a training does not wait for one that hangs.
 
+    `option` is what messages begin with, `relabel` for a function that gives captions.
+
     Raises, when called:
         RewardError: the scorer took too long, or raised an exception.
     """
 
-    def __init__(self, scorer: Scorer, name: str, timeout: float) -> None:
-        self.scorer, self.name, self.timeout = scorer, name, timeout
+    def __init__(self, scorer: Callable[..., Any], name: str, timeout: float, option: str = "reward") -> None:
+        self.scorer, self.name, self.timeout, self.option = scorer, name, timeout, option
         self.jobs: queue.SimpleQueue[tuple[Tensor, Sequence[str]]] | None = None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -469,11 +480,12 @@ class Supervised:
             self.jobs = None  # a late answer must not be taken for the next call's
             if not isinstance(error, queue.Empty):
                 raise
-            raise RewardError(f"reward: {self.name} gave no scores within {self.timeout:g} s") from None
+            wanted = "scores" if self.option == "reward" else "captions"
+            raise RewardError(f"{self.option}: {self.name} gave no {wanted} within {self.timeout:g} s") from None
         if isinstance(result, BaseException) and (isinstance(result, RewardError) or is_out_of_memory(result)):
             raise result
         if isinstance(result, BaseException):
-            raise RewardError(f"reward: {self.name} raised {describe(result)}") from result
+            raise RewardError(f"{self.option}: {self.name} raised {describe(result)}") from result
         return result
 
     @torch.no_grad()  # grad mode is a thread's own
@@ -488,25 +500,75 @@ class Supervised:
                 results.put(error)
 
 
-def _load_function(spec: str) -> Scorer:
+def _load_function(spec: str, option: str = "reward") -> Callable[..., Any]:
     name, _, attribute = spec.rpartition(":")
     path = Path(name)
     module_name = f"texforce_reward_{path.stem}"  # a file may be called like a package
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
-        raise InputError(f"reward: {name!r} is not a Python file")
+        raise InputError(f"{option}: {name!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise InputError(f"reward: {name!r} could not be imported: {describe(error)}") from error
+        raise InputError(f"{option}: {name!r} could not be imported: {describe(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         functions = [name for name, value in vars(module).items() if callable(value)]
-        raise InputError(f"reward: {name!r} has no function {attribute!r}{near(attribute, functions)}")
+        raise InputError(f"{option}: {name!r} has no function {attribute!r}{near(attribute, functions)}")
     return function
+
+
+# --- captions ---
+
+Captioner = Callable[[Tensor, Sequence[str]], list[str | None]]  # images (N, 3, H, W) in [0, 1] and N prompts
+WORLD = "world"
+
+
+def check_captioner(spec: str, prompts: Sequence[str] = ()) -> None:
+    """Check that what `--relabel` names exists, and can caption the images of prompts.
+
+    Raises:
+        InputError: it is neither `world` nor a function in a file, or a prompt is not of the tiny world.
+        NotFoundError: the file of a function is not there.
+    """
+    if spec != WORLD and ":" not in spec and not Path(spec).is_file():
+        raise InputError(f"relabel: must be world or path/to/file.py:function, not {spec!r}{near(spec, [WORLD])}")
+    if spec != WORLD:
+        _check_function(spec, "relabel")
+    elif foreign := [prompt for prompt in prompts if not world.is_world([prompt])]:
+        raise InputError(f"relabel: world captions images of the tiny world's sentences, which {foreign[0]!r} is not")
+
+
+def caption_files(spec: str | None) -> list[Path]:
+    """The file of the function that `--relabel` names, if it names one."""
+    return [Path(spec.rpartition(":")[0])] if spec and spec != WORLD else []
+
+
+def load_captioner(spec: str, timeout: float = TIMEOUT) -> Captioner:
+    """What gives images (N, 3, H, W) in [0, 1] of N prompts their captions: N texts, or None for what is not relabelled.
+
+    Raises:
+        InputError, NotFoundError: what `check_captioner` raises, or a file has no such function.
+        RewardError, when called: a function failed, took too long, or returned something else.
+    """
+    check_captioner(spec)
+    if spec == WORLD:
+        return world.captions
+    function = Supervised(_load_function(spec, "relabel"), spec, timeout, "relabel")
+
+    def caption(images: Tensor, prompts: Sequence[str]) -> list[str | None]:
+        found: Any = function(images, prompts)
+        whole = isinstance(found, list | tuple) and len(found) == len(images)
+        if not whole or not all(text is None or isinstance(text, str) for text in found):
+            raise RewardError(
+                f"relabel: {spec} must return a list of {len(images)} items, each a text or None, not {str(found)[:60]!r}"
+            )
+        return [NO_TEXT.sub(" ", text).strip() or None if text else None for text in found]
+
+    return caption
 
 
 # --- scorers elsewhere: the client ---

@@ -27,7 +27,7 @@ from torch import Tensor
 from texforce import Policy, __version__
 
 from . import files
-from .config import TrainConfig
+from .config import NO_REWARD, TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
@@ -271,14 +271,19 @@ def read_checkpoint(checkpoint: Path) -> Snapshot:
             )
         if not isinstance(state["config"], dict) or not isinstance(state["sources"], dict):
             raise ValueError("config and sources must be objects")
-        _check_epochs(state["epochs"])
+        _check_epochs(state["epochs"], state["config"].get("reward") != NO_REWARD)
         return Snapshot(load_file(checkpoint / TENSORS), state)
 
 
-def _check_epochs(epochs: Sequence[Mapping[str, Any]]) -> None:
+def _check_epochs(epochs: Sequence[Mapping[str, Any]], has_reward: bool) -> None:
     """Raise whatever epochs of other fields than a training's measures make Python raise."""
     for number, measures in enumerate(epochs):
-        names = ("num_images", "num_unet_calls", "seconds", *(("reward_mean", "reward_std") if number else ()))
+        names = (
+            "num_images",
+            "num_unet_calls",
+            "seconds",
+            *(("reward_mean", "reward_std") if number and has_reward else ()),
+        )
         numbers = [measures[name] for name in names] + list(measures.get(find_measured(measures) or "", {}).values())
         if measures["epoch"] != number or not all(map(math.isfinite, numbers)):
             raise ValueError(f"epochs: {number} does not hold the measures of that epoch")
@@ -327,9 +332,14 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
 
 def write_result(output_dir: Path, config: TrainConfig, epochs: Sequence[Mapping[str, Any]], result: dict[str, Any]) -> None:
     """The reward curve, the model card and the result of a finished run; the last one says that it is."""
-    write_curve(output_dir / "curve.png", epochs, config.reward)
+    write_curve(output_dir / "curve.png", epochs, main_measure(config))
     files.write_text(output_dir / "README.md", model_card(config, result, output_dir))
     files.write_json(output_dir / RESULT, result)
+
+
+def main_measure(config: TrainConfig) -> str:
+    """The reward, or where there is none the first that is only measured."""
+    return config.eval_reward[0] if config.reward == NO_REWARD and config.eval_reward else config.reward
 
 
 def read_result(output_dir: Path) -> dict[str, Any]:
@@ -470,6 +480,9 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
         f"It is for the share {config.adapter_steps} of the denoising steps alone: in the others the base text encoder "
         "conditions the denoiser. `texforce sample` and `texforce eval` do so; other tools leave it on in all steps."
     ]  # fmt: skip
+    taught_by = [f"`{config.reward}`"] if config.reward != NO_REWARD else []
+    if config.relabel:
+        taught_by.append(f"failed images relabelled by `{config.relabel}` (arXiv:2312.16204)")
     cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
     if result.get("num_chunks", 1) > 1:
         cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
@@ -479,7 +492,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
             *_card_metadata(config.model),
             f"# TexForce adapter for {config.model}", "",
             f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, trained by "
-            f"{METHODS[config.algorithm]} on `{config.reward}`: {result['num_images']} images, seed {config.seed}, "
+            f"{METHODS[config.algorithm]} on {' and '.join(taught_by)}: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             *ranged, *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned | change |", "|---|---|---|---|", *rows, "",
@@ -578,8 +591,9 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
-    images, means = zip(*((measures["num_images"], measures["reward_mean"]) for measures in epochs[1:]), strict=True)
-    axes.plot(images, means, color="tab:blue", alpha=0.5, label="training prompts")
+    trained = [(measures["num_images"], measures["reward_mean"]) for measures in epochs[1:] if "reward_mean" in measures]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.5, label="training prompts")
     measured = [(measures, name) for measures in epochs if (name := find_measured(measures))]
     places = [measures["num_images"] for measures, _ in measured]
     about = "held-out prompts" if measured[0][1] == "heldout" else "training prompts, from the same noise"

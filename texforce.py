@@ -30,7 +30,7 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts, stages
-from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
+from .config import FLOW_SAMPLERS, NO_REWARD, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
 from .errors import DivergedError, InputError, is_out_of_memory, near
 from .prompt_sets import read_prompts
 
@@ -446,6 +446,8 @@ class Batch:
     trajectory: Any = None  # a sampler.Trajectory of the n images
     latents: Any = None  # (n, C, H, W), the final ones
     noise: Any = None  # (n, T+1, C, H, W): the initial latents, and each step's noise
+    is_captioned: Any = None  # (N,) bool, of matching with --relabel: which images have a caption
+    caption_ids: Any = None  # (n, L) int64, its ids
 
     @property
     def local_advantages(self) -> Tensor:
@@ -463,6 +465,9 @@ def make_batch(samples: Samples, advantages: Tensor, config: TrainConfig, device
     """Samples and their advantages (N,), with the advantages on a device."""
     trajectory = samples.trajectory
     own = {"trajectory": trajectory} if config.algorithm == "ppo" else {"latents": trajectory.latents[:, -1]}
+    if config.relabel:
+        own["is_captioned"] = torch.tensor([caption is not None for caption in samples.captions])
+        own["caption_ids"] = samples.caption_ids
     return Batch(
         samples.prompts, trajectory.prompt_ids, samples.local_indices, advantages.to(device), samples.rewards, **own
     )
@@ -755,8 +760,33 @@ def matching_update(
             images = _images_of(prompts, config)
             images = images[batch.rewards[images].isfinite()]
             pairs = torch.cartesian_prod(images, torch.arange(config.num_noise_levels)).reshape(-1, 2)
-            total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
+            share = Share(batch, pairs, loss)
+            relabelled = relabelled_share(share, config) if config.relabel else None
+            if learns_from_captions_alone(config):
+                share = replace(share, pairs=pairs[:0], num_silent=len(pairs))
+            if relabelled and not len(share.pairs) + len(relabelled.pairs):
+                continue
+            total.add_step(gather_gradients(policy, share, learner, config, relabelled), learner.step())
     return total
+
+
+def relabelled_share(share: Share, config: TrainConfig) -> Share:
+    """The pairs of a share whose image has a caption: examples of the caption, each with the weight relabel_weight.
+
+    Hindsight relabelling, as IPR does it (arXiv:2312.16204): an image that failed its prompt is a right one of its caption.
+    It is added to the reward's term as it is, which stays the mean over all images; images without a caption count as 0
+    here. Both terms take an image at the same noise levels with the same noises, so that they differ in the conditioning
+    alone, and what a caption gains over the prompt is no luck of the noise.
+    """
+    captioned = share.pairs[share.batch.is_captioned[share.pairs[:, 0]]]
+    weights = torch.full_like(share.batch.advantages, config.relabel_weight)
+    batch = replace(share.batch, prompt_ids=share.batch.caption_ids, advantages=weights)
+    return replace(share, batch=batch, pairs=captioned, num_silent=len(share.pairs) - len(captioned))
+
+
+def learns_from_captions_alone(config: TrainConfig) -> bool:
+    """Whether images teach nothing under their own prompts, so that the U-Net need not run for them."""
+    return config.reward == NO_REWARD and not wants_kl(config)
 
 
 def _images_of(prompts: Tensor, config: TrainConfig) -> Tensor:
@@ -765,11 +795,17 @@ def _images_of(prompts: Tensor, config: TrainConfig) -> Tensor:
     return (prompts[:, None] * config.num_samples_per_prompt + samples).flatten()
 
 
-def gather_gradients(policy: Policy, share: Share, learner: Learner, config: TrainConfig) -> UpdateStatistics:
-    """The gradient of a share in every process, with that of the anchors; what was measured, over all processes."""
+def gather_gradients(
+    policy: Policy, share: Share, learner: Learner, config: TrainConfig, relabelled: Share | None = None
+) -> UpdateStatistics:
+    """The gradient of a share in every process, with that of the anchors; what was measured, over all processes.
+
+    The gradient of the relabelled images is added to that of the share.
+    """
     statistics = UpdateStatistics()
-    for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
-        statistics.add(part)
+    for each in [share] if relabelled is None else [share, relabelled]:
+        for part in processes.gather(processes.agreed(accumulate_gradients, policy, each, learner, config)):
+            statistics.add(part)
     if policy.anchor_ids is not None:
         drift = policy.anchor_drift()
         statistics.anchor_drift = drift.item()

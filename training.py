@@ -21,6 +21,7 @@ from texforce import (
     UpdateStatistics,
     draw_noise_batch,
     gradient_update,
+    learns_from_captions_alone,
     make_batch,
     make_policy,
     matching_update,
@@ -30,7 +31,7 @@ from texforce import (
 )
 
 from . import files, interrupts, models, processes, rewards, run, scorers, stages, world
-from .config import FLOW_SAMPLERS, TrainConfig, TrainOptions, default_device, resolve, without_passwords
+from .config import FLOW_SAMPLERS, NO_REWARD, TrainConfig, TrainOptions, default_device, resolve, without_passwords
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
     PromptOrder,
@@ -45,7 +46,7 @@ from .experience import (
     num_rollout_calls,
     scored_by_update,
 )
-from .files import read_json
+from .files import describe_files, read_json
 from .learner import Learner, finds_micro_batch
 from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
 from .run import Run, Snapshot
@@ -79,17 +80,20 @@ def prepare(config: TrainConfig) -> Setup:
         stages.report(f"loading {without_passwords(spec)}")
         return rewards.load_reward(spec, device, checkpoints, normalise, config.reward_timeout)
 
-    reward = load(config.reward, config.normalise_rewards)
+    reward = load(config.reward, config.normalise_rewards) if config.reward != NO_REWARD else rewards.Mixture({}, {})
+    if config.relabel:
+        reward.captioner = rewards.load_captioner(config.relabel, config.reward_timeout)
     if config.algorithm == "gradient":
         for name, part in reward.parts.items():
             rewards.gradient_function(part, name)
-    eval_rewards = {spec: load(spec) for spec in specs[1:] if spec != config.reward and spec not in reward.parts}
+    measured = config.eval_reward or ()
+    eval_rewards = {spec: load(spec) for spec in measured if spec != config.reward and spec not in reward.parts}
     return Setup(policy, reward, eval_rewards)
 
 
 def reward_specs(config: TrainConfig) -> list[str]:
     """The reward, and those that are only measured."""
-    return [config.reward, *(config.eval_reward or ())]
+    return [*([] if config.reward == NO_REWARD else [config.reward]), *(config.eval_reward or ())]
 
 
 def load_policy(config: TrainConfig) -> Policy:
@@ -99,6 +103,8 @@ def load_policy(config: TrainConfig) -> Policy:
         rewards.check_reward(spec)  # a typing error must not wait for a model
     if config.algorithm == "gradient":
         rewards.check_gradients(config.reward)
+    if config.relabel:
+        rewards.check_captioner(config.relabel)
     rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
     num_chunks = 1
     if config.long_prompt != "cut":
@@ -140,6 +146,8 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> mode
     """
     models.tokenize_for(policy.model, prompts.all)
     rewards.check_prompts(reward_specs(config), [*prompts.train, *prompts.heldout])
+    if config.relabel:
+        rewards.check_captioner(config.relabel, prompts.train)
     return models.find_cut(list(policy.model.readers.values()), prompts.all)
 
 
@@ -158,7 +166,10 @@ def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
         "the held-out prompts": run.digest(prompts.heldout),
         "the anchor prompts": run.digest(prompts.anchors),
         "the files of the model": models.revision(config.model),
-    } | {f"the content of the reward {name}": source for name, source in found.items()}
+    } | {
+        **{f"the content of the reward {name}": source for name, source in found.items()},
+        **{f"the content of relabel's {path}": describe_files(path) for path in rewards.caption_files(config.relabel)},
+    }
 
 
 # --- the run ---
@@ -465,9 +476,9 @@ def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy,
     """The measures of an epoch, in the algorithm's own terms."""
     dropped = torch.nonzero(samples.rewards.isnan()).flatten().tolist()
     num_images, num_pairs = len(samples.rewards), max(1, updated.num_pairs)
-    measures: dict[str, Any] = {
-        "reward_mean": finite_mean(samples.rewards),
-        "reward_std": samples.rewards[samples.rewards.isfinite()].std(correction=0).item(),
+    finite = samples.rewards[samples.rewards.isfinite()]
+    rewarded = {"reward_mean": finite.mean().item(), "reward_std": finite.std(correction=0).item()}
+    measures: dict[str, Any] = ({} if config.reward == NO_REWARD else rewarded) | {
         "num_images": num_images,
         "num_unet_calls": num_rollout_calls(policy, config) + updated.num_unet_calls,
     }
@@ -477,6 +488,8 @@ def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy,
         measures["clip_fraction"] = updated.num_clipped / num_pairs
     if config.algorithm == "matching":
         measures["loss"] = updated.loss / num_pairs
+    if config.relabel:
+        measures["num_relabelled"] = sum(caption is not None for caption in samples.captions)
     if policy.anchor_ids is not None:
         measures["anchor_drift"] = updated.anchor_drift
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
@@ -527,8 +540,8 @@ class Heldout:
         """
         reward = self.setup.reward
         scored, drawn = processes.agreed(self._draw_and_score_share)
-        measures = means(gather_scores(scored), self.prompts)
-        if self.config.reward not in reward.parts:
+        measures = means(gather_scores(scored).scores, self.prompts)
+        if self.config.reward not in (NO_REWARD, *reward.parts):
             measures = {self.config.reward: reward.combine_means(measures)} | measures
         return measures, {i: image for images in processes.to_first(drawn) for i, image in images.items()}
 
@@ -600,7 +613,7 @@ def measure(
         RewardError: one failed or gave no finite score. DivergedError: no image is finite.
     """
     batches = dict(zip(range(0, len(images), batch_size), images.split(batch_size), strict=True))
-    return means(gather_scores(score_share(batches, prompts, measured_by, device)), prompts)
+    return means(gather_scores(score_share(batches, prompts, measured_by, device)).scores, prompts)
 
 
 def means(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, float]:
@@ -643,7 +656,7 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
             f"the KL divergence from the base policy is {last['kl']:.2e}, above --max-kl {config.max_kl:g}; lower "
             "--learning-rate or raise --kl-weight"
         )
-    if config.max_reward_drop and (measured_on := find_measured(last)):
+    if config.reward != NO_REWARD and config.max_reward_drop and (measured_on := find_measured(last)):
         measured = (_in_final_units(measures, config.reward, reward) for measures in (epochs[0], last))
         base, tuned = (measures[measured_on][config.reward] for measures in measured)
         spread = epochs[1]["reward_std"]  # of the base model's images: epoch 1 samples before its first update
@@ -684,9 +697,12 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     num_items, num_images_a_step = _items_per_image(policy, config), num_images / config.num_updates_per_epoch
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
+    if config.relabel:
+        num_distinct = max(num_distinct, math.ceil(num_images_a_step))  # captions, which are encoded after the prompts
     if finds_micro_batch(config, policy.model.device):
         config = replace(config, micro_batch_size=config.sample_batch_size)
     denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
+    update_calls = _calls_per_update(policy, config)
     network = "U-Net" if policy.model.unet is not None else "transformer"
     return {
         "model": config.model,
@@ -703,6 +719,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": f"{num_images_a_step * num_items:g}",
         f"{network} calls an epoch": _calls_per_epoch(policy, config),
         f"{network} calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
+        **({f"{network} calls for captions an epoch, at most": update_calls} if config.relabel else {}),
         **_ppo_beside(policy, config, network),
         "weights, MiB": mebibytes(_weight_bytes(policy.model)),
         "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
@@ -729,9 +746,15 @@ ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what
 
 
 def _calls_per_epoch(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of an epoch's sampling and update."""
+    """U-Net calls of an epoch's sampling and update; with --relabel at most, as if every image had a caption."""
+    num_terms = (0 if learns_from_captions_alone(config) else 1) + (1 if config.relabel else 0)
+    return num_rollout_calls(policy, config) + num_terms * _calls_per_update(policy, config)
+
+
+def _calls_per_update(policy: Policy, config: TrainConfig) -> int:
+    """U-Net calls of an epoch's update on all images under their prompts, or under their captions."""
     num_pairs = config.num_prompts_per_epoch * config.num_samples_per_prompt * _items_per_image(policy, config)
-    return num_rollout_calls(policy, config) + num_pairs * _calls_per_item(policy, config)
+    return num_pairs * _calls_per_item(policy, config)
 
 
 def _ppo_beside(policy: Policy, config: TrainConfig, network: str) -> dict[str, Any]:

@@ -114,8 +114,10 @@ class EpochView:
         """All that the terminal shows."""
         shown: list[RenderableType] = []
         if self.epochs:
-            images = f"{self.epochs[-1].get('num_images', 0):,} images"
-            shown.append(Text("  ".join([f"epoch {self.epochs[-1]['epoch']}/{self.num_epochs}", images, *self.time_left()])))
+            last = self.epochs[-1]
+            counts = [f"{last.get('num_images', 0):,} images"]
+            counts += [f"{last['num_relabelled']} of the epoch's relabelled"] if "num_relabelled" in last else []
+            shown.append(Text("  ".join([f"epoch {last['epoch']}/{self.num_epochs}", *counts, *self.time_left()])))
             shown += self.reward_lines() + self.measured_table()
             shown += [Text(trouble, style="bold red") for trouble in self.troubles()]
         return Group(*shown, self.bar)
@@ -186,6 +188,7 @@ EPOCH_COLUMNS = (
     ("ratio_deviation", "at most", ".1e"),
     ("clip_fraction", "clipped", ".2f"),
     ("loss", "loss", ".4f"),
+    ("num_relabelled", "relabelled", "d"),
     ("anchor_drift", "null drift", ".1e"),
     ("kl", "KL", ".2e"),
     ("images_per_s", "images/s", ".0f"),

@@ -245,6 +245,48 @@ def alignment_exact(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return (alignment(images, prompts) == 1).float()
 
 
+def captions(images: Tensor, prompts: Sequence[str]) -> list[str | None]:
+    """What images (N, 3, H, W) in [0, 1] show: N sentences in common words, None where an image is fully right as it is.
+
+    None too where the detector is unsure of a shape, or no sentence of the tiny world describes all that it found.
+
+    Raises:
+        InputError: a prompt is not a sentence of the tiny world.
+    """
+    scenes = [parse(prompt) for prompt in prompts]
+    pairs = zip(detect(images), scenes, strict=True)
+    return [None if judge(found, scene) == 1 else describe(found, scene) for found, scene in pairs]
+
+
+def describe(detections: Sequence[Detection], scene: Scene) -> str | None:
+    """The sentence that is fully right for what was found, as near to a scene as it can be; None if there is none.
+
+    Two objects come in the order of the scene's, with their relation if the scene has one: so as often as the prompts' own.
+    """
+    if not detections or any(-1 in (seen.colour, seen.shape) for seen in detections):
+        return None
+    nouns = {(COLOUR_WORDS[seen.colour][0], SHAPE_WORDS[seen.shape][0]) for seen in detections}
+    if len(nouns) == 1 and len(detections) in COUNTS:
+        ((colour, shape),) = nouns
+        return f"{COUNTS[len(detections)]} {colour} {plural(shape)}"
+    if len(detections) > 2:
+        return None
+    first, last = scene.objects[0], scene.objects[-1]
+    ordered = sorted(detections, key=lambda seen: _num_wrong(seen, first) - _num_wrong(seen, last))
+    relations = RELATIONS if scene.relation and len(ordered) == 2 else ()
+    link = next((relation for relation in relations if _related(*ordered, relation)), "and")
+    return f" {link} ".join(_noun(seen) for seen in ordered)
+
+
+def _num_wrong(seen: Detection, wanted: tuple[int, int]) -> int:
+    return (seen.colour != wanted[0]) + (seen.shape != wanted[1])
+
+
+def _noun(seen: Detection) -> str:
+    colour = COLOUR_WORDS[seen.colour][0]
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {SHAPE_WORDS[seen.shape][0]}"
+
+
 def is_world(prompts: Sequence[str]) -> bool:
     """Whether every prompt is a sentence of the tiny world."""
     try:

@@ -281,11 +281,20 @@ def test_the_readmes_python_draws_an_image(adapter):
 # --- bad input ---
 
 
+def test_prompts_that_the_worlds_captions_are_not_for_are_refused_before_the_training(tmp_path):
+    result = run("train", "--model", "tiny", "--relabel", "world", "--prompts", "faces", "--output-dir", tmp_path / "out")
+    check_failure(result, 2, "--relabel: world", "a portrait of")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--algorithm", "matching", "--clip-range", "0.1"], ["--clip-range", "ppo", "matching"]),
     (["--algorithm", "ppo", "--backprop-steps", "2"], ["--backprop-steps", "gradient", "ppo"]),
     (["--algorithm", "gradient", "--reward", "jpeg"], ["jpeg", "no gradients", "hps"]),
     (["--algorithm", "gradient", "--reward", "hps=1,http://a:1/score=1"], ["http://a:1/score", "no gradients"]),
+    (["--algorithm", "ppo", "--relabel-weight", "0.5"], ["--relabel-weight", "matching", "ppo"]),
+    (["--relabel", "wrold"], ["--relabel: must be world", "did you mean 'world'"]),
+    (["--relabel", "absent.py:f"], ["--relabel: there is no file 'absent.py'"]),
 ])  # fmt: skip
 def test_options_and_rewards_of_another_algorithm_are_refused_by_name(tmp_path, arguments, words):
     result = run("train", "--model", "tiny", *arguments, "--output-dir", tmp_path / "out")
@@ -327,6 +336,9 @@ BAD_TRAINING = [
     (["--reward", "clip", "--reward-checkpoint", "LICENSE"], ["LICENSE", "folder"]),
     (["--eval-reward", "ocr"], ["ocr", "quotation marks"]),
     (["--reward-timeout", "0"], ["--reward-timeout"]),
+    (["--relabel", "world"], ["--relabel", "matching"]),
+    (["--reward", "none"], ["--reward: none", "--relabel"]),
+    (["--eval-reward", "none"], ["'none'", "hps"]),
     (["--normalise-rewards", "--preset", "paper"], ["--normalise-rewards", "leave-one-out"]),
     (["--reward", "http://host:abc/score"], ["http://host:abc/score", "is no URL"]),
     (["--reward-timeout", "1e10"], ["--reward-timeout"]),

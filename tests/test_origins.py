@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from texforce import cli, models, rewards, run, training
-from texforce.config import TrainOptions, password_of, resolve, without_passwords
+from texforce.config import ALGORITHM_OPTIONS, TrainOptions, password_of, resolve, without_passwords
 from texforce.errors import InputError, RewardError
 
 from .test_cli import check_failure, flags
@@ -45,7 +45,7 @@ def arguments(folder: Path, how: str) -> list[object]:
 
 
 @pytest.mark.parametrize("how", ["--resume", "--config"])
-@pytest.mark.parametrize("field", ["reward", "also in a mixture", "also eval_reward"])
+@pytest.mark.parametrize("field", ["reward", "also in a mixture", "also eval_reward", "also relabel"])
 def test_code_that_a_file_of_others_names_is_asked_for_and_not_run(foreign, how, field):
     folder, created = foreign
     spec = f"{folder / 'evil.py'}:f"
@@ -53,6 +53,8 @@ def test_code_that_a_file_of_others_names_is_asked_for_and_not_run(foreign, how,
         change(folder, reward=f"jpeg=1,{spec}=0.5")
     elif field == "also eval_reward":
         change(folder, reward="jpeg", eval_reward=["incompress", spec])
+    elif field == "also relabel":
+        change(folder, reward="jpeg", algorithm="matching", relabel=spec)
     check_failure(command_line(*arguments(folder, how)), 2, "evil.py", "--trust-reward-code")
     assert not created.exists()
     check_failure(
@@ -93,9 +95,13 @@ def test_the_hint_to_resume_says_that_the_reward_is_code(small_run, tmp_path, mo
         raise RewardError("reward: gone")
 
     monkeypatch.setattr(training, "train_epoch", fail)
-    for reward, hinted in ((f"{tmp_path / 'mine.py'}:f", True), ("jpeg", False)):
-        result = command_line("train", *flags(small_run | {"reward": reward, "output_dir": tmp_path / str(hinted)}))
-        hint = f"resume with: texforce train --resume {tmp_path / str(hinted)}" + " --trust-reward-code" * hinted
+    spec = f"{tmp_path / 'mine.py'}:f"
+    common = {name: value for name, value in small_run.items() if ALGORITHM_OPTIONS.get(name) != "ppo"}
+    relabelling = common | {"algorithm": "matching", "relabel": spec}
+    runs = (small_run | {"reward": spec}, True), (small_run, False), (relabelling, True)
+    for number, (options, hinted) in enumerate(runs):
+        result = command_line("train", *flags(options | {"output_dir": tmp_path / str(number)}))
+        hint = f"resume with: texforce train --resume {tmp_path / str(number)}" + " --trust-reward-code" * hinted
         assert hint in result.stderr.splitlines()
 
 

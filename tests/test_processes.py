@@ -142,15 +142,21 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
     {"algorithm": "matching", "lora_layers": "last:1", "lora_modules": ["v_proj", "fc1"]},
     {"adapter_steps": "0-0.5"},
     {"algorithm": "matching", "adapter_steps": "0-0.5"},
-    {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "adapter_steps": "0.5-0.75"},
-], ids=[
-    "matching", "gradient", "some layers", "ppo in some steps", "matching in some steps", "gradient in some steps",
-])  # fmt: skip
+    {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "relabel": "CAPTIONS"},
+], ids=["matching", "gradient", "some layers", "ppo in some steps", "matching in some steps", "relabelling"])  # fmt: skip
 def test_two_processes_give_the_adapter_of_one_by_every_algorithm(shared_run, tmp_path, options):
+    if "relabel" in options:  # by colours, so that each image has its own
+        dark = "images.mean(dim=(1, 2, 3)) < images.mean()"
+        body = f"return ['two blue squares' if is_dark else None for is_dark in {dark}]"
+        (tmp_path / "mine.py").write_text(f"def caption(images, prompts):\n    {body}\n")
+        options = options | {"relabel": f"{tmp_path / 'mine.py'}:caption"}
     for number in (1, 2):
         given = shared_run | OPTIONS | options | {"num_epochs": 1, "output_dir": str(tmp_path / str(number))}
         run_training(number, given, tmp_path / "log")
     assert relative_difference(tmp_path / "2", tmp_path / "1") < 1e-6
+    counts = [[line.get("num_relabelled") for line in lines(tmp_path / number)][1:] for number in "12"]
+    assert counts[0] == counts[1]
+    assert (0 < counts[0][0] < 8) if "relabel" in options else counts[0] == [None]
 
 
 def test_the_first_gradient_of_two_processes_is_that_of_one(pair):

@@ -286,6 +286,52 @@ def test_a_single_reward_is_not_normalised():
     assert rewards.load_reward("jpeg=1,incompress=1", normalise=True).normalise
 
 
+# --- captions ---
+
+
+def captioner(folder: Path, body: str, timeout: float = 30.0) -> rewards.Captioner:
+    (folder / "mine.py").write_text(f"import time\n\ndef caption(images, prompts):\n    {body}\n")
+    return rewards.load_captioner(f"{folder / 'mine.py'}:caption", timeout)
+
+
+def test_a_function_captions_images_or_leaves_them_out(tmp_path):
+    caption = captioner(tmp_path, "return [f'not {prompts[0]}', None, ' ', 'two\\x00\\nlines\\ud800']")
+    assert caption(random_images(4), ["a", "b", "c", "d"]) == ["not a", None, None, "two lines"]
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("return ['one']", "a list of 2 items, each a text or None, not \"\\['one'\\]\""),
+    ("return 'ab'", "a list of 2 items, each a text or None, not 'ab'"),
+    ("return None", "a list of 2 items, each a text or None, not 'None'"),
+    ("return [1, 2]", r"a list of 2 items, each a text or None, not '\[1, 2\]'"),
+    ("raise KeyError('seed')", "raised KeyError: 'seed'"),
+    ("time.sleep(1)", r"gave no captions within 0\.05 s"),
+])  # fmt: skip
+def test_a_caption_function_that_fails_is_named(tmp_path, body, words):
+    with pytest.raises(RewardError, match=rf"^relabel: .*mine\.py:caption .*{words}"):
+        captioner(tmp_path, body, 0.05 if "sleep" in body else 30.0)(random_images(2), ["a", "b"])
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("wrold", r"must be world or path/to/file\.py:function, not 'wrold'; did you mean 'world'"),
+    ("absent.py:caption", "there is no file 'absent.py'"),
+    ("{folder}/mine.py", "is a file; name a function in it, as .*mine.py:function"),
+    ("{folder}/mine.py:captoin", "has no function 'captoin'; did you mean 'caption'"),
+    ("{folder}/broken.py:caption", "could not be imported: SyntaxError"),
+])  # fmt: skip
+def test_what_cannot_caption_is_refused_with_what_can(tmp_path, spec, words):
+    captioner(tmp_path, "return prompts")
+    (tmp_path / "broken.py").write_text("def caption(:\n")
+    with pytest.raises(InputError, match=rf"^relabel: .*{words}"):
+        rewards.load_captioner(spec.format(folder=tmp_path))
+
+
+def test_the_worlds_captions_are_for_its_own_prompts():
+    rewards.check_captioner("world", ["a red circle"])
+    with pytest.raises(InputError, match=r"relabel: world captions images of the tiny world's .* 'a red horse' is not"):
+        rewards.check_captioner("world", ["a red circle", "a red horse"])
+
+
 # --- scorers that are not ours ---
 
 

@@ -209,15 +209,19 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
          "num_inference_steps": 3},
         {"adapter_steps": "0.5-1", "target": "both", "num_inference_steps": 4},
         {"algorithm": "matching", "adapter_steps": "0-0.5", "kl_weight": 0.1},
-        {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "adapter_steps": "0.5-1"},
+        {"algorithm": "matching", "reward": "none", "eval_reward": ["jpeg"], "relabel": "CAPTIONS", "relabel_weight": 2.0,
+         "imitation_weight": 0.5, "null_anchor": 1.0},
     ],
     ids=[
         "normalised mixture, base null prompt", "U-Net too, no average", "matching", "gradient, dpm-solver",
-        "ppo in some steps", "matching in some steps", "gradient in some steps",
+        "ppo in some steps", "matching in some steps", "relabelling alone",
     ],
 )  # fmt: skip
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
     options = options | {"num_epochs": 2, "checkpoint_every": 1} | changes
+    if "relabel" in changes:
+        (tmp_path / "mine.py").write_text("def caption(images, prompts):\n    return ['two blue squares'] * len(images)\n")
+        options |= {"relabel": f"{tmp_path / 'mine.py'}:caption"}
     for name, stop_in in (("whole", None), ("stopped", 2)):
         run_training(options, tmp_path / name, stop_in)
     check_goes_on_exactly(options, tmp_path / "whole", tmp_path / "stopped", tmp_path)

@@ -24,6 +24,7 @@ from texforce import (
     models,
     rewards,
     sampler,
+    world,
 )
 from texforce.config import TrainConfig, TrainOptions, resolve, window_end
 from texforce.errors import InputError, RewardError
@@ -875,6 +876,101 @@ def test_an_epoch_of_matching_raises_the_reward_of_what_is_drawn(make_rig):
     before = rig.sample().rewards.mean()
     texforce.matching_update(rig.policy, rig.collect(), rig.learner(), rig.config, torch.Generator().manual_seed(0))
     assert rig.sample().rewards.mean() > before + 0.005
+
+
+# --- relabelling ---
+
+CAPTIONS = ["a blue square", None, "two red circles", None, None, "a blue square"]
+RELABEL = MATCHING | {"relabel": "world", "eval_reward": ["jpeg"]}
+
+
+def relabelled(rig: Rig, captions: list[str | None] = CAPTIONS) -> Batch:
+    """A batch whose images have captions."""
+    mixture = rewards.Mixture({}, {}) if rig.config.reward == "none" else rewards.Mixture({"a": brightness}, {"a": 1.0})
+    mixture.captioner = lambda images, prompts: captions
+    samples = rig.sample(reward=mixture)
+    advantages = experience.compute_advantages(samples, rig.config, PromptStatistics())
+    return texforce.make_batch(samples, advantages, rig.config, rig.policy.model.device)
+
+
+@pytest.mark.parametrize(("reward", "target", "kl_weight"), [
+    ("jpeg", "text-encoder", 0.3), ("jpeg", "both", 0.0), ("none", "text-encoder", 0.0),
+])  # fmt: skip
+def test_the_gradient_of_relabelled_images_equals_that_of_the_textbook_loop(make_rig, shares, reward, target, kl_weight):
+    """Each image under its prompt, and with a constant weight under its caption, over the number of images."""
+    rig = make_rig(**RELABEL | {"reward": reward, "target": target, "kl_weight": kl_weight, "relabel_weight": 0.7})
+    batch = relabelled(rig)
+    assert (batch.advantages == 0).all() == (reward == "none")
+    rig.perturb(1e-2)
+    learner = rig.learner()
+    learner.step = lambda: 0.0
+    statistics = texforce.matching_update(rig.policy, batch, learner, rig.config, torch.Generator().manual_seed(0))
+    gradient = gradient_of(rig.policy.parameters)
+    rig.policy.model.text_encoder.double()
+    rig.policy.model.unet.double()
+    rig.learner().optimizer.zero_grad()
+    captions = models.tokenize(rig.policy.model.tokenizer, [caption or "" for caption in CAPTIONS])
+    under_caption = replace(batch, prompt_ids=captions, advantages=torch.full((6,), 0.7))
+    noising = shares[0].loss.keywords["noising"]
+    for image, draw in itertools.product(range(6), range(3)):
+        loss = textbook_matching_loss(rig, batch, noising, image, draw)
+        if CAPTIONS[image]:
+            loss = loss + textbook_matching_loss(rig, under_caption, noising, image, draw)
+        (loss / 18).backward()
+    assert relative_difference(gradient, gradient_of(rig.policy.parameters)) <= 1e-5
+    own = 0 if reward == "none" and not kl_weight else 18  # nothing is learned of these, so they are not run
+    assert statistics.num_pairs == own + 9
+    assert statistics.num_unet_calls == (own + 9) * (2 if kl_weight else 1)
+
+
+def test_the_micro_batch_size_does_not_change_the_gradient_of_relabelled_images(make_rig):
+    rig = make_rig(**RELABEL | {"kl_weight": 0.1})
+    batch = relabelled(rig)
+    rig.perturb(1e-2)
+    share, gradients = matching_share(rig, batch), []
+    for size in (1, 4, 64):
+        learner = rig.learner()
+        learner.micro_batch_size = size
+        learner.optimizer.zero_grad()
+        texforce.gather_gradients(rig.policy, share, learner, rig.config, texforce.relabelled_share(share, rig.config))
+        gradients.append(gradient_of(rig.policy.parameters))
+    assert all(relative_difference(gradient, gradients[0]) <= 1e-5 for gradient in gradients[1:])
+
+
+def test_an_optimizer_step_without_anything_to_learn_from_is_skipped(make_rig, shares):
+    rig = make_rig(**RELABEL | {"reward": "none"})
+    before = rig.weights()
+    batch = relabelled(rig, [None] * 6)
+    texforce.matching_update(rig.policy, batch, rig.learner(), rig.config, torch.Generator().manual_seed(0))
+    assert torch.equal(rig.weights(), before)
+    assert shares == []
+
+
+def test_a_dropped_image_is_not_relabelled(make_rig):
+    rig = make_rig(**RELABEL)
+    mixture = rewards.Mixture({"a": lambda images, prompts: [NAN, 1, 2, 3, 4, NAN]}, {"a": 1.0})
+    mixture.captioner = lambda images, prompts: CAPTIONS
+    assert rig.sample(reward=mixture).captions == [None, None, "two red circles", None, None, None]
+
+
+def test_the_worlds_captions_are_right_of_images_that_are_not_right_for_their_prompts(make_rig):
+    rig = make_rig(models.load_model("tiny"), **RELABEL)
+    seen: list[Tensor] = []
+
+    def alignment(images: Tensor, prompts: list[str]) -> Tensor:
+        seen.append(images)
+        return world.alignment(images, prompts)
+
+    mixture = rewards.Mixture({"alignment": alignment}, {"alignment": 1.0})
+    mixture.captioner = rewards.load_captioner("world")
+    samples = rig.sample(["a red circle", "a crimson plus", "a navy box"], mixture)
+    relabelled = [i for i, caption in enumerate(samples.captions) if caption is not None]
+    assert 0 < len(relabelled) <= (samples.rewards < 1).sum()
+    captions = [samples.captions[i] for i in relabelled]
+    assert (samples.rewards[relabelled] < 1).all()
+    assert world.alignment(seen[0][relabelled], captions).tolist() == [1.0] * len(captions)
+    ids = models.tokenize(rig.policy.model.tokenizer, captions)
+    assert torch.equal(samples.caption_ids[relabelled], ids)
 
 
 # --- the anchor ---

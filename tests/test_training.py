@@ -539,6 +539,69 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
     assert ("loss" in epoch) == (algorithm == "matching")
 
 
+# --- relabelling ---
+
+
+def caption_file(folder: Path) -> str:
+    (folder / "mine.py").write_text("def caption(images, prompts):\n    return ['a navy box', None] * (len(images) // 2)\n")
+    return f"{folder / 'mine.py'}:caption"
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.2])
+def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
+    train_small, small_run, tmp_path, narrow_model, kl_weight
+):
+    options = {"algorithm": "matching", "reward": "none", "eval_reward": ["jpeg=1,incompress=0.5", "hps"]}
+    options |= {"relabel": caption_file(tmp_path), "kl_weight": kl_weight, "num_epochs": 2, "num_inner_epochs": 1}
+    reports = []
+    result = train_small(reports.append, **options)
+    folder, names = tmp_path / "out", {"jpeg=1,incompress=0.5", "hps"}
+    assert result == json.loads((folder / "result.json").read_text())
+    assert {name for name in result["heldout"] if not name.startswith("alignment")} == names
+    assert result["heldout"]["hps"]["base"] != result["heldout"]["hps"]["tuned"]
+    for epoch in read_metrics(folder)[1:]:
+        assert epoch["num_relabelled"] == 4
+        assert not {"reward_mean", "reward_std", "parts", "dropped"} & epoch.keys()
+    saved = json.loads((folder / "config.json").read_text())
+    assert (saved["reward"], saved["relabel"], saved["relabel_weight"]) == ("none", options["relabel"], 0.5)
+    card = (folder / "README.md").read_text()
+    assert f"on failed images relabelled by `{options['relabel']}` (arXiv:2312.16204): 16 images" in card
+    assert (folder / "curve.png").stat().st_size > 0
+    planned = training.plan(configure(small_run, tmp_path / "plan", **options))
+    # Two epochs of 8 images, each of 4 steps with guidance and 2 noise levels; half of them have a caption.
+    own, branches = (16, 2) if kl_weight else (0, 1)
+    assert planned["U-Net calls an epoch"] == 64 + (own + 16) * branches
+    assert planned["U-Net calls for captions an epoch, at most"] == 16 * branches
+    assert result["num_unet_calls"] == 2 * (64 + (own + 8) * branches)
+
+
+def test_relabelling_adds_to_what_the_reward_teaches(train_small, tmp_path):
+    adapters = []
+    for relabel in (None, caption_file(tmp_path)):
+        result = train_small(algorithm="matching", reward="jpeg", relabel=relabel, null_anchor=1.0)
+        out = (tmp_path / "out").rename(tmp_path / f"out of {relabel is None}")
+        adapters.append((out / "adapter_model.safetensors").read_bytes())
+        assert "jpeg" in result["heldout"]
+        epoch = read_metrics(out)[1]
+        assert epoch.get("num_relabelled") == (4 if relabel else None)
+        assert "reward_mean" in epoch
+    assert adapters[0] != adapters[1]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"relabel": "world", "algorithm": "ppo"}, "^relabel: is an option of --algorithm matching, not of ppo"),
+    ({"relabel": "world", "algorithm": "gradient"}, "^relabel: is an option of --algorithm matching, not of gradient"),
+    ({"relabel_weight": 1.0}, "^relabel_weight: works only together with --relabel"),
+    ({"relabel": "world", "relabel_weight": 0.0}, "^relabel_weight: must be a finite number above 0, not 0.0"),
+    ({"reward": "none"}, "^reward: none teaches nothing by itself"),
+    ({"reward": "none", "algorithm": "ppo"}, "^reward: none teaches nothing by itself"),
+    ({"reward": "none", "relabel": "world"}, "^reward: none measures nothing; say by --eval-reward"),
+])  # fmt: skip
+def test_relabelling_where_it_has_no_effect_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        resolve(TrainOptions(**{"model": "tiny", "algorithm": "matching"} | options))
+
+
 def test_gradients_are_refused_of_a_reward_that_has_none(small_run, tmp_path, narrow_model, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
     options = small_run | {"algorithm": "gradient", "reward": "jpeg", "output_dir": str(tmp_path / "out")}

@@ -380,6 +380,51 @@ def test_alignment_refuses_a_foreign_prompt(renderings):
         world.alignment(renderings["colour"][2][:2], ["a red circle", "a cat"])
 
 
+# --- captions ---
+
+
+@pytest.mark.parametrize("kind", prompt_sets.KINDS)
+def test_a_caption_means_what_was_drawn_in_common_words(renderings, kind):
+    """Under the prompt of another image, and None under its own."""
+    scenes, prompts, images = renderings[kind]
+    own = world.captions(images[:40], prompts[:40])
+    others = world.captions(images[:40], prompts[1:41])
+    assert sum(caption is None for caption in own) >= 38
+    told = [(caption, scene) for caption, scene in zip(others, scenes[:40], strict=True) if caption is not None]
+    assert len(told) >= 25
+    assert not any(world.has_rare_word(caption) for caption, _ in told)
+    assert sum(meaning(world.parse(caption)) == meaning(scene) for caption, scene in told) >= len(told) - 2
+
+
+def found(*objects: tuple[int, int, float, float]) -> list[Detection]:
+    return [Detection(*numbers) for numbers in objects]
+
+
+LEFT, RIGHT = (RED, CIRCLE, 8.0, 16.0), (BLUE, SQUARE, 24.0, 16.0)
+
+
+@pytest.mark.parametrize(("detections", "scene", "caption"), [
+    (found(LEFT), PAIR, "a red circle"),
+    (found((5, TRIANGLE, 8.0, 8.0)), PAIR, "an orange triangle"),
+    (found(LEFT, RIGHT), Scene("position", (RED_CIRCLE, BLUE_SQUARE), "right of"), "a red circle left of a blue square"),
+    (found(LEFT, RIGHT), Scene("position", (BLUE_SQUARE, RED_CIRCLE), "left of"), "a blue square right of a red circle"),
+    (found(LEFT, RIGHT), Scene("position", ((GREEN, CROSS), RED_CIRCLE), "above"), "a blue square right of a red circle"),
+    (found(RIGHT, LEFT), THREE, "a blue square and a red circle"),
+    (found(LEFT, (BLUE, SQUARE, 11.0, 16.0)), LEFT_OF, "a red circle and a blue square"),  # too near for a relation
+    (found(LEFT, (RED, CIRCLE, 24.0, 16.0)), LEFT_OF, "two red circles"),
+    (found(*[(YELLOW, CROSS, 4.0 + 8 * k, 8.0) for k in range(4)]), THREE, "four yellow crosses"),
+    (found(*[(YELLOW, CROSS, 4.0 + 4 * k, 8.0) for k in range(5)]), THREE, None),
+    (found(LEFT, LEFT, RIGHT), THREE, None),
+    (found(LEFT, (-1, SQUARE, 24.0, 16.0)), PAIR, None),
+    (found((RED, -1, 8.0, 8.0)), PAIR, None),
+    ([], PAIR, None),
+])  # fmt: skip
+def test_captions_by_hand(detections, scene, caption):
+    assert world.describe(detections, scene) == caption
+    if caption is not None:
+        assert world.judge(detections, world.parse(caption)) == 1
+
+
 # --- scores by hand ---
 
 
