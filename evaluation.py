@@ -6,12 +6,14 @@ lies in the output folder, and an evaluation that is started there again goes on
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import io
 import itertools
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +32,14 @@ from .config import (
     LATER_OPTIONS,
     DrawConfig,
     EvalConfig,
+    EvalOptions,
     SampleConfig,
     System,
     changed_later_options,
     default_device,
+    option_fields,
+    resolve_eval,
+    without_passwords,
 )
 from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
@@ -265,6 +271,35 @@ def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
     }
 
 
+def describe_trainings(systems: Sequence[System]) -> dict[str, str]:
+    """How the adapters of systems were trained, by their paths, where their folders are those of trainings.
+
+    Raises:
+        InputError: a file in such a folder is damaged.
+    """
+    folders = {path for system in systems for path, _ in system.adapters if run.is_run(Path(path))}
+    return {folder: run.describe_training(Path(folder)) for folder in sorted(folders)}
+
+
+def shortest_command(config: EvalConfig) -> str:
+    """The command of an evaluation, without the options that follow from the others; passwords are left out."""
+    given = {item.name: getattr(config, item.name) for item in option_fields(EvalConfig)}
+    for name in list(given):
+        fewer = {other: value for other, value in given.items() if other != name}
+        with contextlib.suppress(InputError):
+            if replace(resolve_eval(EvalOptions(**fewer)), origins=config.origins) == config:
+                given = fewer
+    words = ["texforce", "eval"]
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        elif value is not None:
+            texts = value if isinstance(value, list | tuple) else [value]
+            words += [word for text in texts for word in (f"--{flag}", without_passwords(str(text)))]
+    return shlex.join(words)
+
+
 def _without_paths(described: dict[str, Any]) -> Any:
     """A description without its paths: a folder may have moved."""
     pathless = {kind: [term | {"path": ""} for term in described[kind]] for kind in ("adapters", "unets")}
@@ -326,6 +361,7 @@ def evaluate(
     benchmark = read_benchmark(config.benchmark).limited(config.limit)
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)
+    trainings = describe_trainings(evaluation.systems)
     num_chunks = find_chunks(config, benchmark.prompts)
     cut = find_cut(config, benchmark.prompts, num_chunks)
     if cut.prompts:
@@ -339,7 +375,8 @@ def evaluate(
         about = {"commit": run.commit(), "rewards": sources, "num_tokens": cut.num_tokens, "prompts_cut": cut.prompts}
         about |= {"num_chunks": num_chunks} if config.long_prompt != "cut" else {}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
-        results["timings"] = {"seconds": time.perf_counter() - start}
+        results |= {"command": shortest_command(config), "trainings": trainings}
+        results["timings"] = {"seconds": time.perf_counter() - start, "date": run.now()}
         files.write_json(evaluation.folder / "results.json", results)
         write_csv(evaluation, scores)
         report.write(evaluation.folder, results)

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: means over prompts with bootstrap intervals, differences, win rates, diversity."""
+"""Statistics of an evaluation: means over prompts with bootstrap intervals, differences, shares of prompts, diversity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500  # what fits into memory for some thousand prompts
+NEGLIGIBLE = 0.05  # of the deviation of the base's scores over prompts: a prompt whose score changes by less is the same
+OUTCOMES = ("better", "same", "worse")
 
 
 def bootstrap(values: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +47,23 @@ def wins(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(scores) & np.isfinite(base), won, np.nan)
 
 
+def outcomes(changes: np.ndarray, spread: float) -> dict[str, np.ndarray]:
+    """Which prompts became better, stayed the same and became worse, (P,) each: 1 if so, 0 if not, NaN if unknown.
+
+    A change (P,) of at most NEGLIGIBLE of `spread`, the deviation of the base's scores, counts as none: nobody sees a score
+    move in its fourth digit.
+    """
+    limit, known = NEGLIGIBLE * spread, np.isfinite(changes)
+    found = {"better": changes > limit, "same": np.abs(changes) <= limit, "worse": changes < -limit}
+    return {name: np.where(known, rows, np.nan) for name, rows in found.items()}
+
+
+def deviation(values: np.ndarray) -> float:
+    """The standard deviation of the finite ones among values (P,); 0 where there are none."""
+    known = values[np.isfinite(values)]
+    return float(known.std()) if len(known) else 0.0
+
+
 def mean_over_images(scores: np.ndarray) -> np.ndarray:
     """Means (P,) of the finite ones among scores (P, K); NaN where there are none."""
     there = np.isfinite(scores)
@@ -65,16 +84,21 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Summary of each system's scores (P, K) by measure: `mean`, `low` and `high` over prompts, each prompt counting once.
 
-    All but the base also have `paired` (the mean difference to the base) and `win_rate` (over images), each with its own
-    interval. With several categories, each measure has the same for every category in `categories`.
+    All but the base also have `paired` (the mean difference to the base), the shares of prompts that are `better`, `same`
+    and `worse` by `outcomes`, and `win_rate` (over images, a tie counts half), each with its own interval. The base has
+    `spread`, the deviation of its scores over prompts. With several categories, each measure has the same means and shares
+    for every category in `categories`.
     """
     columns: dict[tuple[str, ...], np.ndarray] = {}
+    spreads = {measure: deviation(mean_over_images(values)) for measure, values in scores[base].items()}
     for system, measures in scores.items():
         for measure, values in measures.items():
             means = mean_over_images(values)
             columns[system, measure] = means
             if system != base:
-                columns[system, measure, "paired"] = mean_over_images(values - scores[base][measure])
+                changes = columns[system, measure, "paired"] = mean_over_images(values - scores[base][measure])
+                for outcome, rows in outcomes(changes, spreads[measure]).items():
+                    columns[system, measure, outcome] = rows
                 columns[system, measure, "win_rate"] = mean_over_images(wins(values, scores[base][measure]))
     table = np.stack(list(columns.values()), axis=1)
     groups = {name: np.array([category == name for category in categories]) for name in dict.fromkeys(categories)}
@@ -87,6 +111,8 @@ def summarise(
     for system, measures in whole.items():
         for measure, summary in measures.items():
             summary["num_images_dropped"] = int((~np.isfinite(scores[system][measure])).sum())
+    for measure, spread in spreads.items():
+        whole[base][measure]["spread"] = spread
     return whole
 
 

@@ -1,13 +1,16 @@
-"""The page that `texforce eval` writes: one file that opens offline, rendered from the results and the images.
+"""The page that `texforce eval` writes, and `texforce train` as it goes: one file that opens offline.
 
-Read top to bottom: writing the page, the summary's rows, the plots, the gallery's data. `report.html` is the template.
+Read top to bottom: the page, what it says of an evaluation and of a training, the summary, the plots, the gallery's data.
+`report.html` is the template of both.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,41 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from . import files
+from . import files, measures
 from .config import BASE
 
-COLOURS = ("#0969da", "#d4691e", "#8250df", "#1a9a8f", "#bf3989", "#7d8590")  # of the systems, seen on light and dark
+NUM_COLOURS = 6  # of the systems, in the template
 MAX_IMAGES = 4000  # in the page: with more, only the first image of each prompt is shown
 MAX_PIXELS = 256  # of a side; larger images are scaled down, smaller ones shown pixel by pixel
+FULL_COLOUR = 0.5  # of the deviation of the base's scores: a change from here on is in full colour, a smaller one in less
+EXACT = "alignment_exact"  # the measure that says whether an image is right
+
+
+# --- the page ---
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something to know about the results, with its name; `is_code` for a command."""
+
+    name: str
+    text: str
+    is_code: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template shows."""
+
+    title: str
+    verdicts: Sequence[Verdict]
+    facts: Sequence[Fact]
+    systems: Sequence[str]  # the columns of the summary
+    rows: Sequence[Row]
+    remarks: Sequence[str]  # under the summary
+    figures: Sequence[Figure]
+    gallery: Mapping[str, Any]  # for the page's script
+    versions: str
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -30,6 +62,16 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: an image is damaged. OSError: storage.
     """
+    files.write_text(folder / "report.html", render(evaluation_page(folder, results)))
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    return template().render(page=page, data=to_script(page.gallery), num_colours=NUM_COLOURS)
+
+
+@functools.cache
+def template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -37,13 +79,7 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html").render(
-        results=results,
-        rows=summary_rows(results["systems"]),
-        figures=make_figures(results),
-        data=to_script(gallery(folder, results)),
-    )
-    files.write_text(folder / "report.html", page)
+    return environment.get_template("report.html")
 
 
 def to_script(content: Mapping[str, Any]) -> Markup:
@@ -51,34 +87,153 @@ def to_script(content: Mapping[str, Any]) -> Markup:
     return Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c"))  # noqa: S704  escaped here
 
 
+def minus(text: str) -> str:
+    """Numbers in a text with the minus sign that is as wide as the plus."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+# --- an evaluation ---
+
+
+def evaluation_page(folder: Path, results: Mapping[str, Any]) -> Page:
+    """The page of an evaluation, from the content of `results.json` and the images in its folder."""
+    systems, about = results["systems"], results["benchmark"]
+    return Page(
+        title=f"texforce eval: {about['name']}",
+        verdicts=make_verdicts(systems),
+        facts=[
+            Fact("date", results["timings"]["date"]),
+            Fact("command", results["command"], is_code=True),
+            Fact("model", _drawn_by(results)),
+            Fact("images", _what_was_drawn(results)),
+            *(Fact(label(name, system), _made_of(system, results["trainings"])) for name, system in systems.items()),
+        ],
+        systems=[label(name, system) for name, system in systems.items()],
+        rows=summary_rows(systems),
+        remarks=[*_how_measured(results["confidence"]), *_remarks(results)],
+        figures=make_figures(results),
+        gallery=gallery(systems, _with_thumbnails(folder, results)),
+        versions=f"texforce {results['versions']['texforce']}, commit {(results['commit'] or 'unknown')[:12]}",
+    )
+
+
+def _drawn_by(results: Mapping[str, Any]) -> str:
+    return (
+        f"{results['model']}, {results['num_inference_steps']} {results['sampler']} steps, guidance "
+        f"{results['guidance_scale']:g}, eta {results['eta']:g}"
+    )
+
+
+def _what_was_drawn(results: Mapping[str, Any]) -> str:
+    of_all = f" of {results['benchmark']['num_prompts']}" if results["strengths"] else ""
+    return (
+        f"{results['num_prompts_measured']}{of_all} prompts, {results['num_images']} images each, seed {results['seed']}; "
+        "every system from the same noise"
+    )
+
+
+def _made_of(system: Mapping[str, Any], trainings: Mapping[str, str]) -> str:
+    """What a system is, and how its adapters were trained where their folders say it."""
+    terms = [
+        f"{kind} {term['path']}"
+        + (f" times {term['weight']:g}" if term["weight"] != 1 else "")
+        + (f" ({trainings[term['path']]})" if term["path"] in trainings else "")
+        for kind in ("adapter", "unet")
+        for term in system[f"{kind}s"]
+    ]
+    return "; ".join(terms) or "the model as it is"
+
+
+def _how_measured(confidence: float) -> list[str]:
+    return [
+        f"Means over prompts with {100 * confidence:.0f} % bootstrap intervals, which are too narrow where there are few "
+        "prompts. The change is the difference to the base model on the same prompts and noise. It is coloured where the "
+        "interval does not hold 0, the more, the larger it is.",
+        f"A prompt is the same where its score changes by at most {measures.NEGLIGIBLE:g} of the standard deviation of the "
+        "base model's scores.",
+    ]
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    remarks = []
+    if results["strengths"]:
+        remarks.append("The strength was chosen on one half of the prompts; everything here is of the other half.")
+    if results["prompts_cut"]:
+        remarks.append(
+            f"{len(results['prompts_cut'])} prompts are longer than the {results['num_tokens']} tokens that the text "
+            "encoder reads: the images are of their beginnings, the scores of the whole prompts."
+        )
+    if results.get("num_chunks", 1) > 1:
+        remarks.append(f"Prompts are read in {results['num_chunks']} chunks of tokens, as many as the longest one has.")
+    return remarks
+
+
 # --- the summary ---
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the summary: a system by a measure. The base model has no change and no wins."""
+class Cell:
+    """A system by a measure. The base model has no change and no outcomes."""
 
-    measure: str
-    system: str
     mean: str
     change: str = ""
-    direction: str = ""
-    wins: str = ""
+    direction: str = ""  # "gain" or "loss", as `direction` has it
+    size: int = 0  # of the change, in percent of one in full colour
+    outcomes: Sequence[tuple[str, int]] = ()  # percent of the prompts by measures.OUTCOMES
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the summary: the systems by a measure."""
+
+    measure: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out of a comparison, in a sentence."""
+
+    system: str
+    text: str
+    direction: str
+
+
+def make_verdicts(systems: Mapping[str, Any]) -> list[Verdict]:
+    """What came out of each comparison by the first measure, and which other measures fell."""
+    base = systems[BASE]["measures"]
+    first, *others = base
+    verdicts = []
+    for name, system in list(systems.items())[1:]:
+        summaries = system["measures"]
+        fell = [other for other in others if direction(summaries[other], base[other]) == "loss"]
+        outcomes = dict(percents(summaries[first]))
+        text = (
+            f"{first} {interval(summaries[first]['paired'], '+', decimals(summaries[first]['paired']))}; "
+            f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
+        )
+        text = minus(text) + (f"; {' and '.join(fell)} fell" if fell else "")
+        verdicts.append(Verdict(label(name, system), text, direction(summaries[first], base[first])))
+    return verdicts
 
 
 def summary_rows(systems: Mapping[str, Any]) -> list[Row]:
     """The rows of the summary, measure by measure."""
     rows = []
-    for measure in systems[BASE]["measures"]:
-        for name, system in systems.items():
-            summary = system["measures"][measure]
-            cells = (measure, label(name, system), interval(summary) + dropped(summary))
-            if name == BASE:
-                rows.append(Row(*cells))
-            else:
-                paired = summary["paired"]
-                rows.append(Row(*cells, interval(paired, "+"), direction(paired), interval(summary["win_rate"], "%")))
+    for measure, base in systems[BASE]["measures"].items():
+        summaries = [system["measures"][measure] for system in systems.values()]
+        digits = max(decimals(part) for summary in summaries for part in (summary, summary.get("paired", summary)))
+        rows.append(Row(measure, [_cell(summary, base, digits) for summary in summaries]))
     return rows
+
+
+def _cell(summary: Mapping[str, Any], base: Mapping[str, Any], digits: int) -> Cell:
+    mean = minus(interval(summary, digits=digits)) + dropped(summary)
+    if "paired" not in summary:
+        return Cell(mean)
+    change, size = minus(interval(summary["paired"], "+", digits)), abs(summary["paired"]["mean"] or 0.0)
+    share = min(1.0, size / (FULL_COLOUR * base["spread"])) if base["spread"] else 1.0
+    return Cell(mean, change, direction(summary, base), round(100 * share), percents(summary))
 
 
 def label(name: str, system: Mapping[str, Any]) -> str:
@@ -86,13 +241,19 @@ def label(name: str, system: Mapping[str, Any]) -> str:
     return name if system["strength"] == 1 else f"{name} at {system['strength']:g}"
 
 
-def interval(summary: Mapping[str, Any], kind: str = "") -> str:
-    """A mean and its interval as text; kind "+" shows the sign, "%" shows a share."""
+def interval(summary: Mapping[str, Any], kind: str = "", digits: int = 4) -> str:
+    """A mean and its interval as text; kind "+" shows the sign."""
     if summary["mean"] is None:
-        return "-"
-    form = ".0%" if kind == "%" else ".4f"
-    text = f"{summary['mean']:{'+' if kind == '+' else ''}{form}}"
-    return text if summary["low"] is None else f"{text} [{summary['low']:{form}}, {summary['high']:{form}}]"
+        return "none"
+    text = f"{summary['mean']:{kind}.{digits}f}"
+    return text if summary["low"] is None else f"{text} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]"
+
+
+def decimals(summary: Mapping[str, Any]) -> int:
+    """Decimals that show two digits of an interval's width."""
+    if summary["low"] is None or summary["low"] == summary["high"]:
+        return 3
+    return max(0, min(8, 1 - math.floor(math.log10(summary["high"] - summary["low"]))))
 
 
 def dropped(summary: Mapping[str, Any]) -> str:
@@ -100,14 +261,30 @@ def dropped(summary: Mapping[str, Any]) -> str:
     return f" ({summary['num_images_dropped']} without a score)" if summary["num_images_dropped"] else ""
 
 
-def direction(paired: Mapping[str, Any]) -> str:
-    """Whether a difference is a "gain" or a "loss"; "" where its interval holds 0."""
+def direction(summary: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Whether a change is a "gain" or a "loss"; "" where it is negligible, or its interval holds 0."""
+    paired = summary["paired"]
     if paired["low"] is None or paired["low"] <= 0 <= paired["high"]:
+        return ""
+    if abs(paired["mean"]) <= measures.NEGLIGIBLE * base["spread"]:
         return ""
     return "gain" if paired["low"] > 0 else "loss"
 
 
+def percents(summary: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Percent of the prompts by measures.OUTCOMES, which add up to 100."""
+    better, worse = (round(100 * (summary[outcome]["mean"] or 0.0)) for outcome in ("better", "worse"))
+    return list(zip(measures.OUTCOMES, (better, 100 - better - worse, worse), strict=True))
+
+
+def percent(share: int) -> str:
+    return f"{share}\N{NO-BREAK SPACE}%"
+
+
 # --- plots ---
+
+# Places across are in percent of the width and places down in pixels, so that a plot fills whatever is there, and its texts
+# have one size on a phone and on a desk.
 
 
 @dataclass(frozen=True)
@@ -118,17 +295,19 @@ class Line:
     y1: float
     x2: float
     y2: float
-    kind: str = ""  # "zero" or "axis"
+    kind: str = ""  # "zero", "grid" or "faint"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in a plot."""
+    """A text in a plot, `shift` pixels right of its place."""
 
     x: float
     y: float
     text: str
-    anchor: str  # SVG's: "start", "middle" or "end"
+    anchor: str = "start"  # SVG's: "start", "middle" or "end"
+    shift: int = 0
+    kind: str = ""  # "title" of an axis
 
 
 @dataclass(frozen=True)
@@ -138,7 +317,8 @@ class Point:
     x: float
     y: float
     radius: int
-    interval: Line | None
+    interval: Line | None = None
+    about: str = ""  # shown when the pointer rests on it
 
 
 @dataclass(frozen=True)
@@ -146,9 +326,14 @@ class Series:
     """What a plot shows of one system."""
 
     system: str
-    colour: str
+    colour: int
     points: Sequence[Point]
     joined: bool = False  # whether a line joins the points
+
+    @property
+    def lines(self) -> list[Line]:
+        pairs = zip(self.points, self.points[1:], strict=False) if self.joined else ()
+        return [Line(one.x, one.y, other.x, other.y) for one, other in pairs]
 
 
 @dataclass(frozen=True)
@@ -157,10 +342,11 @@ class Plot:
 
     measure: str
     title: str
-    size: tuple[float, float]  # width and height
+    height: float
     lines: Sequence[Line]
     texts: Sequence[Text]
     series: Sequence[Series]
+    margin: str = ""  # for what stands left of it: "scaled" for numbers, "labelled" for labels where the page is wide
 
 
 @dataclass(frozen=True)
@@ -172,61 +358,82 @@ class Figure:
 
 
 class Axis:
-    """A linear scale from values to places, with room around them, that always shows 0."""
+    """A linear scale from values to places, with room around them."""
 
     def __init__(self, values: Iterable[float | None], start: float, end: float) -> None:
-        known = [0.0, *(value for value in values if value is not None)]
-        low, high = min(known), max(known)
-        margin = 0.08 * (high - low) or 1.0
+        known = [value for value in values if value is not None]
+        low, high = min(known, default=0.0), max(known, default=0.0)
+        margin = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
         self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
 
     def __call__(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 2)
 
-    def ticks(self) -> list[float]:
-        from matplotlib.ticker import MaxNLocator
+    def ticks(self, most: int = 5) -> list[tuple[float, str]]:
+        """At most so many round values on the scale, and their texts."""
+        rough = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+        numbers = range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
+        return [(n * step, minus(f"{n * step:.12g}")) for n in numbers]
 
-        return [float(t) for t in MaxNLocator(5).tick_values(self.low, self.high) if self.low <= t <= self.high]
+
+def across(axis: Axis, height: float, title: str) -> tuple[list[Line], list[Text]]:
+    """The ticks and the title of an axis below a plot."""
+    lines = [Line(axis(value), 0, axis(value), height, "grid") for value, _ in axis.ticks()]
+    texts = [Text(axis(value), height + 18, text, "middle") for value, text in axis.ticks()]
+    return lines, [*texts, Text(50, height + 38, title, "middle", kind="title")]
+
+
+def upward(axis: Axis) -> tuple[list[Line], list[Text]]:
+    """The ticks of an axis left of a plot."""
+    lines = [Line(0, axis(value), 100, axis(value), "grid") for value, _ in axis.ticks()]
+    return lines, [Text(0, axis(value) + 4, text, "end", -8) for value, text in axis.ticks()]
 
 
 def make_figures(results: Mapping[str, Any]) -> list[Figure]:
     """The figures that the results allow: changes by strength after a sweep, changes by category if there are categories."""
     systems, strengths = results["systems"], results["strengths"]
-    measures = systems[BASE]["measures"]
     figures: list[Figure] = []
     if strengths:
-        plots = [strength_plot(strengths, measure) for measure in measures]
+        plots = [strength_plot(strengths, measure) for measure in systems[BASE]["measures"]]
         figures.append(Figure("Change by strength, on the half that chose it", plots))
-    if len(systems) > 1 and all("categories" in summary for summary in measures.values()):
-        figures.append(Figure("Change by category", [category_plot(systems, measure) for measure in measures]))
-    return figures
+    return figures + category_figures(systems)
+
+
+def category_figures(systems: Mapping[str, Any]) -> list[Figure]:
+    """The figure of changes by category, if there are categories."""
+    summaries = systems[BASE]["measures"]
+    if len(systems) == 1 or not all("categories" in summary for summary in summaries.values()):
+        return []
+    return [Figure("Change by category", [category_plot(systems, measure) for measure in summaries])]
 
 
 def category_plot(systems: Mapping[str, Any], measure: str) -> Plot:
-    """Paired differences with their intervals, a row for all prompts and a row for each category."""
+    """Paired differences with their intervals, for all prompts and for each category under its name."""
     summaries = {name: system["measures"][measure] for name, system in systems.items() if name != BASE}
     parts = {name: [summary, *summary["categories"].values()] for name, summary in summaries.items()}
     first = next(iter(summaries))
     rows = ["all", *summaries[first]["categories"]]
-    left, width, step = 220, 590, 14 * len(parts) + 12
-    height = step * len(rows) + 30
-    axis = Axis(ends([part["paired"] for own in parts.values() for part in own]), left, width - 12)
-    texts = [
-        Text(left - 10, step * (n + 0.5) + 4, f"{shorten(name or 'none')} ({part['num_prompts']})", "end")
+    step = 14 * len(parts) + 26
+    height = step * len(rows)
+    axis = Axis([0.0, *ends([part["paired"] for own in parts.values() for part in own])], 1, 99)
+    lines, texts = across(axis, height, f"change of {measure}, with its interval")
+    texts += [
+        Text(0, step * n + 15, f"{shorten(name or 'none')} ({part['num_prompts']})", kind="label")
         for n, (name, part) in enumerate(zip(rows, parts[first], strict=True))
     ]
-    texts += [Text(axis(tick), height - 8, f"{tick:g}", "middle") for tick in axis.ticks()]
     series = []
     for k, (name, own) in enumerate(parts.items()):
         points = []
         for n, part in enumerate(own):
-            y, paired = step * n + 12 + 14 * k, part["paired"]
+            y, paired = step * n + 27 + 14 * k, part["paired"]
             if paired["mean"] is not None:
                 line = None if paired["low"] is None else Line(axis(paired["low"]), y, axis(paired["high"]), y)
-                points.append(Point(axis(paired["mean"]), y, 4, line))
-        series.append(Series(name, COLOURS[k % len(COLOURS)], points))
-    zero = Line(axis(0), 0, axis(0), height - 24, "zero")
-    return Plot(measure, f"change of {measure} by category", (width, height), [zero], texts, series)
+                points.append(Point(axis(paired["mean"]), y, 4, line, minus(interval(paired, "+"))))
+        series.append(Series(label(name, systems[name]), k, points))
+    zero = Line(axis(0), 0, axis(0), height, "zero")
+    return Plot(measure, f"change of {measure} by category", height + 44, [*lines, zero], texts, series, "labelled")
 
 
 def strength_plot(strengths: Mapping[str, Any], measure: str) -> Plot:
@@ -235,23 +442,27 @@ def strength_plot(strengths: Mapping[str, Any], measure: str) -> Plot:
         name: [(point["strength"], point["measures"][measure]["paired"]) for point in sweep["curve"]]
         for name, sweep in strengths.items()
     }
-    left, width, height = 60, 560, 300
-    everything = [point for curve in curves.values() for point in curve]
-    across = Axis([strength for strength, _ in everything], left, width - 12)
-    up = Axis(ends([paired for _, paired in everything]), height - 30, 8)
+    everything, height = [point for curve in curves.values() for point in curve], 240
+    horizontal = Axis([0.0, *(strength for strength, _ in everything)], 0, 100)
+    vertical = Axis([0.0, *ends([paired for _, paired in everything])], height, 22)
     series = []
     for k, (name, curve) in enumerate(curves.items()):
         points = []
         for strength, paired in sorted(curve, key=lambda point: point[0]):
             if paired["mean"] is not None:
-                x, radius = across(strength), 6 if strength == strengths[name]["best"] else 3
-                line = None if paired["low"] is None else Line(x, up(paired["low"]), x, up(paired["high"]))
-                points.append(Point(x, up(paired["mean"]), radius, line))
-        series.append(Series(name, COLOURS[k % len(COLOURS)], points, joined=True))
-    lines = [Line(left, up(0), width - 12, up(0), "zero"), Line(left, 8, left, height - 30, "axis")]
-    texts = [Text(across(tick), height - 10, f"{tick:g}", "middle") for tick in across.ticks()]
-    texts += [Text(left - 8, up(tick) + 4, f"{tick:g}", "end") for tick in up.ticks()]
-    return Plot(measure, f"change of {measure} by strength", (width, height), lines, texts, series)
+                x, radius = horizontal(strength), 6 if strength == strengths[name]["best"] else 3
+                line = None if paired["low"] is None else Line(x, vertical(paired["low"]), x, vertical(paired["high"]))
+                points.append(Point(x, vertical(paired["mean"]), radius, line, minus(interval(paired, "+"))))
+        series.append(Series(name, k, points, joined=True))
+    lines, texts = framed(horizontal, vertical, "strength", f"change of {measure}")
+    lines.append(Line(0, vertical(0), 100, vertical(0), "zero"))
+    return Plot(measure, f"change of {measure} by strength", height + 44, lines, texts, series, "scaled")
+
+
+def framed(horizontal: Axis, vertical: Axis, below: str, above: str) -> tuple[list[Line], list[Text]]:
+    """The ticks and titles of both axes of a plot: the one across says its title below, the one upward above."""
+    (_, texts), (lines, numbers) = across(horizontal, vertical.start, below), upward(vertical)
+    return lines, [*texts, *numbers, Text(0, 12, above, shift=-44, kind="title")]
 
 
 def ends(differences: Sequence[Mapping[str, Any]]) -> list[float | None]:
@@ -260,46 +471,62 @@ def ends(differences: Sequence[Mapping[str, Any]]) -> list[float | None]:
 
 
 def shorten(text: str) -> str:
-    """A text of at most 28 letters."""
-    return text if len(text) <= 28 else text[:27] + "\u2026"
+    """A text of at most 36 letters."""
+    return text if len(text) <= 36 else text[:35] + "\u2026"
 
 
 # --- the gallery ---
 
 
-def gallery(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompts, scores and images that the page's script shows and sorts."""
-    systems = results["systems"]
-    prompts = [(i, prompt) for i, prompt in enumerate(results["prompts"]) if not prompt["validation"]]
-    num_shown = max(1, min(results["num_images"], MAX_IMAGES // (len(prompts) * len(systems))))
-    rows = []
-    for i, prompt in prompts:
-        paths = [[folder / system["images"] / f"{i:05d}_{k}.png" for k in range(num_shown)] for system in systems.values()]
-        rows.append(
-            {"index": i, "prompt": prompt["prompt"], "category": prompt["category"], "seeds": prompt["seeds"]}
-            | {"scores": [[scores[i] for scores in system["scores"].values()] for system in systems.values()]}
-            | {"images": [[thumbnail(path) for path in own] for own in paths]}
-        )
+def gallery(systems: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The prompts, scores and images that the page's script shows and sorts.
+
+    A row holds its prompt's `index`, `prompt`, `category` and `seeds`, and for each system `scores`, a list for each
+    measure, and `images`, the address of each.
+    """
+    base = systems[BASE]["measures"]
     return {
         "systems": [label(name, system) for name, system in systems.items()],
-        "measures": list(systems[BASE]["scores"]),
-        "pixelated": files.open_image(paths[0][0]).width <= MAX_PIXELS // 2,
+        "measures": list(base),
+        "exact": list(base).index(EXACT) if EXACT in base else None,
+        "negligible": [measures.NEGLIGIBLE * summary["spread"] for summary in base.values()],
+        "full": [FULL_COLOUR * summary["spread"] for summary in base.values()],
         "rows": rows,
     }
 
 
+def _with_thumbnails(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The gallery's rows of an evaluation."""
+    systems = results["systems"]
+    prompts = [(i, prompt) for i, prompt in enumerate(results["prompts"]) if not prompt["validation"]]
+    num_shown = max(1, min(results["num_images"], MAX_IMAGES // (len(prompts) * len(systems))))
+    return [
+        {"index": i, "prompt": prompt["prompt"], "category": prompt["category"], "seeds": prompt["seeds"]}
+        | {"scores": [[scores[i] for scores in system["scores"].values()] for system in systems.values()]}
+        | {
+            "images": [
+                [thumbnail(folder / system["images"] / f"{i:05d}_{k}.png") for k in range(num_shown)]
+                for system in systems.values()
+            ]
+        }
+        for i, prompt in prompts
+    ]
+
+
 def thumbnail(path: Path) -> str:
-    """An image as the address of its own content, scaled down if it is large.
+    """An image file as the address of its own content, scaled down if it is large.
 
     Raises:
         ArtifactError: it is damaged.
     """
     image = files.open_image(path)
     if max(image.size) <= MAX_PIXELS:
-        kind, content = "png", path.read_bytes()
-    else:
-        image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "webp", quality=80)
-        kind, content = "webp", buffer.getvalue()
+        return data_address("png", path.read_bytes())
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "webp", quality=80)
+    return data_address("webp", buffer.getvalue())
+
+
+def data_address(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,26 @@ def saved_options(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").exists() or (newest := newest_checkpoint(folder / CHECKPOINTS)) is None:
         return files.read_json(folder / "config.json")
     return read_checkpoint(newest).state["config"]
+
+
+def describe_training(folder: Path) -> str:
+    """A line on the training of the run in a folder.
+
+    Raises:
+        InputError: config.json or result.json is damaged.
+    """
+    config = files.read_json(folder / "config.json")
+    result = read_result(folder) if (folder / RESULT).is_file() else {}
+    about = {"images": result.get("num_images"), "epochs": config.get("num_epochs"), "seed": config.get("seed")}
+    target, algorithm, reward = (config.get(name, "?") for name in ("target", "algorithm", "reward"))
+    return f"{target} trained by {algorithm} on {reward}: " + ", ".join(
+        f"seed {value}" if name == "seed" else f"{value} {name}" for name, value in about.items() if value is not None
+    )
+
+
+def now() -> str:
+    """The date and the time here, with the time zone."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def check_room(folder: Path, config: TrainConfig) -> None:

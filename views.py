@@ -238,26 +238,28 @@ def results_table(result: dict[str, Any]) -> Table:
 
 
 def evaluation_table(results: dict[str, Any]) -> Table:
-    """Means, changes and win rates of an evaluation, with their intervals."""
+    """Means and changes of an evaluation, with their intervals, and how many prompts are better, the same and worse."""
     from . import report
+    from .measures import OUTCOMES
 
     about = results["benchmark"]
     total = f" of {about['num_prompts']}" if results["strengths"] else ""
     title = f"{about['name']}: {results['num_prompts_measured']}{total} prompts, {results['num_images']} images each"
-    table = Table("", "mean", "change", "wins", title=Text(title), box=None, padding=(0, 1, 0, 0), header_style="underline")
+    heads = ("", "mean", "change", "{}/{}/\n{}, %".format(*OUTCOMES))
+    table = Table(*heads, title=Text(title), box=None, padding=(0, 1, 0, 0), header_style="underline")
     for measure, base in results["systems"][BASE]["measures"].items():
         table.add_row(Text(measure, style="bold"))
         table.add_row(f" {BASE}", Text(report.interval(base) + report.dropped(base)))
         for name in list(results["systems"])[1:]:
             system = results["systems"][name]
             summary = system["measures"][measure]
-            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary["paired"])]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary, base)]
             change = Text(report.interval(summary["paired"], "+"), style=style)
             cells = (
                 f" {report.label(name, system)}",
                 report.interval(summary) + report.dropped(summary),
                 change,
-                report.interval(summary["win_rate"], "%"),
+                "/".join(str(share) for _, share in report.percents(summary)),
             )
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return table

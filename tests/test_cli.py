@@ -704,7 +704,8 @@ HOSTILE_SIGNS = {"\x07", "\x9b", "\u202e"}
 def results_of_systems(measure: str, name: str) -> dict[str, Any]:
     """The results of an evaluation, with names of somebody else."""
     numbers = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    summary = numbers | {"paired": numbers, "win_rate": numbers, "num_images_dropped": 0}
+    shares = {name: numbers for name in ("better", "same", "worse")}
+    summary = numbers | {"paired": numbers, **shares, "num_images_dropped": 0, "spread": 1.0}
     systems = {system: {"strength": 1, "measures": {measure: summary}} for system in ("base", name)}
     about = {"name": name, "num_prompts": 1}
     return {"benchmark": about, "strengths": {}, "num_prompts_measured": 1, "num_images": 1, "systems": systems}

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import resource
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, files, measures, models, rewards, scorers, training
+from texforce import cli, evaluation, files, measures, models, report, rewards, run, scorers, training
 from texforce.config import (
     EvalOptions,
     SampleOptions,
@@ -73,6 +74,7 @@ def finished(options, tmp_path_factory) -> Path:
 def results_of(folder: Path) -> dict:
     results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
     assert results.pop("timings")
+    assert results.pop("command").startswith("texforce eval ")
     return results
 
 
@@ -163,16 +165,56 @@ def test_results_hold_what_the_interface_says(finished):
     for name, system in results["systems"].items():
         assert list(system["measures"]) == ["hps", "alignment", "diversity"]
         for measure, summary in system["measures"].items():
-            parts = [summary] if name == "base" else [summary, summary["paired"], summary["win_rate"]]
+            kinds = () if name == "base" else ("paired", "win_rate", *measures.OUTCOMES)
+            parts = [summary, *(summary[kind] for kind in kinds)]
             for part in (*parts, *summary["categories"].values()):
                 assert part["low"] <= part["mean"] <= part["high"]
             assert set(summary["categories"]) == {"one", "many"}
-            assert ("paired" in summary) == ("win_rate" in summary) == (name != "base")
+            assert ("paired" in summary) == ("win_rate" in summary) == ("spread" not in summary) == (name != "base")
             assert np.shape(system["scores"][measure]) == ((5, 1) if measure == "diversity" else (5, 2))
     assert results["benchmark"]["name"] == "five"
     assert {"torch", "diffusers", "texforce"} <= set(results["versions"])
     assert len(results["systems"]["tuned"]["adapters"][0]["sha256"][0]) == 64
     assert results["rewards"]["hps"]["hps"]["name"] == "hps.pt"
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"benchmark": "parti", "limit": 3}, {"reward": ["hps", "clip"], "seed": 0, "num_images": 2}, {"compile": False},
+    {"model": "tiny", "num_inference_steps": 3, "exact_preprocessing": True}, {"negative_prompt": "it's grey"},
+])  # fmt: skip
+def test_the_command_that_results_hold_is_the_shortest_that_means_the_same(given, tmp_path):
+    config = resolve_eval(EvalOptions(**given, output_dir="my eval"))
+    words = shlex.split(evaluation.shortest_command(config))
+    assert words[:2] == ["texforce", "eval"]
+    options: dict = {}
+    for word in words[2:]:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            options[name.removeprefix("no_")] = [] if name.removeprefix("no_") != name else options.get(name, [])
+        else:
+            options[name].append(word)
+    assert set(options) - {"output_dir"} <= set(given)
+    assert options["output_dir"] == ["my eval"]
+    assert ("limit" in options, "seed" in options) == ("limit" in given, False)
+
+
+def test_the_command_that_results_hold_has_no_passwords():
+    config = resolve_eval(EvalOptions(reward=["http://me:secret@host:1/score"]))
+    assert evaluation.shortest_command(config) == "texforce eval --reward http://me@host:1/score"
+
+
+def test_results_say_how_an_adapter_was_trained_if_its_folder_is_a_trainings(tmp_path):
+    systems = [System("base"), System("one", ((str(tmp_path), 1.0),)), System("other", ((str(tmp_path / "file"), 1.0),))]
+    assert evaluation.describe_trainings(systems) == {}
+    options = {"reward": "hps", "algorithm": "ppo", "target": "both", "seed": 3, "num_epochs": 2}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    assert evaluation.describe_trainings(systems) == {str(tmp_path): "both trained by ppo on hps: 2 epochs, seed 3"}
+    result = {"num_images": 96, "seconds": 1.0, "heldout": {"hps": {"base": 0.0, "tuned": 1.0}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert run.describe_training(tmp_path) == "both trained by ppo on hps: 96 images, 2 epochs, seed 3"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        evaluation.describe_trainings(systems)
 
 
 def test_results_can_be_computed_anew_from_the_scores_they_hold(finished):
@@ -377,7 +419,7 @@ def test_the_command_shows_a_table_and_names_the_report(finished, options):
     summary = results_of(finished)["systems"]["tuned"]["measures"]["hps"]
     for number in (summary["mean"], summary["low"], summary["high"], summary["paired"]["low"]):
         assert f"{number:.4f}" in result.stdout
-    assert f"{summary['win_rate']['mean']:.0%}" in result.stdout
+    assert "/".join(str(share) for _, share in report.percents(summary)) in result.stdout
     assert "five: 5 prompts, 2 images each" in result.stdout
     assert str(finished / "report.html") in result.stdout
     assert "drawing tuned: done" in result.stderr

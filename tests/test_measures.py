@@ -94,7 +94,9 @@ def test_what_is_missing_is_left_out_of_both_systems_and_counted():
 
 def test_of_one_prompt_there_is_a_mean_and_no_interval():
     told = summarise({"base": {"m": np.array([[1.0, 2.0]])}})
-    assert told["base"]["m"] == {"mean": 1.5, "low": None, "high": None, "num_prompts": 1, "num_images_dropped": 0}
+    assert told["base"]["m"] == {
+        "mean": 1.5, "low": None, "high": None, "num_prompts": 1, "num_images_dropped": 0, "spread": 0.0
+    }  # fmt: skip
     assert summarise({"base": {"m": np.array([[np.nan]])}})["base"]["m"]["mean"] is None
 
 
@@ -121,3 +123,19 @@ def test_halves_share_every_category_between_them():
         assert abs(sum(own) - (len(own) - sum(own))) <= 1
     assert sorted(measures.split_halves(["a", "b"])) == [False, True]  # neither half is ever empty
     assert sum(measures.split_halves(list("abcdefg"))) == 4
+
+
+def test_a_prompt_is_better_or_worse_if_it_changes_by_more_than_a_twentieth_of_the_bases_deviation():
+    base = np.array([[0.0, 0.0], [2.0, 2.0], [0.0, 0.0], [2.0, 2.0], [1.0, 1.0]])  # deviation over prompts 0.894
+    changes = np.array([[0.1, 0.0], [0.02, 0.04], [-0.5, 0.3], [0.05, 0.04], [np.nan, np.nan]])
+    told = measures.summarise({"base": {"m": base}, "tuned": {"m": base + changes}}, "base", [""] * 5, 0)
+    assert told["base"]["m"]["spread"] == pytest.approx(np.std([0, 2, 0, 2, 1]))
+    shares = {name: told["tuned"]["m"][name]["mean"] for name in measures.OUTCOMES}
+    assert shares == {"better": 0.5, "same": 0.25, "worse": 0.25}
+    assert set(told["tuned"]["m"]["better"]) == {"mean", "low", "high"}
+
+
+def test_where_the_bases_scores_are_all_alike_only_equal_ones_are_the_same():
+    base, tuned = np.ones((4, 1)), np.array([[1.0], [1.0], [1.000001], [0.9]])
+    told = measures.summarise({"base": {"m": base}, "tuned": {"m": tuned}}, "base", [""] * 4, 0)["tuned"]["m"]
+    assert [told[name]["mean"] for name in measures.OUTCOMES] == [0.25, 0.5, 0.25]

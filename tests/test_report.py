@@ -1,10 +1,10 @@
 """The report in a real browser: chromium, headless, driven by playwright."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pytest
 import torch
@@ -43,10 +43,12 @@ def write_evaluation(
         "model": "tiny", "num_images": num_images, "sampler": "ddim", "num_inference_steps": 8, "guidance_scale": 3.0,
         "eta": 1.0, "seed": 0,
         "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
-        "prompts_cut": [], "num_tokens": 24,
+        "prompts_cut": [], "num_tokens": 24, "timings": {"date": "2026-01-02 03:04 UTC"}, "command": "texforce eval",
+        "trainings": {HOSTILE: "text-encoder trained by ppo on hps: 96 images, seed 0"},
         "strengths": {"te": {"chosen_by": "hps", "best": 0.5, "curve": curve}} if curve else {},
         "systems": {
             name: {"strength": 0.5 if name == "te" else 1, "images": f"images/{name}", "measures": told[name]}
+            | {"adapters": [{"path": HOSTILE, "weight": 0.5}] if name == "te" else [], "unets": []}
             | {"scores": {measure: [measures.to_json(row) for row in table] for measure, table in scores[name].items()}}
             for name in systems
         },
@@ -188,6 +190,10 @@ def test_prompts_are_filtered_by_category_and_text(visit, evaluation):
     page.fill("#text", "no such thing")
     assert cards(page) == []
     assert page.text_content("#count") == "0 of 200 prompts"
+    assert page.locator("#none").text_content().startswith("No prompt matches.")
+    page.click("#clear")
+    assert page.text_content("#count") == "200 of 200 prompts"
+    assert not page.locator("#none").is_visible()
 
 
 def test_a_prompt_is_text_and_never_markup(visit, evaluation):
@@ -198,7 +204,7 @@ def test_a_prompt_is_text_and_never_markup(visit, evaluation):
     assert page.text_content("#large-prompt") == HOSTILE
     assert page.locator("dialog[open] img").first.get_attribute("alt") == f"base, image 1: {HOSTILE}"
     assert page.locator('img[src="x"]').count() == 0
-    assert page.locator("b, i").count() == 0  # of the category and the benchmark
+    assert page.locator("b").count() == page.locator("h1 i").count() == 0  # of the category and the benchmark
     assert page.title() == 'texforce eval: set <i>"x"</i>'
 
 
@@ -234,6 +240,106 @@ def test_plots_follow_their_measure(visit, evaluation):
         figures.nth(k).locator("select").select_option("clip")
         assert figures.nth(k).locator("[data-plot]:visible").get_attribute("data-plot") == "clip"
     assert figures.nth(1).locator("svg:visible circle").count() == 2 * (1 + len(CATEGORIES))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_plots_fill_their_panel_have_axis_titles_and_are_legible(visit, evaluation, width):
+    page = visit(evaluation[0], viewport={"width": width, "height": 800})
+    for k in range(2):
+        figure = page.locator("figure").nth(k)
+        box, plot = figure.bounding_box(), figure.locator("svg:visible")
+        assert plot.bounding_box()["width"] > 0.7 * box["width"]
+        for text in plot.locator("text").all():
+            place = text.bounding_box()
+            assert place["height"] >= 12
+            assert place["x"] >= box["x"]
+            assert place["x"] + place["width"] <= box["x"] + box["width"]
+        assert any("change of hps" in title for title in plot.locator(".title").all_text_contents())
+    assert figure.locator("svg:visible .label").all_text_contents() == [
+        f"{name} ({count})" for name, count in (("all", NUM_PROMPTS), *zip(CATEGORIES, (67, 67, 66), strict=True))
+    ]
+
+
+def colour_of(page, selector: str) -> str:
+    return value_of(page, f"getComputedStyle(document.querySelector({selector!r})).stroke")
+
+
+def test_plots_have_colours_of_their_own_in_the_dark(visit, evaluation):
+    light, dark = (visit(evaluation[0], color_scheme=scheme) for scheme in ("light", "dark"))
+    for selector in ("g.colour-0", "g.colour-1", "svg .grid", "svg .zero"):
+        assert colour_of(light, selector) != colour_of(dark, selector)
+
+
+def test_the_verdict_and_the_facts_stand_on_top(visit, evaluation):
+    page, results = visit(evaluation[0]), evaluation[1]
+    paired = results["systems"]["te"]["measures"]["hps"]["paired"]
+    better, _, worse = (share for _, share in report.percents(results["systems"]["te"]["measures"]["hps"]))
+    text = f"hps +{paired['mean']:.2f} [{paired['low']:.2f}, {paired['high']:.2f}]; "
+    text += f"{better} % of prompts better, {worse} % worse"
+    verdicts = [text.replace("\xa0", " ") for text in page.locator(".verdict").all_text_contents()]
+    assert verdicts[0] == f"te at 0.5 against the base model{text}"
+    assert len(verdicts) == 2
+    facts = dict(zip(page.locator("dt").all_text_contents(), page.locator("dd").all_text_contents(), strict=True))
+    assert facts["date"] == "2026-01-02 03:04 UTC"
+    assert facts["command"] == "texforce eval"
+    assert facts["model"] == "tiny, 8 ddim steps, guidance 3, eta 1"
+    assert facts["te at 0.5"] == f"adapter {HOSTILE} times 0.5 (text-encoder trained by ppo on hps: 96 images, seed 0)"
+    assert facts["base"] == "the model as it is"
+
+
+def test_the_summary_has_a_row_for_each_measure_and_a_column_for_each_system(visit, evaluation):
+    page, results = visit(evaluation[0]), evaluation[1]
+    assert page.locator("thead th").all_text_contents() == ["measure", "base", "te at 0.5", "both"]
+    assert page.locator("tbody th").all_text_contents() == ["hps", "clip"]
+    cell = page.locator("tbody tr").nth(0).locator("td").nth(2)
+    shares = report.percents(results["systems"]["both"]["measures"]["hps"])
+    assert cell.locator(".quiet").text_content().replace("\xa0", " ") == ", ".join(f"{n} % {name}" for name, n in shares)
+    widths = value_of(
+        page, "[...document.querySelectorAll('tbody td:last-child .shares')[0].children].map(e => e.offsetWidth)"
+    )
+    assert [round(100 * width / sum(widths)) for width in widths] == pytest.approx([share for _, share in shares], abs=2)
+
+
+def test_numbers_have_one_minus_sign(visit, evaluation):
+    text = visit(evaluation[0]).inner_text("main")
+    assert re.search("\N{MINUS SIGN}\\d", text)
+    assert not re.search(r"(?<![\w-])-\d", text)
+
+
+def summary_of(mean: float, low: float, high: float, **more) -> dict:
+    return {"mean": 0.5, "paired": {"mean": mean, "low": low, "high": high}, **more}
+
+
+@pytest.mark.parametrize(("mean", "low", "high", "expected"), [
+    (0.2, 0.1, 0.3, "gain"), (-0.2, -0.3, -0.1, "loss"), (0.2, -0.1, 0.5, ""), (-0.2, -0.5, 0.1, ""),
+    (0.04, 0.03, 0.05, ""), (-0.04, -0.05, -0.03, ""), (0.2, None, None, ""),
+])  # fmt: skip
+def test_a_change_is_coloured_if_it_is_large_and_its_interval_does_not_hold_0(mean, low, high, expected):
+    assert report.direction(summary_of(mean, low, high), {"spread": 1.0}) == expected
+
+
+@pytest.mark.parametrize(("change", "kind"), [(0.001, "quiet"), (-0.001, "quiet"), (0.8, "gain"), (-0.8, "loss")])
+def test_a_cards_change_is_coloured_by_its_size(visit, tmp_path, change, kind):
+    results = write_evaluation(tmp_path, 3, systems=("base", "te"))
+    scores = {name: results["systems"][name]["scores"] for name in ("base", "te")}
+    scores["te"]["hps"][1] = [scores["base"]["hps"][1][0] + change]
+    report.write(tmp_path, results)
+    shown = visit(tmp_path).locator('.card[data-index="1"] .about span').nth(1)
+    assert shown.get_attribute("class") == kind
+    assert (shown.get_attribute("style") == "--size: 100") == (abs(change) > 0.5)
+
+
+def test_a_mark_says_of_each_image_whether_it_is_right(visit, tmp_path):
+    results = write_evaluation(tmp_path, 2, num_images=2, systems=("base", "te"))
+    rights = {"base": [[1.0, 0.0], [0.0, None]], "te": [[1.0, 1.0], [0.0, 0.0]]}
+    for name, system in results["systems"].items():
+        system["scores"]["alignment_exact"] = rights[name]
+        system["measures"]["alignment_exact"] = system["measures"]["clip"]
+    report.write(tmp_path, results)
+    page = visit(tmp_path)
+    for index, expected in ((0, ["right", "wrong", "right", "right"]), (1, ["wrong", "wrong", "wrong"])):
+        marks = page.locator(f'.card[data-index="{index}"] .mark').all()
+        assert [mark.get_attribute("title") for mark in marks] == expected
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -272,7 +378,7 @@ def test_the_page_names_no_other_host(evaluation):
 def test_results_that_lack_something_the_page_shows_are_a_bug_and_no_page(evaluation, tmp_path):
     folder, results = evaluation
     (tmp_path / "images").symlink_to(folder / "images")
-    with pytest.raises(jinja2.UndefinedError, match="model"):
+    with pytest.raises(KeyError, match="model"):
         report.write(tmp_path, {name: value for name, value in results.items() if name != "model"})
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
