@@ -657,6 +657,11 @@ class DrawConfig:
         "none",
         0,
     )
+    prompt_weights: bool = option(
+        "read weights in prompts and the negative prompt, as A1111 does: (word:1.3), (word), [word], \\( for a bracket; and "
+        "[word:0-0.5:1.25], a word for a range of the steps (docs/prompts.md); else brackets are text",
+        False,
+    )
     adapter_steps: AdapterSteps | None = option(
         "range A-B of shares of the denoising steps, as 0.8-1, in which the text encoder's adapter is on; 0-1 is all of "
         "them (default: the adapter's, else all)",
@@ -666,7 +671,13 @@ class DrawConfig:
 
 
 # Options that came after others: results and metadata name them where they are not these, so that they stay as they were.
-LATER_OPTIONS: dict[str, Any] = {"long_prompt": "cut", "clip_skip": 0, "width": None, "height": None}
+LATER_OPTIONS: dict[str, Any] = {
+    "long_prompt": "cut",
+    "clip_skip": 0,
+    "width": None,
+    "height": None,
+    "prompt_weights": False,
+}
 
 
 def changed_later_options(config: DrawConfig) -> dict[str, Any]:

@@ -65,10 +65,22 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     for system in config.systems:
         adapters.check_inputs(system)  # a mistyped folder must not wait for the model
     model = load_model(config, prompts)
-    prompt_ids = models.tokenize_for(model, prompts)
     systems = [*([System(BASE)] if config.compare or not config.systems else []), *config.systems]
     policies = {system.name: make_policy(model, system, config) for system in systems}
-    return {name: check_finite(draw(policy, prompt_ids, seeds, config.batch_size)) for name, policy in policies.items()}
+    return {
+        name: check_finite(draw(policy, tokenize(policy, prompts), seeds, config.batch_size))
+        for name, policy in policies.items()
+    }
+
+
+def tokenize(policy: Policy, prompts: Sequence[str]) -> Tensor:
+    """Prompt ids (N, L) as `draw` takes them; (N, T, 2L) with their weights if the policy reads weights."""
+    return models.tokenize_for(policy.model, prompts) if policy.null_ids is None else policy.tokenize_weighted(prompts)
+
+
+def plain_texts(config: DrawConfig, prompts: Sequence[str]) -> list[str]:
+    """Prompts without weights, if there may be weights; raises InputError for one that cannot be read."""
+    return [models.plain_text(prompt) for prompt in prompts] if config.prompt_weights else list(prompts)
 
 
 def make_policy(model: models.Model, system: System, config: DrawConfig) -> Policy:
@@ -77,15 +89,28 @@ def make_policy(model: models.Model, system: System, config: DrawConfig) -> Poli
 
 
 def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> models.Cut:
-    """The prompts whose end the text encoder does not read; raises as `models.load_model`."""
+    """The prompts whose end the text encoder does not read; raises as `find_chunks`."""
     readers = [replace(reader, num_chunks=num_chunks) for reader in models.open_readers(config.model)]
-    return models.find_cut(readers, [*prompts, *filter(None, [config.negative_prompt])])
+    texts = counted_texts(config, prompts)
+    cut = models.find_cut(readers, list(texts.values()))
+    return replace(cut, prompts=[prompt for prompt, text in texts.items() if text in cut.prompts])
+
+
+def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, str]:
+    """What of each prompt, and of the negative one, is counted in tokens: all of it, or with weights its text.
+
+    Raises:
+        InputError: weights in a prompt cannot be read, or not by this model. What `models.load_model` raises.
+    """
+    asked = [*prompts, *filter(None, [config.negative_prompt])]
+    if config.prompt_weights:
+        models.check_weighable(models.open_readers(config.model))
+    return {prompt: models.counted_text(prompt) if config.prompt_weights else prompt for prompt in asked}
 
 
 def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
-    """In how many chunks prompts and the negative one are read; raises as `models.find_chunks`."""
-    texts = [*dict.fromkeys(prompts), *filter(None, [config.negative_prompt])]
-    return models.find_chunks(config.model, config.long_prompt, texts)
+    """In how many chunks prompts and the negative one are read; raises as `models.find_chunks` and `counted_texts`."""
+    return models.find_chunks(config.model, config.long_prompt, list(counted_texts(config, prompts).values()))
 
 
 def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
@@ -101,7 +126,10 @@ def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
 
 
 def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of prompt ids (N, L) and N seeds; each depends on its own prompt and seed alone."""
+    """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
+
+    The ids are (N, L), or (N, T, 2L) with weights.
+    """
     images, device = [], policy.model.device
     for start in range(0, len(seeds), batch_size):
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -392,7 +420,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     config = evaluation.config
     for spec in config.measures:
         rewards.check_reward(spec)
-    rewards.check_prompts(config.measures, evaluation.benchmark.prompts)
+    rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
     for system in config.systems:
         adapters.check_inputs(system)
     if config.strengths and len(evaluation.benchmark.prompts) < 2:
@@ -434,8 +462,7 @@ def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Po
     """Draw the images of some prompts, always the same ones at once, since their number decides how sums are rounded."""
     prompts = evaluation.repeated_prompts(chunk)
     seeds = [evaluation.seed(i, k) for i, k in evaluation.images(chunk)]
-    prompt_ids = models.tokenize_for(policy.model, prompts)
-    drawn = draw(policy, prompt_ids, seeds, evaluation.config.batch_size)
+    drawn = draw(policy, tokenize(policy, prompts), seeds, evaluation.config.batch_size)
     for image, prompt, seed, (i, k) in zip(drawn, prompts, seeds, evaluation.images(chunk), strict=True):
         path = evaluation.folder / evaluation.image(system, i, k)
         if not path.is_file():
@@ -484,9 +511,12 @@ def _measure(
     """The scores by each key of a system's images of a chunk; the reward is loaded only if there is a key."""
     if keys:
         reward, images = load(), evaluation.read_images(system, chunk).to(default_device())
+        prompts = evaluation.repeated_prompts(chunk)
         for key in keys:
-            values = _diversity if key.startswith(DIVERSITY) else scorers.score
-            yield key, values(reward, images, evaluation.repeated_prompts(chunk))
+            if key.startswith(DIVERSITY):
+                yield key, _diversity(reward, images, prompts)
+            else:
+                yield key, scorers.score(reward, images, plain_texts(evaluation.config, prompts))
 
 
 def _key(spec: str, source: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import single_file
+from .config import parse_steps
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NO_TOKEN, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
 from .files import describe_files, quiet_hub, read_json, sha256
@@ -753,18 +755,28 @@ def open_readers(name: str) -> list[Reader]:
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:
     """Prompt embeddings (N, L, D) float32 of ids (N, L), packed where a family reads more than embeddings (`Packing`).
 
+    Ids may have weights beside them, (N, 2L), as `tokenize_weighted` gives them at a step.
     In half precision and on a GPU each prompt is encoded by itself: rounding depends on the size of a batch there, and
     sampling and training, whose batches differ, must read the same.
     """
+    weights = None
+    if prompt_ids.is_floating_point():
+        ids, weights = prompt_ids.chunk(2, dim=1)
+        prompt_ids = ids.long()
     for name, ids in split_ids(model, prompt_ids).items():
         if name in model.encode_once:
             model.encode_once[name].learn(ids)  # all at once, since it moves to the device for it
     alone = model.dtype != torch.float32 or prompt_ids.device.type != "cpu"
-    return torch.cat([_encode(model, ids) for ids in prompt_ids.split(1 if alone else len(prompt_ids))])
+    chunks = prompt_ids.split(1 if alone else len(prompt_ids))
+    own = [None] * len(chunks) if weights is None else weights.split(len(chunks[0]))
+    return torch.cat([_encode(model, ids, part) for ids, part in zip(chunks, own, strict=True)])
 
 
-def _encode(model: Model, prompt_ids: Tensor) -> Tensor:
-    return model.packing.pack(model.family.join(_read(model, prompt_ids), model.denoiser))
+def _encode(model: Model, prompt_ids: Tensor, weights: Tensor | None) -> Tensor:
+    texts = _read(model, prompt_ids)
+    if weights is not None:
+        texts = {name: weigh(texts[name], own, model.num_chunks) for name, own in split_ids(model, weights).items()}
+    return model.packing.pack(model.family.join(texts, model.denoiser))
 
 
 def _read(model: Model, prompt_ids: Tensor) -> dict[str, Text]:
@@ -829,25 +841,33 @@ def _key(ids: Tensor) -> bytes:
     return ids.cpu().numpy().tobytes()
 
 
-def encode_null(model: Model, negative_prompt: str = "") -> Tensor:
-    """The embedding (1, L, D) of what guidance leads away from: the null prompt, or a negative one."""
+def encode_null(model: Model, negative_prompt: str = "", null_ids: Tensor | None = None) -> Tensor:
+    """The embedding (1, L, D) of what guidance leads away from: the null prompt, or a negative one, which may have ids."""
     model = replace(model, clip_skip=0) if model.clip_skip else model
-    embeds = encode(model, tokenize_for(model, [negative_prompt], negative=True).to(model.device))
+    if null_ids is None:
+        null_ids = tokenize_for(model, [negative_prompt], negative=True).to(model.device)
+    embeds = encode(model, null_ids)
     return torch.zeros_like(embeds) if model.zero_null and not negative_prompt else embeds
 
 
 def encode_distinct(
-    model: Model, prompt_ids: Tensor, null_embeds: Tensor | None = None, negative_prompt: str = ""
+    model: Model,
+    prompt_ids: Tensor,
+    null_embeds: Tensor | None = None,
+    negative_prompt: str = "",
+    null_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (1+U, L, D) of the null prompt and every distinct prompt of ids (N, L); the row of each id (N,).
 
-    The null prompt is encoded too unless its embedding (1, L, D) is given or zeros; a negative prompt takes its place.
+    The null prompt is encoded too unless its embedding (1, L, D) is given or zeros; a negative prompt takes its place, with
+    the `null_ids` (1, L) if they are given.
     """
     distinct, rows = prompt_ids.unique(dim=0, return_inverse=True)
     if null_embeds is None and model.clip_skip:
-        null_embeds = encode_null(model, negative_prompt)
+        null_embeds = encode_null(model, negative_prompt, null_ids)
     if null_embeds is None and not (model.zero_null and not negative_prompt):
-        null_ids = tokenize_for(model, [negative_prompt], negative=True).to(prompt_ids.device)
+        if null_ids is None:
+            null_ids = tokenize_for(model, [negative_prompt], negative=True).to(prompt_ids.device)
         return encode(model, torch.cat([null_ids, distinct])), 1 + rows
     embeds = encode(model, distinct)
     return torch.cat([torch.zeros_like(embeds[:1]) if null_embeds is None else null_embeds, embeds]), 1 + rows
@@ -869,6 +889,158 @@ class Conditioning:
 
     prompt_embeds: Tensor  # (N, L, D)
     null_embeds: Tensor  # (1, L, D)
+
+
+# --- prompt weights ---
+
+# The parts of a prompt: brackets, what closes them (a weight a round one, a range of steps a square one), and text.
+_MARKS = re.compile(
+    r"\\[\\()\[\]]?|[(\[]"
+    r"|:\s*(?P<weight>[-+]?[.,\d][-+.,\deE]*)\s*\)"
+    r"|:\s*(?P<steps>[.\d]+\s*-\s*[.\d]+)\s*(?::\s*(?P<own>[^\[\]():|\\]*?)\s*)?\]"
+    r"|:\s*(?P<editing>[.\d]+)\s*\]"
+    r"|[)\]]|:|[^\\()\[\]:]+"
+)
+_OTHER_MARKS = re.compile(r"\b(?:BREAK|AND)\b")  # A1111 takes these words for something else than text
+MAX_WEIGHT = 1000.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt: its weight, and the shares of the denoising between which it is part of the prompt."""
+
+    text: str
+    weight: float = 1.0
+    first: float = 0.0
+    end: float = 1.0
+
+
+def parse_weights(prompt: str) -> list[Piece]:
+    """The pieces of a prompt with weights, as A1111 reads them; brackets that are not closed reach to the end.
+
+    `[text:A-B:weight]` is a text that is part of the prompt in a range of the denoising steps alone (PAE, arXiv:2404.04095).
+
+    Raises:
+        InputError: a weight or a range is none, or the prompt has what A1111 takes for something else than weights.
+    """
+    pieces: list[Piece] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    usual = {"(": 1.1, "[": 1 / 1.1}
+
+    def close(bracket: str, weight: float, first: float = 0.0, end: float = 1.0) -> None:
+        start = opened[bracket].pop()
+        for i, piece in enumerate(pieces[start:], start):
+            shares = {"first": max(piece.first, first), "end": min(piece.end, end)}
+            pieces[i] = replace(piece, weight=piece.weight * weight, **shares)
+
+    for mark in _MARKS.finditer(prompt):
+        text = mark[0]
+        if text.startswith("\\"):
+            pieces.append(Piece(text[1:]))
+        elif text in opened:
+            opened[text].append(len(pieces))
+        elif mark["weight"] and opened["("]:
+            close("(", _weight(mark["weight"], prompt))
+        elif mark["steps"] and opened["["]:
+            close("[", _weight(mark["own"] or "", prompt), *_shares(mark["steps"], prompt))
+        elif (bracket := {")": "(", "]": "["}.get(text)) and opened[bracket]:
+            close(bracket, usual[bracket])
+        elif _OTHER_MARKS.search(text) or (opened["["] and (mark["editing"] or "|" in text)):
+            raise _unreadable(prompt, "prompt editing, alternation, BREAK and AND are not supported")
+        else:
+            pieces.append(Piece(text))
+    for bracket, weight in usual.items():
+        while opened[bracket]:
+            close(bracket, weight)
+    return pieces
+
+
+def _weight(text: str, prompt: str) -> float:
+    number = float(text) if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", text) else float("nan")
+    if not abs(number) <= MAX_WEIGHT:
+        raise _unreadable(prompt, f"a weight must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, not {text[:20]!r}")
+    return number
+
+
+def _shares(text: str, prompt: str) -> tuple[float, float]:
+    try:
+        return parse_steps(re.sub(r"\s", "", text))
+    except ValueError as error:
+        raise _unreadable(prompt, f"a range of steps {error}") from error
+
+
+def _unreadable(prompt: str, why: str) -> InputError:
+    return InputError(f"prompt_weights: the prompt {prompt[:100]!r} cannot be read: {why}")
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt with weights without them, as scorers read it; raises as `parse_weights`."""
+    return "".join(piece.text for piece in parse_weights(prompt))
+
+
+def counted_text(prompt: str) -> str:
+    """A prompt with weights as its tokens are counted: each weighted text by itself, with the words of all ranges."""
+    alike = itertools.groupby(parse_weights(prompt), key=lambda piece: (piece.weight, piece.first, piece.end))
+    return " ".join("".join(piece.text for piece in group) for _, group in alike)
+
+
+def check_weighable(readers: Sequence[Reader]) -> None:
+    """Raise InputError for text encoders of which A1111's weights are not defined."""
+    if not all(reader.part.is_clip for reader in readers):
+        raise InputError(
+            "prompt_weights: is for CLIP text encoders alone, and this model has another one, whose states A1111 does not "
+            "weigh; leave it out"
+        )
+
+
+def tokenize_weighted(model: Model, prompts: Sequence[str], num_steps: int) -> Tensor:
+    """Ids and weights (N, T, 2L) float64 of prompts with weights at each of T steps: the L ids, and then the L weights.
+
+    Raises:
+        InputError: as `parse_weights` and `check_weighable`, or a prompt is not text.
+    """
+    check_weighable(list(model.readers.values()))
+
+    @functools.cache
+    def row(texts: tuple[tuple[str, float], ...]) -> Tensor:
+        return torch.cat([_weighted_ids(reader, texts) for reader in model.readers.values()], dim=1).flatten()
+
+    def rows(prompt: str) -> Tensor:
+        pieces = parse_weights(prompt)
+        return torch.stack([row(_texts_at(pieces, (k + 0.5) / num_steps)) for k in range(num_steps)])
+
+    return torch.stack([rows(prompt) for prompt in prompts])
+
+
+def _texts_at(pieces: Sequence[Piece], share: float) -> tuple[tuple[str, float], ...]:
+    """The texts of a prompt at a share of the denoising with their weights; neighbours of one weight are one text."""
+    there = [piece for piece in pieces if piece.first <= share < piece.end] or [Piece("")]
+    alike = itertools.groupby(there, key=lambda piece: piece.weight)
+    return tuple(("".join(piece.text for piece in group), weight) for weight, group in alike)
+
+
+def _weighted_ids(reader: Reader, texts: Sequence[tuple[str, float]]) -> Tensor:
+    """Ids and weights (2, L) of texts, each tokenized by itself as in A1111; cut, chunked and padded as `Reader.ids`."""
+    tokenizer, length, row = reader.tokenizer, reader.num_read, list[tuple[int, float]]()
+    found = tokenizer(convert_prompts(tokenizer, [text for text, _ in texts]), add_special_tokens=False, verbose=False)
+    tokens = [(token, weight) for ids, (_, weight) in zip(found.input_ids, texts, strict=True) for token in ids]
+    for start in range(0, reader.num_chunks * (length - 2), length - 2):
+        chunk = [(tokenizer.bos_token_id, 1.0), *tokens[start : start + length - 2], (tokenizer.eos_token_id, 1.0)]
+        row += chunk + [(tokenizer.pad_token_id, 1.0)] * (length - len(chunk))
+    return torch.tensor(row, dtype=torch.float64).T
+
+
+def weigh(text: Text, weights: Tensor, num_chunks: int = 1) -> Text:
+    """Text whose states are multiplied by weights (N, L), and then scaled so that each chunk keeps its mean, as in A1111.
+
+    The pooled text stays as it is.
+    """
+    states: Any = text.embeds
+    states, weights = (each.float().unflatten(1, (num_chunks, -1)) for each in (states, weights))
+    weighted = states * weights[..., None]
+    ratio = states.mean(dim=(2, 3)) / weighted.mean(dim=(2, 3))
+    ratio = ratio.where((weights != 1).any(dim=2), torch.ones_like(ratio))
+    return replace(text, embeds=(weighted * ratio[..., None, None]).flatten(1, 2))
 
 
 # --- the denoiser and its latents ---

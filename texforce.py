@@ -176,6 +176,9 @@ class Policy:
         self.rounds_by_batch = rounds_by_batch(config.mixed_precision, model.device.type)
         self.negative_prompt = _negative_prompt(model, config)
         self.null_embeds: Tensor | None = None
+        self.null_ids: Tensor | None = None  # (T, 2L), with weights, where prompts may have them
+        if isinstance(config, DrawConfig) and config.prompt_weights:
+            self.null_ids = self.tokenize_weighted([self.negative_prompt])[0]
         zero_null = model.zero_null and not self.negative_prompt
         if config.null_prompt == "base" or (zero_null and not hasattr(model.denoiser, "peft_config")):
             with self.base(), torch.no_grad():
@@ -233,22 +236,47 @@ class Policy:
             moved = models.moved_by(self.model, trained, self.anchor_ids)
         return None if moved.all() else moved
 
-    def encode_distinct(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,)."""
-        return models.encode_distinct(self.model, prompt_ids, self.null_embeds, self.negative_prompt)
+    def tokenize_weighted(self, prompts: Sequence[str]) -> Tensor:
+        """Ids and weights (N, T, 2L) of prompts at each step, for `draw`; raises as `models.tokenize_weighted`."""
+        return models.tokenize_weighted(self.model, prompts, len(self.adapted_steps)).to(self.model.device)
 
-    def conditioning(self, prompt_ids: Tensor) -> models.Conditioning:
+    def encode_distinct(self, prompt_ids: Tensor, null_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings (1+U, L, D) of the null prompt and each distinct prompt of ids (N, L); the row of each id (N,).
+
+        `null_ids` (1, L) are those of a negative prompt with weights.
+        """
+        null_embeds = self.null_embeds
+        if null_embeds is not None and null_ids is not None and self.negative_prompt:
+            with self.base(), torch.no_grad():
+                null_embeds = models.encode_null(self.model, self.negative_prompt, null_ids)
+        return models.encode_distinct(self.model, prompt_ids, null_embeds, self.negative_prompt, null_ids)
+
+    def conditioning(self, prompt_ids: Tensor, null_ids: Tensor | None = None) -> models.Conditioning:
         """The denoiser's conditioning for prompt ids (N, L)."""
-        embeds, rows = self.encode_distinct(prompt_ids)
+        embeds, rows = self.encode_distinct(prompt_ids, null_ids)
         return models.Conditioning(embeds[rows], embeds[:1])
 
     def conditionings(self, prompt_ids: Tensor) -> list[models.Conditioning]:
-        """The conditioning of each step for prompt ids (N, L): outside adapter_steps the base model's, without gradients."""
-        adapted = base = self.conditioning(prompt_ids)
-        if not all(self.adapted_steps):
-            with self.base(), torch.no_grad():
-                base = self.conditioning(prompt_ids)
-        return [adapted if is_adapted else base for is_adapted in self.adapted_steps]
+        """The conditioning of each of T steps for prompt ids (N, L), or (N, T, 2L) with weights; equal ones are one object.
+
+        Outside adapter_steps it is the base model's, without gradients.
+        """
+        made: dict[Any, models.Conditioning] = {}
+        keys = []
+        for k, is_adapted in enumerate(self.adapted_steps):
+            ids, null_ids = prompt_ids, None
+            if self.null_ids is not None and prompt_ids.ndim == 3:
+                ids, null_ids = prompt_ids[:, k], self.null_ids[k : k + 1]
+            read = None if null_ids is None else tuple(torch.cat([null_ids, ids]).flatten().tolist())
+            keys.append((is_adapted, read))
+            if keys[-1] in made:
+                continue
+            with contextlib.ExitStack() as stack:
+                if not is_adapted:
+                    stack.enter_context(self.base())
+                    stack.enter_context(torch.no_grad())
+                made[keys[-1]] = self.conditioning(ids, null_ids)
+        return [made[key] for key in keys]
 
     def base_embeds(self, prompt_ids: Tensor) -> Tensor:
         """What `encode_distinct` gives with the base model, (1+U, L, D)."""
@@ -262,10 +290,14 @@ class Policy:
             yield
 
     def draw(self, prompt_ids: Tensor, generator: sampler.Generators) -> Tensor:
-        """Images (N, 3, H, W) float32 in [0, 1] of prompt ids (N, L); with one generator, or with one a sample."""
+        """Images (N, 3, H, W) float32 in [0, 1] of prompt ids (N, L), or (N, T, 2L) with weights.
+
+        With one generator, or with one a sample.
+        """
         with torch.no_grad():
             conditionings = self.conditionings(prompt_ids)
-        trajectory = sampler.rollout(self.drawing_denoiser, prompt_ids, conditionings, self.latent_shape, generator)
+        rows = prompt_ids.flatten(1)
+        trajectory = sampler.rollout(self.drawing_denoiser, rows, conditionings, self.latent_shape, generator)
         return sampler.decode(self.model.vae, trajectory.latents[:, -1])
 
     def state_dict(self) -> dict[str, Tensor]:
