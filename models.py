@@ -897,7 +897,7 @@ class Conditioning:
 _MARKS = re.compile(
     r"\\[\\()\[\]]?|[(\[]"
     r"|:\s*(?P<weight>[-+]?[.,\d][-+.,\deE]*)\s*\)"
-    r"|:\s*(?P<steps>[.\d]+\s*-\s*[.\d]+)\s*(?::\s*(?P<own>[^\[\]():|\\]*?)\s*)?\]"
+    r"|:\s*(?P<steps>[.\d]+\s*-\s*[.\d]+)\s*(?::(?P<own>[^\[\]():|\\]*))?\]"
     r"|:\s*(?P<editing>[.\d]+)\s*\]"
     r"|[)\]]|:|[^\\()\[\]:]+"
 )
@@ -942,7 +942,7 @@ def parse_weights(prompt: str) -> list[Piece]:
         elif mark["weight"] and opened["("]:
             close("(", _weight(mark["weight"], prompt))
         elif mark["steps"] and opened["["]:
-            close("[", _weight(mark["own"] or "", prompt), *_shares(mark["steps"], prompt))
+            close("[", _weight((mark["own"] or "").strip(), prompt), *_shares(mark["steps"], prompt))
         elif (bracket := {")": "(", "]": "["}.get(text)) and opened[bracket]:
             close(bracket, usual[bracket])
         elif _OTHER_MARKS.search(text) or (opened["["] and (mark["editing"] or "|" in text)):

@@ -92,6 +92,11 @@ def test_what_cannot_be_read_is_refused_with_the_prompt(prompt, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("prompt", ["[a:0-1:" + " " * 20_000, "(" * 9 + "a:1" * 2000, "a:" * 5_000, "\\" * 9_001])
+def test_a_long_prompt_takes_no_time(prompt):
+    assert len(models.plain_text(prompt)) >= 4000
+
+
 # --- embeddings ---
 
 
