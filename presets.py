@@ -158,7 +158,10 @@ def family(model: str) -> str:
     known += [found for part, found in _NAMES.items() if not pipeline and not held and part in name]
     if known:
         return f"{known[0]}-turbo" if DISTILLED.search(name) else known[0]
-    return "turbo" if DISTILLED.search(name) else held or ("sdxl" if "xl" in name else "stable-diffusion")
+    if DISTILLED.search(name):
+        return "turbo"
+    is_xl = pipeline.startswith("StableDiffusionXL") or (not pipeline and "xl" in name)
+    return held or ("sdxl" if is_xl else "stable-diffusion")
 
 
 def _held_by(file: Path) -> str:

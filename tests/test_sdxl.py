@@ -348,3 +348,15 @@ def test_an_adapter_is_evaluated(trained, tmp_path):
     assert result.exit_code == 0, result.output
     systems = json.loads((tmp_path / "eval" / "results.json").read_text())["systems"]
     assert set(systems) == {"base", "run"}
+
+
+@pytest.mark.parametrize(("pipeline", "preset"), [
+    ("StableDiffusionXLPipeline", "sdxl"), ("StableDiffusionPipeline", "stable-diffusion"),
+    ("StableDiffusion3Pipeline", "sd3"),
+])  # fmt: skip
+def test_a_folders_preset_goes_by_its_pipeline_and_not_by_its_name(tmp_path, pipeline, preset):
+    for name in ("plain", "some-xl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        assert family(str(folder)) == preset
