@@ -256,7 +256,7 @@ def hint_to_resume(config: TrainConfig) -> Iterator[None]:
             with interrupts.deferred():  # as in the saving before it
                 if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
                     code = any(map(rewards.functions_of, [config.reward, *(config.eval_reward or ())]))
-                    code = code or rewards.caption_files(config.relabel)
+                    code = code or bool(rewards.caption_files(config.relabel))
                     trust = " --trust-reward-code" if code else ""
                     warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}{trust}")
         raise

@@ -274,7 +274,7 @@ def describe(detections: Sequence[Detection], scene: Scene) -> str | None:
     first, last = scene.objects[0], scene.objects[-1]
     ordered = sorted(detections, key=lambda seen: _num_wrong(seen, first) - _num_wrong(seen, last))
     relations = RELATIONS if scene.relation and len(ordered) == 2 else ()
-    link = next((relation for relation in relations if _related(*ordered, relation)), "and")
+    link = next((relation for relation in relations if _related(ordered[0], ordered[1], relation)), "and")
     return f" {link} ".join(_noun(seen) for seen in ordered)
 
 
