@@ -234,7 +234,7 @@ class TrainConfig:
     )
     prompts: str = option(
         f"{PROMPT_FILES}; sets joined by commas: world, colour, count, composition, position, common, general, "
-        "faces, hands, animals; or the published training prompts of hps, imagereward or pickapic"
+        "faces, hands, animals, text; or the published training prompts of hps, imagereward or pickapic"
     )
     heldout_prompts: str | None = option(
         "prompts that are only measured, from a file as --prompts takes it (default: those kept apart from the shipped "

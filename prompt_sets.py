@@ -172,7 +172,7 @@ LIKE_JSON = re.compile(r"\s*(?:(\[)\s*[\]{\"]|\{\s*\")")  # how a list of object
 
 
 def read_benchmark(name: str) -> Benchmark:
-    """A name of BENCHMARKS, `world` or another shipped set, a file, or a folder of files.
+    """A name of BENCHMARKS, `world`, another shipped set or its held-out part (`text-heldout`), a file, or a folder of them.
 
     Files are those of `read_prompts`: a prompt is in what is called `prompt` (or `Prompts` or `caption`), its category in
     `category` (or `classification`), in any case; a list of texts has the file's name as its category. A prompt that comes
@@ -189,7 +189,7 @@ def read_benchmark(name: str) -> Benchmark:
     if name == "world":
         return _world()
     shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
-    if name in shipped:
+    if name in _known_sets():
         return _benchmark(name, _read_files(PROMPTS / f"{name}.txt", "benchmark"), {})
     if not (name and path.exists()):
         known = [*BENCHMARKS, "world", *sorted(shipped)]

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from rich.console import Console
 from typer.testing import CliRunner
 
-from texforce import cli, models, prompt_sets, run, training, views, world
+from texforce import cli, models, prompt_sets, run, scorers, training, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
@@ -123,6 +123,35 @@ def test_a_model_that_is_not_the_tiny_one_trains_on_general(model, expected):
 
 def test_generals_held_out_sentences_are_its_own_and_no_others_are_held_out():
     assert split_prompts(resolve(TrainOptions(model="some/model"))) == (GENERAL, HELDOUT)
+
+
+# --- text ---
+
+TEXT, HELDOUT_TEXT = (read_prompts(name) for name in ("text", "text-heldout"))
+
+
+def test_each_sentence_of_text_quotes_a_text_of_its_own_of_up_to_four_words():
+    assert (len(TEXT), len(HELDOUT_TEXT)) == (150, 75)
+    assert all(re.fullmatch(r'[^"]+ "[^"]+"(?: [^"]+)?', prompt) for prompt in TEXT + HELDOUT_TEXT if "," not in prompt)
+    texts = [scorers.quoted(prompt) for prompt in TEXT + HELDOUT_TEXT]
+    assert all(1 <= len(text.split()) <= 4 and text == text.upper() for text in texts)
+    assert all(f'"{text}"' in prompt for text, prompt in zip(texts, TEXT + HELDOUT_TEXT, strict=True))
+    assert len(set(texts)) == len({" ".join(words(prompt)) for prompt in TEXT + HELDOUT_TEXT}) == 225
+    assert {len(text.split()) for text in texts} == {1, 2, 3, 4}
+
+
+def test_no_word_that_the_held_out_sentences_quote_is_one_that_is_trained_on():
+    trained, held_out = (
+        {word for prompt in part for word in words(scorers.quoted(prompt))} for part in (TEXT, HELDOUT_TEXT)
+    )
+    assert not trained & held_out
+    config = resolve(TrainOptions(model="some/model", reward="ocr", prompts="text"))
+    assert split_prompts(config) == (TEXT, HELDOUT_TEXT)
+
+
+def test_the_held_out_part_of_a_shipped_set_is_a_benchmark():
+    assert prompt_sets.read_benchmark("text-heldout").prompts == HELDOUT_TEXT
+    assert prompt_sets.read_benchmark("text").prompts == TEXT
 
 
 # --- published training prompts ---

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from texforce import rewards, scorers, weights, world
 from texforce.errors import ArtifactError, InputError, RewardError
-from texforce.prompt_sets import KINDS
+from texforce.prompt_sets import KINDS, read_prompts
 
 NUM_RENDERINGS = 200
 
@@ -476,6 +476,13 @@ def test_the_right_text_scores_high_and_a_wrong_one_low(ocr, right, wrong, size)
     high, low = ocr(images, [f'a sign that says "{right}"'] * 2).tolist()
     assert high > 0.9
     assert low < 0.4
+
+
+def test_sentences_of_the_set_text_score_higher_with_their_own_text_than_with_anothers(ocr):
+    prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP", "PLUM")]
+    assert len(prompts) == 3
+    images = torch.stack([written(scorers.quoted(prompt)) for prompt in prompts])
+    assert ocr(images, prompts).min() > 0.7 > 0.5 > ocr(images.roll(1, 0), prompts).max()
 
 
 def test_an_image_without_text_scores_zero(ocr):

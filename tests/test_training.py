@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Share, experience, models, rewards, sampler, training, world
+from texforce import DivergedError, Share, experience, models, rewards, sampler, scorers, training, world
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 from texforce.learner import Learner
+from texforce.prompt_sets import read_prompts
+
+from .test_scorers import written
 
 TIMES = {"seconds", "images_per_s", "sampling_share"}  # what two runs of the same seed may differ in
 NAN = math.nan
@@ -537,6 +540,30 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
     (_, epoch) = (json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert "ratio_deviation" not in epoch
     assert ("loss" in epoch) == (algorithm == "matching")
+
+
+# --- text in the image ---
+
+
+def test_rendered_texts_train_by_what_is_read_through_the_whole_loop(train_small, tmp_path, monkeypatch):
+    """The images of one sign of their latents show the one prompt's text, the others the other prompt's."""
+    prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP")]
+    (tmp_path / "signs.txt").write_text("\n".join(prompts) + "\n")
+    drawn = {text: written(text, 128) for text in map(scorers.quoted, prompts)}
+
+    def decode(vae, latents):
+        return torch.stack([drawn["STOP" if latent.mean() > 0 else "OPEN LATE"] for latent in latents])
+
+    monkeypatch.setattr(sampler, "decode", decode)
+    (tmp_path / "others.txt").write_text("\n".join(read_prompts("text-heldout")[:1]) + "\n")
+    files = {"prompts": str(tmp_path / "signs.txt"), "heldout_prompts": str(tmp_path / "others.txt")}
+    result = train_small(algorithm="matching", reward="ocr", **files)
+    (_, epoch) = read_metrics(tmp_path / "out")
+    assert 0.1 < epoch["reward_mean"] < 0.9  # some show what their prompt quotes
+    assert epoch["reward_std"] > 0.2
+    assert result["heldout"]["ocr"]["base"] <= 0.6  # a text that neither image shows
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
 
 # --- relabelling ---
