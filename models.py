@@ -930,8 +930,7 @@ def parse_weights(prompt: str) -> list[Piece]:
     def close(bracket: str, weight: float, first: float = 0.0, end: float = 1.0) -> None:
         start = opened[bracket].pop()
         for i, piece in enumerate(pieces[start:], start):
-            shares = {"first": max(piece.first, first), "end": min(piece.end, end)}
-            pieces[i] = replace(piece, weight=piece.weight * weight, **shares)
+            pieces[i] = Piece(piece.text, piece.weight * weight, max(piece.first, first), min(piece.end, end))
 
     for mark in _MARKS.finditer(prompt):
         text = mark[0]
