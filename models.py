@@ -81,6 +81,11 @@ class Model:
         return next(self.denoiser.parameters()).device
 
     @property
+    def schedule_device(self) -> torch.device:
+        """Where noise schedules lie: on the device, or on the CPU where the networks are an outline."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The denoiser's."""
         return next(self.denoiser.parameters()).dtype
@@ -141,6 +146,34 @@ def load_model(
             model.unet.to(memory_format=torch.channels_last)
         model.vae.to(memory_format=torch.channels_last)
     return model
+
+
+def outline_model(name: str, dtype: torch.dtype = torch.float32) -> Model | None:
+    """A published Stable Diffusion that is not in the hub's cache, its networks on the meta device: sizes without weights.
+
+    Nothing is asked of the hub. None where the model is here, or is no Stable Diffusion by its name.
+    """
+    import diffusers
+    import transformers
+    from huggingface_hub import try_to_load_from_cache
+
+    source = None if Path(name).exists() else single_file.published(name)
+    if source is None or isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        return None
+    kind = pipeline_kind(source)
+    with torch.device("meta"):
+        parts = {
+            part: getattr(diffusers, cls)
+            for part, cls in ((kind.family.part, kind.family.denoiser), ("vae", kind.family.vae))
+        }
+        parts = {part: cls.from_config(cls.load_config(source, subfolder=part)) for part, cls in parts.items()}
+        for part, record in kind.text_parts.items():
+            cls = getattr(transformers, record.encoder)
+            parts[part] = cls(cls.config_class.from_pretrained(source, subfolder=part))
+    # Not the networks' own `to`, which warns of what it does to loaded weights.
+    parts = {part: torch.nn.Module.to(network, dtype).requires_grad_(False).eval() for part, network in parts.items()}
+    parts |= {"scheduler": load_scheduler(source)} | load_tokenizers(source, kind)
+    return Model(name, family=kind.family, zero_null=kind.zero_null, **parts)
 
 
 @dataclass(frozen=True)

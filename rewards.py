@@ -37,7 +37,7 @@ from .files import describe_files
 from .presets import EMBEDDED
 from .prompt_sets import NO_TEXT
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
-from .weights import describe_source, describe_weights, find_weights
+from .weights import HUB, describe_source, describe_weights, find_weights, is_fetched
 
 URL = ("http://", "https://")
 TIMEOUT = 600.0  # seconds
@@ -209,6 +209,12 @@ def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, s
 def weights_of(spec: str) -> list[str]:
     """The names, of weights.HUB, of the weights that the parts of a reward take."""
     return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
+
+
+def missing_weights(name: str, checkpoints: Mapping[str, str | Path]) -> list[str]:
+    """The repositories of a reward's weights that `load_reward` would fetch from the hub."""
+    from_hub = [weights for weights in weights_of(name) if checkpoints.get(weights, "hub") == "hub"]
+    return [HUB[weights].repository for weights in from_hub if not is_fetched(weights)]
 
 
 def functions_of(spec: str) -> list[str]:

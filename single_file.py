@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ ARCHITECTURES: dict[int, dict[str, Any]] = {
         },
     },
 }
+# What the names of published models on the hub hold, with their architecture; those of variants hold more.
+PUBLISHED = {r"stable-diffusion-xl-base-1": 2048, r"stable-diffusion-2|sd-turbo": 1024, r"stable-diffusion-v1-[1-5]": 768}
+VARIANTS = re.compile("inpaint|depth|unclip|refiner")
 CROSS_ATTENTIONS = ".transformer_blocks.0.attn2.to_k.weight"  # ends of names of what takes the text, in U-Nets
 
 
@@ -131,12 +135,30 @@ def configuration(file: Path) -> str:
             f"model: {str(file)!r} is no checkpoint of Stable Diffusion 1.x, 2.x or XL; give other models as folders in "
             "diffusers' format"
         )
+    return _write_architecture(architecture, _noise(file, shapes, architecture))
+
+
+@functools.cache
+def published(name: str) -> str | None:
+    """A folder with the configuration of a published Stable Diffusion, by its name on the hub; None for other names.
+
+    It holds no weights, and is there as long as the process.
+    """
+    widths = [width for pattern, width in PUBLISHED.items() if re.search(pattern, name)]
+    if not widths or name.count("/") != 1 or VARIANTS.search(name):
+        return None
+    predicts_v = widths[0] == 1024 and not re.search("base|turbo", name)  # as 2.x of 768 pixels does
+    noise = {"prediction_type": "v_prediction" if predicts_v else "epsilon", "rescale_betas_zero_snr": False}
+    return _write_architecture(ARCHITECTURES[widths[0]], noise)
+
+
+def _write_architecture(architecture: Mapping[str, Any], noise: Mapping[str, Any]) -> str:
+    """Write the configuration of an architecture into a folder of its own; returns the folder."""
     folder = Path(_folders().name, f"{len(list(Path(_folders().name).iterdir()))}")
-    noise = _noise(file, shapes, architecture)
     size = {"sample_size": 96} if architecture is ARCHITECTURES[1024] and noise["prediction_type"] == "v_prediction" else {}
     _write(folder / "unet" / "config.json", architecture["unet"] | size)
     _write(folder / "vae" / "config.json", architecture["vae"])
-    _write(folder / "scheduler" / "scheduler_config.json", DIFFUSION | noise)
+    _write(folder / "scheduler" / "scheduler_config.json", DIFFUSION | dict(noise))
     index: dict[str, Any] = {"_class_name": architecture["pipeline"], "unet": ["diffusers", "UNet2DConditionModel"]}
     index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
     for part, (cls, config, padding) in architecture["text"].items():

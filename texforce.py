@@ -184,7 +184,7 @@ class Policy:
             with self.base(), torch.no_grad():
                 self.null_embeds = models.encode_null(model, self.negative_prompt)
         self.denoiser = self._make_denoiser(config)
-        self.noise_process = _noise_process(model, self.latent_shape).to(model.device)
+        self.noise_process = _noise_process(model, self.latent_shape).to(model.schedule_device)
         self.anchor_ids, self.anchor_embeds = self._anchors(config)
         self.anchor_moved = self._anchor_moved()
         # Users sample every step with the same eta, in flow matching 0, so held-out images do too, whatever training does.
@@ -377,18 +377,18 @@ def _schedule(
         right, noise = (" or ".join(FLOW_SAMPLERS), "flow matching") if flow else ("ddim", "DDIM's noise")
         raise InputError(f"sampler: must be {right} or dpm-solver for {model.name!r}, which has {noise}, not {name}")
     if name == "dpm-solver":
-        return sampler.dpm_solver_schedule(model.scheduler, num_steps).to(model.device)
+        return sampler.dpm_solver_schedule(model.scheduler, num_steps).to(model.schedule_device)
     random_steps = None
     if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
         random_steps = window_end(config)
     if not flow:
-        return sampler.ddim_schedule(model.scheduler, num_steps, config.eta, random_steps).to(model.device)
+        return sampler.ddim_schedule(model.scheduler, num_steps, config.eta, random_steps).to(model.schedule_device)
     num_tokens = models.num_image_tokens(model, shape)
     levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
     drawn = sampler.flow_schedule(*levels)
     if training_schedule:
         drawn = sampler.random_until(sampler.flow_schedule(*levels, config.eta, name), drawn, random_steps)
-    return drawn.to(model.device)
+    return drawn.to(model.schedule_device)
 
 
 def make_policy(model: models.Model, config: TrainConfig) -> Policy:

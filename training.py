@@ -30,7 +30,7 @@ from texforce import (
     wants_kl,
 )
 
-from . import files, interrupts, models, processes, rewards, run, scorers, stages, world
+from . import files, interrupts, models, processes, rewards, run, scorers, single_file, stages, world
 from .config import FLOW_SAMPLERS, NO_REWARD, TrainConfig, TrainOptions, default_device, resolve, without_passwords
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
@@ -96,8 +96,11 @@ def reward_specs(config: TrainConfig) -> list[str]:
     return [*([] if config.reward == NO_REWARD else [config.reward]), *(config.eval_reward or ())]
 
 
-def load_policy(config: TrainConfig) -> Policy:
-    """Load the model of a resolved configuration, and put LoRA on it; checks what the rewards are called first."""
+def load_policy(config: TrainConfig, may_outline: bool = False) -> Policy:
+    """Load the model of a resolved configuration, and put LoRA on it; checks what the rewards are called first.
+
+    With `may_outline` the weights of a Stable Diffusion that would have to be fetched are left out.
+    """
     specs = reward_specs(config)
     for spec in specs:
         rewards.check_reward(spec)  # a typing error must not wait for a model
@@ -106,10 +109,14 @@ def load_policy(config: TrainConfig) -> Policy:
     if config.relabel:
         rewards.check_captioner(config.relabel)
     rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
-    num_chunks = 1
+    dtype, device, num_chunks = models.DTYPES[config.mixed_precision], default_device(), 1
+    outline = models.outline_model(config.model, dtype) if may_outline else None
     if config.long_prompt != "cut":
-        num_chunks = models.find_chunks(config.model, config.long_prompt, read_run_prompts(config).all)
-    dtype, device = models.DTYPES[config.mixed_precision], default_device()
+        source = single_file.published(config.model) if outline else config.model
+        num_chunks = models.find_chunks(source or config.model, config.long_prompt, read_run_prompts(config).all)
+    if outline:
+        config = replace(config, null_anchor=0.0, offload_text_encoders=False)  # both need weights
+        return make_policy(replace(outline, num_chunks=num_chunks), config)
     model = models.load_model(config.model, device, dtype, text_on_cpu=config.offload_text_encoders)
     return make_policy(replace(model, num_chunks=num_chunks), config)
 
@@ -686,27 +693,31 @@ def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
 
-    The file of a reward function is not executed, and the output folder is not looked at.
+    The file of a reward function is not executed, the output folder is not looked at, and neither the weights of Stable
+    Diffusion nor those of a scorer are fetched.
 
     Raises:
         What `train` raises before it samples, but for what the output folder or the file of a reward function would.
     """
-    prompts, policy = read_run_prompts(config), load_policy(config)
-    _load_scorers(config)
+    prompts, policy = read_run_prompts(config), load_policy(config, may_outline=True)
+    fetched = [config.model] if policy.model.device.type == "meta" else []
+    fetched += _load_scorers(config)
+    device = default_device() if fetched and fetched[0] == config.model else str(policy.model.device)
     cut = check_prompts(policy, config, prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     num_items, num_images_a_step = _items_per_image(policy, config), num_images / config.num_updates_per_epoch
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
     if config.relabel:
         num_distinct = max(num_distinct, math.ceil(num_images_a_step))  # captions, which are encoded after the prompts
-    if finds_micro_batch(config, policy.model.device):
+    if finds_micro_batch(config, torch.device(device)):
         config = replace(config, micro_batch_size=config.sample_batch_size)
     denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
     update_calls = _calls_per_update(policy, config)
     network = "U-Net" if policy.model.unet is not None else "transformer"
     return {
         "model": config.model,
-        "device": str(policy.model.device),
+        "device": device,
+        **({"to be fetched": ", ".join(fetched)} if fetched else {}),
         "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config"))
         + run.lora_places(config),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
@@ -728,13 +739,21 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _load_scorers(config: TrainConfig) -> None:
-    """Load the parts of the rewards but for functions, so that a damaged checkpoint is found in a dry run too."""
+def _load_scorers(config: TrainConfig) -> list[str]:
+    """Load the parts of the rewards but for functions, so that a damaged checkpoint is found in a dry run too.
+
+    Parts whose weights would have to be fetched from the hub are left out; returns the repositories of these weights.
+    """
     specs = reward_specs(config)
     checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
     names = {name for spec in specs for name in rewards.parse_mixture(spec) if name not in rewards.functions_of(spec)}
+    repositories = []
     for name in sorted(names):
-        rewards.load_reward(name, default_device(), checkpoints)
+        if missing := rewards.missing_weights(name, checkpoints):
+            repositories += missing
+        else:
+            rewards.load_reward(name, default_device(), checkpoints)
+    return repositories
 
 
 def mebibytes(num_bytes: int) -> float:
@@ -809,11 +828,42 @@ def activation_bytes(policy: Policy, config: TrainConfig, num_prompts: int) -> t
     conditioning = models.Conditioning(embeds, embeds)
     null_outputs = latents if policy.null_embeds is not None and policy.denoiser.guided else None
     steps = torch.zeros(1, dtype=torch.long, device=model.device)
-    denoiser = replace(policy.denoiser, compile=False)  # what a compiled one keeps is less
+    schedule = policy.denoiser.schedule.to(model.device)
+    denoiser = replace(policy.denoiser, compile=False, schedule=schedule)  # what a compiled one keeps is less
     network = saved_bytes(model, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
     text_encoder = saved_bytes(model, lambda: models.encode(model, prompt_ids))
     num_null = int(policy.null_embeds is None and not model.zero_null)
     return config.micro_batch_size * network, (num_prompts + num_null) * text_encoder
+
+
+class FusedAttention(torch.overrides.TorchFunctionMode):
+    """Lets attention on the meta device keep what a fused kernel keeps, its inputs and its output.
+
+    PyTorch takes the plain formula there, which keeps the large matrices of weights.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the one function."""
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attention.apply(named["query"], named["key"], named["value"])
+        return function(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps tensors for a backward pass that is never run."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Save the inputs (..., L, D) and the output."""
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        context.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        """Refuse: there are no numbers."""
+        raise NotImplementedError
 
 
 def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:
@@ -824,7 +874,8 @@ def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()  # a number also on the meta device
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    attention = FusedAttention() if model.device.type == "meta" else contextlib.nullcontext()
+    with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     for part in model.policy_parts.values():
         for tensor in part.parameters():

