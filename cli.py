@@ -331,7 +331,7 @@ def sample_command(given: dict[str, Any]) -> None:
     texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
     """
     with exit_codes("--batch-size or --resolution"):
-        from . import evaluation, files, models, run
+        from . import evaluation, files, models, run, world
 
         config = resolve_sample(SampleOptions(**given))
         warn(f"model: {config.model}")
@@ -346,6 +346,8 @@ def sample_command(given: dict[str, Any]) -> None:
                 warn(f"prompt: {cut}")
             if num_chunks > 1:
                 warn(f"prompt: {models.chunks_note(num_chunks)}")
+            if note := world.foreign_note(config.model, evaluation.plain_texts(config, prompts)):
+                warn(f"prompt: {note}")
             images = evaluation.sample(config, repeated, seeds)
         folder = Path(config.output_dir)
         shown = {

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from texforce import Policy, __version__
 
-from . import adapters, files, measures, models, report, rewards, run, scorers
+from . import adapters, files, measures, models, report, rewards, run, scorers, world
 from .config import (
     BASE,
     LATER_OPTIONS,
@@ -396,6 +396,8 @@ def evaluate(
         warn(f"benchmark: {cut}")
     if num_chunks > 1:
         warn(f"benchmark: {models.chunks_note(num_chunks)}")
+    if note := world.foreign_note(config.model, plain_texts(config, benchmark.prompts)):
+        warn(f"benchmark: {note}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
         settings = write_settings(evaluation)
         draw_missing(evaluation, progress)

@@ -216,6 +216,8 @@ def train(
             warn(f"prompts: {cut}")
         if setup.policy.model.num_chunks > 1:
             warn(f"prompts: {models.chunks_note(setup.policy.model.num_chunks)}")
+        if note := world.foreign_note(config.model, prompts.all):
+            warn(f"prompts: {note}")
         if note := models.distillation_note(setup.policy.model, config.algorithm):
             warn(f"model: {note}")
         if not prompts.heldout:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .presets import EMBEDDED
 
 IMAGE_SIZE = 32
 COLOURS = {  # common word: (rare synonym, RGB)
@@ -293,3 +294,14 @@ def is_world(prompts: Sequence[str]) -> bool:
         return all(parse(prompt) for prompt in prompts)
     except InputError:
         return False
+
+
+def foreign_note(model: str, prompts: Sequence[str]) -> str | None:
+    """What to say of prompts that an embedded model cannot draw; None if it can draw all of them, or for other models."""
+    foreign = [prompt for prompt in prompts if not is_world([prompt])] if model in EMBEDDED else []
+    if not foreign:
+        return None
+    return (
+        f"{model} knows only coloured shapes, so {len(foreign)} of {len(prompts)} prompts mean nothing to it, "
+        f"as {foreign[0][:60]!r}; it knows 'a red circle left of a blue square' and 'three red circles'"
+    )

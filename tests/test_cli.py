@@ -1382,6 +1382,19 @@ def test_sixty_four_tiny_images_take_less_than_five_seconds_of_computing(adapter
     assert len(pictures(tmp_path / "images")) == 64
 
 
+@pytest.mark.parametrize("prompt", ["a red horse", "a red circle"])
+@pytest.mark.parametrize(
+    "command", [["sample", "--num-images"], ["eval", "--reward", "jpeg", "--num-images"]], ids=lambda c: c[0]
+)
+def test_a_prompt_that_the_tiny_model_cannot_draw_is_named(command, prompt, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"a blue square\n{prompt}\n")
+    given = ["--prompts" if command[0] == "sample" else "--benchmark", tmp_path / "prompts.txt"]
+    result = run(*command, 1, *given, "--model", "tiny", "--num-inference-steps", 1, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    words = "tiny knows only coloured shapes, so 1 of 2 prompts mean nothing to it, as 'a red horse'"
+    assert (words in result.stderr) == ("horse" in prompt)
+
+
 def test_sampled_images_carry_their_prompt_and_seed(adapter, tmp_path):
     result = sample(
         "--adapter", adapter, "--prompt", "a red circle", "--prompt", "zwei Würfel", "--seed", 7,

@@ -267,7 +267,8 @@ def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(sour
     messages, config = [], resolve(TrainOptions(**options))
     assert training.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
     result = training.train(config, warn=messages.append)
-    (message,) = messages
+    message, foreign = messages
+    assert "only coloured shapes" in foreign
     number = 21 if source == "also: held out" else 20
     assert message.startswith(f"prompts: 3 of {number} prompts are cut to the 24 tokens that the text encoder reads, as ")
     assert f"a red circle {LONG}"[:40] in message
@@ -277,7 +278,7 @@ def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(sour
 
 
 def test_nothing_is_said_where_every_prompt_fits(options, hub, tmp_path):
-    hub([f"a circle and {i} squares" for i in range(20)])
+    hub([f"a {colour} {shape}" for colour in world.COLOURS for shape in world.SHAPES])
     messages = []
     assert training.train(resolve(TrainOptions(**options)), warn=messages.append)["num_prompts_cut"] == 0
     assert messages == []

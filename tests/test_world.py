@@ -526,3 +526,10 @@ def test_the_shipped_weights_are_small():
     sizes = {path: path.stat().st_size for path in TINY.glob("*/*.safetensors")}
     assert len(sizes) == 3
     assert sum(sizes.values()) <= 12e6
+
+
+def test_prompts_of_another_world_are_named_for_the_embedded_models_alone():
+    note = world.foreign_note("tiny-flow", ["a red circle", "a horse", "a cat"])
+    assert note.startswith("tiny-flow knows only coloured shapes, so 2 of 3 prompts mean nothing to it, as 'a horse';")
+    assert world.foreign_note("tiny", ["two crimson discs", "A red  circle"]) is None
+    assert world.foreign_note("stable-diffusion-v1-5/stable-diffusion-v1-5", ["a horse"]) is None
