@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ldm
+from . import ldm, models
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
 from .families import FAMILIES
-from .files import locate
+from .files import locate, replacing
 from .models import Model, family_of
 from .weights import read_finite
 
@@ -465,6 +465,73 @@ def _kind(parent: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", parent)
 
 
+# --- learned tokens ---
+
+TOKENS = "learned_embeds.safetensors"  # where diffusers looks for textual inversions in a folder
+TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # A1111's and ComfyUI's, of models with several encoders
+
+
+def token_keys(model: Model) -> dict[str, str]:
+    """The keys of learned tokens in a file, by the text encoders that read them."""
+    if list(model.family.text) == ["text_encoder"]:
+        return {"text_encoder": "emb_params"} if model.family.text["text_encoder"].is_clip else {}
+    return {part: key for part, key in TOKEN_KEYS.items() if model.family.text[part].is_clip}
+
+
+def token_shapes(path: str | Path) -> dict[str, list[int]]:
+    """The shapes of the learned tokens in a file or folder by their keys; none if it holds something else.
+
+    Raises:
+        NotFoundError, ArtifactError: as `find_files`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file, shapes = find_files(Path(path))[0].path, dict[str, list[int]]()
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as content:  # whoever reads it refuses it
+            shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118 - no mapping
+    return shapes if shapes.keys() <= {"emb_params", *TOKEN_KEYS.values()} else {}
+
+
+def num_learned(system: System) -> int:
+    """The learned tokens that a system's prompts end in."""
+    shapes = [token_shapes(path) for path, weight in system.adapters if weight != 0]
+    return sum(max(shape[0] for shape in found.values()) for found in shapes if found)
+
+
+def save_tokens(model: Model, folder: Path) -> None:
+    """Write a model's learned tokens, if it has any, as a textual inversion for diffusers, A1111 and ComfyUI."""
+    from safetensors.torch import save_file
+
+    tokens = {key: models.learned_tokens(getattr(model, part)) for part, key in token_keys(model).items()}
+    tensors = {key: found.learned.detach().cpu().contiguous() for key, found in tokens.items() if found is not None}
+    if tensors:
+        with replacing(folder / TOKENS) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
+
+
+def read_tokens(paths: Sequence[str], model: Model) -> dict[str, Tensor]:
+    """Learned tokens (N, D) of files or folders, one after another, by the text encoders that read them.
+
+    Raises:
+        ArtifactError: one is damaged or of another model. InputError: prompts have no room for so many.
+    """
+    keys, found = token_keys(model), defaultdict[str, list[Tensor]](list)
+    for path in paths:
+        file = find_files(Path(path))[0].path
+        tensors = read_finite(file, "learned tokens")
+        number = len(next(iter(tensors.values())))
+        wanted = {key: (number, getattr(model, part).config.hidden_size) for part, key in keys.items()}
+        if wanted != (given := {key: tuple(tensor.shape) for key, tensor in sorted(tensors.items())}):
+            raise ArtifactError(f"{file}: made for another model: it holds {given}, this one takes {wanted}; see --model")
+        for part, key in keys.items():
+            found[part].append(tensors[key].float())
+    tokens, most = {part: torch.cat(tensors) for part, tensors in found.items()}, models.most_learned(model)
+    if (number := max(map(len, tokens.values()), default=0)) > most:
+        raise InputError(f"adapter: {number} learned tokens leave no room for prompts; {model.name!r} reads at most {most}")
+    return tokens
+
+
 # --- fusion ---
 
 
@@ -498,10 +565,14 @@ def check_inputs(system: System) -> None:
     """Check that there is something to read, before any model is loaded.
 
     Raises:
-        NotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured.
+        NotFoundError: there is not. ArtifactError: an adapter's configuration cannot be honoured, or it is damaged.
+        InputError: learned tokens have a weight.
     """
-    for path, _ in system.adapters:
-        find_files(Path(path))
+    for path, weight in system.adapters:
+        if token_shapes(path) and weight not in (0, 1):
+            raise InputError(
+                f"adapter: {path!r} holds learned tokens, which are read or not: their weight is 1 or 0, not {weight:g}"
+            )
     for path, _ in system.unets:
         if not locate(path, "unet").exists():
             raise NotFoundError(f"unet: there is no file or folder {path!r}")
@@ -531,9 +602,11 @@ def put_on(model: Model, system: System) -> Model:
     LoRA changes no weight of its part, so copies that it is put on share the weights of the parts given.
 
     Raises:
-        NotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`.
+        NotFoundError, ArtifactError: as `read_terms`, `read_unet` and `apply`. InputError: as `read_tokens`.
     """
-    terms = read_terms(system.adapters, model)
+    inversions = [path for path, weight in system.adapters if weight != 0 and token_shapes(path)]
+    terms = read_terms([(path, weight) for path, weight in system.adapters if not token_shapes(path)], model)
+    tokens = read_tokens(inversions, model)
     changed: dict[str, Any] = {}
     for path, weight in system.unets:
         unet = read_unet(path, model)
@@ -542,8 +615,11 @@ def put_on(model: Model, system: System) -> Model:
             changed["unet"] = copy.deepcopy(model.unet)
             move_towards(changed["unet"], unet.tensors, weight)
     adapter = fuse(terms)
-    for part in adapter.keys() - changed.keys():
+    for part in (adapter.keys() | tokens.keys()) - changed.keys():
         changed[part] = _with_the_same_weights(getattr(model, part))
+    for part, learned in tokens.items():
+        words = changed[part].get_input_embeddings()
+        changed[part].set_input_embeddings(models.LearnedTokens(words, learned.to(model.device)).requires_grad_(False))
     return apply(replace(model, **changed), adapter)
 
 

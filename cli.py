@@ -31,6 +31,7 @@ from .config import (
     TrainOptions,
     changed_later_options,
     check_algorithm_options,
+    check_target_options,
     option_fields,
     resolve,
     resolve_eval,
@@ -197,6 +198,7 @@ def train_settings(given: dict[str, Any], config: Path | None, resume: Path | No
         options = resumed_options(resume, options)
     settings = resolve(TrainOptions(**options))
     check_algorithm_options(given, settings.algorithm)
+    check_target_options(given, settings.target)
     if processes.is_first():
         warn(f"model: {settings.model} ({_why(options)})")
     return settings

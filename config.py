@@ -251,9 +251,12 @@ class TrainConfig:
         "ppo (TexForce as published), matching (advantage-weighted matching of final images: fewer images) or "
         "gradient (the reward's own gradient, for scorers that have one)"
     )
-    target: Literal["text-encoder", "unet", "both"] = option(
-        "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both", "text-encoder"
+    target: Literal["text-encoder", "unet", "both", "tokens"] = option(
+        "what gets LoRA: text-encoder (TexForce), unet (DDPO) or both; or tokens: instead of LoRA, tokens are learned that "
+        "are read at the end of every prompt",
+        "text-encoder",
     )
+    num_tokens: Count = option("target tokens: how many of them", 8)
     text_encoders: list[str] | None = option(
         "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
     )
@@ -452,6 +455,8 @@ def resolve(options: Options) -> TrainConfig:
         follows["null_prompt"] = "adapted"
     if given.get("target") == "unet":
         follows |= {"null_anchor": 0.0, "text_encoders": None}  # nothing of the text moves
+    if given.get("target") == "tokens":
+        follows |= {"null_prompt": "base", "null_anchor": 0.0, "text_encoders": None}  # the null prompt is without them
     config = TrainConfig(**preset | follows | given)
     num_updates = num_optimizer_steps(config)
     if "lr_warmup_steps" not in given:
@@ -483,6 +488,19 @@ def check_algorithm_options(given: Iterable[str], algorithm: str) -> None:
     for name in given:
         if ALGORITHM_OPTIONS.get(name, algorithm) != algorithm:
             raise InputError(f"{name}: is an option of --algorithm {ALGORITHM_OPTIONS[name]}, not of {algorithm}")
+
+
+def check_target_options(given: Iterable[str], target: str) -> None:
+    """Check that options that are given have an effect.
+
+    Raises:
+        InputError: one belongs to another target.
+    """
+    for name in given:
+        if name == "num_tokens" and target != "tokens":
+            raise InputError(f"num_tokens: is an option of --target tokens, not of {target}")
+        if name in ("rank", "lora_alpha") and target == "tokens":
+            raise InputError(f"{name}: is an option of LoRA, in whose place --target tokens learns tokens")
 
 
 def _default(record: Any, name: str) -> Any:
@@ -539,6 +557,8 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.target == "unet" and (config.lora_layers != "all" or config.lora_modules):
         name = "lora_modules" if config.lora_layers == "all" else "lora_layers"
         raise InputError(f"{name}: chooses layers of a text encoder that is trained; target unet trains none")
+    if config.target == "tokens":
+        _check_tokens(config)
     if config.null_anchor and config.target == "unet":
         raise InputError("null_anchor: needs a text encoder that is trained; target unet trains none")
     if config.anchor_prompts and not config.null_anchor:
@@ -583,6 +603,23 @@ def _check_relabelling(config: TrainConfig) -> None:
         raise InputError("reward: none measures nothing; say by --eval-reward what the held-out prompts are measured by")
 
 
+def _check_tokens(config: TrainConfig) -> None:
+    """Refuse options that have no effect where tokens are learned, since every CLIP reads them, and no null prompt does."""
+    reasons = {
+        "text_encoders": "every CLIP of the model reads the tokens",
+        "lora_modules": "there is no LoRA",
+        "null_anchor": "the null prompt is without the tokens, so that it does not move",
+    }
+    if config.long_prompt != "cut":
+        raise InputError(f"long_prompt: must be cut with target tokens, not {config.long_prompt}: the tokens end the prompt")
+    if config.adapter_steps:
+        raise InputError("adapter_steps: is for LoRA, in whose place target tokens learns tokens; leave it out")
+    reasons |= {"lora_layers": reasons["lora_modules"]} if config.lora_layers != "all" else {}
+    for name, reason in reasons.items():
+        if getattr(config, name):
+            raise InputError(f"{name}: has no effect with target tokens: {reason}; leave it out")
+
+
 def check_precision(mixed_precision: str, device: str) -> None:
     """Raise InputError for a type that the device does not compute in."""
     if mixed_precision == "fp16" and device == "cpu":
@@ -598,7 +635,7 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to: {config.report_to} is not installed; pip install {config.report_to}")
-    if config.null_prompt == "base" and config.target != "text-encoder":
+    if config.null_prompt == "base" and config.target in ("unet", "both"):
         raise InputError(
             "null_prompt: base keeps the U-Net's predictions, so it needs target text-encoder, not " + config.target
         )
@@ -614,8 +651,8 @@ def _check_together(config: TrainConfig) -> None:
 # --- sample ---
 
 ADAPTER_HELP = (
-    "output folder of a training, a LoRA file or folder of any layout, or a hub name; PATH:WEIGHT weights it; repeatable, "
-    "summed"
+    "output folder of a training, a LoRA file or folder of any layout, learned tokens, or a hub name; PATH:WEIGHT weights "
+    "it; repeatable, summed"
 )
 UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"

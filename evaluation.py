@@ -90,10 +90,24 @@ def make_policy(model: models.Model, system: System, config: DrawConfig) -> Poli
 
 def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> models.Cut:
     """The prompts whose end the text encoder does not read; raises as `find_chunks`."""
-    readers = [replace(reader, num_chunks=num_chunks) for reader in models.open_readers(config.model)]
+    opened = models.open_readers(config.model, num_learned(config))
+    readers = [replace(reader, num_chunks=num_chunks) for reader in opened]
     texts = counted_texts(config, prompts)
     cut = models.find_cut(readers, list(texts.values()))
     return replace(cut, prompts=[prompt for prompt, text in texts.items() if text in cut.prompts])
+
+
+def num_learned(config: DrawConfig) -> int:
+    """The most learned tokens that a system's prompts end in.
+
+    Raises:
+        InputError: prompts with them would be read in chunks, or with weights. What `adapters.find_files` raises.
+    """
+    number = max((adapters.num_learned(system) for system in getattr(config, "systems", ())), default=0)
+    for name, is_given in (("long_prompt", config.long_prompt == "chunk"), ("prompt_weights", config.prompt_weights)):
+        if number and is_given:
+            raise InputError(f"{name}: prompts that end in learned tokens have neither chunks nor weights; leave it out")
+    return number
 
 
 def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, str]:
@@ -110,7 +124,8 @@ def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, str]:
 
 def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
     """In how many chunks prompts and the negative one are read; raises as `models.find_chunks` and `counted_texts`."""
-    return models.find_chunks(config.model, config.long_prompt, list(counted_texts(config, prompts).values()))
+    texts = list(counted_texts(config, prompts).values())
+    return models.find_chunks(config.model, config.long_prompt, texts, num_learned(config))
 
 
 def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
@@ -423,7 +438,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     for spec in config.measures:
         rewards.check_reward(spec)
     rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
-    for system in config.systems:
+    for system in evaluation.systems:
         adapters.check_inputs(system)
     if config.strengths and len(evaluation.benchmark.prompts) < 2:
         raise InputError(

@@ -29,7 +29,7 @@ TRAIN_GROUPS = {
         "num_inference_steps", "eta", "guidance_scale", "resolution", "deterministic_elsewhere", "null_prompt",
     ),
     "What is trained, and how": (
-        "target", "text_encoders", "lora_layers", "lora_modules", "adapter_steps", "rank", "lora_alpha",
+        "target", "num_tokens", "text_encoders", "lora_layers", "lora_modules", "adapter_steps", "rank", "lora_alpha",
         "num_updates_per_epoch", "num_inner_epochs", "advantages", "advantage_clip", "lr_scheduler", "lr_warmup_steps",
         "weight_decay", "max_grad_norm", "ema_decay", "kl_weight", "null_anchor", "anchor_prompts",
     ),
@@ -54,6 +54,7 @@ ELSEWHERE = {
     "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
     "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
     "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
+    "num_vectors": "num_tokens",
 }  # fmt: skip
 
 

@@ -47,6 +47,11 @@ def merge(config: MergeConfig) -> Path:
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
+    if tokens := [path for path, _ in system.adapters if adapters.token_shapes(path)]:
+        raise InputError(
+            f"adapter: {tokens[0]!r} holds learned tokens, and prompts name those, no weights do; load the file as it is, a "
+            "textual inversion for diffusers, A1111 and ComfyUI"
+        )
     family = models.pipeline_kind(models.find_model(config.model)).family
     check_format(family, {}, config.format)
     # Only a whole pipeline is written with what is no network of the model; LoRA needs no weights but of text encoders, and

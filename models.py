@@ -44,6 +44,7 @@ SCHEDULERS = (
 )  # fmt: skip
 # Options of a U-Net that takes more than latents, a timestep and text: class labels, images, or (LCM's) guidance.
 MORE_CONDITIONING = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+FIRST_LEARNED = NO_TOKEN - 1  # the id of a prompt's first learned token; those of the others follow downwards
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
@@ -111,7 +112,8 @@ class Model:
     def readers(self) -> dict[str, Reader]:
         """How prompts become ids, by their text encoders' names."""
         parts = {name: (tokenizer, self.family.text[name]) for name, tokenizer in self.tokenizers.items()}
-        return {name: Reader(*pair, self.num_chunks if pair[1].is_clip else 1) for name, pair in parts.items()}
+        chunks = {name: self.num_chunks if part.is_clip else 1 for name, (_, part) in parts.items()}
+        return {name: Reader(*pair, chunks[name], num_learned(getattr(self, name))) for name, pair in parts.items()}
 
     @property
     def packing(self) -> Packing:
@@ -607,6 +609,7 @@ class Reader:
     tokenizer: Any
     part: TextPart
     num_chunks: int = 1  # each with a start and an end token of its own, and read by itself
+    num_learned: int = 0  # learned tokens at the end of each prompt, but of no negative one
 
     @functools.cached_property
     def instruction(self) -> str:
@@ -635,6 +638,8 @@ class Reader:
         if self.num_chunks > 1:
             return self._chunked_ids(prompts)
         length = self.num_read if negative else self.num_tokens
+        if self.num_learned and not negative:
+            return self._with_learned(tokenize(self.tokenizer, self.texts(prompts), length - self.num_learned))
         ids = tokenize(self.tokenizer, self.texts(prompts, negative), length)
         return nn.functional.pad(ids, (0, self.num_tokens - length), value=NO_TOKEN)
 
@@ -666,6 +671,60 @@ class Reader:
             None if each is None else each.unflatten(0, (-1, self.num_chunks)) for each in (text.embeds, text.pooled)
         ]
         return Text(apart[0].flatten(1, 2), None if apart[1] is None else apart[1][:, 0])
+
+    def _with_learned(self, ids: Tensor) -> Tensor:
+        """Ids (N, L) with the learned tokens before the end token, from ids that leave room for them."""
+        ends = 1 + (ids[:, 1:] == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        learned = torch.arange(FIRST_LEARNED, FIRST_LEARNED - self.num_learned, -1)
+        rows = zip(ids, ends.tolist(), strict=True)
+        return torch.stack([torch.cat([row[:end], learned, row[end:]]) for row, end in rows])
+
+
+class LearnedTokens(nn.Module):
+    """A text encoder's input embeddings, with learned ones (arXiv:2208.01618) beside those of its words.
+
+    The ids of the learned ones are negative: CLIP finds the end token as the largest id.
+    """
+
+    def __init__(self, words: nn.Module, learned: Tensor) -> None:
+        super().__init__()
+        self.words, self.learned = words, nn.Parameter(learned.float())
+        self.enabled = True  # else prompts are read without them
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings (N, L, D) of ids (N, L)."""
+        embeds = self.words(ids.clamp(min=0))
+        learned = self.learned[(FIRST_LEARNED - ids).clamp(0, len(self.learned) - 1)]
+        return torch.where((ids <= FIRST_LEARNED)[..., None], learned.to(embeds), embeds)
+
+
+def learned_tokens(part: Any) -> LearnedTokens | None:
+    """The input embeddings of a part of a model if there are learned ones among them."""
+    embeddings = part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else None
+    return embeddings if isinstance(embeddings, LearnedTokens) else None
+
+
+def num_learned(part: Any) -> int:
+    """The number of learned tokens that a part of a model reads."""
+    tokens = learned_tokens(part)
+    return 0 if tokens is None else len(tokens.learned)
+
+
+def is_adapted(part: Any) -> bool:
+    """Whether a part of a model carries LoRA or learned tokens."""
+    return hasattr(part, "peft_config") or num_learned(part) > 0
+
+
+def most_learned(model: Any) -> int:
+    """The most learned tokens that a prompt has room for beside a single token."""
+    clips = [reader.num_read for reader in model.readers.values() if reader.part.is_clip]
+    return min(clips, default=0) - 3  # start, a token and end
+
+
+def without_learned(ids: Tensor, pad_id: int) -> Tensor:
+    """Ids (N, L) as of the same prompts without learned tokens."""
+    is_learned = ids <= FIRST_LEARNED
+    return ids.masked_fill(is_learned, pad_id).gather(1, is_learned.int().argsort(dim=1, stable=True))
 
 
 def convert_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -716,12 +775,13 @@ def find_cut(readers: Sequence[Reader], prompts: Sequence[str]) -> Cut:
         texts = convert_prompts(reader.tokenizer, reader.texts(list(distinct)))
         for prompt, ids in zip(distinct, reader.tokenizer(texts, verbose=False).input_ids, strict=True):
             # Each further chunk has a start and an end token of its own.
-            distinct[prompt] = distinct[prompt] and len(ids) > reader.num_tokens - 2 * (reader.num_chunks - 1)
-    num_read = max(reader.num_read for reader in readers)
+            room = reader.num_tokens - reader.num_learned - 2 * (reader.num_chunks - 1)
+            distinct[prompt] = distinct[prompt] and len(ids) > room
+    num_read = max(reader.num_read - reader.num_learned for reader in readers)
     return Cut([prompt for prompt, is_cut in distinct.items() if is_cut], len(distinct), num_read)
 
 
-def find_chunks(name: str, long_prompt: str, prompts: Sequence[str]) -> int:
+def find_chunks(name: str, long_prompt: str, prompts: Sequence[str], num_learned: int = 0) -> int:
     """In how many chunks each of a model's CLIPs reads prompts: 1, but with `chunk` as many as the longest one has.
 
     Raises:
@@ -730,7 +790,7 @@ def find_chunks(name: str, long_prompt: str, prompts: Sequence[str]) -> int:
     """
     if long_prompt == "cut":
         return 1
-    readers = open_readers(name)
+    readers = open_readers(name, num_learned)
     if long_prompt == "refuse":
         if (cut := find_cut(readers, prompts)).prompts:
             raise InputError(
@@ -776,13 +836,14 @@ def chunks_note(num_chunks: int) -> str:
     )
 
 
-def open_readers(name: str) -> list[Reader]:
-    """How a model reads prompts, without its networks; raises as `load_model`."""
+def open_readers(name: str, num_learned: int = 0) -> list[Reader]:
+    """How a model reads prompts, its CLIPs with learned tokens, without its networks; raises as `load_model`."""
     source = find_model(name)
     with reading_model(name):
         kind = pipeline_kind(source)
         tokenizers = load_tokenizers(source, kind).values()
-        return [Reader(tokenizer, part) for tokenizer, part in zip(tokenizers, kind.text_parts.values(), strict=True)]
+        pairs = zip(tokenizers, kind.text_parts.values(), strict=True)
+        return [Reader(each, part, num_learned=num_learned if part.is_clip else 0) for each, part in pairs]
 
 
 def encode(model: Model, prompt_ids: Tensor) -> Tensor:
@@ -816,7 +877,9 @@ def _read(model: Model, prompt_ids: Tensor) -> dict[str, Text]:
     """What each text encoder makes of prompt ids (N, L)."""
     texts = {}
     for name, ids in split_ids(model, prompt_ids).items():
-        once = model.encode_once.get(name)
+        once, tokens = model.encode_once.get(name), learned_tokens(model.text_encoders[name])
+        if tokens is not None and not tokens.enabled:
+            ids = without_learned(ids, model.tokenizers[name].pad_token_id)
         reader, encoder = model.readers[name], model.text_encoders[name]
         texts[name] = reader.read(encoder, ids, model.clip_skip) if once is None else once(ids)
     return texts
@@ -908,9 +971,12 @@ def encode_distinct(
 
 @contextlib.contextmanager
 def adapters_disabled(model: Model) -> Iterator[None]:
-    """Switch the model's peft adapters off."""
+    """Switch the model's peft adapters and learned tokens off."""
     with contextlib.ExitStack() as stack:
         for part in model.policy_parts.values():
+            if (tokens := learned_tokens(part)) is not None:
+                stack.callback(setattr, tokens, "enabled", tokens.enabled)
+                tokens.enabled = False
             if hasattr(part, "disable_adapter"):
                 stack.enter_context(part.disable_adapter())
         yield

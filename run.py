@@ -123,7 +123,7 @@ def check_room(folder: Path, config: TrainConfig) -> None:
 
 def checkpoint_size(config: TrainConfig) -> int:
     """Estimated bytes of a checkpoint, without knowing the model: at rank 16 one MiB for tiny, else 16 or 64."""
-    return config.rank * 2**16 * (1 if config.model in EMBEDDED else 16 if config.target == "text-encoder" else 64)
+    return config.rank * 2**16 * (1 if config.model in EMBEDDED else 64 if config.target in ("unet", "both") else 16)
 
 
 # --- the state ---
@@ -508,11 +508,14 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     if result.get("num_chunks", 1) > 1:
         cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
     grids = sorted((folder / "grids").glob("epoch_*.png"), key=lambda path: (len(path.name), path.name))
+    what = f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}"
+    if config.target == "tokens":
+        what = f"Learned tokens ({config.num_tokens}) at the end of every prompt, a textual inversion"
     return "\n".join(
         [
-            *_card_metadata(config.model),
+            *_card_metadata(config),
             f"# TexForce adapter for {config.model}", "",
-            f"LoRA (rank {config.rank}) on the {config.target}{lora_places(config)}, trained by "
+            f"{what}, trained by "
             f"{METHODS[config.algorithm]} on {' and '.join(taught_by)}: {result['num_images']} images, seed {config.seed}, "
             f"{result['seconds']:.0f} s on {result['device']}.",
             *ranged, *cut, "", f"{about}, base and tuned from the same noise:", "",
@@ -525,15 +528,17 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     )  # fmt: skip
 
 
-def _card_metadata(model: str) -> list[str]:
+def _card_metadata(config: TrainConfig) -> list[str]:
     """The head of a model card for the hub. The base model decides the licence, since the adapter derives from it."""
+    model = config.model
+    library, kind = ("diffusers", "textual-inversion") if config.target == "tokens" else ("peft", "lora")
     licence = ["license: apache-2.0"] if model in EMBEDDED else ["license: other", "license_name: license-of-the-base-model"]
     base: list[str] = []
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, flags=re.ASCII) and not Path(model).exists():  # a name on the hub
         base = [f"base_model: {json.dumps(model)}", "base_model_relation: adapter"]
         licence.append(f"license_link: https://huggingface.co/{model}")
-    tags = "tags: [texforce, text-to-image, lora, reinforcement-learning]"
-    return ["---", "library_name: peft", "pipeline_tag: text-to-image", *base, *licence, tags, "---"]
+    tags = f"tags: [texforce, text-to-image, {kind}, reinforcement-learning]"
+    return ["---", f"library_name: {library}", "pipeline_tag: text-to-image", *base, *licence, tags, "---"]
 
 
 def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
@@ -542,6 +547,12 @@ def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
     adapter = folder.absolute().name
     command = [f"texforce sample --adapter {shlex.quote(adapter)} --prompt {shlex.quote(prompt)} --compare"]
     by_texforce = ["```sh", *command, "```"]
+    if config.target == "tokens":
+        return [
+            *by_texforce,
+            "",
+            "Others load `learned_embeds.safetensors` as a textual inversion, named at a prompt's end.",
+        ]
     if Path(config.model).is_file():  # whose pipeline only its tensors name
         return by_texforce
     own = config.model in EMBEDDED

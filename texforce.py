@@ -106,6 +106,29 @@ def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
     return replace(base, **adapted)
 
 
+def add_tokens(base: models.Model, config: TrainConfig) -> models.Model:
+    """Give every CLIP of a model num_tokens learned tokens (textual inversion, arXiv:2208.01618), read at a prompt's end.
+
+    They begin as end tokens, which end tokens follow in Stable Diffusion, as padding: so the policy begins as the base
+    model, as with fresh LoRA. Their places tell them apart.
+
+    Raises:
+        InputError: the model has no CLIP, or no room for so many.
+    """
+    clips = {name: encoder for name, encoder in base.text_encoders.items() if base.family.text[name].is_clip}
+    if not clips:
+        raise InputError(f"target: tokens are learned by CLIP, which {base.family.name} has not; take text-encoder")
+    if config.num_tokens > (most := models.most_learned(base)):
+        raise InputError(
+            f"num_tokens: must be at most {most} for {base.name!r}, to leave room for prompts, not {config.num_tokens}"
+        )
+    for name, encoder in clips.items():
+        words = encoder.get_input_embeddings()
+        end = words.weight[base.tokenizers[name].eos_token_id]
+        encoder.set_input_embeddings(models.LearnedTokens(words, end.repeat(config.num_tokens, 1)))
+    return replace(base)  # anew, with readers that append the tokens
+
+
 def text_layers(model: models.Model, part: str, config: TrainConfig) -> dict[str, Any]:
     """The layers of a text encoder that get LoRA, as the fields of peft's LoraConfig that choose them.
 
@@ -149,6 +172,8 @@ def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str
 
 class Policy:
     """A pipeline with its denoiser, whose text encoders, U-Net or both may carry LoRA; only LoRA is trained, in float32.
+
+    In place of LoRA the text encoders may read learned tokens, which are trained then.
 
     One class serves training, sampling, evaluation and benchmarks. `null_embeds` (1, L, D) is the null prompt's embedding
     if it stays that of the base text encoder, and None if the null prompt goes through the adapted one.
@@ -231,7 +256,7 @@ class Policy:
         """Which of the anchors' numbers (A, L, D) the trained text encoders move, as 1 and 0; None if all of them."""
         if self.anchor_ids is None:
             return None
-        trained = [name for name, encoder in self.model.text_encoders.items() if hasattr(encoder, "peft_config")]
+        trained = [name for name, encoder in self.model.text_encoders.items() if models.is_adapted(encoder)]
         with torch.no_grad():
             moved = models.moved_by(self.model, trained, self.anchor_ids)
         return None if moved.all() else moved
@@ -318,7 +343,13 @@ class Policy:
                 parameter.copy_(state[name])
 
     def save(self, output_dir: Path) -> None:
-        """Write peft adapters: the text encoder's into the folder itself, others into subfolders of the part's name."""
+        """Write peft adapters: the text encoder's into the folder itself, others into subfolders of the part's name.
+
+        Learned tokens are a file in the folder.
+        """
+        from . import adapters
+
+        adapters.save_tokens(self.model, output_dir)
         for name, part in self.model.policy_parts.items():
             folder = output_dir if name == "text_encoder" else output_dir / name
             if not hasattr(part, "peft_config"):
@@ -350,7 +381,7 @@ def _adapted_steps(model: models.Model, config: TrainConfig | DrawConfig) -> lis
     Raises:
         InputError: a range of steps is given, and the adapters are the U-Net's alone.
     """
-    adapted = [name for name, part in model.policy_parts.items() if hasattr(part, "peft_config")]
+    adapted = [name for name, part in model.policy_parts.items() if models.is_adapted(part)]
     if config.adapter_steps and adapted == ["unet"]:
         raise InputError("adapter_steps: is of the text encoder's adapter, and this one is the U-Net's")
     return steps_inside(config.adapter_steps if adapted else None, config.num_inference_steps)
@@ -392,12 +423,12 @@ def _schedule(
 
 
 def make_policy(model: models.Model, config: TrainConfig) -> Policy:
-    """Put LoRA on the models of a resolved configuration, and make the policy that is trained.
+    """Put LoRA or learned tokens on the models of a resolved configuration, and make the policy that is trained.
 
     Raises:
         InputError: no step or noise level of the schedule can be trained on, or as `Policy`.
     """
-    model = add_lora(model, config)
+    model = (add_tokens if config.target == "tokens" else add_lora)(model, config)
     if config.offload_text_encoders:
         offload_text_encoders(model)
     policy = Policy(model, config)
@@ -420,9 +451,10 @@ def recompute_activations(policy: Policy) -> None:
     Both do so in training mode only, which may differ by dropout alone: it is off.
     """
     policy.model.denoiser.enable_gradient_checkpointing()
-    trained = [encoder for encoder in policy.model.text_encoders.values() if hasattr(encoder, "peft_config")]
+    trained = [encoder for encoder in policy.model.text_encoders.values() if models.is_adapted(encoder)]
     for encoder in trained:
-        encoder.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        network = encoder.get_base_model() if hasattr(encoder, "peft_config") else encoder
+        network.gradient_checkpointing_enable({"use_reentrant": False})
     for module in (module for network in (policy.model.denoiser, *trained) for module in network.train().modules()):
         for name in ("p", "dropout", "attention_dropout", "dropout_rate"):
             if isinstance(vars(module).get(name), float):
@@ -432,7 +464,7 @@ def recompute_activations(policy: Policy) -> None:
 def offload_text_encoders(model: models.Model) -> None:
     """Keep the text encoders that are not trained off the device; they encode each prompt once."""
     for name, encoder in model.text_encoders.items():
-        if hasattr(encoder, "peft_config"):
+        if models.is_adapted(encoder):
             encoder.to(model.device)
         else:
             model.encode_once[name] = models.EncodeOnce(encoder, model.readers[name])

@@ -720,8 +720,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "model": config.model,
         "device": device,
         **({"to be fetched": ", ".join(fetched)} if fetched else {}),
-        "LoRA on": ", ".join(name for name, part in policy.model.policy_parts.items() if hasattr(part, "peft_config"))
-        + run.lora_places(config),
+        **_trained_parts(policy, config),
         "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
         "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
         + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else "")
@@ -739,6 +738,14 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
         "text encoder activations, MiB": mebibytes(text_encoder),
     }
+
+
+def _trained_parts(policy: Policy, config: TrainConfig) -> dict[str, str]:
+    """Where LoRA is, or which text encoders read learned tokens."""
+    parts = ", ".join(name for name, part in policy.model.policy_parts.items() if models.is_adapted(part))
+    if config.target == "tokens":
+        return {"learned tokens": f"{config.num_tokens}, read by {parts}"}
+    return {"LoRA on": parts + run.lora_places(config)}
 
 
 def _load_scorers(config: TrainConfig) -> list[str]:

@@ -691,13 +691,16 @@ def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, im
     timestep = scheduler.timesteps[k]
     assert timestep == trajectory.timesteps[image, k]
     latents, next_latents = trajectory.latents[image, k][None].double(), trajectory.latents[image, k + 1][None].double()
-    null_ids = model.tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+    ids, null_ids = (
+        trajectory.prompt_ids[image][None],
+        model.tokenizer([""], padding="max_length", return_tensors="pt").input_ids,
+    )
 
     def embed(ids: Tensor) -> Tensor:
         return model.text_encoder(input_ids=ids).last_hidden_state
 
-    def transition() -> Normal:
-        noise_pred = model.unet(latents, timestep, embed(trajectory.prompt_ids[image][None])).sample
+    def transition(ids: Tensor) -> Normal:
+        noise_pred = model.unet(latents, timestep, embed(ids)).sample
         if config.guidance_scale > 1:
             if config.null_prompt == "base":  # neither its embedding nor the frozen U-Net's prediction for it is trained
                 with rig.policy.base(), torch.no_grad():
@@ -710,14 +713,14 @@ def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, im
         previous = timestep - scheduler.config.num_train_timesteps // config.num_inference_steps
         return Normal(mean, config.eta * scheduler._get_variance(timestep, previous).sqrt())
 
-    distribution = transition()
+    distribution = transition(ids)
     log_prob = distribution.log_prob(next_latents).mean()
     ratio = (log_prob - trajectory.log_probs[image, k].double()).exp()
     clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
     loss = -torch.min(ratio * advantage, clipped * advantage)
     if config.kl_weight:
         with rig.policy.base(), torch.no_grad():
-            base = transition()
+            base = transition(models.without_learned(ids, model.tokenizer.pad_token_id))
         loss = loss + config.kl_weight * kl_divergence(distribution, base).mean()
     return loss
 
@@ -736,7 +739,7 @@ def textbook_gradient(rig: Rig, batch: Batch, pairs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 @pytest.mark.parametrize(("target", "null_prompt", "guidance_scale"), [(*policy, 4.0) for policy in POLICIES] + [
-    ("both", "adapted", 1.0),
+    ("both", "adapted", 1.0), ("tokens", "base", 4.0),
 ])  # fmt: skip
 def test_the_gradient_equals_that_of_the_textbook_loop(make_rig, target, null_prompt, guidance_scale, kl_weight):
     options = {"target": target, "null_prompt": null_prompt, "guidance_scale": guidance_scale, "kl_weight": kl_weight}
@@ -804,7 +807,7 @@ def textbook_matching_loss(rig: Rig, batch: Batch, noising: texforce.Noising, im
 
 
 @pytest.mark.parametrize(
-    ("target", "kl_weight"), [("text-encoder", 0.0), ("text-encoder", 0.3), ("unet", 0.3), ("both", 0.0)]
+    ("target", "kl_weight"), [("text-encoder", 0.0), ("text-encoder", 0.3), ("unet", 0.3), ("both", 0.0), ("tokens", 0.0)]
 )
 def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(make_rig, target, kl_weight):
     rig = make_rig(target=target, **MATCHING | {"kl_weight": kl_weight})
@@ -1061,7 +1064,7 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
 
 @pytest.mark.parametrize(("target", "options"), [
     ("text-encoder", {}), ("unet", {}), ("both", {}), ("text-encoder", {"adapter_steps": "0.6-0.8"}),
-    ("both", {"adapter_steps": "0.2-0.8"}),
+    ("both", {"adapter_steps": "0.2-0.8"}), ("tokens", {}),
 ])  # fmt: skip
 def test_the_rewards_gradient_equals_that_of_the_textbook_loop(make_rig, target, options):
     rig = make_rig(target=target, **GRADIENT | options)
@@ -1325,7 +1328,7 @@ def test_memory_depends_on_the_micro_batch_and_neither_on_images_nor_on_steps(ma
 # --- the ratio before the first update ---
 
 
-@pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
+@pytest.mark.parametrize(("target", "null_prompt"), [*POLICIES, ("tokens", "base")])
 def test_the_ratio_is_one_before_the_first_update(make_rig, target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, sample_batch_size=6, micro_batch_size=6)
     batch = rig.collect()
@@ -1695,7 +1698,7 @@ def test_log_probabilities_that_are_not_finite_end_the_run(make_rig):
 # --- the KL term ---
 
 
-@pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
+@pytest.mark.parametrize(("target", "null_prompt"), [*POLICIES, ("tokens", "base")])
 def test_the_kl_divergence_is_zero_at_the_start_and_positive_after_an_update(make_rig, target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1, micro_batch_size=15)
     batch = rig.collect()
