@@ -7,7 +7,6 @@ and tables.
 from __future__ import annotations
 
 import re
-import shlex
 import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -182,7 +181,7 @@ def train_command(
         if not processes.is_first():
             return
         output.print(results_table(result))
-        show(f"adapter, figures and metrics are in {settings.output_dir}")
+        show(f"adapter, figures, metrics and report.html are in {settings.output_dir}")
 
 
 def train_settings(given: dict[str, Any], config: Path | None, resume: Path | None) -> TrainConfig:
@@ -247,7 +246,7 @@ def check_trusted(config: TrainConfig, given: dict[str, Any]) -> None:
 @contextmanager
 def hint_to_resume(config: TrainConfig) -> Iterator[None]:
     """Say how a training can go on that was stopped by a signal, the disk, memory, a scorer or a lost process."""
-    from . import processes, rewards, run
+    from . import processes, run
 
     try:
         with interrupts.recognised():
@@ -257,10 +256,7 @@ def hint_to_resume(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt) or isinstance(expected(error), passing):
             with interrupts.deferred():  # as in the saving before it
                 if processes.is_first() and run.newest_checkpoint(Path(config.output_dir, run.CHECKPOINTS)):
-                    code = any(map(rewards.functions_of, [config.reward, *(config.eval_reward or ())]))
-                    code = code or bool(rewards.caption_files(config.relabel))
-                    trust = " --trust-reward-code" if code else ""
-                    warn(f"resume with: texforce train --resume {shlex.quote(config.output_dir)}{trust}")
+                    warn(f"resume with: {run.resume_command(config)}")
         raise
 
 

@@ -421,7 +421,7 @@ def evaluate(
         about |= {"num_chunks": num_chunks} if config.long_prompt != "cut" else {}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
         results |= {"command": shortest_command(config), "trainings": trainings}
-        results["timings"] = {"seconds": time.perf_counter() - start, "date": run.now()}
+        results["timings"] = {"seconds": time.perf_counter() - start, "date": report.now()}
         files.write_json(evaluation.folder / "results.json", results)
         write_csv(evaluation, scores)
         report.write(evaluation.folder, results)

@@ -269,14 +269,20 @@ def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any
 
 def write_image(path: Path, image: Tensor, label: Mapping[str, Any]) -> None:
     """Write an image (3, H, W) in [0, 1] as PNG, with a label in its metadata."""
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
     metadata = PngImagePlugin.PngInfo()
     for name, value in label.items():
         metadata.add_itxt(name, str(value))
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, "png", pnginfo=metadata)
+        to_image(image).save(temporary, "png", pnginfo=metadata)
+
+
+def to_image(image: Tensor) -> Image:
+    """PIL's image of an image (3, H, W) in [0, 1]."""
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def read_image(path: Path) -> tuple[Tensor, dict[str, str]]:

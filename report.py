@@ -11,22 +11,34 @@ import functools
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
-from . import files, measures
-from .config import BASE
+from . import files, measures, world
+from .config import BASE, TrainConfig, option_fields
+from .prompt_sets import MEASURED_ON, find_measured
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NUM_COLOURS = 6  # of the systems, in the template
 MAX_IMAGES = 4000  # in the page: with more, only the first image of each prompt is shown
 MAX_PIXELS = 256  # of a side; larger images are scaled down, smaller ones shown pixel by pixel
 FULL_COLOUR = 0.5  # of the deviation of the base's scores: a change from here on is in full colour, a smaller one in less
 EXACT = "alignment_exact"  # the measure that says whether an image is right
+RUNNING, FINISHED = "running", "finished"  # states of a training
+RELOAD_SECONDS = 20  # after which the page of a running training loads itself anew
+MAX_FRAMES = 24  # measurements of a training whose images are in its page
+NUM_CHANGED = 4  # prompts in each table of those that changed most and least
+NUM_MEANS = 100  # points of the curve of the training reward: of more epochs means of neighbours
 
 
 # --- the page ---
@@ -48,12 +60,15 @@ class Page:
     title: str
     verdicts: Sequence[Verdict]
     facts: Sequence[Fact]
-    systems: Sequence[str]  # the columns of the summary
-    rows: Sequence[Row]
-    remarks: Sequence[str]  # under the summary
+    tables: Sequence[Table]
+    remarks: Sequence[str]  # under the tables
     figures: Sequence[Figure]
     gallery: Mapping[str, Any]  # for the page's script
-    versions: str
+    versions: str = ""
+    figures_title: str = "Where"
+    state: str = ""  # of a training
+    commands: Sequence[Fact] = ()
+    settings: Sequence[Fact] = ()
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -87,6 +102,11 @@ def to_script(content: Mapping[str, Any]) -> Markup:
     return Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c"))  # noqa: S704  escaped here
 
 
+def now() -> str:
+    """The date and the time here, with the time zone."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
 def minus(text: str) -> str:
     """Numbers in a text with the minus sign that is as wide as the plus."""
     return text.replace("-", "\N{MINUS SIGN}")
@@ -108,11 +128,10 @@ def evaluation_page(folder: Path, results: Mapping[str, Any]) -> Page:
             Fact("images", _what_was_drawn(results)),
             *(Fact(label(name, system), _made_of(system, results["trainings"])) for name, system in systems.items()),
         ],
-        systems=[label(name, system) for name, system in systems.items()],
-        rows=summary_rows(systems),
+        tables=[summary(systems)],
         remarks=[*_how_measured(results["confidence"]), *_remarks(results)],
         figures=make_figures(results),
-        gallery=gallery(systems, _with_thumbnails(folder, results)),
+        gallery=gallery(_labels(systems), systems[BASE]["measures"], _with_thumbnails(folder, results)),
         versions=f"texforce {results['versions']['texforce']}, commit {(results['commit'] or 'unknown')[:12]}",
     )
 
@@ -168,6 +187,142 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
+# --- a training ---
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as far as it has come."""
+
+    config: TrainConfig
+    prompts: Sequence[str]  # that are measured
+    epochs: Sequence[Mapping[str, Any]]  # as in metrics.jsonl, the first before training
+    frames: Sequence[Mapping[str, Any]]  # as in heldout.jsonl, the first of the base model
+    resume: str  # the command to go on
+    state: str = RUNNING  # or FINISHED, or why it stopped
+
+
+def write_training(training: Training) -> None:
+    """Write `report.html` into the output folder of a training.
+
+    Raises:
+        OSError: storage.
+    """
+    files.write_text(Path(training.config.output_dir, "report.html"), render(training_page(training)))
+
+
+def training_page(training: Training) -> Page:
+    """The page of a training; its systems are the base model and the epochs that were measured."""
+    config, epochs, frames = training.config, training.epochs, _some_frames(training.frames)
+    names = [BASE, *(f"epoch {frame['epoch']}" for frame in frames[1:])]
+    first_and_last = {names[n]: frames[n] for n in dict.fromkeys((0, len(frames) - 1))}
+    scores = {
+        name: {measure: measures.to_numpy(values)[:, None] for measure, values in frame["scores"].items()}
+        for name, frame in first_and_last.items()
+    }
+    summaries = measures.summarise(scores, BASE, _word_categories(training.prompts), config.seed)
+    systems = {name: {"strength": 1, "measures": summaries[name]} for name in first_and_last}
+    return Page(
+        title=f"texforce train: {config.reward} on {config.model}",
+        verdicts=make_verdicts(systems),
+        facts=[
+            Fact("date", now()),
+            Fact("training", f"{config.target} by {config.algorithm} on {config.reward}, seed {config.seed}"),
+            Fact("progress", _progress(training)),
+            Fact("measured on", f"{len(training.prompts)} {measured_on(epochs)}, every epoch from the same noise"),
+        ],
+        tables=[summary(systems), *_changed_most(scores, systems, training.prompts)],
+        remarks=_how_measured(measures.CONFIDENCE),
+        figures=[*curves(epochs, config.reward), *category_figures(systems)],
+        gallery=gallery(names, summaries[BASE], _film(frames, training.prompts))
+        | {"reload": RELOAD_SECONDS if training.state == RUNNING else 0},
+        figures_title="Curves",
+        state=training.state,
+        commands=_commands(training),
+        settings=[
+            Fact(item.name, str(value))
+            for item in option_fields(type(config))
+            if (value := getattr(config, item.name)) is not None
+        ],
+    )
+
+
+def measured_on(epochs: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the prompts that a training is measured on."""
+    name = MEASURED_ON[find_measured(epochs[0]) or "heldout"]
+    return name if name.endswith("prompts") else f"{name} prompts"
+
+
+def _some_frames(frames: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most MAX_FRAMES of them, from the first to the last."""
+    step = max(1.0, (len(frames) - 1) / (MAX_FRAMES - 1))
+    return [frames[round(n * step)] for n in range(min(len(frames), MAX_FRAMES))]
+
+
+def _word_categories(prompts: Sequence[str]) -> list[str]:
+    """Whether each prompt has a rare word of the tiny world; nothing where they are not of that world."""
+    if not world.is_world(prompts):
+        return [""] * len(prompts)
+    return ["rare words" if world.has_rare_word(prompt) else "common words" for prompt in prompts]
+
+
+def _progress(training: Training) -> str:
+    last = training.epochs[-1]
+    return f"epoch {last['epoch']} of {training.config.num_epochs}, {last['num_images']:,} images, {last['seconds']:.0f} s"
+
+
+def _commands(training: Training) -> list[Fact]:
+    """What one can type now: to go on with the training, and to use its adapter once there is one."""
+    folder, config = shlex.quote(training.config.output_dir), training.config
+    facts = [("use", f"texforce sample --adapter {folder} --prompt {shlex.quote(training.prompts[0])} --compare")]
+    facts += [("measure", f"texforce eval --adapter {folder}")]
+    if training.state == FINISHED:
+        more = f"{training.resume} --num-epochs {2 * (config.num_epochs or 1)} --force-resume"
+        return [Fact(name, text, is_code=True) for name, text in [*facts, ("train on", more)]]
+    facts = [("go on, once it has stopped", training.resume), *(facts if len(training.frames) > 1 else [])]
+    return [Fact(name, text, is_code=True) for name, text in facts]
+
+
+def _changed_most(
+    scores: Mapping[str, Mapping[str, np.ndarray]], systems: Mapping[str, Any], prompts: Sequence[str]
+) -> list[Table]:
+    """The prompts that gained most, lost most and changed least by the first measure, with their scores."""
+    if len(systems) == 1:
+        return []
+    (measure, base), now = next(iter(scores[BASE].items())), list(scores.values())[-1]
+    before, after = base[:, 0], now[measure][:, 0]
+    spread, changes = systems[BASE]["measures"][measure]["spread"], after - before
+    known = np.flatnonzero(np.isfinite(changes))
+    size = max(1, min(NUM_CHANGED, len(known) // 3))
+    orders = {"gained most": -changes, "lost most": changes, "changed least": np.abs(changes)}
+
+    def row(i: int) -> Row:
+        change = float(changes[i])
+        kind = direction({"mean": change, "low": change, "high": change}, spread)
+        texts = [minus(f"{value:{form}.3f}") for value, form in ((before[i], ""), (after[i], ""), (change, "+"))]
+        return Row(prompts[i], [Cell(texts[0]), Cell(*texts[1:], kind, strength(change, spread))])
+
+    return [
+        Table(
+            f"{measure}: prompts that {name}",
+            list(systems),
+            [row(i) for i in known[np.argsort(key[known], kind="stable")][:size]],
+        )
+        for name, key in orders.items()
+    ]
+
+
+def _film(frames: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The gallery's rows of a training, whose systems are frames."""
+    categories = _word_categories(prompts)
+    return [
+        {"index": i, "prompt": prompts[i], "category": categories[i], "seeds": []}
+        | {"scores": [[[values[i]] for values in frame["scores"].values()] for frame in frames]}
+        | {"images": [[frame["images"][str(i)]] for frame in frames]}
+        for i in map(int, frames[0]["images"])
+    ]
+
+
 # --- the summary ---
 
 
@@ -184,10 +339,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the summary: the systems by a measure."""
+    """A row of a table: the systems by a measure, or on a prompt."""
 
-    measure: str
+    name: str
     cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a column for each system."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -206,34 +370,42 @@ def make_verdicts(systems: Mapping[str, Any]) -> list[Verdict]:
     verdicts = []
     for name, system in list(systems.items())[1:]:
         summaries = system["measures"]
-        fell = [other for other in others if direction(summaries[other], base[other]) == "loss"]
+        fell = [other for other in others if direction(summaries[other]["paired"], base[other]["spread"]) == "loss"]
         outcomes = dict(percents(summaries[first]))
         text = (
             f"{first} {interval(summaries[first]['paired'], '+', decimals(summaries[first]['paired']))}; "
             f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
         )
         text = minus(text) + (f"; {' and '.join(fell)} fell" if fell else "")
-        verdicts.append(Verdict(label(name, system), text, direction(summaries[first], base[first])))
+        verdicts.append(Verdict(label(name, system), text, direction(summaries[first]["paired"], base[first]["spread"])))
     return verdicts
 
 
-def summary_rows(systems: Mapping[str, Any]) -> list[Row]:
-    """The rows of the summary, measure by measure."""
+def summary(systems: Mapping[str, Any]) -> Table:
+    """The systems measure by measure."""
     rows = []
     for measure, base in systems[BASE]["measures"].items():
         summaries = [system["measures"][measure] for system in systems.values()]
         digits = max(decimals(part) for summary in summaries for part in (summary, summary.get("paired", summary)))
-        rows.append(Row(measure, [_cell(summary, base, digits) for summary in summaries]))
-    return rows
+        rows.append(Row(measure, [_cell(summary, base["spread"], digits) for summary in summaries]))
+    return Table("Summary", _labels(systems), rows)
 
 
-def _cell(summary: Mapping[str, Any], base: Mapping[str, Any], digits: int) -> Cell:
-    mean = minus(interval(summary, digits=digits)) + dropped(summary)
-    if "paired" not in summary:
+def _cell(summary: Mapping[str, Any], spread: float, digits: int) -> Cell:
+    mean, paired = minus(interval(summary, digits=digits)) + dropped(summary), summary.get("paired")
+    if paired is None:
         return Cell(mean)
-    change, size = minus(interval(summary["paired"], "+", digits)), abs(summary["paired"]["mean"] or 0.0)
-    share = min(1.0, size / (FULL_COLOUR * base["spread"])) if base["spread"] else 1.0
-    return Cell(mean, change, direction(summary, base), round(100 * share), percents(summary))
+    size = strength(paired["mean"] or 0.0, spread)
+    return Cell(mean, minus(interval(paired, "+", digits)), direction(paired, spread), size, percents(summary))
+
+
+def strength(change: float, spread: float) -> int:
+    """The size of a change in percent of one in full colour; `spread` is the deviation of the base's scores."""
+    return round(100 * min(1.0, abs(change) / (FULL_COLOUR * spread))) if spread else 100
+
+
+def _labels(systems: Mapping[str, Any]) -> list[str]:
+    return [label(name, system) for name, system in systems.items()]
 
 
 def label(name: str, system: Mapping[str, Any]) -> str:
@@ -261,12 +433,14 @@ def dropped(summary: Mapping[str, Any]) -> str:
     return f" ({summary['num_images_dropped']} without a score)" if summary["num_images_dropped"] else ""
 
 
-def direction(summary: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Whether a change is a "gain" or a "loss"; "" where it is negligible, or its interval holds 0."""
-    paired = summary["paired"]
+def direction(paired: Mapping[str, Any], spread: float) -> str:
+    """Whether a change is a "gain" or a "loss"; "" where it is negligible, or its interval holds 0.
+
+    `spread` is the deviation of the base's scores.
+    """
     if paired["low"] is None or paired["low"] <= 0 <= paired["high"]:
         return ""
-    if abs(paired["mean"]) <= measures.NEGLIGIBLE * base["spread"]:
+    if abs(paired["mean"]) <= measures.NEGLIGIBLE * spread:
         return ""
     return "gain" if paired["low"] > 0 else "loss"
 
@@ -285,6 +459,10 @@ def percent(share: int) -> str:
 
 # Places across are in percent of the width and places down in pixels, so that a plot fills whatever is there, and its texts
 # have one size on a phone and on a desk.
+
+
+Pair = tuple[int, float]  # a number of images, and a value
+TOP = 30  # pixels above a plot, for the title of its axis
 
 
 @dataclass(frozen=True)
@@ -307,7 +485,7 @@ class Text:
     text: str
     anchor: str = "start"  # SVG's: "start", "middle" or "end"
     shift: int = 0
-    kind: str = ""  # "title" of an axis
+    kind: str = ""  # "title" of an axis, "label" of a row, or "halo" over lines
 
 
 @dataclass(frozen=True)
@@ -401,6 +579,46 @@ def make_figures(results: Mapping[str, Any]) -> list[Figure]:
     return figures + category_figures(systems)
 
 
+def curves(epochs: Sequence[Mapping[str, Any]], reward: str) -> list[Figure]:
+    """A figure for each measure of a training, once something was measured after its beginning."""
+    measured = [(epoch["num_images"], epoch[name]) for epoch in epochs if (name := find_measured(epoch))]
+    if len(measured) == 1:
+        return []
+    figures = []
+    for measure in measured[0][1]:
+        values = [(num_images, found[measure]) for num_images, found in measured if measure in found]
+        rewards = [(epoch["num_images"], epoch["reward_mean"]) for epoch in epochs[1:]] if measure == reward else []
+        title = minus(f"{measure}: {values[0][1]:.3f} \N{RIGHTWARDS ARROW} {values[-1][1]:.3f}")
+        figures.append(Figure(title, [curve(measure, values, _thinned(rewards), measured_on(epochs))]))
+    return figures
+
+
+def curve(measure: str, values: Sequence[Pair], rewards: Sequence[Pair], name: str) -> Plot:
+    """A measure over the number of images, the base model's as a line, and the training reward where there is one."""
+    height = 200
+    horizontal = Axis([x for x, _ in (*values, *rewards)], 0, 100)
+    vertical = Axis([y for _, y in (*values, *rewards)], height, TOP)
+
+    def points(pairs: Sequence[Pair], radius: int) -> list[Point]:
+        return [Point(horizontal(x), vertical(y), radius, None, minus(f"{x:,} images: {y:.4f}")) for x, y in pairs]
+
+    lines, texts = framed(horizontal, vertical, "images", measure)
+    base = vertical(values[0][1])
+    lines.append(Line(0, base, 100, base, "zero"))
+    texts.append(Text(100, base - 5 if values[-1][1] < values[0][1] else base + 14, "base model", "end", kind="halo"))
+    series = [Series(name, 0, points(values, 4), joined=True)]
+    if rewards:
+        series.insert(0, Series("training prompts, as sampled", NUM_COLOURS - 1, points(rewards, 0), joined=True))
+    return Plot(measure, f"{measure} by images", height + 44, lines, texts, series, "scaled")
+
+
+def _thinned(pairs: Sequence[Pair]) -> list[Pair]:
+    """At most NUM_MEANS pairs: means of neighbours."""
+    size = math.ceil(len(pairs) / NUM_MEANS)
+    chunks = [pairs[i : i + size] for i in range(0, len(pairs), size or 1)]
+    return [(round(sum(x for x, _ in chunk) / len(chunk)), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+
+
 def category_figures(systems: Mapping[str, Any]) -> list[Figure]:
     """The figure of changes by category, if there are categories."""
     summaries = systems[BASE]["measures"]
@@ -444,7 +662,7 @@ def strength_plot(strengths: Mapping[str, Any], measure: str) -> Plot:
     }
     everything, height = [point for curve in curves.values() for point in curve], 240
     horizontal = Axis([0.0, *(strength for strength, _ in everything)], 0, 100)
-    vertical = Axis([0.0, *ends([paired for _, paired in everything])], height, 22)
+    vertical = Axis([0.0, *ends([paired for _, paired in everything])], height, TOP)
     series = []
     for k, (name, curve) in enumerate(curves.items()):
         points = []
@@ -478,15 +696,17 @@ def shorten(text: str) -> str:
 # --- the gallery ---
 
 
-def gallery(systems: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The prompts, scores and images that the page's script shows and sorts.
+def gallery(names: Sequence[str], base: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The prompts, scores and images of systems, which the page's script shows and sorts; `base` sums up the base model.
 
     A row holds its prompt's `index`, `prompt`, `category` and `seeds`, and for each system `scores`, a list for each
     measure, and `images`, the address of each.
     """
-    base = systems[BASE]["measures"]
+    prompts = [row["prompt"] for row in rows]
+    in_world = world.is_world(prompts)
     return {
-        "systems": [label(name, system) for name, system in systems.items()],
+        "systems": list(names),
+        "rare_words": sorted({word for prompt in prompts for word in world.rare_words(prompt)} if in_world else ()),
         "measures": list(base),
         "exact": list(base).index(EXACT) if EXACT in base else None,
         "negligible": [measures.NEGLIGIBLE * summary["spread"] for summary in base.values()],
@@ -519,14 +739,13 @@ def thumbnail(path: Path) -> str:
     Raises:
         ArtifactError: it is damaged.
     """
-    image = files.open_image(path)
-    if max(image.size) <= MAX_PIXELS:
-        return data_address("png", path.read_bytes())
-    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "webp", quality=80)
-    return data_address("webp", buffer.getvalue())
+    return embed(files.open_image(path))
 
 
-def data_address(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def embed(image: Image) -> str:
+    """An image as the address of its own content, scaled down if it is large."""
+    buffer, kind = io.BytesIO(), "png" if max(image.size) <= MAX_PIXELS else "webp"
+    if kind == "webp":
+        image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    image.convert("RGB").save(buffer, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -7,6 +7,7 @@ in a manifest, and moved there whole; so one that was cut off, or has changed si
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +27,20 @@ from torch import Tensor
 
 from texforce import Policy, __version__
 
-from . import files
+from . import files, report, world
 from .config import NO_REWARD, TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
+from .measures import to_json
 from .presets import EMBEDDED, is_flow
 from .prompt_sets import MEASURED_ON, find_measured
+from .rewards import caption_files, functions_of
 
 if TYPE_CHECKING:
     from .rewards import Mixture
 
-RESULT = "result.json"
+RESULT, FRAMES = "result.json", "heldout.jsonl"
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 STATE_FORMAT = 3  # written into checkpoints; a state of another format comes from another version
@@ -103,11 +105,6 @@ def describe_training(folder: Path) -> str:
     return f"{target} trained by {algorithm} on {reward}: " + ", ".join(
         f"seed {value}" if name == "seed" else f"{value} {name}" for name, value in about.items() if value is not None
     )
-
-
-def now() -> str:
-    """The date and the time here, with the time zone."""
-    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def check_room(folder: Path, config: TrainConfig) -> None:
@@ -348,6 +345,61 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     return [f"{name}: {saved.get(name)} -> {given[name]}" for name in names]
 
 
+# --- held-out images ---
+
+
+def frame(epoch: int, scores: Mapping[str, Tensor], images: Mapping[int, Tensor]) -> dict[str, Any]:
+    """A line of heldout.jsonl: the scores (N,) of the prompts that are measured, and small images (3, H, W) of some."""
+    if "alignment" in scores:
+        exact = torch.where(scores["alignment"].isfinite(), (scores["alignment"] == 1).float(), torch.nan)
+        scores = {**scores, report.EXACT: exact}
+    return {
+        "epoch": epoch,
+        "scores": {name: to_json(part) for name, part in scores.items()},
+        "images": {str(i): report.embed(files.to_image(image)) for i, image in images.items()},
+    }
+
+
+def read_frames(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's heldout.jsonl; none if it is not there.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = output_dir / FRAMES
+    with reading(f"{path} is damaged; remove it to go on without the images of earlier epochs", InputError):
+        try:
+            frames = files.read_lines(path)
+        except InputError as error:  # which says nothing about removing it
+            raise ValueError(str(error)) from error
+        for kept in frames:
+            _check_frame(kept)
+    return frames
+
+
+def _check_frame(kept: dict[str, Any]) -> None:
+    """Raise whatever a line of heldout.jsonl that `frame` did not make makes Python raise."""
+    epoch, scores, images = kept["epoch"], kept["scores"].values(), kept["images"]
+    (num_prompts,) = {len(values) for values in scores}
+    if not all(value is None or math.isfinite(value) for values in scores for value in values):
+        raise ValueError("a score is not finite")
+    if type(epoch) is not int or not images.keys() <= set(map(str, range(num_prompts))):
+        raise ValueError("a line holds no measurement")
+    if not all(address.startswith("data:image/") for address in images.values()):
+        raise ValueError("a line holds something else than images")
+
+
+def write_frames(output_dir: Path, frames: Sequence[Mapping[str, Any]]) -> None:
+    """Write heldout.jsonl anew; raises OSError."""
+    files.write_text(output_dir / FRAMES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in frames))
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on with a run."""
+    code = any(map(functions_of, [config.reward, *(config.eval_reward or ())])) or caption_files(config.relabel)
+    return f"texforce train --resume {shlex.quote(config.output_dir)}{' --trust-reward-code' if code else ''}"
+
+
 # --- metrics and figures ---
 
 
@@ -585,57 +637,137 @@ def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def write_grid(path: Path, prompts: Sequence[str], columns: Mapping[str, Tensor], cell: int = 128) -> None:
-    """A PNG with a row for each of N prompts and a column for each system's images (N, 3, H, W) in [0, 1]."""
-    from PIL import Image, ImageDraw, ImageFont
+def write_grid(
+    path: Path,
+    prompts: Sequence[str],
+    columns: Mapping[str, Tensor],
+    scores: Mapping[str, Sequence[float]] | None = None,
+    title: str = "",
+) -> None:
+    """A PNG with a block for each of N prompts, in which each system has an image of (N, 3, H, W) in [0, 1].
 
-    font, label = ImageFont.load_default(13), 18
-    width = len(columns) * (cell + 4) + 4
-    per_side = max(1, (len(prompts) + 3) // 4)  # four blocks side by side
-    canvas = Image.new("RGB", (4 * (width + 12), label + per_side * (cell + label + 6)), "white")
+    Under each image stand its score (N,), if there are scores, and for prompts of the tiny world a mark that says whether it
+    is right. Rare words of that world are underlined.
+    """
+    from PIL import Image, ImageDraw
+
+    rows = [_wrapped(prompt, len(columns) * (CELL + GAP)) for prompt in prompts]
+    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if _in_world(prompts) else {}
+    under = LINE + 4 if scores or marks else 6
+    width, height = len(columns) * (CELL + GAP) + 12, max(map(len, rows)) * LINE + 4 + CELL + under + 6
+    across, top = _num_across(len(prompts)), (2 if title else 1) * LINE + 8
+    canvas = Image.new("RGB", (across * width + 12, top + math.ceil(len(prompts) / across) * height), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, prompt in enumerate(prompts):
-        left, top = (i // per_side) * (width + 12) + 6, label + (i % per_side) * (cell + label + 6)
-        draw.text((left + 4, top), _shorten(prompt, font, width), fill="black", font=font)
+    draw.text((12, 4), title, fill="black", font=_font())
+    for i, lines in enumerate(rows):
+        left, y = 12 + i % across * width, top + i // across * height
+        for n, line in enumerate(lines):
+            _write_prompt(draw, (left, y + (max(map(len, rows)) - len(lines) + n) * LINE), line, bool(marks))
+        y += max(map(len, rows)) * LINE + 4
         for k, (name, images) in enumerate(columns.items()):
-            pixels = (images[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            method = Image.Resampling.NEAREST if pixels.shape[0] < cell else Image.Resampling.LANCZOS
-            x = left + 4 + k * (cell + 4)
-            longest = max(pixels.shape[:2])
-            size = (cell * pixels.shape[1] // longest, cell * pixels.shape[0] // longest)
-            canvas.paste(Image.fromarray(pixels).resize(size, method), (x, top + label))
-            if i % per_side == 0:
-                draw.text((x, 2), name, fill="grey", font=font)
+            image, x = files.to_image(images[i]), left + k * (CELL + GAP)
+            method = Image.Resampling.NEAREST if image.height < CELL else Image.Resampling.LANCZOS
+            longest = max(image.size)
+            size = (CELL * image.width // longest, CELL * image.height // longest)
+            canvas.paste(image.resize(size, method), (x, y))
+            if i < across:
+                draw.text((x, top - LINE - 4), name, fill="grey", font=_font())
+            if marks:
+                _draw_mark(draw, (x + CELL - 13, y + CELL + 6), bool(marks[name][i]))
+            if scores:
+                draw.text((x, y + CELL + 2), f"{scores[name][i]:.3f}", "black", _font())
     with files.replacing(path) as temporary:
         canvas.save(temporary, "png")
 
 
-def _shorten(text: str, font: Any, width: int) -> str:
-    """The beginning of a text that fits into a width, without control characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text[:width])  # a letter takes a pixel at least
-    length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n]) <= width)
-    return text[:length]
+CELL, GAP, LINE = 128, 4, 18  # pixels of an image's side, between images, and of a line of text
+
+
+def _in_world(prompts: Sequence[str]) -> bool:
+    return bool(prompts) and world.is_world(prompts)
+
+
+@functools.cache
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(13)
+
+
+def _num_across(count: int) -> int:
+    """Blocks side by side, at most four: so many that the last row has as few gaps as can be."""
+    return min(range(min(count, 4), 0, -1), key=lambda across: -count % across if across > 1 else count)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """A text in at most two lines of a width, without control characters; its end is cut off if it is longer."""
+    letters = "".join(
+        letter if letter.isprintable() else " " for letter in text[: 2 * width]
+    )  # a letter takes a pixel at least
+    lines = [""]
+    for word in letters.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _font().getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_cut(line, width) for line in lines[:1]] + [_cut(" ".join(lines[1:]), width)] * (len(lines) > 1)
+
+
+def _cut(text: str, width: int) -> str:
+    """The beginning of a text that fits into a width, with dots where its end is missing."""
+    if _font().getlength(text) <= width:
+        return text
+    return next(part for n in range(len(text), -1, -1) if _font().getlength(part := text[:n] + "\u2026") <= width or not n)
+
+
+def _write_prompt(draw: Any, place: tuple[float, float], text: str, in_world: bool) -> None:
+    """Write a line of a prompt, its rare words underlined if it is of the tiny world."""
+    draw.text(place, text, fill="black", font=_font())
+    x, y = place
+    for word in text.split() if in_world else ():
+        end = x + _font().getlength(word)
+        if world.has_rare_word(word):
+            draw.line((x, y + 15, end, y + 15), fill="#0969da", width=2)
+        x = end + _font().getlength(" ")
+
+
+def _draw_mark(draw: Any, place: tuple[float, float], is_right: bool) -> None:
+    """Draw a tick or a cross of 10 pixels."""
+    x, y = place
+    if is_right:
+        draw.line([(x, y + 5), (x + 4, y + 9), (x + 10, y)], fill="#1a7f37", width=3)
+    else:
+        for line in ((x, y, x + 9, y + 9), (x, y + 9, x + 9, y)):
+            draw.line(line, fill="#cf222e", width=3)
 
 
 def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
-    """A PNG of the training reward over images, and of the held-out reward where it was measured, first before training."""
+    """A PNG of the reward over images, on training prompts and where it was measured, with the base model's as a line.
+
+    For the tiny world the share of prompts that are fully right stands below, on a scale of its own.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="images", ylabel=f"reward: {reward}")
+    measured = [(measures["num_images"], measures[name]) for measures in epochs if (name := find_measured(measures))]
+    places, about = [place for place, _ in measured], report.measured_on(epochs)
+    shown = {reward: "reward", report.EXACT: "share fully right"}
+    shown = {name: label for name, label in shown.items() if all(name in found for _, found in measured)}
+    figure = Figure(figsize=(7, 1.2 + 2.3 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     trained = [(measures["num_images"], measures["reward_mean"]) for measures in epochs[1:] if "reward_mean" in measures]
     if trained:
-        axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.5, label="training prompts")
-    measured = [(measures, name) for measures in epochs if (name := find_measured(measures))]
-    places = [measures["num_images"] for measures, _ in measured]
-    about = "held-out prompts" if measured[0][1] == "heldout" else "training prompts, from the same noise"
-    axes.plot(places, [measures[name][reward] for measures, name in measured], "o-", color="tab:orange", label=about)
-    exact = [measures[name].get("alignment_exact") for measures, name in measured]
-    if None not in exact:
-        right = axes.twinx()
-        right.set(ylabel=f"{about}: share fully right", ylim=(0, 1))
-        right.plot(places, exact, "s--", color="tab:green", label="fully right")
-        right.legend(loc="lower right")
-    axes.legend(loc="upper left")
+        panels[0].plot(*zip(*trained, strict=True), color="#9ea7b3", linewidth=1.2, label="training prompts")
+    for axes, (name, label) in zip(panels, shown.items(), strict=True):
+        values = [found[name] for _, found in measured]
+        axes.axhline(values[0], color="#656d76", linestyle="--", linewidth=1.2, label="base model")
+        axes.plot(places, values, "o-", color="#0969da", label=about)
+        axes.set_ylabel(label)
+        axes.set_title(f"{name} on {about}: {values[0]:.3f} to {values[-1]:.3f}", loc="left", fontsize=11)
+        axes.grid(color="#d8dee4", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("images")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with files.replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

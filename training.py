@@ -30,7 +30,7 @@ from texforce import (
     wants_kl,
 )
 
-from . import files, interrupts, models, processes, rewards, run, scorers, single_file, stages, world
+from . import files, interrupts, models, processes, report, rewards, run, scorers, single_file, stages, world
 from .config import FLOW_SAMPLERS, NO_REWARD, TrainConfig, TrainOptions, default_device, resolve, without_passwords
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
@@ -48,6 +48,7 @@ from .experience import (
 )
 from .files import describe_files, read_json
 from .learner import Learner, finds_micro_batch
+from .measures import to_json, to_numpy
 from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
 from .run import Run, Snapshot
 from .scorers import Scorer
@@ -230,6 +231,8 @@ def train(
             for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
                 (output_dir / name).unlink(missing_ok=True)
         heldout = _measure_base(current, setup, prompts, config, force)
+        if processes.is_first():
+            heldout.take_up(opening.frames, current.epochs[-1]["epoch"])
         log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
         _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
         return _finish(current, config, len(cut.prompts))
@@ -295,6 +298,7 @@ class _Opening:
     resume: bool
     force: bool
     track: run.Track | None = None
+    frames: list[dict[str, Any]] = field(default_factory=list)  # that the run has left
 
     def open(self, stack: contextlib.ExitStack) -> _Opened:
         """Lock the folder for as long as a stack is open, and look what is there."""
@@ -313,6 +317,7 @@ class _Opening:
             run.check_same(saved, config, sources)
         elif snapshot:
             run.check_lasting(snapshot.state["config"], config)
+        self.frames = run.read_frames(output_dir) if snapshot else []
         run.check_room(output_dir, config)
         if run.needs_account(config):
             self.track = stack.enter_context(run.tracker(config, output_dir))
@@ -390,6 +395,12 @@ def _in_final_units(measures: dict[str, Any], name: str, reward: rewards.Mixture
     return measures
 
 
+def _with_mixture(scores: Mapping[str, Tensor], name: str, reward: rewards.Mixture) -> dict[str, Tensor]:
+    """Scores (N,) with those of a mixture, in the units of now, before those of its parts."""
+    mixed = {} if name in scores else {name: reward.combine({part: scores[part] for part in reward.parts})}
+    return {**mixed, **scores}
+
+
 # --- epochs ---
 
 
@@ -403,13 +414,14 @@ class _Training:
     heldout: Heldout
     sources: Mapping[str, Any]  # as of `find_sources`
 
-    def train(self, log: Report, report: Report, warn: Callable[[str], None]) -> None:
+    def train(self, log: Report, tell: Report, warn: Callable[[str], None]) -> None:
         """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
         epochs, config = self.run.epochs, self.config
         start = time.perf_counter() - epochs[-1]["seconds"]
-        report(epochs[-1])
+        tell(epochs[-1])
         snapshot = self.run.snapshot()
         try:
+            self._write_page(report.RUNNING)
             for epoch in range(epochs[-1]["epoch"] + 1, config.num_epochs + 1):
                 measures = _totals(epochs[-1], self._train_and_measure(epoch), time.perf_counter() - start)
                 check_guards([*epochs, measures], config, self.setup.reward)
@@ -421,9 +433,14 @@ class _Training:
                     snapshot = self.run.snapshot()
                     if epoch % config.checkpoint_every == 0 or epoch == config.num_epochs:
                         self._save_checkpoint(snapshot)
-                report(measures)
+                    if find_measured(measures):
+                        self._write_page(report.RUNNING)
+                tell(measures)
             interrupts.check()
+            self._write_page(report.FINISHED)
         except DivergedError as error:
+            with contextlib.suppress(OSError):  # it must not hide the divergence
+                self._write_page(f"diverged: {error}")
             raise DivergedError(f"{error}; {_last_good(epochs, config)}") from error
         except BaseException:
             # A launcher that has lost a process terminates the others: that must not hide the error that stopped this one,
@@ -442,6 +459,8 @@ class _Training:
 
     def _save_before_the_end(self, snapshot: Snapshot, warn: Callable[[str], None]) -> None:
         """Save a run that something stops in the middle of an epoch, which will begin anew."""
+        with contextlib.suppress(OSError):  # it must not hide what stopped the run
+            self._write_page(f"stopped after epoch {snapshot.epoch}")
         try:
             self._save_checkpoint(snapshot)  # first, as it needs nothing of the device
             warn(f"saved as it was after epoch {snapshot.epoch}")
@@ -450,6 +469,14 @@ class _Training:
                 self._save_adapter()
         except OSError as failure:  # the error that stopped the run is raised all the same
             warn(f"what was reached after epoch {snapshot.epoch} could not be saved: {failure}")
+
+    def _write_page(self, state: str) -> None:
+        """Write report.html, in the first process."""
+        if processes.is_first():
+            config, epochs = self.config, self.run.epochs
+            in_units = [_in_final_units(measures, config.reward, self.setup.reward) for measures in epochs]
+            frames, command = self.heldout.frames_until(epochs), run.resume_command(config)
+            report.write_training(report.Training(config, self.heldout.prompts, in_units, frames, command, state))
 
     def _save_checkpoint(self, snapshot: Snapshot) -> None:
         if processes.is_first():
@@ -521,6 +548,15 @@ def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> d
 # --- held-out prompts ---
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What was drawn of N prompts, and measured."""
+
+    means: dict[str, float]  # of the reward, its parts and what is only measured
+    scores: dict[str, Tensor]  # (N,) each; of a mixture its parts
+    images: dict[int, Tensor]  # that are shown, (3, H, W) each, in the first process only
+
+
 class Heldout:
     """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
 
@@ -532,27 +568,52 @@ class Heldout:
         if processes.is_first():
             self.folder.mkdir(exist_ok=True)
         with setup.policy.base():
-            self.base, self.base_images = self._draw_and_score()
+            drawn = self._draw_and_score()
+        self.base, self.base_drawn = drawn.means, drawn
+        self.frames = [run.frame(0, drawn.scores, drawn.images) | {"prompts": prompts}]  # lines of heldout.jsonl
+
+    def take_up(self, frames: Sequence[dict[str, Any]], epoch: int) -> None:
+        """Write heldout.jsonl, with what is there of a run up to an epoch, if that was measured like this one."""
+        base = self.frames[0]
+
+        def is_alike(old: dict[str, Any]) -> bool:
+            same_names = all(old[name].keys() == base[name].keys() for name in ("scores", "images"))
+            return same_names and all(len(values) == len(self.prompts) for values in old["scores"].values())
+
+        if frames and frames[0].get("prompts") == self.prompts:
+            self.frames += [old for old in frames[1:] if old["epoch"] <= epoch and is_alike(old)]
+        run.write_frames(self.folder.parent, self.frames)
+
+    def frames_until(self, epochs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The frames of epochs that are over, with the scores of a mixture in the units of now."""
+        return [self._with_mixture(frame) for frame in self.frames if frame["epoch"] <= epochs[-1]["epoch"]]
+
+    def _with_mixture(self, frame: dict[str, Any]) -> dict[str, Any]:
+        scores = {name: torch.from_numpy(to_numpy(values)) for name, values in frame["scores"].items()}
+        mixed = _with_mixture(scores, run.main_measure(self.config), self.setup.reward)
+        return frame | {"scores": {name: to_json(values) for name, values in mixed.items()}}
 
     def measure(self, epoch: int) -> dict[str, float]:
         """Scores of the policy as it is now, the same in every process; writes the grid of base and tuned images."""
-        measures, images = self._draw_and_score()
+        drawn = self._draw_and_score()
         if processes.is_first():
-            columns = {"base": self._column(self.base_images), "tuned": self._column(images)}
-            run.write_grid(self.folder / f"epoch_{epoch:04d}.png", [self.prompts[i] for i in self.shown], columns)
-        return measures
+            self._write_grid(epoch, drawn)
+            self.frames.append(run.frame(epoch, drawn.scores, drawn.images))
+            files.append_line(self.folder.parent / run.FRAMES, self.frames[-1])
+        return drawn.means
 
-    def _draw_and_score(self) -> tuple[dict[str, float], dict[int, Tensor]]:
-        """Means of the reward, its parts and what is only measured; the shown images (3, H, W), in the first process only.
+    def _draw_and_score(self) -> _Drawn:
+        """Draw and score the prompts with the policy as it is.
 
         Each process scores the images that it draws; what a guard decides by the means it decides in all of them.
         """
         reward = self.setup.reward
         scored, drawn = processes.agreed(self._draw_and_score_share)
-        measures = means(gather_scores(scored).scores, self.prompts)
+        scores = gather_scores(scored).scores
+        measures = means(scores, self.prompts)
         if self.config.reward not in (NO_REWARD, *reward.parts):
             measures = {self.config.reward: reward.combine_means(measures)} | measures
-        return measures, {i: image for images in processes.to_first(drawn) for i, image in images.items()}
+        return _Drawn(measures, scores, {i: image for images in processes.to_first(drawn) for i, image in images.items()})
 
     def _draw_and_score_share(self) -> tuple[dict[int, Scored], dict[int, Tensor]]:
         setup, prompts = self.setup, self.prompts
@@ -561,9 +622,20 @@ class Heldout:
         rows = {start + i: image for start, batch in images.items() for i, image in enumerate(batch)}
         return scored, {i: rows[i].clone() for i in self.shown if i in rows}  # a row alone would be sent with its batch
 
-    def _column(self, images: Mapping[int, Tensor]) -> Tensor:
-        """The shown images (n, 3, H, W) of a grid."""
-        return torch.stack([images[i] for i in self.shown])
+    def _write_grid(self, epoch: int, drawn: _Drawn) -> None:
+        """The grid of base and tuned images, sorted by the change of the reward, the largest gain first."""
+        both = {"base": self.base_drawn, "tuned": drawn}
+        name, reward = run.main_measure(self.config), self.setup.reward
+        scores = {system: _with_mixture(one.scores, name, reward)[name].tolist() for system, one in both.items()}
+        changes = [tuned - base for base, tuned in zip(*scores.values(), strict=True)]
+        order = sorted(self.shown, key=lambda i: -changes[i] if math.isfinite(changes[i]) else math.inf)
+        run.write_grid(
+            self.folder / f"epoch_{epoch:04d}.png",
+            [self.prompts[i] for i in order],
+            {system: torch.stack([one.images[i] for i in order]) for system, one in both.items()},
+            {system: [values[i] for i in order] for system, values in scores.items()},
+            f"{name} after epoch {epoch}, largest gain first",
+        )
 
 
 def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[int, Tensor]:

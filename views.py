@@ -253,7 +253,7 @@ def evaluation_table(results: dict[str, Any]) -> Table:
         for name in list(results["systems"])[1:]:
             system = results["systems"][name]
             summary = system["measures"][measure]
-            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary, base)]
+            style = {"gain": "green", "loss": "red", "": ""}[report.direction(summary["paired"], base["spread"])]
             change = Text(report.interval(summary["paired"], "+"), style=style)
             cells = (
                 f" {report.label(name, system)}",

@@ -89,9 +89,14 @@ def parse(prompt: str) -> Scene:
     )
 
 
-def has_rare_word(prompt: str) -> bool:
+def rare_words(prompt: str) -> list[str]:
+    """The words of a prompt, in lower case, that are rare ones or their plurals."""
     singular = {plural(word): word for word in RARE_WORDS}
-    return any(singular.get(word, word) in RARE_WORDS for word in prompt.lower().split())
+    return [word for word in prompt.lower().split() if singular.get(word, word) in RARE_WORDS]
+
+
+def has_rare_word(prompt: str) -> bool:
+    return bool(rare_words(prompt))
 
 
 # --- the detector ---

@@ -67,6 +67,30 @@ def test_every_benchmark_is_imported_and_parses_its_arguments(scripts, monkeypat
         assert f"usage: {name}.py" in capsys.readouterr().out
 
 
+def test_readmes_pictures_are_the_last_grid_the_curve_and_the_page_of_one_run(scripts, monkeypatch, tmp_path):
+    script, commands, pages = scripts("readme_figures"), [], []
+
+    def pretend(*arguments):
+        commands.append(arguments[0])
+        if arguments[0] == "train":
+            grids = Path(arguments[-1], "grids")
+            grids.mkdir(parents=True)
+            for epoch in (32, 64):
+                (grids / f"epoch_{epoch:04d}.png").write_text(f"grid {epoch}")
+            (grids.parent / "curve.png").write_text("curve")
+
+    monkeypatch.setattr(script, "texforce", pretend)
+    monkeypatch.setattr(script, "take_picture", lambda page, path: pages.append((page, path)))
+    monkeypatch.setattr(sys, "argv", ["readme_figures.py", "--work-dir", f"{tmp_path}/w", "--output-dir", f"{tmp_path}/f"])
+    script.main()
+    assert commands == ["train", "eval"]
+    assert {path.name: path.read_text() for path in (tmp_path / "f").iterdir()} == {
+        "grid.png": "grid 64",
+        "curve.png": "curve",
+    }
+    assert pages == [(tmp_path / "w" / "eval" / "report.html", tmp_path / "f" / "report.png")]
+
+
 def test_no_benchmark_puts_a_denoiser_together_itself():
     """The policy owns it: benchmarks that made their own once lost SDXL's pooled text."""
     assert not [name for name in SCRIPTS if "Denoiser(" in (BENCHMARKS / f"{name}.py").read_text()]

@@ -37,6 +37,7 @@ COMMANDS = {  # what reads the files whose path begins so
     "model": f"sample --model model --prompt x {DRAWING}",
     "out/checkpoints": "train --resume out --num-epochs 2 --force-resume",
     "out/metrics.jsonl": "train --resume out",
+    "out/heldout.jsonl": "train --resume out",
     "out": f"sample --adapter out --prompt x {DRAWING}",
     "prompts": f"eval --model model --benchmark {{file}} --reward jpeg {DRAWING}",
     "lines": f"sample --model model --prompts {{file}} {DRAWING}",

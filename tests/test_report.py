@@ -10,11 +10,20 @@ import pytest
 import torch
 
 from texforce import files, measures, report
+from texforce.config import TrainOptions, resolve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='run'\"> & \"quoted\" 'text' </script><script>document.title='run'</script>"
 CATEGORIES = ["colour", "count", '<b>"bold"</b>']
 NUM_PROMPTS = 200
+FILM = [
+    "a violet box",
+    "two red circles",
+    "a green cross",
+    "an ivory wedge above a navy disc",
+    "a red circle",
+    "a cyan plus",
+]
 
 
 def write_evaluation(
@@ -306,16 +315,12 @@ def test_numbers_have_one_minus_sign(visit, evaluation):
     assert not re.search(r"(?<![\w-])-\d", text)
 
 
-def summary_of(mean: float, low: float, high: float, **more) -> dict:
-    return {"mean": 0.5, "paired": {"mean": mean, "low": low, "high": high}, **more}
-
-
 @pytest.mark.parametrize(("mean", "low", "high", "expected"), [
     (0.2, 0.1, 0.3, "gain"), (-0.2, -0.3, -0.1, "loss"), (0.2, -0.1, 0.5, ""), (-0.2, -0.5, 0.1, ""),
     (0.04, 0.03, 0.05, ""), (-0.04, -0.05, -0.03, ""), (0.2, None, None, ""),
 ])  # fmt: skip
 def test_a_change_is_coloured_if_it_is_large_and_its_interval_does_not_hold_0(mean, low, high, expected):
-    assert report.direction(summary_of(mean, low, high), {"spread": 1.0}) == expected
+    assert report.direction({"mean": mean, "low": low, "high": high}, 1.0) == expected
 
 
 @pytest.mark.parametrize(("change", "kind"), [(0.001, "quiet"), (-0.001, "quiet"), (0.8, "gain"), (-0.8, "loss")])
@@ -389,3 +394,211 @@ def test_with_many_images_only_the_first_of_each_prompt_is_in_the_page(tmp_path,
         monkeypatch.setattr(report, "MAX_IMAGES", limit)
         report.write(tmp_path, results)
         assert (tmp_path / "report.html").read_text().count("data:image/png") == expected
+
+
+# --- the page of a training ---
+
+
+def write_training(folder: Path, num_measured: int, state: str = report.RUNNING, prompts=FILM, shown: int = 4) -> dict:
+    """The page of a training in which prompt i gains i times 0.1 an epoch, but for the first, which loses.
+
+    Each epoch has images of its own grey; prompt i is right from epoch i on. Returns the addresses of the images by epoch.
+    """
+    config = resolve(TrainOptions(model="tiny", reward="hps", num_epochs=8, output_dir=str(folder)))
+    images = {}
+    for epoch in range(num_measured + 1):
+        picture = torch.full((3, 8, 8), epoch / 10)
+        images[epoch] = report.embed(files.to_image(picture))
+    frames = [
+        {
+            "epoch": epoch,
+            "scores": {
+                "hps": [(-1.0 if i == 0 else 0.1 * i) * epoch for i in range(len(prompts))],
+                "alignment_exact": [float(epoch >= i) for i in range(len(prompts))],
+            },
+            "images": {str(i): address for i in range(shown)},
+        }
+        for epoch, address in images.items()
+    ]
+    epochs = [
+        {"epoch": frame["epoch"], "num_images": 100 * frame["epoch"], "seconds": 1.0, "reward_mean": 0.1}
+        | {"heldout": {name: float(np.mean(values)) for name, values in frame["scores"].items()}}
+        for frame in frames
+    ]
+    report.write_training(report.Training(config, prompts, epochs, frames, f"texforce train --resume {folder}", state))
+    return images
+
+
+def move_slider(page, value: int) -> None:
+    page.locator("#system").fill(str(value))
+
+
+def test_a_slider_leads_through_the_epochs_of_a_training(visit, tmp_path):
+    images = write_training(tmp_path, 3)
+    page = visit(tmp_path)
+    assert page.text_content("#epoch") == "3"  # the newest first
+    assert cards(page) == [3, 2, 1, 0]  # by their gain at the end
+    for epoch in (1, 2, 3):
+        move_slider(page, epoch)
+        assert page.text_content("#epoch") == str(epoch)
+        assert cards(page) == [3, 2, 1, 0]
+        for place in range(4):
+            sources = [image.get_attribute("src") for image in page.locator(".card").nth(place).locator("img").all()]
+            assert sources == [images[0], images[epoch]]
+        assert page.locator(".card").nth(0).locator(".about span").nth(1).text_content() == f"+{0.3 * epoch:.2f}"
+    page.select_option("#order", "least")
+    assert cards(page) == [1, 2, 3, 0]
+    page.select_option("#order", "loss")
+    assert cards(page)[0] == 0
+
+
+def test_the_images_of_a_training_are_marked_right_or_wrong(visit, tmp_path):
+    write_training(tmp_path, 3)
+    page = visit(tmp_path)
+    for epoch in (1, 3):
+        move_slider(page, epoch)
+        for i in range(4):
+            marks = page.locator(f'.card[data-index="{i}"] .mark').all()
+            assert [mark.get_attribute("title") == "right" for mark in marks] == [i == 0, epoch >= i]
+
+
+def test_rare_words_are_underlined_in_prompts_of_the_tiny_world_only(visit, tmp_path):
+    write_training(tmp_path, 1)
+    page = visit(tmp_path)
+    assert page.locator('.card[data-index="3"] u').all_text_contents() == ["ivory", "wedge", "navy", "disc"]
+    assert page.locator('.card[data-index="1"] u').count() == 0
+    write_training(tmp_path, 1, prompts=[*FILM[:5], "an ivory tower"], shown=6)
+    assert visit(tmp_path).locator("u").count() == 0
+
+
+def test_the_page_of_a_training_loads_itself_anew_until_its_end(visit, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RELOAD_SECONDS", 3)
+    write_training(tmp_path, 2)
+    page = visit(tmp_path)
+    assert page.text_content("#state") == "running"
+    write_training(tmp_path, 3, report.FINISHED)
+    page.locator("#state", has_text="finished").wait_for()
+    write_training(tmp_path, 4, report.FINISHED)
+    page.wait_for_timeout(1000)  # without an end it would be loaded at once
+    assert value_of(page, "document.getElementById('system').max") == "3"
+
+
+def test_a_page_that_loads_itself_anew_stays_as_it_was(visit, tmp_path):
+    write_training(tmp_path, 2)
+    page = visit(tmp_path, viewport={"width": 800, "height": 600})
+    page.select_option("#order", "loss")
+    page.fill("#text", "a")
+    value_of(page, "scrollTo(0, 300)")
+    write_training(tmp_path, 3)
+    value_of(page, "reload()")
+    page.locator("#epoch", has_text="3").wait_for()  # who saw the newest epoch sees the newest one
+    assert (page.input_value("#order"), page.input_value("#text")) == ("loss", "a")
+    assert value_of(page, "document.activeElement.id") == "text"
+    assert value_of(page, "scrollY") == 300
+    move_slider(page, 1)
+    write_training(tmp_path, 4)
+    value_of(page, "reload()")
+    page.locator("#system[max='4']").wait_for()
+    page.locator("#epoch", has_text="1").wait_for()
+
+
+def test_a_training_that_has_stopped_does_not_load_itself_either(visit, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RELOAD_SECONDS", 0.2)
+    write_training(tmp_path, 1, "stopped after epoch 1")
+    page = visit(tmp_path)
+    write_training(tmp_path, 2)
+    page.wait_for_timeout(800)
+    assert page.text_content("#state") == "stopped after epoch 1"
+
+
+def test_a_training_has_a_curve_for_each_measure_with_the_base_as_a_line(visit, tmp_path):
+    write_training(tmp_path, 4)
+    page = visit(tmp_path)
+    figures = page.locator("figure")
+    assert figures.nth(0).locator("figcaption").text_content().split() == ["hps:", "0.000", "\N{RIGHTWARDS ARROW}", "0.333"]
+    for k, measure in enumerate(("hps", "alignment_exact")):
+        plot = figures.nth(k).locator("svg")
+        assert plot.locator("circle").count() == 5
+        assert plot.locator(".zero").get_attribute("y1") == plot.locator("circle").first.get_attribute("cy")
+        assert plot.locator(".title").all_text_contents() == ["images", measure]
+    keys = figures.nth(0).locator(".keys > span").all_text_contents()
+    assert keys == ["training prompts, as sampled", "held-out prompts"]
+
+
+def test_a_training_says_what_changed_most_and_least_among_all_its_prompts(visit, tmp_path):
+    write_training(tmp_path, 2)
+    sections = visit(tmp_path).locator("section")
+    found = {
+        section.locator("h3").text_content(): section.locator("tbody th").all_text_contents() for section in sections.all()
+    }
+    assert found == {
+        "hps: prompts that gained most": [FILM[5], FILM[4]],
+        "hps: prompts that lost most": [FILM[0], FILM[1]],
+        "hps: prompts that changed least": [FILM[1], FILM[2]],
+    }
+    assert sections.nth(0).locator("td").nth(1).text_content().split() == ["1.000", "+1.000"]
+
+
+def test_a_training_whose_scores_are_missing_has_a_page_all_the_same(visit, tmp_path):
+    config = resolve(TrainOptions(model="tiny", reward="hps", num_epochs=8, output_dir=str(tmp_path)))
+    images = {"0": report.embed(files.to_image(torch.zeros(3, 8, 8)))}
+    frames = [{"epoch": n, "scores": {"hps": [None, None if n else 0.5]}, "images": images} for n in (0, 1)]
+    epochs = [{"epoch": n, "num_images": n, "seconds": 1.0, "reward_mean": 0.1, "heldout": {"hps": 0.5}} for n in (0, 1)]
+    report.write_training(report.Training(config, ["a", "b"], epochs, frames, "texforce"))
+    page = visit(tmp_path)
+    assert page.locator("section tbody tr").count() == 0
+    assert "none" in page.text_content("main table")
+
+
+def test_a_training_has_the_commands_to_go_on_and_to_use_it_and_its_settings(visit, tmp_path):
+    def commands() -> dict[str, str]:
+        page = visit(tmp_path)
+        own = page.locator("h2", has_text="Commands").locator("+ .panel")
+        return dict(zip(own.locator("dt").all_text_contents(), own.locator("dd code").all_text_contents(), strict=True))
+
+    write_training(tmp_path, 0)
+    assert commands() == {"go on, once it has stopped": f"texforce train --resume {tmp_path}"}
+    write_training(tmp_path, 1)
+    assert commands()["use"] == f"texforce sample --adapter {tmp_path} --prompt 'a violet box' --compare"
+    write_training(tmp_path, 8, report.FINISHED)
+    assert commands()["train on"] == f"texforce train --resume {tmp_path} --num-epochs 16 --force-resume"
+    page = visit(tmp_path)
+    page.click("summary")
+    settings = page.locator("details")
+    assert (
+        dict(
+            zip(settings.locator("dt").all_text_contents(), settings.locator("dd").all_text_contents(), strict=True)
+        ).items()
+        >= {"reward": "hps", "num_epochs": "8", "output_dir": str(tmp_path)}.items()
+    )
+
+
+@pytest.mark.parametrize("num_measured", [0, 3])
+def test_the_page_of_a_training_fits_a_phone(visit, tmp_path, num_measured):
+    write_training(tmp_path, num_measured, prompts=[HOSTILE, *FILM[1:]])
+    page = visit(tmp_path, viewport={"width": 390, "height": 844})
+    assert value_of(page, "document.documentElement.scrollWidth") <= 390
+    assert page.title() == "texforce train: hps on tiny"
+    page.fill("#text", "nothing like this")
+    assert page.locator("#none").is_visible()
+
+
+def test_a_page_holds_the_images_of_some_measurements_only_from_the_first_to_the_last(monkeypatch):
+    monkeypatch.setattr(report, "MAX_FRAMES", 4)
+    for count, expected in ((1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (5, [0, 1, 3, 4]), (100, [0, 33, 66, 99])):
+        assert [frame["epoch"] for frame in report._some_frames([{"epoch": n} for n in range(count)])] == expected
+
+
+def test_the_training_reward_of_many_epochs_is_shown_by_means_of_neighbours(monkeypatch):
+    monkeypatch.setattr(report, "NUM_MEANS", 2)
+    assert report._thinned([]) == []
+    assert report._thinned([(1, 1.0), (2, 3.0), (3, 5.0)]) == [(2, 2.0), (3, 5.0)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.2), (0.73, 0.741), (0, 8192), (1e-7, 3e-7), (5, 5)])
+def test_an_axis_has_at_most_five_round_ticks(low, high):
+    axis = report.Axis([low, high], 0, 100)
+    ticks = axis.ticks()
+    assert 1 <= len(ticks) <= 5
+    assert all(axis.low <= value <= axis.high for value, _ in ticks)
+    assert all(len(text.lstrip("\N{MINUS SIGN}")) <= 8 for _, text in ticks)

@@ -6,24 +6,27 @@ the prompts not saved, no lock, a gradient of NaN let through, half of the gradi
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, files, models, rewards, run, training
+from texforce import cli, files, models, report, rewards, run, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
@@ -162,6 +165,9 @@ def resumed(options, stopped, tmp_path_factory) -> tuple[Path, list[str]]:
         (folder / name).write_text("cut off")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "loss": 1}\n{"epoch": 4, "lo')
+    later = json.loads((folder / run.FRAMES).read_text().splitlines()[1]) | {"epoch": 4}
+    with (folder / run.FRAMES).open("a") as file:
+        file.write(f'{json.dumps(later)}\n{{"epoch": 4, "sc')
     broken = shutil.copytree(folder / "checkpoints" / "epoch_000002", folder / "checkpoints" / "epoch_000009")
     (broken / "state.json").write_text("{}")
     said: list[str] = []
@@ -831,16 +837,211 @@ def test_a_grid_has_a_row_for_each_prompt_whatever_it_holds_and_a_column_for_eac
     prompts = ["a red circle", "", "a very long prompt " * 20_000, "\x1b[31m\nein Würfel 🎲"]
     colours = {"base": torch.tensor([1.0, 0, 0]), "tuned": torch.tensor([0, 0, 1.0])}
     columns = {name: colour.view(1, 3, 1, 1).expand(len(prompts), 3, 8, 8) for name, colour in colours.items()}
-    run.write_grid(tmp_path / "grid.png", prompts, columns, cell=16)
+    run.write_grid(tmp_path / "grid.png", prompts, columns)
     counts = {colour: count for count, colour in Image.open(tmp_path / "grid.png").getcolors(2**20)}
-    assert counts[255, 0, 0] == counts[0, 0, 255] == len(prompts) * 16**2
+    assert counts[255, 0, 0] == counts[0, 0, 255] == len(prompts) * run.CELL**2
+
+
+GREEN, RED, BLUE = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E), (0x09, 0x69, 0xDA)  # of a tick, a cross, and an underline
+
+
+def colours(path: Path) -> set:
+    from PIL import Image
+
+    return {colour for _, colour in Image.open(path).getcolors(2**20)}
+
+
+def test_a_grid_marks_what_is_right_and_underlines_rare_words_in_the_tiny_world_only(tmp_path):
+    from texforce import world
+
+    circle = world.coverage(torch.tensor([0]), torch.tensor([[16.0, 16.0]]), torch.tensor([7.0]))[0]
+    image = world.BACKGROUND[:, None, None] + circle * (world.PALETTE[0] - world.BACKGROUND)[:, None, None]
+    for prompts, expected in (
+        (["a red circle"], {GREEN}), (["a blue circle"], {RED}), (["a crimson disc"], {GREEN, BLUE}),
+        (["a crimson disc", "a blue circle"], {GREEN, RED, BLUE}), (["a crimson disc", "a tower"], set()),
+    ):  # fmt: skip
+        run.write_grid(tmp_path / "grid.png", prompts, {"base": image.expand(len(prompts), 3, 32, 32)})
+        assert colours(tmp_path / "grid.png") & {GREEN, RED, BLUE} == expected
+
+
+@pytest.mark.parametrize(("count", "across"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 3), (16, 4)])
+def test_a_grid_has_no_empty_half(tmp_path, count, across):
+    from PIL import Image
+
+    columns = {name: torch.full((count, 3, 8, 8), 0.5) for name in ("base", "tuned")}
+    run.write_grid(tmp_path / "grid.png", ["a red circle"] * count, columns)
+    assert run._num_across(count) == across
+    width = Image.open(tmp_path / "grid.png").width
+    assert width == pytest.approx(across * 2 * run.CELL, rel=0.2)
+
+
+def test_a_long_prompt_takes_two_lines_of_a_grid_and_says_that_it_goes_on():
+    assert run._wrapped("a red circle", 200) == ["a red circle"]
+    first, second = run._wrapped("a very long prompt " * 1000, 200)
+    assert first.startswith("a very")
+    assert second.endswith("\u2026")
+    assert run._wrapped("x" * 10_000, 200)[0].endswith("\u2026")
+    assert run._wrapped("", 200) == [""]
+    assert all(run._font().getlength(line) <= 200 for line in (first, second))
+
+
+def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run, "write_grid", lambda *arguments: drawn.append(arguments))
+    heldout = training.Heldout.__new__(training.Heldout)
+    heldout.prompts, heldout.shown, heldout.folder = list("abcd"), [0, 1, 3], tmp_path
+    heldout.config, heldout.setup = (
+        configure(model="tiny", reward="jpeg"),
+        SimpleNamespace(reward=rewards.Mixture({"jpeg": 0}, {})),
+    )
+    images = {i: torch.full((3, 2, 2), i / 10) for i in heldout.shown}
+    base, tuned = torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.tensor([2.0, 5.0, 9.0, 1.0])
+    heldout.base_drawn = training._Drawn({}, {"jpeg": base}, images)
+    heldout._write_grid(7, training._Drawn({}, {"jpeg": tuned}, images))
+    path, prompts, columns, scores, title = drawn[0]
+    assert (path.name, prompts, title) == ("epoch_0007.png", ["b", "a", "d"], "jpeg after epoch 7, largest gain first")
+    assert columns["tuned"][:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.0, 0.3])
+    assert scores["tuned"] == [5.0, 2.0, 1.0]
 
 
 def test_a_curve_is_drawn_of_what_was_measured(tmp_path, whole):
     from PIL import Image
 
     WRITE_CURVE(tmp_path / "curve.png", metrics(whole), "jpeg")
-    assert Image.open(tmp_path / "curve.png").size == (840, 480)
+    assert Image.open(tmp_path / "curve.png").size == (840, 696)
+
+
+# --- the page ---
+
+
+def page_of(folder: Path) -> tuple[str, dict]:
+    """The state of a training that its page shows, and what its gallery holds."""
+    text = (folder / "report.html").read_text()
+    state = re.search(r'id="state"[^>]*>(.*?)</span>', text, re.DOTALL)[1]
+    return state, json.loads(re.search(r"application/json[^>]*>(.*?)</script>", text, re.DOTALL)[1])
+
+
+def test_a_training_leaves_scores_and_images_of_each_measurement_and_a_page_of_them(whole):
+    frames = [json.loads(line) for line in (whole / run.FRAMES).read_text().splitlines()]
+    assert [frame["epoch"] for frame in frames] == [0, 2, 4]
+    for frame, measures in zip(frames, [metrics(whole)[n] for n in (0, 2, 4)], strict=True):
+        for name, values in frame["scores"].items():
+            assert sum(values) / len(values) == pytest.approx(measures["heldout"][name], rel=1e-5)
+    state, gallery = page_of(whole)
+    assert state == "finished"
+    assert gallery["systems"] == ["base", "epoch 2", "epoch 4"]
+    assert gallery["reload"] == 0
+    for row in gallery["rows"]:
+        assert row["images"] == [[frame["images"][str(row["index"])]] for frame in frames]
+
+
+def test_a_run_that_goes_on_has_the_page_of_one_that_never_stopped(resumed, whole):
+    assert (resumed[0] / run.FRAMES).read_text() == (whole / run.FRAMES).read_text()
+    assert page_of(resumed[0]) == page_of(whole)
+
+
+def test_a_run_that_was_stopped_has_a_page_that_says_so(stopped):
+    state, gallery = page_of(stopped)
+    assert state == "stopped after epoch 2"
+    assert gallery["systems"] == ["base", "epoch 2"]
+    assert gallery["reload"] == 0
+
+
+def test_the_page_is_written_anew_at_each_measurement_and_loads_itself_until_the_end(options, tmp_path, monkeypatch):
+    pages, write = [], report.write_training
+
+    def noted(training):
+        write(training)
+        pages.append(page_of(tmp_path / "out"))
+
+    monkeypatch.setattr(report, "write_training", noted)
+    run_training(options | {"num_epochs": 3}, tmp_path / "out")
+    assert [(state, len(gallery["systems"]), gallery["reload"] > 0) for state, gallery in pages] == [
+        ("running", 1, True), ("running", 2, True), ("running", 3, True), ("finished", 3, False),
+    ]  # fmt: skip
+
+
+def test_a_page_that_cannot_be_written_stops_the_run_which_goes_on_exactly(options, whole, tmp_path, monkeypatch):
+    write = report.write_training
+
+    def full(training):
+        if len(training.epochs) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+        write(training)
+
+    monkeypatch.setattr(report, "write_training", full)
+    check_failure(command_line(*flags(options), "--output-dir", tmp_path / "out"), 5, "storage", "report.html")
+    monkeypatch.undo()
+    run_training(options, tmp_path / "out", resume=True)
+    check_same_run(tmp_path / "out", whole)
+    assert page_of(tmp_path / "out") == page_of(whole)
+
+
+def test_a_diverged_run_has_a_page_that_says_so(options, tmp_path, monkeypatch):
+    def failing(current, config):
+        raise DivergedError("it went wrong")
+
+    monkeypatch.setattr(training, "train_epoch", failing)
+    with pytest.raises(DivergedError):
+        run_training(options, tmp_path / "out")
+    assert page_of(tmp_path / "out")[0] == "diverged: it went wrong"
+
+
+DAMAGED_FRAMES = [
+    "{\n", "[]\n", "{}\n", '{"epoch": 0, "scores": {"jpeg": [1, 2]}, "images": {"2": "data:image/png;base64,"}}\n',
+    '{"epoch": 0, "scores": {"jpeg": [1, 2]}, "images": {"0": "https://example.org/a.png"}}\n',
+    '{"epoch": "0", "scores": {"jpeg": [1, 2]}, "images": {}}\n', '{"epoch": 0, "scores": {"jpeg": "x"}, "images": {}}\n',
+    '{"epoch": 0, "scores": {"jpeg": [1e999]}, "images": {}}\n', '{"epoch": 0, "scores": {"jpeg": [NaN]}, "images": {}}\n',
+    '{"epoch": 0, "scores": {"jpeg": [1], "clip": [1, 2]}, "images": {}}\n', '{"epoch": 0, "scores": 1, "images": {}}\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED_FRAMES)
+def test_damaged_images_of_earlier_epochs_are_bad_input_that_says_what_to_do(tmp_path, content):
+    (tmp_path / run.FRAMES).write_text(content)
+    with pytest.raises(InputError, match=r"heldout\.jsonl is damaged; remove it to go on without the images"):
+        run.read_frames(tmp_path)
+
+
+def test_without_the_images_of_earlier_epochs_a_run_goes_on_all_the_same(options, whole, checkpoint):
+    folder = checkpoint.parents[1]
+    (folder / run.FRAMES).unlink()
+    run_training(options, folder, resume=True)
+    check_same_run(folder, whole)
+    assert page_of(folder)[1]["systems"] == ["base", "epoch 4"]
+
+
+def test_frames_of_other_prompts_or_measures_are_left_out(tmp_path):
+    heldout = training.Heldout.__new__(training.Heldout)
+    heldout.prompts, heldout.folder = ["a", "b"], tmp_path / "grids"
+    base = {"epoch": 0, "scores": {"jpeg": [1.0, 2.0]}, "images": {"0": "data:image/png;base64,"}}
+    first, other = base | {"prompts": ["a", "b"]}, base | {"scores": {"clip": [1.0, 2.0]}}
+    for frames, kept in (
+        ([first, base | {"epoch": 1}, base | {"epoch": 2}], [0, 1]), ([first, other | {"epoch": 1}], [0]),
+        ([base | {"prompts": ["a", "c"]}, base | {"epoch": 1}], [0]), ([base | {"epoch": 1}], [0]), ([], [0]),
+        ([first, base | {"epoch": 1, "scores": {"jpeg": [1.0]}}], [0]),
+    ):  # fmt: skip
+        heldout.frames = [first]
+        heldout.take_up(frames, 1)
+        assert [frame["epoch"] for frame in heldout.frames] == kept
+        assert run.read_frames(tmp_path) == heldout.frames
+
+
+def test_the_page_has_a_mixtures_scores_in_the_units_of_the_end(tmp_path):
+    heldout = training.Heldout.__new__(training.Heldout)
+    mixture = rewards.Mixture({"hps": None, "jpeg": None}, {"hps": 1.0, "jpeg": 0.5}, normalise=True)
+    mixture.observe({"hps": torch.tensor([0.0, 4.0]), "jpeg": torch.tensor([1.0, 3.0])})  # deviations 2 and 1
+    heldout.config, heldout.setup = SimpleNamespace(reward="hps=1,jpeg=0.5"), SimpleNamespace(reward=mixture)
+    heldout.frames = [{"epoch": n, "scores": {"hps": [1.0, None], "jpeg": [2.0, 3.0]}, "images": {}} for n in (0, 2, 4)]
+    frames = heldout.frames_until([{"epoch": 0}, {"epoch": 3}])
+    assert [frame["epoch"] for frame in frames] == [0, 2]
+    assert frames[1]["scores"] == {"hps=1,jpeg=0.5": [1.5, None], "hps": [1.0, None], "jpeg": [2.0, 3.0]}
+
+
+def test_only_the_first_process_writes_the_page(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(report, "write_training", lambda training: pytest.fail("it wrote"))
+    training._Training(None, None, None, None, {})._write_page(report.RUNNING)
 
 
 # --- the tests themselves ---
