@@ -299,8 +299,8 @@ def _changed_most(
     def row(i: int) -> Row:
         change = float(changes[i])
         kind = direction({"mean": change, "low": change, "high": change}, spread)
-        texts = [minus(f"{value:{form}.3f}") for value, form in ((before[i], ""), (after[i], ""), (change, "+"))]
-        return Row(prompts[i], [Cell(texts[0]), Cell(*texts[1:], kind, strength(change, spread))])
+        was, is_now, by = (minus(f"{value:{form}.3f}") for value, form in ((before[i], ""), (after[i], ""), (change, "+")))
+        return Row(prompts[i], [Cell(was), Cell(is_now, by, kind, strength(change, spread))])
 
     return [
         Table(
