@@ -39,7 +39,6 @@ from .config import (
     default_device,
     option_fields,
     resolve_eval,
-    without_passwords,
 )
 from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
@@ -325,7 +324,7 @@ def describe_trainings(systems: Sequence[System]) -> dict[str, str]:
 
 
 def shortest_command(config: EvalConfig) -> str:
-    """The command of an evaluation, without the options that follow from the others; passwords are left out."""
+    """The command of an evaluation, without the options that follow from the others."""
     given = {item.name: getattr(config, item.name) for item in option_fields(EvalConfig)}
     for name in list(given):
         fewer = {other: value for other, value in given.items() if other != name}
@@ -339,7 +338,7 @@ def shortest_command(config: EvalConfig) -> str:
             words.append(f"--{'' if value else 'no-'}{flag}")
         elif value is not None:
             texts = value if isinstance(value, list | tuple) else [value]
-            words += [word for text in texts for word in (f"--{flag}", without_passwords(str(text)))]
+            words += [word for text in texts for word in (f"--{flag}", str(text))]
     return shlex.join(words)
 
 

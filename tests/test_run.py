@@ -885,6 +885,12 @@ def test_a_long_prompt_takes_two_lines_of_a_grid_and_says_that_it_goes_on():
     assert all(run._font().getlength(line) <= 200 for line in (first, second))
 
 
+def test_the_font_of_grids_has_every_sign_that_they_add():
+    unknown = bytes(run._font().getmask("\uffff"))
+    assert not [sign for sign in "0123456789.-\u2026" if bytes(run._font().getmask(sign)) == unknown]
+    assert bytes(run._font().getmask("\N{MINUS SIGN}")) == unknown  # which is why the scores have a hyphen
+
+
 def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run, "write_grid", lambda *arguments: drawn.append(arguments))
