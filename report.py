@@ -373,7 +373,7 @@ def make_verdicts(systems: Mapping[str, Any]) -> list[Verdict]:
         fell = [other for other in others if direction(summaries[other]["paired"], base[other]["spread"]) == "loss"]
         outcomes = dict(percents(summaries[first]))
         text = (
-            f"{first} {interval(summaries[first]['paired'], '+', decimals(summaries[first]['paired']))}; "
+            f"{first} {interval(summaries[first]['paired'], '+', _digits(systems, first))}; "
             f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
         )
         text = minus(text) + (f"; {' and '.join(fell)} fell" if fell else "")
@@ -385,10 +385,15 @@ def summary(systems: Mapping[str, Any]) -> Table:
     """The systems measure by measure."""
     rows = []
     for measure, base in systems[BASE]["measures"].items():
-        summaries = [system["measures"][measure] for system in systems.values()]
-        digits = max(decimals(part) for summary in summaries for part in (summary, summary.get("paired", summary)))
+        summaries, digits = [system["measures"][measure] for system in systems.values()], _digits(systems, measure)
         rows.append(Row(measure, [_cell(summary, base["spread"], digits) for summary in summaries]))
     return Table("Summary", _labels(systems), rows)
+
+
+def _digits(systems: Mapping[str, Any], measure: str) -> int:
+    """Decimals of a measure: the same for all systems."""
+    summaries = [system["measures"][measure] for system in systems.values()]
+    return max(decimals(part) for summary in summaries for part in (summary, summary.get("paired", summary)))
 
 
 def _cell(summary: Mapping[str, Any], spread: float, digits: int) -> Cell:

@@ -100,11 +100,9 @@ def describe_training(folder: Path) -> str:
     """
     config = files.read_json(folder / "config.json")
     result = read_result(folder) if (folder / RESULT).is_file() else {}
-    about = {"images": result.get("num_images"), "epochs": config.get("num_epochs"), "seed": config.get("seed")}
-    target, algorithm, reward = (config.get(name, "?") for name in ("target", "algorithm", "reward"))
-    return f"{target} trained by {algorithm} on {reward}: " + ", ".join(
-        f"seed {value}" if name == "seed" else f"{value} {name}" for name, value in about.items() if value is not None
-    )
+    target, algorithm, reward, seed = (config.get(name, "?") for name in ("target", "algorithm", "reward", "seed"))
+    images = f"{result['num_images']} images" if result else "not finished"
+    return f"{target} trained by {algorithm} on {reward}, seed {seed}: {images}"
 
 
 def check_room(folder: Path, config: TrainConfig) -> None:

@@ -208,10 +208,10 @@ def test_results_say_how_an_adapter_was_trained_if_its_folder_is_a_trainings(tmp
     assert evaluation.describe_trainings(systems) == {}
     options = {"reward": "hps", "algorithm": "ppo", "target": "both", "seed": 3, "num_epochs": 2}
     (tmp_path / "config.json").write_text(json.dumps(options))
-    assert evaluation.describe_trainings(systems) == {str(tmp_path): "both trained by ppo on hps: 2 epochs, seed 3"}
+    assert evaluation.describe_trainings(systems) == {str(tmp_path): "both trained by ppo on hps, seed 3: not finished"}
     result = {"num_images": 96, "seconds": 1.0, "heldout": {"hps": {"base": 0.0, "tuned": 1.0}}}
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert run.describe_training(tmp_path) == "both trained by ppo on hps: 96 images, 2 epochs, seed 3"
+    assert run.describe_training(tmp_path) == "both trained by ppo on hps, seed 3: 96 images"
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json: not JSON"):
         evaluation.describe_trainings(systems)

@@ -283,7 +283,7 @@ def test_the_verdict_and_the_facts_stand_on_top(visit, evaluation):
     page, results = visit(evaluation[0]), evaluation[1]
     paired = results["systems"]["te"]["measures"]["hps"]["paired"]
     better, _, worse = (share for _, share in report.percents(results["systems"]["te"]["measures"]["hps"]))
-    text = f"hps +{paired['mean']:.2f} [{paired['low']:.2f}, {paired['high']:.2f}]; "
+    text = f"hps +{paired['mean']:.2f} [{paired['low']:.2f}, {paired['high']:.2f}]; "  # two digits of the interval's width
     text += f"{better} % of prompts better, {worse} % worse"
     verdicts = [text.replace("\xa0", " ") for text in page.locator(".verdict").all_text_contents()]
     assert verdicts[0] == f"te at 0.5 against the base model{text}"
