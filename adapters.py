@@ -88,8 +88,6 @@ def find_files(path: Path) -> list[_File]:
         if path.name.startswith("adapter_model.") and config.is_file():
             return [_File(path, None, _read_peft_config(config))]
         return [_File(path)]
-    if not path.is_dir():
-        raise NotFoundError(f"adapter: there is no file or folder {str(path)!r}")
     files = []
     for part, folder in ((None, path), *((part, path / part) for part in PARTS[1:])):
         if (folder / "adapter_config.json").is_file():
@@ -574,8 +572,7 @@ def check_inputs(system: System) -> None:
                 f"adapter: {path!r} holds learned tokens, which are read or not: their weight is 1 or 0, not {weight:g}"
             )
     for path, _ in system.unets:
-        if not locate(path, "unet").exists():
-            raise NotFoundError(f"unet: there is no file or folder {path!r}")
+        locate(path, "unet")
 
 
 def adapter_files(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from . import interrupts
+from . import interrupts, stages
 from .config import (
     SETTINGS,
     EvalConfig,
@@ -28,7 +28,6 @@ from .config import (
     SampleOptions,
     TrainConfig,
     TrainOptions,
-    changed_later_options,
     check_algorithm_options,
     check_target_options,
     option_fields,
@@ -52,7 +51,7 @@ from .errors import (
 from .files import read_json
 from .flags import HELP_ALL, Command, TrainCommand, show_version, with_options
 from .presets import PRESETS
-from .prompt_sets import read_prompts
+from .prompt_sets import TRAINING_SETS, read_prompts
 from .views import EpochView, StageView, evaluation_table, output, progress, results_table, rows_table, show, warn
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
@@ -184,7 +183,9 @@ def train_command(
         show(f"adapter, figures, metrics and report.html are in {settings.output_dir}")
 
 
-def train_settings(given: dict[str, Any], config: Path | None, resume: Path | None) -> TrainConfig:
+def train_settings(
+    given: dict[str, Any], config: Path | None, resume: Path | None, warn: Callable[[str], None] = warn
+) -> TrainConfig:
     """The configuration of a training: what is given, over the run to resume or over a file; says which model it takes.
 
     Raises:
@@ -195,7 +196,11 @@ def train_settings(given: dict[str, Any], config: Path | None, resume: Path | No
     options = merge_options(read_config(config), given)
     if resume:
         options = resumed_options(resume, options)
-    settings = resolve(TrainOptions(**options))
+    asked = TrainOptions(**options)
+    for name in ("prompts", "heldout_prompts", "anchor_prompts"):
+        if options.get(name) and options[name] not in TRAINING_SETS:
+            read_prompts(options[name], name)  # now, since PyTorch takes seconds to load
+    settings = resolve(asked)
     check_algorithm_options(given, settings.algorithm)
     check_target_options(given, settings.target)
     if processes.is_first():
@@ -209,6 +214,8 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no run, and no option to begin one with. InputError: another output folder is given.
     """
+    if given.get("overwrite"):
+        raise InputError("overwrite: begins anew, and --resume goes on; give one of them")
     if Path(given.get("output_dir") or folder) != folder:
         raise InputError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
     if folder.is_file():
@@ -329,46 +336,16 @@ def sample_command(given: dict[str, Any]) -> None:
     texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
     """
     with exit_codes("--batch-size or --resolution"):
-        from . import evaluation, files, models, run, world
-
         config = resolve_sample(SampleOptions(**given))
         warn(f"model: {config.model}")
-        prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
-        files.check_writable(Path(config.output_dir))
-        repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
-        seeds = [config.seed + i for i in range(len(repeated))]
-        with naming_origins(config.origins):
-            num_chunks = evaluation.find_chunks(config, prompts)
-            cut = evaluation.find_cut(config, prompts, num_chunks)
-            if cut.prompts:
-                warn(f"prompt: {cut}")
-            if num_chunks > 1:
-                warn(f"prompt: {models.chunks_note(num_chunks)}")
-            if note := world.foreign_note(config.model, evaluation.plain_texts(config, prompts)):
-                warn(f"prompt: {note}")
-            images = evaluation.sample(config, repeated, seeds)
-        folder = Path(config.output_dir)
-        shown = {
-            "model": config.model, "scale": config.scale, "guidance_scale": config.guidance_scale, "eta": config.eta,
-            "sampler": config.sampler, "num_inference_steps": config.num_inference_steps,
-            "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
-            "negative_prompt": config.negative_prompt or "",
-        }  # fmt: skip
-        shown |= changed_later_options(config)
-        shown |= {"num_chunks": num_chunks} if num_chunks > 1 else {}
-        if steps := next((system.adapter_steps for system in config.systems), None):
-            shown["adapter_steps"] = steps
-        for name, drawn in images.items():
-            labels = [
-                {"system": name, "prompt": prompt, "seed": seed}
-                | ({"prompt_cut_to": f"{cut.num_tokens} tokens"} if prompt in cut.prompts else {})
-                | shown
-                for prompt, seed in zip(repeated, seeds, strict=True)
-            ]
-            paths = files.write_images(folder, drawn, labels)
+        from . import evaluation
+
+        with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
+            images, grid = evaluation.sample_to_folder(config, warn)
+        for name in dict.fromkeys(image.system for image in images):
+            paths = [image.path for image in images if image.system == name]
             show(f"{name}: {paths[0]}" + (f" to {paths[-1].name}" if len(paths) > 1 else ""))
-        run.write_grid(folder / f"grid_{paths[-1].stem}.png", repeated, images)
-        show(f"grid: {folder / f'grid_{paths[-1].stem}.png'}")
+        show(f"grid: {grid}")
 
 
 # --- merge ---
@@ -387,7 +364,7 @@ def merge_command(given: dict[str, Any]) -> None:
 
         config = resolve_merge(MergeOptions(**given))
         warn(f"model: {config.model}")
-        with naming_origins(config.origins):
+        with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
             folder = merging.merge(config)
         if steps := config.settings.get("adapter_steps"):
             warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
@@ -411,7 +388,7 @@ def eval_command(given: dict[str, Any]) -> None:
         from . import evaluation
 
         try:
-            with StageView() as view, naming_origins(config.origins):
+            with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
                 results = evaluation.evaluate(config, view, warn)
         except KeyboardInterrupt:
             warn("what is finished is kept; the same command goes on from there")
@@ -463,7 +440,7 @@ def _about_reward(name: str) -> dict[str, str]:
         if entry.packages
         else "\n".join(HUB[item].repository for item in entry.weights) or "nothing",
         "licence": entry.licence,
-        "here": "yes" if is_here else "for tiny" if "hps" in name else "no",
+        "here": "yes" if is_here else "for tiny" if name == "hps" else "no",
     }
 
 

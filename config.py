@@ -64,7 +64,17 @@ NullPrompt = Literal["adapted", "base"]
 LongPrompt = Literal["refuse", "cut", "chunk"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 NO_REWARD = "none"  # what --reward takes where relabelled images alone teach
-PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number", list: "a list of texts"}
+PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number"}
+
+
+def _as_list(given: Any) -> Any:
+    """A text as a list of one, and a tuple as a list."""
+    return [given] if isinstance(given, str) else list(given) if isinstance(given, tuple) else given
+
+
+# A list; for type checkers a sequence, as a single text is one too.
+Texts = Annotated[Sequence[str], Field(description="a text or a list of texts"), pydantic.BeforeValidator(_as_list)]
+Rewards = Annotated[Sequence[Reward], Field(description="a text or a list of texts"), pydantic.BeforeValidator(_as_list)]
 
 
 # --- passwords ---
@@ -118,12 +128,50 @@ def check_steps(steps: str | None, num_steps: int) -> None:
         )
 
 
+# --- rewards ---
+
+# The names of rewards.CATALOGUE, here as well since a mistyped one must not wait until PyTorch is loaded.
+REWARDS = (
+    "hps", "hps-v2", "imagereward", "pickscore", "aesthetic", "clip", "ocr", "face", "hand", "alignment", "alignment_exact",
+    "jpeg", "incompress",
+)  # fmt: skip
+
+
+def check_reward_names(specs: Iterable[str]) -> None:
+    """Check the names in rewards that consist of names alone.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    for spec in specs:
+        for name in (part.partition("=")[0].strip() for part in spec.split(",")):
+            if (
+                ":" not in spec
+                and re.fullmatch(r"[\w-]+", name)
+                and name not in (*REWARDS, NO_REWARD)
+                and not Path(name).is_file()
+            ):
+                raise unknown_reward(name)
+
+
+def unknown_reward(name: str) -> InputError:
+    return InputError(
+        f"reward: unknown name {name!r}; known are {', '.join(REWARDS)}, path/to/file.py:function and "
+        f"http://...{near(name, REWARDS)}"
+    )
+
+
 # --- validated records ---
 
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def derived(default: Any = MISSING, *, init: Literal[False] = False, **others: Any) -> Any:
+    """A field that follows from the options; `init` says to type checkers and editors that nobody gives it."""
+    return field(**others) if default is MISSING else field(default=default, **others)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, derived))
 def validated(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass that holds its fields to their types and rules.
 
@@ -226,7 +274,7 @@ class TrainConfig:
         "hps",
     )
     normalise_rewards: bool = option("divide each part of a mixture by the running deviation of its scores", False)
-    eval_reward: list[Reward] | None = option(
+    eval_reward: Rewards | None = option(
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
     model: str = option(
@@ -243,6 +291,7 @@ class TrainConfig:
     )
     long_prompt: LongPrompt = option(LONG_PROMPT_HELP, "cut")
     output_dir: str = option("where the adapter, the figures and the metrics go; must be new or empty", "out")
+    overwrite: bool = option("remove the run in the output folder, and begin anew", False)
     preset: Literal["default", "paper", "fast"] = option(
         "default (ppo for Stable Diffusion 1.x to XL, else matching), paper: the published recipe, or fast: matching",
         "default",
@@ -257,7 +306,7 @@ class TrainConfig:
         "text-encoder",
     )
     num_tokens: Count = option("target tokens: how many of them", 8)
-    text_encoders: list[str] | None = option(
+    text_encoders: Texts | None = option(
         "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
     )
     lora_layers: LoraLayers = option(
@@ -265,7 +314,7 @@ class TrainConfig:
         "that the denoiser reads",
         "all",
     )
-    lora_modules: list[str] | None = option(
+    lora_modules: Texts | None = option(
         "projections in these blocks that get LoRA, as q_proj; repeatable (default: those of attention)", None
     )
     adapter_steps: AdapterSteps | None = option(
@@ -276,7 +325,7 @@ class TrainConfig:
     offload_text_encoders: bool = option(
         "keep the text encoders that are not trained off the GPU; they encode each prompt once", False
     )
-    reward_checkpoint: list[str] | None = option(
+    reward_checkpoint: Texts | None = option(
         "NAME=PATH, weights of a scorer; repeatable; PATH alone is for the only scorer, 'hub' its published "
         "weights (default: embedded hps for tiny, else hub)",
         None,
@@ -438,7 +487,9 @@ def resolve(options: Options) -> TrainConfig:
     Raises:
         InputError: options do not fit each other or the device; names them, the rule and the values.
     """
-    device, given = default_device(), given_values(options)
+    given = given_values(options)
+    check_reward_names([given.get("reward", ""), *given.get("eval_reward", ())])
+    device = default_device()
     model = given.get("model", default_model(device))
     preset = preset_for(family(model), given.get("preset", "default"), given.get("algorithm"))
     precision = given.get("mixed_precision", default_precision(model, device))
@@ -704,7 +755,7 @@ class DrawConfig:
         "them (default: the adapter's, else all)",
         None,
     )
-    origins: dict[str, str] = field(default_factory=dict)  # of options that are not given: the file that each comes from
+    origins: dict[str, str] = derived(default_factory=dict)  # of options that are not given: the file that each comes from
 
 
 # Options that came after others: results and metadata name them where they are not these, so that they stay as they were.
@@ -726,17 +777,17 @@ def changed_later_options(config: DrawConfig) -> dict[str, Any]:
 class SampleConfig(DrawConfig):
     """Everything that decides what `texforce sample` draws."""
 
-    adapter: list[str] | None = option(ADAPTER_HELP, None)
+    adapter: Texts | None = option(ADAPTER_HELP, None)
     unet: str | None = option(UNET_HELP, None)
     unet_scale: float = option(UNET_SCALE_HELP, 1.0)
-    prompt: list[str] | None = option("what to draw; repeatable", None)
+    prompt: Texts | None = option("what to draw; repeatable", None)
     prompts: str | None = option(f"{PROMPT_FILES}; or the name of a shipped set", None)
     output_dir: str = option("where the images go; their numbers go on from those already there", "samples")
     num_images: Count = option("images for each prompt", 4)
     seed: Seed = option("of the first image; the next has the next seed", 0)
     scale: float = option("strength of the adapter: 0 is the base model, 1 as trained", 1.0)
     compare: bool = option("also draw the base model's images from the same noise", False)
-    systems: tuple[System, ...] = ()  # drawn besides the base model: one, or none
+    systems: tuple[System, ...] = derived(())  # drawn besides the base model: one, or none
 
 
 SampleOptions = options_of(SampleConfig)
@@ -783,7 +834,7 @@ def resolve_sample(options: Options) -> SampleConfig:
     if not given.get("adapter") and not given.get("unet") and given.get("compare"):
         raise InputError("compare: works only together with --adapter or --unet")
     systems = _with_steps(_one_system(given, scale), given)
-    return SampleConfig(**_drawing(given, systems), systems=systems)
+    return SampleConfig(**_drawing(given, systems) | {"systems": systems})
 
 
 def _with_steps(systems: Sequence[System], given: dict[str, Any]) -> tuple[System, ...]:
@@ -838,13 +889,14 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     """
     if {"resolution", "width", "height"} <= given.keys():
         raise InputError("resolution: has no effect beside --width and --height; leave it out")
-    device, saved, origins = default_device(), dict[str, Any](), dict[str, str]()
+    saved, origins = dict[str, Any](), dict[str, str]()
     for path, settings in sampling_settings(given, systems):
         for name, value in settings.items():
             if name not in given:
                 origins.setdefault(name, str(path))
             if saved.setdefault(name, value) != value and name not in given:
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
+    device = default_device()  # loads PyTorch, so a mistyped path comes before it
     model = given.get("model") or saved.get("model") or default_model(device)
     preset = PRESETS[family(model), "default"]
     usual: dict[str, Any] = {"eta": 1.0, "sampler": preset.get("sampler", "ddim"), "null_prompt": "adapted"}
@@ -908,7 +960,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 class MergeConfig:
     """Everything that decides what `texforce merge` writes."""
 
-    adapter: list[str] | None = option(ADAPTER_HELP, None)
+    adapter: Texts | None = option(ADAPTER_HELP, None)
     unet: str | None = option(UNET_HELP, None)
     unet_scale: float = option(UNET_SCALE_HELP, 1.0)
     model: str = option(MODEL_HELP)
@@ -921,9 +973,9 @@ class MergeConfig:
     drop_adapter_steps: bool = option(
         "write an adapter that was trained for a range of steps (--adapter-steps) as one that is on in all of them", False
     )
-    system: System = System("tuned")  # what is merged
-    settings: dict[str, Any] = field(default_factory=dict)  # how what is written is to be sampled
-    origins: dict[str, str] = field(default_factory=dict)  # as of DrawConfig
+    system: System = derived(System("tuned"))  # what is merged
+    settings: dict[str, Any] = derived(default_factory=dict)  # how what is written is to be sampled
+    origins: dict[str, str] = derived(default_factory=dict)  # as of DrawConfig
 
 
 MergeOptions = options_of(MergeConfig)
@@ -953,7 +1005,7 @@ def resolve_merge(options: Options) -> MergeConfig:
             origins.setdefault("model", str(path))
     model = given.get("model") or settings.get("model") or default_model(default_device())
     settings |= {"model": model}
-    return MergeConfig(**given | {"model": model}, system=systems[0], settings=settings, origins=origins)
+    return MergeConfig(**given | {"model": model, "system": systems[0], "settings": settings, "origins": origins})
 
 
 def _check_carried(adapter_steps: str | None, format: str) -> None:
@@ -978,15 +1030,15 @@ class EvalConfig(DrawConfig):
         "perhaps `category` in each row: .txt, .jsonl, .json, .csv, .tsv, .parquet (default: world for tiny, else "
         "drawbench)"
     )
-    adapter: list[str] | None = option(
+    adapter: Texts | None = option(
         "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together", None
     )
-    unet: list[str] | None = option("[NAME=]PATH[:SCALE], likewise; " + UNET_HELP, None)
-    reward: list[Reward] = option(
+    unet: Texts | None = option("[NAME=]PATH[:SCALE], likewise; " + UNET_HELP, None)
+    reward: Rewards = option(
         "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best "
         "strength (default: hps; for world alignment too)"
     )
-    reward_checkpoint: list[str] | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
+    reward_checkpoint: Texts | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
     reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
     exact_preprocessing: bool = option(
         "resize images for the scorers as their own code does, on 8 bits, for figures beside published ones; else as in "
@@ -1001,9 +1053,10 @@ class EvalConfig(DrawConfig):
     limit: Count | None = option("so many of the prompts, from all over the benchmark", None)
     seed: Seed = option("of the noise; every system gets the same, prompt by prompt", 0)
     output_dir: str = option("where images, results and the report go; an interrupted evaluation there goes on", "eval")
-    systems: tuple[System, ...] = ()  # compared with the base model, by their names
-    strengths: tuple[float, ...] = ()  # to try of every system; none where they are as given
-    measures: tuple[str, ...] = ()  # each as `rewards.load_reward` takes it
+    overwrite: bool = option("remove the evaluation in the output folder, and begin anew", False)
+    systems: tuple[System, ...] = derived(())  # compared with the base model, by their names
+    strengths: tuple[float, ...] = derived(())  # to try of every system; none where they are as given
+    measures: tuple[str, ...] = derived(())  # each as `rewards.load_reward` takes it
 
 
 EvalOptions = options_of(EvalConfig)
@@ -1016,6 +1069,7 @@ def resolve_eval(options: Options) -> EvalConfig:
         InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
     given = given_values(options)
+    check_reward_names(given.get("reward", ()))
     systems = _with_steps(parse_systems(given.get("adapter", ()), given.get("unet", ())), given)
     strengths = parse_strengths(given["strength"]) if "strength" in given else ()
     for system in systems:
@@ -1027,8 +1081,8 @@ def resolve_eval(options: Options) -> EvalConfig:
     benchmark = given.get("benchmark", "world" if values["model"] in EMBEDDED else "drawbench")
     usual = ["hps", "alignment", "alignment_exact"] if benchmark == "world" else ["hps"]
     values |= {"benchmark": benchmark, "reward": given.get("reward") or usual}
-    measures = parse_measures(values["reward"])
-    return EvalConfig(**values, systems=systems, strengths=strengths, measures=measures)
+    values |= {"systems": systems, "strengths": strengths, "measures": parse_measures(values["reward"])}
+    return EvalConfig(**values)
 
 
 def parse_systems(adapters: Sequence[str], unets: Sequence[str]) -> tuple[System, ...]:

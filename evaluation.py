@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from texforce import Policy, __version__
 
-from . import adapters, files, measures, models, report, rewards, run, scorers, world
+from . import adapters, files, measures, models, report, rewards, run, scorers, stages, world
 from .config import (
     BASE,
     LATER_OPTIONS,
@@ -43,11 +43,15 @@ from .config import (
 from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
 from .files import read_json
-from .prompt_sets import Benchmark, read_benchmark
+from .prompt_sets import Benchmark, read_benchmark, read_prompts
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SETTINGS, SCORES = "settings.json", "scores.jsonl"
 BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
 DIVERSITY = "diversity"
+WRITTEN = (SETTINGS, SCORES, "images", "results.json", "results.csv", "report.html")  # all that an evaluation writes
 Progress = Callable[[str, int, int], None]  # the stage, how much of it is done, of how much
 Scores = dict[str, dict[str, np.ndarray]]  # (P, K) by system and measure; of the diversity (P, 1)
 
@@ -67,9 +71,75 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     systems = [*([System(BASE)] if config.compare or not config.systems else []), *config.systems]
     policies = {system.name: make_policy(model, system, config) for system in systems}
     return {
-        name: check_finite(draw(policy, tokenize(policy, prompts), seeds, config.batch_size))
+        name: check_finite(draw(policy, tokenize(policy, prompts), seeds, config.batch_size, f"drawing {name}"))
         for name, policy in policies.items()
     }
+
+
+@dataclass(frozen=True)
+class SampledImage:
+    """An image that `sample_to_folder` wrote."""
+
+    system: str  # base or tuned
+    prompt: str
+    seed: int
+    path: Path
+
+    def open(self) -> Image.Image:
+        """The image, read from its file."""
+        from PIL import Image
+
+        return Image.open(self.path)
+
+
+def sample_to_folder(
+    config: SampleConfig, warn: Callable[[str], None] = lambda message: None
+) -> tuple[list[SampledImage], Path]:
+    """Draw `num_images` of each prompt of a resolved configuration into its folder; returns the images, and the grid's path.
+
+    Raises:
+        NotFoundError, InputError, ArtifactError, DivergedError: as `sample`. OSError: storage.
+    """
+    prompts = [*(config.prompt or ()), *(read_prompts(config.prompts) if config.prompts else ())]
+    folder = Path(config.output_dir)
+    files.check_writable(folder)
+    repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
+    seeds = [config.seed + i for i in range(len(repeated))]
+    num_chunks = find_chunks(config, prompts)
+    cut = find_cut(config, prompts, num_chunks)
+    if cut.prompts:
+        warn(f"prompt: {cut}")
+    if num_chunks > 1:
+        warn(f"prompt: {models.chunks_note(num_chunks)}")
+    if note := world.foreign_note(config.model, plain_texts(config, prompts)):
+        warn(f"prompt: {note}")
+    shown = _shown(config) | ({"num_chunks": num_chunks} if num_chunks > 1 else {})
+    images, written = sample(config, repeated, seeds), list[SampledImage]()
+    for name, drawn in images.items():
+        labels = [
+            {"system": name, "prompt": prompt, "seed": seed}
+            | ({"prompt_cut_to": f"{cut.num_tokens} tokens"} if prompt in cut.prompts else {})
+            | shown
+            for prompt, seed in zip(repeated, seeds, strict=True)
+        ]
+        paths = files.write_images(folder, drawn, labels)
+        written += [SampledImage(name, *item) for item in zip(repeated, seeds, paths, strict=True)]
+    grid = folder / f"grid_{written[-1].path.stem}.png"
+    run.write_grid(grid, repeated, images)
+    return written, grid
+
+
+def _shown(config: SampleConfig) -> dict[str, Any]:
+    """What an image's metadata says of how it was drawn."""
+    steps = next((system.adapter_steps for system in config.systems), None)
+    names = ("model", "scale", "guidance_scale", "eta", "sampler", "num_inference_steps")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
+        "negative_prompt": config.negative_prompt or "",
+        **changed_later_options(config),
+        **({"adapter_steps": steps} if steps else {}),
+    }  # fmt: skip
 
 
 def tokenize(policy: Policy, prompts: Sequence[str]) -> Tensor:
@@ -135,19 +205,24 @@ def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
     """
     models.check_clip_skip(config.model, config.clip_skip)
     num_chunks = find_chunks(config, prompts)
+    stages.report("loading the model")
     model = models.load_model(config.model, default_device(), models.DTYPES[config.mixed_precision])
     return replace(model, num_chunks=num_chunks, clip_skip=config.clip_skip)
 
 
-def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int) -> Tensor:
+def draw(policy: Policy, prompt_ids: Tensor, seeds: Sequence[int], batch_size: int, stage: str = "") -> Tensor:
     """Images (N, 3, H, W) in [0, 1] of N prompts and seeds; each depends on its own prompt and seed alone.
 
-    The ids are (N, L), or (N, T, 2L) with weights.
+    The ids are (N, L), or (N, T, 2L) with weights. Progress is reported under the name `stage`, if it has one.
     """
     images, device = [], policy.model.device
     for start in range(0, len(seeds), batch_size):
+        if stage:
+            stages.report(stage, start, len(seeds))
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start : start + batch_size]]
         images.append(policy.draw(prompt_ids[start : start + batch_size].to(device), generators).cpu())
+    if stage:
+        stages.report(stage, len(seeds), len(seeds))
     return torch.cat(images)
 
 
@@ -248,10 +323,10 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     before, now = LATER_OPTIONS | kept, LATER_OPTIONS | settings
     for name, value in now.items():
         if name != "systems" and before.get(name) != value:
-            old, new = _where_they_differ(before.get(name), value)
+            difference = _difference(name, before.get(name), value)
             raise InputError(
-                f"output_dir: {str(evaluation.folder)!r} holds another evaluation, of {name} {old} and not {new}; choose "
-                "another folder"
+                f"output_dir: {str(evaluation.folder)!r} holds another evaluation: {difference}; choose another folder, or "
+                "give --overwrite"
             )
     with reading(f"{path}: not the settings of an evaluation", InputError):
         systems = dict(kept.get("systems", {}))
@@ -265,12 +340,18 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     return settings
 
 
-def _where_they_differ(old: Any, new: Any) -> tuple[str, str]:
-    """Two values, or the parts of two objects that differ, as text."""
+def _difference(name: str, old: Any, new: Any) -> str:
+    """How a setting in a folder differs from the one that is asked for, in words."""
+    if name == "benchmark" and isinstance(old, dict):
+        if old.get("name") != new["name"]:
+            return f"benchmark {old.get('name')} there, {new['name']} asked for"
+        if old.get("num_prompts") != new["num_prompts"]:
+            return f"benchmark {new['name']}, {old.get('num_prompts')} prompts there, {new['num_prompts']} asked for"
+        return f"benchmark {new['name']}, other prompts there"
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [name for name in new if old.get(name) != new[name]]
-        old, new = ({name: item.get(name) for name in names} for item in (old, new))
-    return json.dumps(old)[:120], json.dumps(new)[:120]
+        changed = next(part for part in new if old.get(part) != new[part])
+        name, old, new = f"{name} of {changed}", old.get(changed), new[changed]
+    return f"{name} {old} there, {new} asked for"
 
 
 def describe(evaluation: Evaluation) -> dict[str, Any]:
@@ -413,6 +494,8 @@ def evaluate(
     if note := world.foreign_note(config.model, plain_texts(config, benchmark.prompts)):
         warn(f"benchmark: {note}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
+        if config.overwrite:
+            files.remove_written(evaluation.folder, WRITTEN)
         settings = write_settings(evaluation)
         draw_missing(evaluation, progress)
         scores = score(evaluation, sources, progress)
@@ -436,6 +519,8 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     config = evaluation.config
     for spec in config.measures:
         rewards.check_reward(spec)
+        if not (evaluation.folder / SCORES).is_file():  # else its scores may be there
+            rewards.check_servers(spec)
     rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
     for system in evaluation.systems:
         adapters.check_inputs(system)

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +93,10 @@ def locate(name: str | Path, option: str) -> Path:
     """
     path = Path(name)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix not in WEIGHT_SUFFIXES
-    if path.exists() or path.parent.exists() or not is_name:
+    if path.exists():
         return path
+    if path.parent.exists() or not is_name:
+        raise NotFoundError(f"{option}: there is no file or folder {str(name)!r}")
     with reading(f"{option}: there is no file or folder {str(name)!r}, and the hub does not give it", NotFoundError):
         return _fetch_weights(str(name))
 
@@ -255,6 +257,22 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 # --- images ---
+
+
+def remove_written(folder: Path, names: Collection[str]) -> None:
+    """Remove what a command wrote into its folder.
+
+    Raises:
+        InputError: there is something else in the folder, or a link; nothing is removed then.
+    """
+    for path in folder.glob("*"):
+        if path.is_symlink() or (path.name not in {*names, LOCK, HOLDER} and path.suffix != TEMPORARY):
+            raise InputError(
+                f"output_dir: {str(path)!r} was not written by texforce; it is not overwritten, so choose another folder or "
+                "move it away"
+            )
+    for path in (folder / name for name in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:

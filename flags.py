@@ -20,8 +20,8 @@ DRAWING = tuple(item.name for item in option_fields(DrawConfig))
 # The options of `train` by subject; the first group is all that `--help` shows.
 TRAIN_GROUPS = {
     "Options": (
-        "reward", "prompts", "model", "preset", "algorithm", "num_epochs", "learning_rate", "seed", "output_dir", "resume",
-        "dry_run", "config",
+        "reward", "prompts", "model", "preset", "algorithm", "num_epochs", "learning_rate", "seed", "output_dir",
+        "overwrite", "resume", "dry_run", "config",
     ),
     "Rewards": ("eval_reward", "normalise_rewards", "reward_checkpoint", "reward_timeout", "trust_reward_code"),
     "Prompts and images": (
@@ -126,7 +126,7 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     parameters = []
     # What a record inherits is shared with other commands, and comes last.
     for item in sorted(option_fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
-        kind = str if typing.get_origin(hints[item.name]) is Literal else hints[item.name]
+        kind = _on_the_command_line(hints[item.name])
         text = item.metadata["help"] + _default_text(item, config_class)
         option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
         parameters.append(
@@ -146,6 +146,12 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *own)}
     return run
+
+
+def _on_the_command_line(kind: Any) -> Any:
+    """A field's type as Typer takes it: choices as texts, which the configuration checks, and sequences as lists."""
+    parts = {typing.get_origin(part) for part in (kind, *typing.get_args(kind))}
+    return str if typing.get_origin(kind) is Literal else list[str] if Sequence in parts else kind
 
 
 def _default_text(item: dataclasses.Field[Any], config_class: type) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from texforce import __version__
 
-from . import adapters, files, ldm, models
+from . import adapters, files, ldm, models, stages
 from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in, named_as_published
 from .config import SETTINGS, MergeConfig
 from .errors import ArtifactError, InputError
@@ -58,6 +58,7 @@ def merge(config: MergeConfig) -> Path:
     # of a U-Net that another one is compared with.
     compared = bool(config.unet) and family.part == "unet"
     hollow = () if config.format in FULL_FORMATS else ("vae",) if compared else (family.part, "vae")
+    stages.report("loading the model")
     model = load_pipeline(config.model, () if config.format == "pipeline" else ACCESSORIES, hollow)
     terms = adapters.read_terms(system.adapters, model)
     whole_unet = False
@@ -78,7 +79,9 @@ def merge(config: MergeConfig) -> Path:
     with files.replacing(output) as folder:
         folder.mkdir()
         merged = Merged(model, adapter, config)
+        stages.report("writing")
         WRITERS[config.format](merged, folder)
+        stages.report("reading it back")
         check_written(merged, folder)
         (folder / "README.md").write_text(model_card(config, adapter))
         baked = ("model", "null_prompt") if config.format in FULL_FORMATS else ()

@@ -18,6 +18,7 @@ import json
 import math
 import queue
 import re
+import socket
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import scorers, world
-from .config import password_of, without_passwords
+from .config import password_of, unknown_reward, without_passwords
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
 from .presets import EMBEDDED
@@ -40,6 +41,7 @@ from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import HUB, describe_source, describe_weights, find_weights, is_fetched
 
 URL = ("http://", "https://")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 TIMEOUT = 600.0  # seconds
 MAX_RESPONSE_BYTES = 2**24
 # The largest request: our server refuses more, and the client splits its images into several requests.
@@ -156,11 +158,7 @@ def check_reward(spec: str) -> None:
         elif ":" in name or Path(name).is_file():
             _check_function(name, "reward")
         elif name not in CATALOGUE:
-            known = ", ".join(CATALOGUE)
-            raise InputError(
-                f"reward: unknown name {name!r}; known are {known}, path/to/file.py:function and "
-                f"http://...{near(name, CATALOGUE)}"
-            )
+            raise unknown_reward(name)
         elif missing := missing_packages(name):
             raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
 
@@ -170,6 +168,28 @@ def _check_function(name: str, option: str) -> None:
         raise InputError(f"{option}: {name!r} is a file; name a function in it, as {name}:function")
     if not Path(path := name.rpartition(":")[0]).is_file():
         raise NotFoundError(f"{option}: there is no file {path!r}; a function of your own is path/to/file.py:function")
+
+
+def check_servers(spec: str) -> None:
+    """Check that the servers of a reward are there, which a model's loading must not come before.
+
+    Raises:
+        RewardError: one cannot be connected to.
+    """
+    from requests.utils import get_environ_proxies
+
+    for url in (name for name in parse_mixture(spec) if name.startswith(URL)):
+        parts = urlsplit(url)
+        is_local = parts.hostname in LOCAL
+        if get_environ_proxies(url) and not is_local:  # it is the proxy that connects
+            continue
+        try:
+            socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), 10).close()
+        except OSError as error:
+            raise RewardError(
+                f"reward: no server answers at {url}: {error.strerror or error}; start it, as by `texforce serve`, or mend "
+                "the address"
+            ) from error
 
 
 def _check_url(url: str) -> None:
@@ -222,16 +242,22 @@ def functions_of(spec: str) -> list[str]:
     return [name for name in parse_mixture(spec) if ":" in name and not name.startswith(URL)]
 
 
-EMBEDDED_CHECKPOINTS: dict[str, str | Path] = {"hps": EMBEDDED_HPS, "hps-v2": EMBEDDED_HPS}  # for the tiny world's images
+EMBEDDED_CHECKPOINTS: dict[str, str | Path] = {"hps": EMBEDDED_HPS}  # for the tiny world's images
 
 
 def checkpoints_for(model: str, items: Sequence[str] | None, specs: Sequence[str]) -> dict[str, str | Path]:
     """The checkpoints by name that `load_reward` takes for a model's images, from NAME=PATH items for the given rewards.
 
     Raises:
-        InputError: as `parse_checkpoints`.
+        InputError: as `parse_checkpoints`, or hps-v2 is to judge the tiny world, for which there is one scorer, hps.
     """
-    return (EMBEDDED_CHECKPOINTS if model in EMBEDDED else {}) | parse_checkpoints(items or (), specs)
+    given = parse_checkpoints(items or (), specs)
+    if model in EMBEDDED and "hps-v2" not in given and any("hps-v2" in parse_mixture(spec) for spec in specs):
+        raise InputError(
+            f"reward: hps-v2 has no scorer for {model}; take hps, or give --reward-checkpoint hps-v2=hub for its published "
+            "weights"
+        )
+    return (EMBEDDED_CHECKPOINTS if model in EMBEDDED else {}) | given
 
 
 def load_reward(
@@ -598,7 +624,7 @@ class Remote:
         place = urlsplit(url).netloc
         if (password := password_of(place)) is not None:
             self.session.auth = (unquote(place.partition("@")[0]), unquote(password))
-        if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
+        if urlsplit(url).hostname in LOCAL:
             self.session.trust_env = False  # a proxy of the environment does not know this machine
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -38,15 +38,24 @@ from .prompt_sets import MEASURED_ON, find_measured
 from .rewards import caption_files, functions_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .rewards import Mixture
 
 RESULT, FRAMES = "result.json", "heldout.jsonl"
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 STATE_FORMAT = 3  # written into checkpoints; a state of another format comes from another version
+# All that a training writes into its folder.
+WRITTEN = (
+    "config.json", "metrics.jsonl", RESULT, "README.md", "curve.png", "report.html", "grids", FRAMES, CHECKPOINTS,
+    "texforce", "learned_embeds.safetensors",
+    "adapter_config.json", "adapter_model.safetensors", "text_encoder_2", "text_encoder_3", "unet",
+)  # fmt: skip
 # Options that a run may go on with though they have changed: none of them decides the adapter.
 FREE_OPTIONS = (
-    "output_dir", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl", "max_reward_drop",
+    "output_dir", "overwrite", "report_to", "checkpoint_every", "checkpoints_to_keep", "reward_timeout", "max_kl",
+    "max_reward_drop",
     "micro_batch", "micro_batch_size", "gradient_checkpointing",  # these change only how sums are rounded
 )  # fmt: skip
 # Options that cannot change in the middle: earlier epochs were measured by them.
@@ -741,7 +750,13 @@ def _draw_mark(draw: Any, place: tuple[float, float], is_right: bool) -> None:
 
 
 def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) -> None:
-    """A PNG of the reward over images, on training prompts and where it was measured, with the base model's as a line.
+    """A PNG of `draw_curve`."""
+    with files.replacing(path) as temporary:
+        draw_curve(epochs, reward).savefig(temporary, dpi=120, format="png")
+
+
+def draw_curve(epochs: Sequence[Mapping[str, Any]], reward: str) -> Figure:
+    """The reward over images, on training prompts and where it was measured, with the base model's as a line.
 
     For the tiny world the share of prompts that are fully right stands below, on a scale of its own.
     """
@@ -767,5 +782,4 @@ def write_curve(path: Path, epochs: Sequence[Mapping[str, Any]], reward: str) ->
     panels[-1].set_xlabel("images")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    return figure

@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = [
+    "ArtifactError", "DivergedError", "EvaluationResult", "InputError", "MergeResult", "NotFoundError", "OutOfMemory",
+    "ProcessLost", "RewardError", "SampleResult", "StorageError", "TexforceError", "TrainResult", "evaluate", "merge",
+    "sample", "train",
+]  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit("texforce.py is the package texforce; run `texforce train --reward hps` or `python -m texforce.cli`")
@@ -30,8 +35,21 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts, stages
+from .api import EvaluationResult, MergeResult, SampleResult, TrainResult, evaluate, merge, sample, train
 from .config import FLOW_SAMPLERS, NO_REWARD, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
-from .errors import DivergedError, InputError, is_out_of_memory, near
+from .errors import (
+    ArtifactError,
+    DivergedError,
+    InputError,
+    NotFoundError,
+    OutOfMemory,
+    ProcessLost,
+    RewardError,
+    StorageError,
+    TexforceError,
+    is_out_of_memory,
+    near,
+)
 from .prompt_sets import read_prompts
 
 if TYPE_CHECKING:

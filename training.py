@@ -72,6 +72,9 @@ class Setup:
 
 def prepare(config: TrainConfig) -> Setup:
     """Load the model and the rewards of a resolved configuration, and put LoRA on the model."""
+    check_rewards(config)
+    for spec in reward_specs(config):
+        rewards.check_servers(spec)
     stages.report("loading the model")
     policy = load_policy(config)  # first: a mistyped folder must not wait for the download of a scorer
     device, specs = default_device(), reward_specs(config)
@@ -102,14 +105,7 @@ def load_policy(config: TrainConfig, may_outline: bool = False) -> Policy:
 
     With `may_outline` the weights of a Stable Diffusion that would have to be fetched are left out.
     """
-    specs = reward_specs(config)
-    for spec in specs:
-        rewards.check_reward(spec)  # a typing error must not wait for a model
-    if config.algorithm == "gradient":
-        rewards.check_gradients(config.reward)
-    if config.relabel:
-        rewards.check_captioner(config.relabel)
-    rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    check_rewards(config)
     dtype, device, num_chunks = models.DTYPES[config.mixed_precision], default_device(), 1
     outline = models.outline_model(config.model, dtype) if may_outline else None
     if config.long_prompt != "cut":
@@ -120,6 +116,22 @@ def load_policy(config: TrainConfig, may_outline: bool = False) -> Policy:
         return make_policy(replace(outline, num_chunks=num_chunks), config)
     model = models.load_model(config.model, device, dtype, text_on_cpu=config.offload_text_encoders)
     return make_policy(replace(model, num_chunks=num_chunks), config)
+
+
+def check_rewards(config: TrainConfig) -> None:
+    """Find what the rewards are called wrongly, which must not wait for a model.
+
+    Raises:
+        NotFoundError, InputError: as `rewards.check_reward`, `check_gradients`, `check_captioner` and `checkpoints_for`.
+    """
+    specs = reward_specs(config)
+    for spec in specs:
+        rewards.check_reward(spec)
+    if config.algorithm == "gradient":
+        rewards.check_gradients(config.reward)
+    if config.relabel:
+        rewards.check_captioner(config.relabel)
+    rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
 
 
 @dataclass(frozen=True)
@@ -227,7 +239,7 @@ def train(
         if opened.snapshot:
             _go_on(current, opened, output_dir)
         if processes.is_first():
-            files.write_json(output_dir / "config.json", asdict(config))
+            files.write_json(output_dir / "config.json", asdict(config) | {"overwrite": False})  # for --config
             for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
                 (output_dir / name).unlink(missing_ok=True)
         heldout = _measure_base(current, setup, prompts, config, force)
@@ -303,7 +315,8 @@ class _Opening:
     def open(self, stack: contextlib.ExitStack) -> _Opened:
         """Lock the folder for as long as a stack is open, and look what is there."""
         config, output_dir = self.config, Path(self.config.output_dir)
-        stack.enter_context(files.locked(output_dir, lambda: run.check_folder(config.output_dir, self.resume)))
+        goes_on = self.resume or config.overwrite
+        stack.enter_context(files.locked(output_dir, lambda: run.check_folder(config.output_dir, goes_on)))
         snapshot, saved = None, None
         if self.resume and run.is_run(output_dir):
             snapshot = self._newest(output_dir)
@@ -318,6 +331,8 @@ class _Opening:
         elif snapshot:
             run.check_lasting(snapshot.state["config"], config)
         self.frames = run.read_frames(output_dir) if snapshot else []
+        if config.overwrite and not self.resume:
+            files.remove_written(output_dir, run.WRITTEN)
         run.check_room(output_dir, config)
         if run.needs_account(config):
             self.track = stack.enter_context(run.tracker(config, output_dir))

@@ -43,7 +43,7 @@ class PipeConsole(Console):
         raise SystemExit(141)
 
 
-output, progress = PipeConsole(), PipeConsole(stderr=True)
+output, progress = PipeConsole(force_jupyter=False), PipeConsole(stderr=True, force_jupyter=False)  # in notebooks lines
 
 
 def printable(text: str) -> str:
@@ -131,7 +131,7 @@ class EpochView:
         lines = [f"reward  {sparkline(rewards)}  {sum(recent) / len(recent):.4f} over the last {len(recent)}"]
         if parts := self.epochs[-1].get("parts"):
             lines.append("  ".join(f"{name} {value:.4f}" for name, value in parts.items()))
-        return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        return [_cut(line) for line in lines]
 
     def measured_table(self) -> list[RenderableType]:
         """What was measured of the base model and last, side by side."""
@@ -139,14 +139,13 @@ class EpochView:
         if not measured:
             return []
         (_, base, _), (epoch, now, name) = measured[0], measured[-1]
-        title = Column(f"{MEASURED_ON[name]}, epoch {epoch}", overflow="ellipsis", no_wrap=True)
-        table = Table(
-            title, *(Column(head, justify="right", min_width=8) for head in ("base", "now", "change")), box=SIMPLE_HEAD
-        )
+        # Only the first column gives way, and its cells, which do not wrap, are cut.
+        columns = [Column(head, justify="right", min_width=8, no_wrap=True) for head in ("base", "now", "change")]
+        table = Table(Column(_cut(f"{MEASURED_ON[name]}, epoch {epoch}")), *columns, box=SIMPLE_HEAD)
         for measure, value in now.items():
             change = value - base.get(measure, value)
             table.add_row(
-                Text(measure), f"{base.get(measure, value):.4f}", f"{value:.4f}", f"{change:+.4f}" if epoch else ""
+                _cut(measure), f"{base.get(measure, value):.4f}", f"{value:.4f}", f"{change:+.4f}" if epoch else ""
             )
         return [table]
 
@@ -165,6 +164,11 @@ class EpochView:
         epoch, seconds = self.epochs[-1]["epoch"], self.epochs[-1]["seconds"] - self.epochs[0]["seconds"]
         done = epoch - self.epochs[0]["epoch"]  # in this process
         return [f"{seconds / done * (self.num_epochs - epoch):.0f} s left"] if done else []
+
+
+def _cut(text: str) -> Text:
+    """A text on one line, which ends in … where there is no room."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 RECENT = 10  # epochs that the mean of the reward is over
@@ -212,9 +216,11 @@ class StageView:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total)
+            for task in self.bars.tasks:  # what has no known end is over when something else begins
+                self.bars.update(task.id, visible=task.total is not None)
+            self.tasks[stage] = self.bars.add_task(stage, total=total or None)
         self.bars.update(self.tasks[stage], completed=done)
-        if done == total and self.bars.disable:
+        if done == total > 0 and self.bars.disable:
             warn(f"{stage}: done")
 
 

@@ -241,6 +241,33 @@ def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, m
     check_failure(run(*arguments), 2, f"did you mean {meant!r}?")
 
 
+@pytest.mark.parametrize("arguments", [
+    ["train", "--num-epochs", "0"], ["train", "--reward", "hsp"], ["train", "--reward", "hps=1,astetic=1"],
+    ["train", "--eval-reward", "hsp"], ["train", "--prompts", "wolrd"], ["train", "--heldout-prompts", "nowhere.txt"],
+    ["train", "--resume", "nowhere"], ["sample", "--prompt", "a", "--adapter", "nowhere"], ["merge", "--unet", "nowhere"],
+    ["merge", "--adapter", "nowhere"], ["eval", "--reward", "hsp"], ["eval", "--adapter", "nowhere"],
+], ids=" ".join)  # fmt: skip
+def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_written(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("texforce.config.default_device", lambda: pytest.fail("PyTorch was asked for"))
+    check_failure(run(*arguments), 2, arguments[-1].partition("=")[0].removeprefix("hps") or "astetic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_name_takes_at_most_a_second_and_loads_nothing_heavy(tmp_path):
+    program = """
+import sys, time
+from texforce.cli import app
+try:
+    app(["sample", "--prompt", "a", "--adapter", "nowhere"])
+except SystemExit as exit:
+    print(exit.code, "torch" in sys.modules, time.process_time())
+"""
+    code, loaded, seconds = python(program).stdout.split()
+    assert (code, loaded) == ("2", "False")
+    assert float(seconds) <= 1
+
+
 def test_the_version_is_shown():
     assert run("--version").stdout.strip() == f"texforce {texforce.__version__}"
 
@@ -1036,7 +1063,9 @@ def test_the_view_fits_the_terminal_whatever_the_rewards_are_called(monkeypatch,
     assert max(map(len, lines)) <= width
     assert len(lines) <= 20
     assert re.match(r"sampling ━+╸? +12/64", lines[-1])
-    assert any(re.search(r"alignment_exact_common +0\.7500 +0\.7500", line) for line in lines)
+    change = r" +\+0\.0000" if last == 3 else ""
+    assert any(re.search(rf"alignment_exact_common +0\.7500 +0\.7500{change} *$", line) for line in lines)
+    assert any(re.search(r"held-out, epoch \d +base +now +change *$", line) for line in lines)
 
 
 def test_what_goes_wrong_is_shown_only_then():

@@ -341,10 +341,39 @@ def test_a_finished_evaluation_takes_further_measures_and_systems(finished, opti
 def test_systems_and_rewards_may_come_in_any_order_into_a_finished_folder(finished, options, adapter, tmp_path):
     shutil.copytree(finished, tmp_path / "eval")
     both = [*options["adapter"], f"half={adapter}:0.5"]
-    for changed in ({"reward": ["hps-v2,hps"], "adapter": both}, {"reward": ["hps,alignment"], "adapter": both}):
+    for changed in ({"reward": ["incompress,hps"], "adapter": both}, {"reward": ["hps,alignment"], "adapter": both}):
         results = run_eval(options | changed, tmp_path / "eval")
         assert list(results["systems"]["half"]["measures"])[-1] == "diversity"
     assert results["systems"]["tuned"]["measures"] == results_of(finished)["systems"]["tuned"]["measures"]
+
+
+@pytest.mark.parametrize(("kept", "asked", "words"), [
+    ({"name": "world", "num_prompts": 24, "sha256": "a"}, {"name": "world", "num_prompts": 256, "sha256": "b"},
+     "benchmark world, 24 prompts there, 256 asked for"),
+    ({"name": "world", "num_prompts": 24}, {"name": "parti", "num_prompts": 24}, "benchmark world there, parti asked for"),
+    ({"name": "mine", "num_prompts": 24, "sha256": "a"}, {"name": "mine", "num_prompts": 24, "sha256": "b"},
+     "benchmark mine, other prompts there"),
+    ({"torch": "2.10", "python": "3"}, {"torch": "2.11", "python": "3"}, "versions of torch 2.10 there, 2.11 asked for"),
+    (0.5, 1.0, "versions 0.5 there, 1.0 asked for"),
+])  # fmt: skip
+def test_how_an_evaluation_differs_is_told_in_words_without_digests(kept, asked, words):
+    name = "benchmark" if isinstance(kept, dict) and "name" in kept else "versions"
+    assert evaluation._difference(name, kept, asked) == words
+
+
+def test_a_finished_evaluation_is_overwritten_only_where_asked_and_with_nothing_of_others(finished, options, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "eval")
+    fewer = options | {"num_images": 1, "reward": ["jpeg"], "adapter": None}
+    with pytest.raises(InputError, match=r"num_images .* there, 1 asked for; choose another folder, or give --overwrite"):
+        run_eval(fewer, folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt' was not written by texforce"):
+        run_eval(fewer | {"overwrite": True}, folder)
+    assert results_of(folder)["num_images"] > 1
+    (folder / "notes.txt").unlink()
+    run_eval(fewer | {"overwrite": True}, folder)
+    assert results_of(folder)["num_images"] == 1
+    assert len(list(folder.rglob("images/*/*.png"))) == results_of(folder)["num_prompts_measured"]
 
 
 def test_the_revision_of_a_hub_model_is_known_before_the_first_image(options, tmp_path, monkeypatch):

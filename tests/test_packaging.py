@@ -174,6 +174,28 @@ def test_the_package_run_as_a_program_says_in_one_line_how_to_run_it():
     assert "texforce train" in line
 
 
+RIGHT = 'texforce.sample(prompt="a", adapter=["out"], sampler="ddim", compare=True, progress=False).images[0].seed + 1'
+PROGRAMS = {
+    RIGHT: "",
+    "texforce.train(reward='hps', num_epochs=3, resume='out').change['hps'] + 0.5": "",
+    "texforce.train(preset='papre')": "arg-type", "texforce.train(lr=1e-4)": "call-arg",
+    "texforce.sample(prompt='a', systems=())": "call-arg", "texforce.merge(format='koyha')": "arg-type",
+    "texforce.evaluate(benchmark='world', adapter='out').measured[0].change + 1": "operator",
+}  # fmt: skip
+
+
+def test_a_type_checker_knows_the_options_of_each_function_and_its_result(site, tmp_path):
+    (tmp_path / "program.py").write_text("\n".join(["import texforce", *PROGRAMS]))
+    options = ["--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "program.py"],
+        cwd=tmp_path, env=os.environ | {"MYPYPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    found = {int(line.split(":")[1]): line for line in done.stdout.splitlines() if ": error: " in line}
+    for row, (program, kind) in enumerate(PROGRAMS.items(), start=2):
+        assert (f"[{kind}]" in found[row]) if kind else row not in found, (program, done.stdout)
+
+
 @pytest.mark.parametrize("where", ["checkout", "wheel"])
 def test_an_editor_finds_the_definition_of_an_imported_name(where, site, editable, tmp_path):
     """Asked of jedi, in a program that uses the package and in one of its modules."""

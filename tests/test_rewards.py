@@ -34,8 +34,9 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import cli, rewards, scorers, weights, world
+from texforce import cli, config, rewards, scorers, weights, world
 from texforce import server as serving
+from texforce.config import TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 
 from .hostile import blank_png
@@ -226,6 +227,31 @@ def test_the_embedded_scorer_is_for_the_tiny_model_only():
     for name in ("hps", "hps-v2"):
         with pytest.raises(FileNotFoundError, match="xswu/HPSv2"):
             rewards.load_reward(f"{name}=1,jpeg=1", checkpoints={})
+
+
+@pytest.mark.parametrize(("items", "found"), [(["hps-v2=hub"], "hub"), (["hps-v2=mine.pt"], "mine.pt")])
+def test_the_tiny_world_has_one_scorer_and_it_has_one_name(items, found):
+    with pytest.raises(InputError, match="reward: hps-v2 has no scorer for tiny; take hps"):
+        rewards.checkpoints_for("tiny", None, ["hps=1,hps-v2=1"])
+    assert rewards.checkpoints_for("tiny", items, ["hps-v2"])["hps-v2"] == found
+    assert "hps-v2" not in rewards.checkpoints_for("some/model", None, ["hps-v2"])
+
+
+def test_a_server_that_is_not_there_is_told_without_the_clients_words_before_the_model_loads(monkeypatch, tmp_path):
+    from texforce import models, training
+
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # no one listens
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}/score"
+        monkeypatch.setattr(models, "load_model", lambda *arguments, **options: pytest.fail("a model was loaded"))
+        with pytest.raises(RewardError) as raised:
+            training.prepare(resolve(TrainOptions(model="tiny", reward=f"jpeg=1,{url}=1", output_dir=str(tmp_path))))
+    assert str(raised.value).startswith(f"reward: no server answers at {url}: Connection refused; start it")
+    rewards.check_servers("jpeg=1,mine.py:f=1")
+
+
+def test_the_names_that_are_checked_before_pytorch_loads_are_those_of_the_catalogue():
+    assert tuple(rewards.CATALOGUE) == config.REWARDS
 
 
 # --- mixtures ---
