@@ -630,7 +630,8 @@ def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
     sampling = f"num_inference_steps={config.num_inference_steps}, guidance_scale={config.guidance_scale:g}"
     sampling += f", eta={config.eta:g}" if scheduler == "DDIMScheduler" else ""
     sampling += f", height={config.resolution}, width={config.resolution}" if config.resolution else ""
-    relies = "It relies on the base text encoder for the null prompt, so only texforce draws what was measured:"
+    relies = "the base text encoder for the null prompt" if config.null_prompt == "base" else ""
+    relies = f"the base text encoder outside of {config.adapter_steps} of the steps" if config.adapter_steps else relies
     return [
         "```python",
         f"from diffusers import {', '.join(filter(None, [scheduler, 'DiffusionPipeline']))}",
@@ -640,7 +641,7 @@ def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
         *loading,
         f'image = pipeline("{prompt}", {sampling}).images[0]',
         "```", "",
-        relies if config.null_prompt == "base" else "or", "", *by_texforce,
+        f"It relies on {relies}, so only texforce draws what was measured:" if relies else "or", "", *by_texforce,
     ]  # fmt: skip
 
 

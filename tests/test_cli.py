@@ -1184,6 +1184,7 @@ def test_the_model_cards_python_draws_the_image_of_the_adapter(trained, monkeypa
     ),
     ({"model": "black-forest-labs/FLUX.1-dev"}, ['from_pretrained("black-forest-labs/FLUX.1-dev")'], ["eta=", "Scheduler"]),
     ({"model": "tiny", "algorithm": "ppo"}, ["license: apache-2.0", "models.TINY", "null prompt"], ["base_model"]),
+    ({"model": "tiny", "adapter_steps": "0-0.5"}, ["outside of 0-0.5 of the steps, so only texforce"], ["null prompt"]),
     ({"model": "tiny-flow"}, ["models.TINY_FLOW"], ["base_model", "eta=", "null prompt"]),
     ({"model": "model.safetensors"}, ["texforce sample"], ["base_model", "```python"]),
     ({"model": "models/mine"}, ['from_pretrained("models/mine")'], ["base_model:"]),
