@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ldm, models
+from . import ldm, models, tokenization
 from .config import MAX_RANK, System, parse_weighted
 from .errors import ArtifactError, InputError, NotFoundError, reading
 from .families import FAMILIES
@@ -501,7 +501,7 @@ def save_tokens(model: Model, folder: Path) -> None:
     """Write a model's learned tokens, if it has any, as a textual inversion for diffusers, A1111 and ComfyUI."""
     from safetensors.torch import save_file
 
-    tokens = {key: models.learned_tokens(getattr(model, part)) for part, key in token_keys(model).items()}
+    tokens = {key: tokenization.learned_tokens(getattr(model, part)) for part, key in token_keys(model).items()}
     tensors = {key: found.learned.detach().cpu().contiguous() for key, found in tokens.items() if found is not None}
     if tensors:
         with replacing(folder / TOKENS) as temporary:
@@ -616,7 +616,7 @@ def put_on(model: Model, system: System) -> Model:
         changed[part] = _with_the_same_weights(getattr(model, part))
     for part, learned in tokens.items():
         words = changed[part].get_input_embeddings()
-        changed[part].set_input_embeddings(models.LearnedTokens(words, learned.to(model.device)).requires_grad_(False))
+        changed[part].set_input_embeddings(tokenization.LearnedTokens(words, learned.to(model.device)).requires_grad_(False))
     return apply(replace(model, **changed), adapter)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce import Policy, __version__
+from texforce import Policy, __version__, tokenization
 
 from . import adapters, files, measures, models, report, rewards, run, scorers, stages, world
 from .config import (
@@ -110,7 +110,7 @@ def sample_to_folder(
     if cut.prompts:
         warn(f"prompt: {cut}")
     if num_chunks > 1:
-        warn(f"prompt: {models.chunks_note(num_chunks)}")
+        warn(f"prompt: {tokenization.chunks_note(num_chunks)}")
     if note := world.foreign_note(config.model, plain_texts(config, prompts)):
         warn(f"prompt: {note}")
     shown = _shown(config) | ({"num_chunks": num_chunks} if num_chunks > 1 else {})
@@ -149,7 +149,7 @@ def tokenize(policy: Policy, prompts: Sequence[str]) -> Tensor:
 
 def plain_texts(config: DrawConfig, prompts: Sequence[str]) -> list[str]:
     """Prompts without weights, if there may be weights; raises InputError for one that cannot be read."""
-    return [models.plain_text(prompt) for prompt in prompts] if config.prompt_weights else list(prompts)
+    return [tokenization.plain_text(prompt) for prompt in prompts] if config.prompt_weights else list(prompts)
 
 
 def make_policy(model: models.Model, system: System, config: DrawConfig) -> Policy:
@@ -157,12 +157,12 @@ def make_policy(model: models.Model, system: System, config: DrawConfig) -> Poli
     return Policy(adapters.put_on(model, system), replace(config, adapter_steps=system.adapter_steps))
 
 
-def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> models.Cut:
+def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> tokenization.Cut:
     """The prompts whose end the text encoder does not read; raises as `find_chunks`."""
     opened = models.open_readers(config.model, num_learned(config))
     readers = [replace(reader, num_chunks=num_chunks) for reader in opened]
     texts = counted_texts(config, prompts)
-    cut = models.find_cut(readers, list(texts.values()))
+    cut = tokenization.find_cut(readers, list(texts.values()))
     return replace(cut, prompts=[prompt for prompt, text in texts.items() if text in cut.prompts])
 
 
@@ -187,8 +187,8 @@ def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, str]:
     """
     asked = [*prompts, *filter(None, [config.negative_prompt])]
     if config.prompt_weights:
-        models.check_weighable(models.open_readers(config.model))
-    return {prompt: models.counted_text(prompt) if config.prompt_weights else prompt for prompt in asked}
+        tokenization.check_weighable(models.open_readers(config.model))
+    return {prompt: tokenization.counted_text(prompt) if config.prompt_weights else prompt for prompt in asked}
 
 
 def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
@@ -490,7 +490,7 @@ def evaluate(
     if cut.prompts:
         warn(f"benchmark: {cut}")
     if num_chunks > 1:
-        warn(f"benchmark: {models.chunks_note(num_chunks)}")
+        warn(f"benchmark: {tokenization.chunks_note(num_chunks)}")
     if note := world.foreign_note(config.model, plain_texts(config, benchmark.prompts)):
         warn(f"benchmark: {note}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):

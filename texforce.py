@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from . import models, processes, rewards, sampler
+    from . import models, processes, rewards, sampler, tokenization
     from .experience import Samples
     from .learner import Learner
 else:
@@ -89,7 +89,8 @@ else:
             delattr(self._module(), attribute)
 
     torch = _Lazy("torch")
-    models, processes, rewards, sampler = (_Lazy(f".{name}") for name in ("models", "processes", "rewards", "sampler"))
+    models, processes, rewards = (_Lazy(f".{name}") for name in ("models", "processes", "rewards"))
+    sampler, tokenization = (_Lazy(f".{name}") for name in ("sampler", "tokenization"))
 
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
@@ -143,7 +144,7 @@ def add_tokens(base: models.Model, config: TrainConfig) -> models.Model:
     for name, encoder in clips.items():
         words = encoder.get_input_embeddings()
         end = words.weight[base.tokenizers[name].eos_token_id]
-        encoder.set_input_embeddings(models.LearnedTokens(words, end.repeat(config.num_tokens, 1)))
+        encoder.set_input_embeddings(tokenization.LearnedTokens(words, end.repeat(config.num_tokens, 1)))
     return replace(base)  # anew, with readers that append the tokens
 
 
@@ -274,7 +275,7 @@ class Policy:
         """Which of the anchors' numbers (A, L, D) the trained text encoders move, as 1 and 0; None if all of them."""
         if self.anchor_ids is None:
             return None
-        trained = [name for name, encoder in self.model.text_encoders.items() if models.is_adapted(encoder)]
+        trained = [name for name, encoder in self.model.text_encoders.items() if tokenization.is_adapted(encoder)]
         with torch.no_grad():
             moved = models.moved_by(self.model, trained, self.anchor_ids)
         return None if moved.all() else moved
@@ -399,7 +400,7 @@ def _adapted_steps(model: models.Model, config: TrainConfig | DrawConfig) -> lis
     Raises:
         InputError: a range of steps is given, and the adapters are the U-Net's alone.
     """
-    adapted = [name for name, part in model.policy_parts.items() if models.is_adapted(part)]
+    adapted = [name for name, part in model.policy_parts.items() if tokenization.is_adapted(part)]
     if config.adapter_steps and adapted == ["unet"]:
         raise InputError("adapter_steps: is of the text encoder's adapter, and this one is the U-Net's")
     return steps_inside(config.adapter_steps if adapted else None, config.num_inference_steps)
@@ -469,7 +470,7 @@ def recompute_activations(policy: Policy) -> None:
     Both do so in training mode only, which may differ by dropout alone: it is off.
     """
     policy.model.denoiser.enable_gradient_checkpointing()
-    trained = [encoder for encoder in policy.model.text_encoders.values() if models.is_adapted(encoder)]
+    trained = [encoder for encoder in policy.model.text_encoders.values() if tokenization.is_adapted(encoder)]
     for encoder in trained:
         network = encoder.get_base_model() if hasattr(encoder, "peft_config") else encoder
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -482,10 +483,10 @@ def recompute_activations(policy: Policy) -> None:
 def offload_text_encoders(model: models.Model) -> None:
     """Keep the text encoders that are not trained off the device; they encode each prompt once."""
     for name, encoder in model.text_encoders.items():
-        if models.is_adapted(encoder):
+        if tokenization.is_adapted(encoder):
             encoder.to(model.device)
         else:
-            model.encode_once[name] = models.EncodeOnce(encoder, model.readers[name])
+            model.encode_once[name] = tokenization.EncodeOnce(encoder, model.readers[name])
 
 
 def trainable_steps(schedule: sampler.Schedule, config: TrainConfig) -> Tensor:

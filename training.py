@@ -30,7 +30,7 @@ from texforce import (
     wants_kl,
 )
 
-from . import files, interrupts, models, processes, report, rewards, run, scorers, single_file, stages, world
+from . import files, interrupts, models, processes, report, rewards, run, scorers, single_file, stages, tokenization, world
 from .config import FLOW_SAMPLERS, NO_REWARD, TrainConfig, TrainOptions, default_device, resolve, without_passwords
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
@@ -158,7 +158,7 @@ def read_run_prompts(config: TrainConfig) -> Prompts:
     return Prompts(*split_prompts(config), anchors)
 
 
-def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> models.Cut:
+def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> tokenization.Cut:
     """Find a prompt that cannot be used before the training, and not in its fortieth epoch; returns those that are cut.
 
     Raises:
@@ -168,7 +168,7 @@ def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> mode
     rewards.check_prompts(reward_specs(config), [*prompts.train, *prompts.heldout])
     if config.relabel:
         rewards.check_captioner(config.relabel, prompts.train)
-    return models.find_cut(list(policy.model.readers.values()), prompts.all)
+    return tokenization.find_cut(list(policy.model.readers.values()), prompts.all)
 
 
 def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def train(
         if cut.prompts:
             warn(f"prompts: {cut}")
         if setup.policy.model.num_chunks > 1:
-            warn(f"prompts: {models.chunks_note(setup.policy.model.num_chunks)}")
+            warn(f"prompts: {tokenization.chunks_note(setup.policy.model.num_chunks)}")
         if note := world.foreign_note(config.model, prompts.all):
             warn(f"prompts: {note}")
         if note := models.distillation_note(setup.policy.model, config.algorithm):
@@ -829,7 +829,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 def _trained_parts(policy: Policy, config: TrainConfig) -> dict[str, str]:
     """Where LoRA is, or which text encoders read learned tokens."""
-    parts = ", ".join(name for name, part in policy.model.policy_parts.items() if models.is_adapted(part))
+    parts = ", ".join(name for name, part in policy.model.policy_parts.items() if tokenization.is_adapted(part))
     if config.target == "tokens":
         return {"learned tokens": f"{config.num_tokens}, read by {parts}"}
     return {"LoRA on": parts + run.lora_places(config)}

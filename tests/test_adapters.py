@@ -22,7 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, files, ldm, merging, models, training
+from texforce import adapters, cli, evaluation, files, ldm, merging, models, tokenization, training
 from texforce.adapters import Layer
 from texforce.config import (
     MergeOptions,
@@ -335,7 +335,7 @@ def save_declared(folder: Path, module: torch.nn.Module, config: dict) -> torch.
 def test_lora_on_some_layers_gives_the_embeddings_of_plain_peft(small, stable_diffusion, tmp_path, kind):
     plain = save_declared(tmp_path, small.text_encoder, DECLARED[kind])
     model = models.load_model(str(stable_diffusion))
-    ids = models.tokenize(model.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(model.tokenizer, PROMPTS)
     with torch.no_grad():
         expected, base = plain(input_ids=ids).last_hidden_state, models.encode(model, ids)
         found = models.encode(load_adapter(model, tmp_path), ids)

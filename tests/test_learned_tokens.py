@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, models, run, training
+from texforce import adapters, cli, evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, System, TrainOptions, resolve, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
@@ -151,7 +151,7 @@ def test_a_prompt_that_leaves_no_room_loses_its_end_and_is_told_as_cut(folders, 
     ids = reader.ids([whole, cut])
     assert torch.equal(ids[0], ids[1])
     assert ids[0, -4:].tolist() == [-2, -3, -4, reader.tokenizer.eos_token_id]
-    found = models.find_cut([reader], [whole, cut])
+    found = tokenization.find_cut([reader], [whole, cut])
     assert (found.prompts, found.num_tokens) == ([cut], room + 2)
     assert reader.ids([cut], negative=True).min() >= 0
     config = resolve(TrainOptions(model=str(folders("sd")), target="tokens"))
@@ -204,7 +204,7 @@ def test_a_folder_or_its_file_alone_is_put_on_a_model(written, tmp_path, name, p
     assert torch.equal(embeddings(tuned), expected)
     assert not any(parameter.requires_grad for parameter in tuned.text_encoder.parameters())
     assert base.readers["text_encoder"].num_learned == 0
-    assert models.learned_tokens(base.text_encoder) is None
+    assert tokenization.learned_tokens(base.text_encoder) is None
     left_out = adapters.put_on(base, System("tuned", ((str(path), 0.0),)))
     assert torch.equal(embeddings(left_out), embeddings(base))
 
@@ -219,7 +219,7 @@ def test_tokens_of_several_files_follow_each_other_and_go_with_lora(folders, wri
     policy.save(tmp_path)
     system = System("tuned", ((str(tokens), 1.0), (str(tmp_path), 1.0), (str(tokens), 1.0)))
     tuned = adapters.put_on(models.load_model(str(folder)), system)
-    assert models.num_learned(tuned.text_encoder) == adapters.num_learned(system) == 6
+    assert tokenization.num_learned(tuned.text_encoder) == adapters.num_learned(system) == 6
     assert hasattr(tuned.text_encoder, "peft_config")
     with models.adapters_disabled(tuned):
         assert torch.equal(embeddings(tuned), embeddings(models.load_model(str(folder))))

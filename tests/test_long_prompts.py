@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, models, run, training
+from texforce import cli, evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, TrainOptions, resolve, resolve_sample
 from texforce.errors import InputError
 
@@ -120,7 +120,7 @@ def test_a_text_encoder_that_is_off_the_device_reads_chunks_alike(sdxl):
     ids = models.tokenize_for(model, [SHORT, LONG])
     expected = models.encode(model, ids)
     for name, encoder in model.text_encoders.items():
-        model.encode_once[name] = models.EncodeOnce(encoder, model.readers[name])
+        model.encode_once[name] = tokenization.EncodeOnce(encoder, model.readers[name])
     torch.testing.assert_close(models.encode(model, ids), expected, rtol=0, atol=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_a_training_reads_all_its_prompts_in_the_chunks_of_the_longest_and_says_
     assert training.plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
     result = training.train(config, warn=messages.append)
     (message,) = messages
-    assert message == "prompts: " + models.chunks_note(3)
+    assert message == "prompts: " + tokenization.chunks_note(3)
     assert (result["long_prompt"], result["num_chunks"], result["num_prompts_cut"]) == ("chunk", 3, 0)
     assert result["max_ratio_deviation"] <= 5e-6
     assert "Prompts were read in 3 chunks (`--long-prompt chunk`)." in (tmp_path / "out" / "README.md").read_text()
@@ -240,7 +240,7 @@ def test_an_adapters_config_decides_how_its_long_prompts_are_drawn(options, tmp_
 def test_sample_says_in_how_many_chunks_it_reads_and_writes_it_into_the_images(tmp_path):
     result = CliRunner().invoke(cli.app, arguments("sample", tmp_path, "--long-prompt", "chunk"))
     assert result.exit_code == 0, result.output
-    assert models.chunks_note(3) in result.output
+    assert tokenization.chunks_note(3) in result.output
     with Image.open(tmp_path / "out" / "00001.png") as image:
         assert (image.text["long_prompt"], image.text["num_chunks"]) == ("chunk", "3")
         assert "prompt_cut_to" not in image.text
@@ -252,7 +252,7 @@ def test_eval_says_it_in_results_and_report_and_goes_on_only_with_the_same(tmp_p
 
     result = evaluated("--long-prompt", "chunk")
     assert result.exit_code == 0, result.output
-    assert models.chunks_note(3) in result.output
+    assert tokenization.chunks_note(3) in result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["long_prompt"], results["num_chunks"], results["prompts_cut"]) == ("chunk", 3, [])
     assert "read in 3 chunks of tokens" in " ".join((tmp_path / "out" / "report.html").read_text().split())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluation, files, ldm, merging, models, training
+from texforce import adapters, cli, evaluation, files, ldm, merging, models, tokenization, training
 from texforce.adapters import Layer
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
@@ -472,7 +472,7 @@ def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
     adapted = get_peft_model(copy.deepcopy(base.loaded.text_encoder), config)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     folder = merge_into(base, tmp_path / "merged", str(tmp_path / "adapter"), format=format)
-    ids = models.tokenize(base.loaded.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(base.loaded.tokenizer, PROMPTS)
     tuned = adapters.load_adapters(models.load_model("tiny"), [str(folder)])
     with torch.no_grad():
         expected = adapted.eval()(input_ids=ids).last_hidden_state

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, sampler
+from texforce import cli, evaluation, merging, models, sampler, tokenization
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import ArtifactError, InputError, NotFoundError
 
@@ -63,7 +63,7 @@ def replace_unet(folder, **changes) -> None:
 
 def test_tokenize_equals_the_tokenizer_with_its_padding(small):
     expected = small.tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="pt").input_ids
-    ids = models.tokenize(small.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(small.tokenizer, PROMPTS)
     assert ids.dtype == torch.int64
     assert torch.equal(ids, expected)
 
@@ -71,18 +71,18 @@ def test_tokenize_equals_the_tokenizer_with_its_padding(small):
 def test_a_prompt_may_fill_the_text_encoder_and_what_exceeds_it_is_cut_and_known(small):
     fits = " ".join(["red"] * 22)  # with start and end, 24
     exceeds = fits + " blue"
-    ids = models.tokenize(small.tokenizer, [fits, exceeds])
+    ids = tokenization.tokenize(small.tokenizer, [fits, exceeds])
     assert ids.shape == (2, 24)
     assert torch.equal(ids[0], ids[1])
-    cut = models.find_cut(list(small.readers.values()), ["a red circle", fits, exceeds, exceeds])
-    assert cut == models.Cut([exceeds], 3, 24)
+    cut = tokenization.find_cut(list(small.readers.values()), ["a red circle", fits, exceeds, exceeds])
+    assert cut == tokenization.Cut([exceeds], 3, 24)
     assert str(cut).startswith("1 of 3 prompts are cut to the 24 tokens that the text encoder reads, as 'red red ")
-    assert models.find_cut(list(small.readers.values()), []).prompts == []
+    assert tokenization.find_cut(list(small.readers.values()), []).prompts == []
 
 
 def test_a_lone_surrogate_is_refused_as_no_text(small):
     with pytest.raises(InputError, match="surrogate"):
-        models.tokenize(small.tokenizer, ["a red circle", "a \ud800 circle"])
+        tokenization.tokenize(small.tokenizer, ["a red circle", "a \ud800 circle"])
 
 
 def shapes_of(vae_levels: int, unet_levels: int, sample_size: int = 64):
@@ -125,7 +125,7 @@ def test_the_loaded_model_is_the_saved_one_frozen_and_in_evaluation(small, pipel
         assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
     assert small.device.type == "cpu"
     assert models.latent_shape(small) == (4, 8, 8)
-    assert torch.equal(models.tokenize(small.tokenizer, PROMPTS), models.tokenize(pipeline.tokenizer, PROMPTS))
+    assert torch.equal(tokenization.tokenize(small.tokenizer, PROMPTS), tokenization.tokenize(pipeline.tokenizer, PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere/model", "~/model"])
@@ -475,8 +475,8 @@ def test_the_length_of_a_prompt_is_that_with_all_vectors(inverted):
     model = models.load_model(str(inverted[0]))
     long = " ".join(["red"] * 20 + [TOKEN])  # 21 tokens before and 23 after, with start and end 25
     whole = long.replace("red ", "", 1)
-    assert models.find_cut(list(model.readers.values()), [long, whole]).prompts == [long]
-    assert models.tokenize(model.tokenizer, [long])[0, -2:].tolist() == [
+    assert tokenization.find_cut(list(model.readers.values()), [long, whole]).prompts == [long]
+    assert tokenization.tokenize(model.tokenizer, [long])[0, -2:].tolist() == [
         model.tokenizer.convert_tokens_to_ids(f"{TOKEN}_1"), model.tokenizer.eos_token_id,
     ]  # fmt: skip
 
@@ -518,7 +518,7 @@ def test_what_is_not_sdxls_base_pipeline_is_refused(copied_xl, tmp_path, kind):
 
 def test_prompts_encoded_once_each_equal_diffusers_embeddings(small, pipeline):
     prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]]
-    ids = models.tokenize(small.tokenizer, prompts)
+    ids = tokenization.tokenize(small.tokenizer, prompts)
     sizes = []
     hook = small.text_encoder.register_forward_pre_hook(
         lambda module, arguments, options: sizes.append(len(options["input_ids"])), with_kwargs=True
@@ -560,7 +560,7 @@ def test_sdxls_embeddings_equal_those_of_the_pipeline(sdxl, zeros):
 def test_disabled_adapters_give_the_base_model_and_come_back(small):
     from peft import LoraConfig, get_peft_model
 
-    ids = models.tokenize(small.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(small.tokenizer, PROMPTS)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     tuned = get_peft_model(copy.deepcopy(small.text_encoder), lora)
     with torch.no_grad():

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import Policy, cli, evaluation, models, scorers
+from texforce import Policy, cli, evaluation, models, scorers, tokenization
 from texforce.config import EvalOptions, SampleConfig, SampleOptions, resolve_eval, resolve_sample
 from texforce.errors import InputError
 from texforce.families import FAMILIES
-from texforce.models import Reader, parse_weights
+from texforce.tokenization import Reader, parse_weights
 
 # The cases in the documentation of A1111's parse_prompt_attention: each text with its weight.
 DOCUMENTED = [
@@ -45,7 +45,7 @@ FURTHER = [  # by its rules
 
 
 def texts_at(prompt: str, share: float = 0.5) -> list[tuple[str, float]]:
-    return list(models._texts_at(parse_weights(prompt), share))
+    return list(tokenization._texts_at(parse_weights(prompt), share))
 
 
 @pytest.mark.parametrize(("prompt", "expected"), DOCUMENTED + FURTHER)
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_refused_with_the_prompt(prompt, words):
 
 @pytest.mark.parametrize("prompt", ["[a:0-1:" + " " * 20_000, "(" * 9 + "a:1" * 2000, "a:" * 5_000, "\\" * 9_001])
 def test_a_long_prompt_takes_no_time(prompt):
-    assert len(models.plain_text(prompt)) >= 4000
+    assert len(tokenization.plain_text(prompt)) >= 4000
 
 
 # --- embeddings ---
@@ -222,10 +222,10 @@ def test_each_step_reads_the_prompts_that_it_has(stable_diffusion):
 def test_families_with_another_text_encoder_than_clip_are_refused(family):
     readers = [Reader(None, part) for part in family.text.values()]
     if all(part.is_clip for part in family.text.values()):
-        models.check_weighable(readers)
+        tokenization.check_weighable(readers)
     else:
         with pytest.raises(InputError, match="prompt_weights: is for CLIP text encoders alone"):
-            models.check_weighable(readers)
+            tokenization.check_weighable(readers)
 
 
 # --- the commands ---

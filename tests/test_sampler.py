@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from texforce import Policy, evaluation, models, sampler
+from texforce import Policy, evaluation, models, sampler, tokenization
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import InputError, expected
 from texforce.models import Conditioning
@@ -343,7 +343,7 @@ def test_a_rollout_with_dpm_solver_equals_diffusers_pipeline(pipeline, predictio
     options = {"num_inference_steps": num_steps, "guidance_scale": 3.0, "output_type": "latent"}
     with torch.no_grad():
         expected = solving(PROMPTS, generator=seeded(7)[0], **options).images
-        ids = models.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
+        ids = tokenization.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
         embeds = pipeline.text_encoder(ids).last_hidden_state
         denoiser = Denoiser(pipeline.unet, dpm_solver_schedule(scheduler, num_steps), 3.0)
         trajectory = sampler.rollout(denoiser, ids[:-1], Conditioning(embeds[:-1], embeds[-1:]), (4, 8, 8), seeded(7)[0])
@@ -450,7 +450,7 @@ def test_rollout_equals_diffusers_pipeline(pipeline, eta, guidance_scale, many_g
             generator=generator(),
             output_type="latent",
         ).images
-        ids = models.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
+        ids = tokenization.tokenize(pipeline.tokenizer, [*PROMPTS, ""])
         embeds = pipeline.text_encoder(ids).last_hidden_state
         denoiser = Denoiser(pipeline.unet, ddim_schedule(pipeline.scheduler, 4, eta), guidance_scale)
         cond = Conditioning(embeds[:-1], embeds[-1:])
@@ -653,7 +653,7 @@ def test_images_depend_on_their_prompt_and_seed_alone_and_equal_the_pipelines(pi
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "eta": 1.0}
     given = {"model": str(stable_diffusion), "prompt": PROMPTS} | options
     policy, larger = (Policy(model, resolve_sample(SampleOptions(**given, resolution=size))) for size in (None, 48))
-    ids = models.tokenize(model.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(model.tokenizer, PROMPTS)
     whole = evaluation.draw(policy, ids, [5, 6, 7], batch_size=3)
     assert whole.shape == (3, 3, 32, 32)
     parted = evaluation.draw(policy, ids.flip(0), [7, 6, 5], batch_size=2)

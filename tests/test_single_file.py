@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, presets, single_file
+from texforce import cli, evaluation, merging, models, presets, single_file, tokenization
 from texforce.config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
@@ -164,7 +164,7 @@ def test_the_tokenizer_is_open_clips(padding):
     tokenizer = single_file.clip_tokenizer(padding)
     prompts = ["a photo of a cat", "Zwölf Boxkämpfer jagen Viktor, it's 12:30", "un-tokenizable: 🐈 字", "", "word " * 90]
     expected = open_clip.tokenize(prompts)
-    ids = models.tokenize(tokenizer, prompts)
+    ids = tokenization.tokenize(tokenizer, prompts)
     end = tokenizer.convert_tokens_to_ids(single_file.END)
     filler = tokenizer.convert_tokens_to_ids(padding)
     for ours, theirs in zip(ids.tolist(), expected.tolist(), strict=True):

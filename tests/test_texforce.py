@@ -24,6 +24,7 @@ from texforce import (
     models,
     rewards,
     sampler,
+    tokenization,
     world,
 )
 from texforce.config import TrainConfig, TrainOptions, resolve, window_end
@@ -156,7 +157,7 @@ def shares(monkeypatch) -> list[Share]:
 
 def test_lora_starts_as_the_base_model(make_rig):
     rig = make_rig(target="both")
-    ids = models.tokenize(rig.policy.model.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(rig.policy.model.tokenizer, PROMPTS)
     with torch.no_grad():
         tuned = rig.policy.conditioning(ids).prompt_embeds
         with rig.policy.base():
@@ -170,7 +171,7 @@ def test_lora_starts_as_the_base_model(make_rig):
 
 def test_the_base_null_prompt_stays_where_it_was(make_rig):
     rig = make_rig(null_prompt="base")
-    ids = models.tokenize(rig.policy.model.tokenizer, PROMPTS)
+    ids = tokenization.tokenize(rig.policy.model.tokenizer, PROMPTS)
     before = rig.policy.conditioning(ids)
     rig.perturb(1e-2)
     after = rig.policy.conditioning(ids)
@@ -310,7 +311,7 @@ def test_the_images_of_a_prompt_lie_side_by_side_with_their_scores(make_rig):
     samples = rig.sample()
     assert samples.prompts == [prompt for prompt in PROMPTS for _ in range(2)]
     assert samples.rewards.tolist() == samples.parts["scorer"].tolist() == [0, 0, 1, 1, 2, 2]
-    ids = models.tokenize(rig.policy.model.tokenizer, samples.prompts)
+    ids = tokenization.tokenize(rig.policy.model.tokenizer, samples.prompts)
     assert torch.equal(samples.trajectory.prompt_ids, ids)
     assert samples.local_indices.tolist() == list(range(6))
 
@@ -572,7 +573,7 @@ def textbook_log_prob(rig: Rig, trajectory: sampler.Trajectory, image: int, k: i
     model, config, scheduler = rig.policy.model, rig.config, rig.policy.model.scheduler
     scheduler.set_timesteps(config.num_inference_steps)
     timestep, latents = scheduler.timesteps[k], trajectory.latents[image, k][None]
-    null_ids = models.tokenize(model.tokenizer, [""])
+    null_ids = tokenization.tokenize(model.tokenizer, [""])
     texts = []
     for ids, is_base in ((null_ids, config.null_prompt == "base"), (trajectory.prompt_ids[image][None], False)):
         with rig.policy.base() if is_base or is_outside(config, k) else nullcontext():
@@ -720,7 +721,7 @@ def textbook_loss(rig: Rig, trajectory: sampler.Trajectory, advantage: float, im
     loss = -torch.min(ratio * advantage, clipped * advantage)
     if config.kl_weight:
         with rig.policy.base(), torch.no_grad():
-            base = transition(models.without_learned(ids, model.tokenizer.pad_token_id))
+            base = transition(tokenization.without_learned(ids, model.tokenizer.pad_token_id))
         loss = loss + config.kl_weight * kl_divergence(distribution, base).mean()
     return loss
 
@@ -912,7 +913,7 @@ def test_the_gradient_of_relabelled_images_equals_that_of_the_textbook_loop(make
     rig.policy.model.text_encoder.double()
     rig.policy.model.unet.double()
     rig.learner().optimizer.zero_grad()
-    captions = models.tokenize(rig.policy.model.tokenizer, [caption or "" for caption in CAPTIONS])
+    captions = tokenization.tokenize(rig.policy.model.tokenizer, [caption or "" for caption in CAPTIONS])
     under_caption = replace(batch, prompt_ids=captions, advantages=torch.full((6,), 0.7))
     noising = shares[0].loss.keywords["noising"]
     for image, draw in itertools.product(range(6), range(3)):
@@ -972,7 +973,7 @@ def test_the_worlds_captions_are_right_of_images_that_are_not_right_for_their_pr
     captions = [samples.captions[i] for i in relabelled]
     assert (samples.rewards[relabelled] < 1).all()
     assert world.alignment(seen[0][relabelled], captions).tolist() == [1.0] * len(captions)
-    ids = models.tokenize(rig.policy.model.tokenizer, captions)
+    ids = tokenization.tokenize(rig.policy.model.tokenizer, captions)
     assert torch.equal(samples.caption_ids[relabelled], ids)
 
 
@@ -991,7 +992,7 @@ def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift
         statistics = texforce.gather_gradients(rig.policy, share, rig.learner(), rig.config)
         gradients[weight] = gradient_of(rig.policy.parameters)
     rig.learner().optimizer.zero_grad()
-    null_ids = models.tokenize(rig.policy.model.tokenizer, [""])
+    null_ids = tokenization.tokenize(rig.policy.model.tokenizer, [""])
     base = rig.policy.base_embeds(null_ids)[0]
     drift = (rig.policy.model.text_encoder(input_ids=null_ids).last_hidden_state[0] - base).square().mean()
     drift.backward()
@@ -1044,7 +1045,7 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
     scheduler, scores = model.scheduler, []
     scheduler.set_timesteps(config.num_inference_steps)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    null_ids = models.tokenize(model.tokenizer, [""])
+    null_ids = tokenization.tokenize(model.tokenizer, [""])
     for image, prompt_ids in enumerate(share.batch.prompt_ids):
         noises = share.batch.noise[image].double()
         latents = noises[:1]
