@@ -298,7 +298,7 @@ def test_the_verdict_and_the_facts_stand_on_top(visit, evaluation):
 
 def test_the_summary_has_a_row_for_each_measure_and_a_column_for_each_system(visit, evaluation):
     page, results = visit(evaluation[0]), evaluation[1]
-    assert page.locator("thead th").all_text_contents() == ["measure", "base", "te at 0.5", "both"]
+    assert page.locator("thead th").all_text_contents() == ["", "base", "te at 0.5", "both"]
     assert page.locator("tbody th").all_text_contents() == ["hps", "clip"]
     cell = page.locator("tbody tr").nth(0).locator("td").nth(2)
     shares = report.percents(results["systems"]["both"]["measures"]["hps"])
