@@ -24,32 +24,35 @@ def main() -> None:
     options = parser.parse_args()
 
     training, evaluation = options.work_dir / "out", options.work_dir / "eval"
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (options.output_dir, options.work_dir):
+        folder.mkdir(parents=True, exist_ok=True)
     given = ["--num-epochs", options.num_epochs] if options.num_epochs else []
-    texforce("train", "--model", "tiny", "--reward", "hps", *given, "--resume", str(training))
+    texforce(options.work_dir, "train", "--model", "tiny", "--reward", "hps", *given, "--resume", "out")
     limit = ["--limit", options.limit] if options.limit else []
-    texforce("eval", "--adapter", str(training), *limit, "--output-dir", str(evaluation))
+    texforce(options.work_dir, "eval", "--adapter", "out", *limit)
     shutil.copy(max((training / "grids").glob("*.png")), options.output_dir / "grid.png")
     shutil.copy(training / "curve.png", options.output_dir / "curve.png")
     take_picture(evaluation / "report.html", options.output_dir / "report.png")
 
 
-def texforce(*arguments: str) -> None:
-    """Run a command of texforce."""
-    subprocess.run([sys.executable, "-m", "texforce.cli", *arguments], check=True)  # noqa: S603 - our own arguments
+def texforce(folder: Path, *arguments: str) -> None:
+    """Run a command of texforce in a folder, so that the page names no path of this machine."""
+    command = [sys.executable, "-m", "texforce.cli", *arguments]
+    subprocess.run(command, cwd=folder, check=True)  # noqa: S603 - our own arguments
 
 
 def take_picture(page: Path, path: Path) -> None:
-    """Write a PNG of the top of a page as a desktop's browser shows it, down to the first prompts."""
+    """Write a PNG of the top of a page as a desktop's browser shows it, down to the first row of prompts."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        view = browser.new_page(viewport={"width": 1100, "height": 1700})
+        view = browser.new_page(viewport={"width": 1100, "height": 2400})  # so that the first prompts' images are loaded
         view.goto(page.absolute().as_uri())
         view.locator(".card img").first.wait_for()
         view.wait_for_timeout(500)  # until the images are decoded
-        view.screenshot(path=path)
+        end = max(card.bounding_box()["y"] + card.bounding_box()["height"] for card in view.locator(".card").all()[:3])
+        view.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1100, "height": end + 12})
         browser.close()
 
 

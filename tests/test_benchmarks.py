@@ -70,10 +70,10 @@ def test_every_benchmark_is_imported_and_parses_its_arguments(scripts, monkeypat
 def test_readmes_pictures_are_the_last_grid_the_curve_and_the_page_of_one_run(scripts, monkeypatch, tmp_path):
     script, commands, pages = scripts("readme_figures"), [], []
 
-    def pretend(*arguments):
+    def pretend(folder, *arguments):
         commands.append(arguments[0])
         if arguments[0] == "train":
-            grids = Path(arguments[-1], "grids")
+            grids = folder / arguments[-1] / "grids"
             grids.mkdir(parents=True)
             for epoch in (32, 64):
                 (grids / f"epoch_{epoch:04d}.png").write_text(f"grid {epoch}")
