@@ -228,6 +228,7 @@ class EvaluationResult:
 
     def plot(self) -> Figure:
         """The change of each measure against the base model, with its 95 % interval: a matplotlib figure."""
+        import numpy as np
         from matplotlib.figure import Figure
 
         changed = [item for item in self.measured if item.change is not None]
@@ -240,8 +241,11 @@ class EvaluationResult:
             axes.set_title(name, loc="left", fontsize="medium")
             axes.axvline(0, color="grey", linewidth=1)
             for item in (item for item in changed if item.measure == name):
-                axes.plot([item.change_low, item.change_high], [item.system] * 2, color="tab:blue")
-                axes.plot([item.change], [item.system], "o", color="tab:blue")
+                low, change, high = (
+                    np.nan if end is None else end for end in (item.change_low, item.change, item.change_high)
+                )
+                axes.plot([low, high], [item.system] * 2, color="tab:blue")
+                axes.plot([change], [item.system], "o", color="tab:blue")
         return _shown(figure)
 
     def to_pandas(self) -> DataFrame:
