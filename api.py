@@ -151,9 +151,9 @@ class TrainResult:
 
     def plot(self) -> Figure:
         """The reward over the images that were trained on, as in curve.png: a matplotlib figure."""
-        from .run import draw_curve
+        from .run import draw_curve, main_measure
 
-        return _shown(draw_curve(self.epochs, self.config.reward))
+        return _shown(draw_curve(self.epochs, main_measure(self.config)))
 
     def to_pandas(self) -> DataFrame:
         """A row for each epoch; a measure of held-out images is in the column `heldout.NAME`."""
