@@ -1,4 +1,4 @@
-"""Runs that are killed, terminated, or run out of disk, in processes of their own; slow, so `make check` and CI run them.
+"""Runs that are killed, terminated, or run out of disk, in processes of their own; slow, so `make check` runs them.
 
 `TEXFORCE_KILLS` says how many SIGKILLs, SIGTERMs and file size limits at random there are (5 of each),
 `TEXFORCE_PROMPT_FILES` how many prompt files (1,000).
