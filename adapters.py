@@ -525,7 +525,7 @@ def read_tokens(paths: Sequence[str], model: Model) -> dict[str, Tensor]:
         for part, key in keys.items():
             found[part].append(tensors[key].float())
     tokens, most = {part: torch.cat(tensors) for part, tensors in found.items()}, models.most_learned(model)
-    if (number := max(map(len, tokens.values()), default=0)) > most:
+    if tokens and (number := max(map(len, tokens.values()))) > most:
         raise InputError(f"adapter: {number} learned tokens leave no room for prompts; {model.name!r} reads at most {most}")
     return tokens
 

@@ -37,6 +37,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 brightness.with_gradients = True
+BRIGHTNESS = "benchmarks/algorithms.py:brightness"
 
 
 def configure(algorithm: str, options: argparse.Namespace) -> TrainConfig:
@@ -52,7 +53,7 @@ def configure(algorithm: str, options: argparse.Namespace) -> TrainConfig:
     changes = ("resolution", "sample_batch_size", "micro_batch_size", "mixed_precision", "gradient_checkpointing", "compile")
     given = TrainOptions(
         **named,
-        reward="hps" if options.model == "tiny" else "brightness",
+        reward="hps" if options.model == "tiny" else BRIGHTNESS,
         num_prompts_per_epoch=num_images // num_samples_per_prompt,
         num_samples_per_prompt=num_samples_per_prompt,
         num_inference_steps=num_steps,
@@ -64,8 +65,8 @@ def configure(algorithm: str, options: argparse.Namespace) -> TrainConfig:
 
 def begin(config: TrainConfig, options: argparse.Namespace) -> Run:
     """A run before its first epoch, with the bench's networks."""
-    if config.reward == "brightness":
-        reward = rewards.Mixture({"brightness": brightness}, {"brightness": 1.0})
+    if config.reward == BRIGHTNESS:
+        reward = rewards.Mixture({BRIGHTNESS: brightness}, {BRIGHTNESS: 1.0})
     else:
         reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED_CHECKPOINTS)
     policy = bench.make_policy(options.model, options.device, config)

@@ -56,6 +56,8 @@ NO_LEARNING = 1e-30  # a learning rate that leaves the policy as it is, so that 
 class KeptImages:
     """A reward that costs nothing and keeps the images that it is given."""
 
+    captioner = None
+
     def __init__(self) -> None:
         self.images: list[Tensor] = []
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import contextlib
@@ -55,6 +56,7 @@ def lines(text: str) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
     notebook = json.loads(NOTEBOOK.read_text())
     outputs = list(run(notebook))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

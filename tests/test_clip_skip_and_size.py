@@ -82,7 +82,8 @@ def test_the_side_that_is_not_given_is_the_resolution_or_the_models_own(stable_d
 def test_a_grid_keeps_the_shape_of_images_that_are_not_square(tmp_path):
     run.write_grid(tmp_path / "grid.png", ["wide", "high"], {"base": [torch.zeros(3, 16, 32), torch.zeros(3, 32, 16)]})
     with Image.open(tmp_path / "grid.png") as grid:
-        cells = [grid.convert("L").crop((x, 36, x + 130, 36 + 128)) for x in (10, 158)]  # below the prompts
+        top = 2 * run.LINE + 12  # below the systems' names and the prompts
+        cells = [grid.convert("L").crop((x, top, x + 130, top + 128)) for x in (12, 12 + run.CELL + run.GAP + 12)]
     drawn = [cell.point(lambda value: 255 * (value == 0)).getbbox() for cell in cells]
     assert drawn == [(0, 0, 128, 64), (0, 0, 64, 128)]
 
@@ -134,7 +135,11 @@ def test_eval_writes_them_into_the_results_and_goes_on_only_with_the_same(tmp_pa
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["clip_skip"], results["width"], results["negative_prompt"]) == (1, 48, "blurry")
-    changes = ((ALL[:-2], "--negative-prompt"), (ALL[:4] + ALL[6:], "--clip-skip 1 and not 0"), (ALL[:2] + ALL[4:], "48"))
+    changes = (
+        (ALL[:-2], "--negative-prompt"),
+        (ALL[:4] + ALL[6:], "--clip-skip 1 there, 0 asked for"),
+        (ALL[:2] + ALL[4:], "48"),
+    )
     for other, said in changes:
         result = CliRunner().invoke(cli.app, [*command, *other])
         assert result.exit_code == 2

@@ -929,4 +929,4 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     assert (tmp_path / "eval" / "results.json").is_file()
     result = CliRunner().invoke(cli.app, [*evaluation, "--negative-prompt", "blurry"])
     assert result.exit_code == 2
-    assert '--negative-prompt null and not "blurry"' in result.output.replace("\n", " ")
+    assert "--negative-prompt None there, blurry asked for" in result.output.replace("\n", " ")

@@ -192,7 +192,8 @@ def test_a_training_reads_all_its_prompts_in_the_chunks_of_the_longest_and_says_
     messages, config = [], resolve(TrainOptions(**options))
     assert training.plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
     result = training.train(config, warn=messages.append)
-    (message,) = messages
+    message, foreign = messages
+    assert "only coloured shapes" in foreign
     assert message == "prompts: " + tokenization.chunks_note(3)
     assert (result["long_prompt"], result["num_chunks"], result["num_prompts_cut"]) == ("chunk", 3, 0)
     assert result["max_ratio_deviation"] <= 5e-6
@@ -259,7 +260,7 @@ def test_eval_says_it_in_results_and_report_and_goes_on_only_with_the_same(tmp_p
     for options, new in (((), "cut"), (("--long-prompt", "cut"), "cut")):
         result = evaluated(*options)
         assert result.exit_code == 2
-        assert f'holds another evaluation, of --long-prompt "chunk" and not "{new}"' in " ".join(result.output.split())
+        assert f"holds another evaluation: --long-prompt chunk there, {new} asked for" in " ".join(result.output.split())
 
 
 def test_without_the_option_images_and_results_hold_nothing_new(tmp_path):

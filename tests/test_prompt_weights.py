@@ -45,7 +45,7 @@ FURTHER = [  # by its rules
 
 
 def texts_at(prompt: str, share: float = 0.5) -> list[tuple[str, float]]:
-    return list(tokenization._texts_at(parse_weights(prompt), share))
+    return list(tokenization.texts_at(parse_weights(prompt), share))
 
 
 @pytest.mark.parametrize(("prompt", "expected"), DOCUMENTED + FURTHER)
@@ -320,11 +320,11 @@ def test_eval_draws_with_weights_scores_the_text_without_them_and_refuses_a_fold
     assert [row["prompt"] for row in results["prompts"]] == prompts
     assert results["prompt_weights"] is True
     assert json.loads((tmp_path / "eval" / "settings.json").read_text())["prompt_weights"] is True
-    with pytest.raises(InputError, match="another evaluation, of prompt_weights true and not false"):
+    with pytest.raises(InputError, match="another evaluation: prompt_weights True there, False asked for"):
         evaluation.evaluate(resolve_eval(EvalOptions(**options)))
     shutil.rmtree(tmp_path / "eval")
     assert "prompt_weights" not in evaluation.evaluate(resolve_eval(EvalOptions(**options)))
-    with pytest.raises(InputError, match="another evaluation, of prompt_weights false and not true"):
+    with pytest.raises(InputError, match="another evaluation: prompt_weights False there, True asked for"):
         evaluation.evaluate(resolve_eval(EvalOptions(**options, prompt_weights=True)))
 
 

@@ -38,7 +38,7 @@ def checkpoint(request, tmp_path_factory):
         base = small_models.save_stable_diffusion(root / "base", int(request.param))
     pipeline = merging.load_pipeline(str(base))
     layers = {"text_encoder": small_models.random_layers(pipeline.text_encoder, 1)}
-    options = {"model": str(base), "output_dir": str(root / "lora"), "format": "peft", "adapter": ["none"]}
+    options = {"model": str(base), "output_dir": str(root / "lora"), "format": "peft", "adapter": [str(base)]}
     (root / "lora").mkdir()
     merging.write_peft(merging.Merged(pipeline, layers, resolve_merge(MergeOptions(**options))), root / "lora")
     folders = {}
