@@ -444,6 +444,7 @@ def hub(monkeypatch, tmp_path):
     return tmp_path / "hub", asked
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_unet_may_be_names_on_the_hub(runs, hub):
     folder, asked = hub
     shutil.copytree(runs / "text-encoder", folder / "me" / "adapter")

@@ -142,6 +142,7 @@ except SystemExit as exit:
     assert float(seconds) <= 3  # of computing, which other processes do not disturb
 
 
+@pytest.mark.slow
 def test_the_package_is_whole_though_torch_is_imported_before_it():
     loaded_late = "sampler.Schedule, texforce.ppo_loss(*torch.rand(3, 2), 0.1)"
     result = python(f"import torch, texforce; from texforce import sampler; {loaded_late}")
@@ -168,6 +169,7 @@ cli.app({["train", *flags(hanging)]})
     return python(program), folder
 
 
+@pytest.mark.slow
 def test_the_package_is_whole_though_diffusers_is_imported_before_what_it_loads_late(fresh_process):
     assert "the package is whole" in fresh_process[0].stdout, fresh_process[0].stderr
 
@@ -1512,6 +1514,7 @@ def test_a_training_prompt_cannot_drive_the_terminal(small_run, tmp_path):
     assert {dropped["prompt"] for dropped in metrics["dropped"]} == set(prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["matching", "gradient"])
 def test_an_adapter_trained_with_dpm_solver_is_reproducible_and_sampled_with_it(shared_run, tmp_path, algorithm):
     own = ("eta", "clip_range", "timestep_window", "timestep_fraction")

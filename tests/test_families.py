@@ -505,6 +505,7 @@ def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_
     assert (ours - theirs).norm() / theirs.norm() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [
     ("sd3", {"algorithm": "ppo", "sampler": "euler", "timestep_window": 0.5}),
     ("flux", {"offload_text_encoders": True, "gradient_checkpointing": True}),

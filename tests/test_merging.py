@@ -233,6 +233,7 @@ def test_diffusers_keys_hold_the_level_that_comfyui_looks_for(bases, pairs, tmp_
     assert keys == {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
 
 
+@pytest.mark.slow
 def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_path):
     """ComfyUI, comfy/lora.py: `lora_te_text_model_encoder_layers_{}_{}`, XL `lora_te1_...` and `lora_te2_...`, each with
     `.lora_up.weight`, `.lora_down.weight` and `.alpha`. AUTOMATIC1111, extensions-builtin/Lora/networks.py: the same for
@@ -307,6 +308,7 @@ def test_the_published_models_have_their_names(width, base, architecture):
     assert merging.architecture_of(models) == (base, architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_locon_of_all_layers_makes_the_round_trip(bases, tmp_path, name):
     """kohya's with convolutions, ff, proj_in and proj_out, in half precision, alphas included."""

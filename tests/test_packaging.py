@@ -113,6 +113,7 @@ def test_the_installed_command_shows_its_help_outside_the_checkout(site, command
     assert "train" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_sdist_builds_the_same_wheel(wheel, tmp_path):
     sdist = build("sdist", tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
@@ -148,6 +149,7 @@ def run_in(folder: Path, code: str, path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_an_editable_install_serves_the_live_files_of_its_checkout(editable, tmp_path):
     code = "import texforce, texforce.rewards; print(*texforce.__path__, texforce.rewards.__file__, sep='\\n')"
     checkout = editable.parent
@@ -160,6 +162,7 @@ def test_an_editable_install_makes_nothing_but_texforce_importable(editable, tmp
     assert run_in(tmp_path, code, editable) == ["[]"]
 
 
+@pytest.mark.slow
 def test_modules_import_from_the_checkout_without_an_install():
     code = "import texforce, texforce.rewards; print(*texforce.__path__, texforce.rewards.__file__, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

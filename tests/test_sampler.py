@@ -601,6 +601,7 @@ def test_ratio_is_one_when_log_probs_are_recomputed_in_other_batches(keep_null_o
     assert worst <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_equals_the_plain_one(monkeypatch):
     """A small module through inductor: the U-Net of diffusers takes it over 100 s on two cores (see the next test)."""
     from torch._inductor import config
@@ -611,6 +612,7 @@ def test_a_compiled_unet_equals_the_plain_one(monkeypatch):
     check_compiled(denoiser)
 
 
+@pytest.mark.slow
 def test_the_real_unet_is_one_graph_without_breaks(monkeypatch):
     """Traced whole and then run as it is: inductor's code generation is too slow for a test."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))

@@ -478,6 +478,7 @@ def test_the_right_text_scores_high_and_a_wrong_one_low(ocr, right, wrong, size)
     assert low < 0.4
 
 
+@pytest.mark.slow
 def test_sentences_of_the_set_text_score_higher_with_their_own_text_than_with_anothers(ocr):
     prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP", "PLUM")]
     assert len(prompts) == 3

@@ -226,12 +226,14 @@ def test_a_trained_adapter_draws_the_same_images_everywhere(sdxl, trained, tmp_p
         torch.testing.assert_close(draw_plainly(pipeline, 3.0), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_encoders_and_unet_are_trained_together(sdxl, small_run, tmp_path):
     run_training(sdxl, tmp_path / "run", small_run, target="both", learning_rate=1e-2)
     check_changed(tmp_path / "run", (*TEXT_ENCODERS, "unet"))
     check_loads_plainly(sdxl, tmp_path / "run", (*TEXT_ENCODERS, "unet"), 3.0, 4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_to_the_same_adapter(sdxl, trained, shared_run, tmp_path):
     """Not every layer has a gradient: nothing reads the first text encoder's last one."""
     options = {"model": str(sdxl), "output_dir": str(tmp_path / "run"), "num_epochs": 2, "learning_rate": 3e-2}
@@ -268,6 +270,7 @@ def turbo_models(stable_diffusion, sdxl, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps"), [("sd", 1), ("sdxl", 2), ("sdxl", None)])
 def test_turbo_models_are_trained_at_few_steps_without_guidance(turbo_models, small_run, tmp_path, kind, steps):
     options = {"guidance_scale": None, "num_inference_steps": steps, "learning_rate": 3e-2, "num_updates_per_epoch": 1}

@@ -180,6 +180,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", PARAMETERS)
 def test_the_configurations_are_those_of_the_published_architectures(width, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -71,6 +71,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, init) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_gets_the_numbers_of_every_epoch(small_run, tmp_path, monkeypatch, name):

@@ -537,6 +537,7 @@ def test_a_pipeline_of_stable_diffusions_shape_trains(
 # --- learning ---
 
 
+@pytest.mark.slow
 def test_the_training_reward_rises_on_a_reward_of_ones_own(small_run, tmp_path):
     """A circle without a colour in the prompt can become bluer; here the tiny model's trained U-Net draws it.
 
@@ -600,6 +601,7 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
 # --- text in the image ---
 
 
+@pytest.mark.slow
 def test_rendered_texts_train_by_what_is_read_through_the_whole_loop(train_small, tmp_path, monkeypatch):
     """The images of one sign of their latents show the one prompt's text, the others the other prompt's."""
     prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP")]
