@@ -24,7 +24,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "layers-last-1": {"lora_layers": "last:1"},
     "layers-first-1": {"lora_layers": "first:1"},
     "steps-first-half": {"adapter_steps": "0-0.5"},
-    "steps-last-half": {"adapter_steps": "0.5-1"},
+    "steps-last-half": {"adapter_steps": "0.5-1", "noise_window": 1.0},  # else most of their noise is not trained
     "tokens": {"target": "tokens", "num_tokens": 4},
     "relabel": {"relabel": "world"},
     "relabel-alone": {"relabel": "world", "reward": "none", "eval_reward": ["hps"]},
