@@ -64,6 +64,7 @@ NullPrompt = Literal["adapted", "base"]
 LongPrompt = Literal["refuse", "cut", "chunk"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
 NO_REWARD = "none"  # what --reward takes where relabelled images alone teach
+WORLD = "world"  # what --relabel takes for the tiny world's own captions
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
@@ -152,6 +153,12 @@ def check_reward_names(specs: Iterable[str]) -> None:
                 and not Path(name).is_file()
             ):
                 raise unknown_reward(name)
+
+
+def check_captioner_name(spec: str | None) -> None:
+    """Raise InputError for what `--relabel` takes neither as `world` nor as a file and its function."""
+    if spec and spec != WORLD and ":" not in spec and not Path(spec).is_file():
+        raise InputError(f"relabel: must be world or path/to/file.py:function, not {spec!r}{near(spec, [WORLD])}")
 
 
 def unknown_reward(name: str) -> InputError:
@@ -489,6 +496,7 @@ def resolve(options: Options) -> TrainConfig:
     """
     given = given_values(options)
     check_reward_names([given.get("reward", ""), *given.get("eval_reward", ())])
+    check_captioner_name(given.get("relabel"))
     device = default_device()
     model = given.get("model", default_model(device))
     preset = preset_for(family(model), given.get("preset", "default"), given.get("algorithm"))

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import scorers, world
-from .config import password_of, unknown_reward, without_passwords
+from .config import WORLD, check_captioner_name, password_of, unknown_reward, without_passwords
 from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
 from .presets import EMBEDDED
@@ -556,7 +556,6 @@ def _load_function(spec: str, option: str = "reward") -> Callable[..., Any]:
 # --- captions ---
 
 Captioner = Callable[[Tensor, Sequence[str]], list[str | None]]  # images (N, 3, H, W) in [0, 1] and N prompts
-WORLD = "world"
 
 
 def check_captioner(spec: str, prompts: Sequence[str] = ()) -> None:
@@ -566,8 +565,7 @@ def check_captioner(spec: str, prompts: Sequence[str] = ()) -> None:
         InputError: it is neither `world` nor a function in a file, or a prompt is not of the tiny world.
         NotFoundError: the file of a function is not there.
     """
-    if spec != WORLD and ":" not in spec and not Path(spec).is_file():
-        raise InputError(f"relabel: must be world or path/to/file.py:function, not {spec!r}{near(spec, [WORLD])}")
+    check_captioner_name(spec)
     if spec != WORLD:
         _check_function(spec, "relabel")
     elif foreign := [prompt for prompt in prompts if not world.is_world([prompt])]:
