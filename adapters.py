@@ -488,7 +488,11 @@ def token_shapes(path: str | Path) -> dict[str, list[int]]:
     if file.suffix == ".safetensors":
         with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as content:  # whoever reads it refuses it
             shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118 - no mapping
-    return shapes if shapes.keys() <= {"emb_params", *TOKEN_KEYS.values()} else {}
+    if not shapes.keys() <= {"emb_params", *TOKEN_KEYS.values()}:
+        return {}
+    if any(len(shape) != 2 or not shape[0] for shape in shapes.values()):
+        raise ArtifactError(f"{file}: learned tokens must be of shape (tokens, width), not {list(shapes.values())}")
+    return shapes
 
 
 def num_learned(system: System) -> int:

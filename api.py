@@ -139,7 +139,7 @@ class TrainResult:
     measured_on: Literal["heldout", "training_prompts"]
     base: dict[str, float]
     tuned: dict[str, float]
-    epochs: list[dict[str, Any]]  # the measures of each, as in metrics.jsonl; the first before training
+    epochs: list[dict[str, Any]]  # the measures of each, as in metrics.jsonl and in its units; the first before training
     num_images: int  # that were sampled to train on
     seconds: float
     details: dict[str, Any]  # as in result.json
@@ -150,7 +150,10 @@ class TrainResult:
         return {name: self.tuned[name] - value for name, value in self.base.items()}
 
     def plot(self) -> Figure:
-        """The reward over the images that were trained on, as in curve.png: a matplotlib figure."""
+        """The reward over the images that were trained on: a matplotlib figure.
+
+        As in curve.png, but with `normalise_rewards` each epoch is in the units of its own time.
+        """
         from .run import draw_curve, main_measure
 
         return _shown(draw_curve(self.epochs, main_measure(self.config)))

@@ -241,7 +241,9 @@ def check_trusted(config: TrainConfig, given: dict[str, Any]) -> None:
         files = {Path(name.rpartition(":")[0]): "reward" for spec in specs for name in functions_of(spec)}
         return files | dict.fromkeys(caption_files(relabel), "relabel")
 
-    named = paths([*([given["reward"]] if "reward" in given else []), *given.get("eval_reward", ())], given.get("relabel"))
+    measured = given.get("eval_reward", ())
+    measured = [measured] if isinstance(measured, str) else measured  # from Python
+    named = paths([*([given["reward"]] if "reward" in given else []), *measured], given.get("relabel"))
     found = paths([config.reward, *(config.eval_reward or ())], config.relabel)
     if foreign := found.keys() - named.keys():
         raise InputError(
@@ -391,7 +393,8 @@ def eval_command(given: dict[str, Any]) -> None:
             with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
                 results = evaluation.evaluate(config, view, warn)
         except KeyboardInterrupt:
-            warn("what is finished is kept; the same command goes on from there")
+            again = "the same command" + (" without --overwrite" if config.overwrite else "")
+            warn(f"what is finished is kept; {again} goes on from there")
             raise
         output.print(evaluation_table(results))
         for name, sweep in results["strengths"].items():

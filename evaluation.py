@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 SETTINGS, SCORES = "settings.json", "scores.jsonl"
 BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
 DIVERSITY = "diversity"
-WRITTEN = (SETTINGS, SCORES, "images", "results.json", "results.csv", "report.html")  # all that an evaluation writes
+WRITTEN = (SETTINGS, SCORES, "images/*/*.png", "results.json", "results.csv", "report.html")  # all that an evaluation writes
 Progress = Callable[[str, int, int], None]  # the stage, how much of it is done, of how much
 Scores = dict[str, dict[str, np.ndarray]]  # (P, K) by system and measure; of the diversity (P, 1)
 
@@ -154,7 +154,8 @@ def plain_texts(config: DrawConfig, prompts: Sequence[str]) -> list[str]:
 
 def make_policy(model: models.Model, system: System, config: DrawConfig) -> Policy:
     """The policy that draws a system's images, in the steps that are its adapters' own; raises as `adapters.put_on`."""
-    return Policy(adapters.put_on(model, system), replace(config, adapter_steps=system.adapter_steps))
+    steps = system.adapter_steps if any(weight for _, weight in system.adapters) else None
+    return Policy(adapters.put_on(model, system), replace(config, adapter_steps=steps))
 
 
 def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> tokenization.Cut:
@@ -394,6 +395,19 @@ def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
     }
 
 
+def _overwrite(evaluation: Evaluation) -> None:
+    """Remove the evaluation in the folder, once it is clear that its systems can be drawn anew.
+
+    Raises:
+        InputError: there is something else in the folder. What `load_model` and `adapters.put_on` raise.
+    """
+    files.check_written(evaluation.folder, WRITTEN)
+    model = load_model(evaluation.config, evaluation.benchmark.prompts)
+    for system in evaluation.systems:
+        make_policy(model, system, evaluation.config)
+    files.remove_written(evaluation.folder, WRITTEN)
+
+
 def describe_trainings(systems: Sequence[System]) -> dict[str, str]:
     """How the adapters of systems were trained, by their paths, where their folders are those of trainings.
 
@@ -406,6 +420,7 @@ def describe_trainings(systems: Sequence[System]) -> dict[str, str]:
 
 def shortest_command(config: EvalConfig) -> str:
     """The command of an evaluation, without the options that follow from the others."""
+    config = replace(config, overwrite=False)  # typed again, it is to go on
     given = {item.name: getattr(config, item.name) for item in option_fields(EvalConfig)}
     for name in list(given):
         fewer = {other: value for other, value in given.items() if other != name}
@@ -495,7 +510,7 @@ def evaluate(
         warn(f"benchmark: {note}")
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
         if config.overwrite:
-            files.remove_written(evaluation.folder, WRITTEN)
+            _overwrite(evaluation)
         settings = write_settings(evaluation)
         draw_missing(evaluation, progress)
         scores = score(evaluation, sources, progress)
@@ -519,7 +534,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
     config = evaluation.config
     for spec in config.measures:
         rewards.check_reward(spec)
-        if not (evaluation.folder / SCORES).is_file():  # else its scores may be there
+        if config.overwrite or not (evaluation.folder / SCORES).is_file():  # else its scores may be there
             rewards.check_servers(spec)
     rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
     for system in evaluation.systems:

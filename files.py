@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,20 +259,34 @@ def storage_errors(path: Path) -> Iterator[None]:
 # --- images ---
 
 
-def remove_written(folder: Path, names: Collection[str]) -> None:
-    """Remove what a command wrote into its folder.
+def check_written(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files in a folder, after a look that a command wrote all of them; `patterns` are of their names in the folder.
 
     Raises:
-        InputError: there is something else in the folder, or a link; nothing is removed then.
+        InputError: there is something else in the folder, or a link.
     """
-    for path in folder.glob("*"):
-        if path.is_symlink() or (path.name not in {*names, LOCK, HOLDER} and path.suffix != TEMPORARY):
+    written = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in folder.rglob("*"):
+        is_ours = path in written or path.name in (LOCK, HOLDER) or path.suffix == TEMPORARY
+        if path.is_symlink() or not (path.is_dir() or is_ours):
             raise InputError(
                 f"output_dir: {str(path)!r} was not written by texforce; it is not overwritten, so choose another folder or "
                 "move it away"
             )
-    for path in (folder / name for name in names):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return written
+
+
+def remove_written(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove what a command wrote into its folder; what the first pattern names goes last, since the folder is known by it.
+
+    Raises:
+        InputError: there is something else in the folder, or a link; nothing is removed then.
+    """
+    for path in reversed(check_written(folder, patterns)):
+        path.unlink()
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # one that is not empty holds a lock, or another's temporary file
+            path.rmdir()
 
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:

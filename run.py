@@ -48,9 +48,9 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 STATE_FORMAT = 3  # written into checkpoints; a state of another format comes from another version
 # All that a training writes into its folder.
 WRITTEN = (
-    "config.json", "metrics.jsonl", RESULT, "README.md", "curve.png", "report.html", "grids", FRAMES, CHECKPOINTS,
-    "texforce", "learned_embeds.safetensors",
-    "adapter_config.json", "adapter_model.safetensors", "text_encoder_2", "text_encoder_3", "unet",
+    "config.json", "metrics.jsonl", RESULT, FRAMES, "README.md", "curve.png", "report.html", "grids/*.png",
+    f"{CHECKPOINTS}/epoch_*/*", "texforce/*", "adapter_config.json", "adapter_model.safetensors",
+    "learned_embeds.safetensors", "text_encoder_[23]/adapter_*", "unet/adapter_*",
 )  # fmt: skip
 # Options that a run may go on with though they have changed: none of them decides the adapter.
 FREE_OPTIONS = (
@@ -90,6 +90,17 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() or newest_checkpoint(folder / CHECKPOINTS) is not None
 
 
+def check_overwritable(folder: Path) -> None:
+    """Check that a folder holds a training and nothing else.
+
+    Raises:
+        InputError: there is something else in it, or an adapter that no training left.
+    """
+    files.check_written(folder, WRITTEN)
+    if (folder / "adapter_config.json").is_file() and not (folder / "metrics.jsonl").is_file():
+        raise InputError(f"output_dir: {str(folder)!r} holds an adapter, and no metrics.jsonl of its training; move it away")
+
+
 def saved_options(folder: Path) -> dict[str, Any]:
     """The options of the run in a folder: of its config.json, and where that is gone of the newest valid checkpoint.
 
@@ -105,9 +116,9 @@ def describe_training(folder: Path) -> str:
     """A line on the training of the run in a folder.
 
     Raises:
-        InputError: config.json or result.json is damaged.
+        InputError, ArtifactError: what says it is damaged.
     """
-    config = files.read_json(folder / "config.json")
+    config = saved_options(folder)
     result = read_result(folder) if (folder / RESULT).is_file() else {}
     target, algorithm, reward, seed = (config.get(name, "?") for name in ("target", "algorithm", "reward", "seed"))
     images = f"{result['num_images']} images" if result else "not finished"

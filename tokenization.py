@@ -16,6 +16,7 @@ from .config import parse_steps
 from .errors import InputError
 from .families import NO_TOKEN, Text, TextPart
 
+MAX_KNOWN = 1024  # prompts whose text is kept; 4 MiB each of FLUX.1's T5
 FIRST_LEARNED = NO_TOKEN - 1  # the id of a prompt's first learned token; those of the others follow downwards
 
 
@@ -180,6 +181,10 @@ class EncodeOnce:
             for key, row in missing.items():
                 self.known[key] = self._moved([self.reader.read(self.encoder, row[None])], torch.device("cpu"))
             self.encoder.to("cpu")
+            for key in rows:
+                self.known[key] = self.known.pop(key)  # the newest last
+            for key in list(self.known)[: -max(MAX_KNOWN, len(rows))]:
+                del self.known[key]  # captions are new in each epoch
 
     def __call__(self, prompt_ids: Tensor) -> Text:
         """Text of ids (N, L), on their device."""

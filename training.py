@@ -239,6 +239,8 @@ def train(
         if opened.snapshot:
             _go_on(current, opened, output_dir)
         if processes.is_first():
+            if config.overwrite and not resume:
+                files.remove_written(output_dir, run.WRITTEN)
             files.write_json(output_dir / "config.json", asdict(config) | {"overwrite": False})  # for --config
             for name in (run.RESULT, "README.md", "curve.png"):  # of an end that is not this run's any more
                 (output_dir / name).unlink(missing_ok=True)
@@ -331,8 +333,8 @@ class _Opening:
         elif snapshot:
             run.check_lasting(snapshot.state["config"], config)
         self.frames = run.read_frames(output_dir) if snapshot else []
-        if config.overwrite and not self.resume:
-            files.remove_written(output_dir, run.WRITTEN)
+        if config.overwrite:
+            run.check_overwritable(output_dir)
         run.check_room(output_dir, config)
         if run.needs_account(config):
             self.track = stack.enter_context(run.tracker(config, output_dir))

@@ -132,10 +132,38 @@ def test_functions_and_results_can_be_pickled(trained, sampled):
 # --- overwriting ---
 
 
-def test_a_training_writes_nothing_that_overwrite_does_not_remove(trained):
+def test_a_training_writes_nothing_that_overwrite_does_not_remove(trained, tmp_path):
     names = {path.name for path in trained.output_dir.iterdir()}
-    assert names <= {*run.WRITTEN, files.LOCK, files.HOLDER}
     assert names >= {"config.json", "result.json", "metrics.jsonl", "grids", "checkpoints", WEIGHTS}
+    folder = shutil.copytree(trained.output_dir, tmp_path / "out")
+    files.remove_written(folder, run.WRITTEN)
+    assert {path.name for path in folder.iterdir()} <= {files.LOCK, files.HOLDER}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "grids/notes.txt", "checkpoints/best/tensors.safetensors", "unet/mine.bin"])
+def test_nothing_is_overwritten_beside_what_somebody_else_put_there(trained, options, tmp_path, name):
+    folder = shutil.copytree(trained.output_dir, tmp_path / "out")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(texforce.InputError, match="was not written by texforce"):
+        texforce.train(**options | {"output_dir": folder, "progress": False}, overwrite=True)
+    assert (folder / name).read_text() == "mine"
+    assert (folder / "result.json").is_file()
+
+
+def test_a_run_is_not_overwritten_by_one_that_cannot_begin(trained, options, tmp_path):
+    folder = shutil.copytree(trained.output_dir, tmp_path / "out")
+    with pytest.raises(texforce.InputError, match="lora_modules"):
+        texforce.train(**options | {"output_dir": folder, "progress": False}, overwrite=True, lora_modules=["q_porj"])
+    assert (folder / "result.json").is_file()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(texforce.InputError, match=r"holds an adapter, and no metrics\.jsonl"):
+        texforce.train(**options | {"output_dir": folder, "progress": False}, overwrite=True)
+
+
+def test_a_measured_reward_may_be_a_single_text(options, tmp_path):
+    with pytest.raises(texforce.InputError, match="reward: unknown name 'x'"):
+        texforce.train(**options | {"output_dir": tmp_path / "out", "progress": False, "eval_reward": "jpeg=1,x=2"})
 
 
 def test_a_run_is_overwritten_only_where_asked_and_with_nothing_of_others(trained, options, tmp_path, monkeypatch):

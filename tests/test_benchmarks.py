@@ -228,9 +228,9 @@ def test_the_sweep_gives_images_per_second_of_each_sample_batch(bench, made, mon
 @pytest.mark.slow
 def test_every_algorithm_is_measured_by_epochs_of_a_training(scripts, tmp_path, monkeypatch, capsys):
     algorithms, epochs = scripts("algorithms"), []
-    train_epoch = algorithms.train.train_epoch
+    train_epoch = algorithms.training.train_epoch
     monkeypatch.setattr(
-        algorithms.train, "train_epoch", lambda run, config: epochs.append(config.algorithm) or train_epoch(run, config)
+        algorithms.training, "train_epoch", lambda run, config: epochs.append(config.algorithm) or train_epoch(run, config)
     )
     algorithms.main([*SMALL, "--json", str(tmp_path / "algorithms.json")])
     assert epochs == ["ppo", "ppo", "matching", "matching", "gradient", "gradient"]  # one for memory, one is timed
