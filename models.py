@@ -170,7 +170,10 @@ def outline_model(name: str, dtype: torch.dtype = torch.float32) -> Model | None
     from huggingface_hub import try_to_load_from_cache
 
     source = None if Path(name).exists() else single_file.published(name)
-    if source is None or isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+    if source is None:
+        return None
+    begun = (try_to_load_from_cache(name, file) for file in ("model_index.json", "unet/config.json"))
+    if all(isinstance(path, str) for path in begun):  # the first alone is asked for before a download
         return None
     kind = pipeline_kind(source)
     with torch.device("meta"):

@@ -391,7 +391,8 @@ def test_a_family_without_clip_is_refused(folders, tmp_path, name):
     ({"emb_params": torch.zeros(2, 7)}, ArtifactError, r"another model: it holds .'emb_params': \(2, 7\)., this one"),
     ({"clip_l": torch.zeros(2, 16), "clip_g": torch.zeros(2, 24)}, ArtifactError, "made for another model"),
     ({"emb_params": torch.full((2, 16), torch.nan)}, ArtifactError, "not finite"),
-    ({"emb_params": torch.zeros(16)}, ArtifactError, "made for another model"),
+    ({"emb_params": torch.zeros(16)}, ArtifactError, r"must be of shape \(tokens, width\)"),
+    ({"emb_params": torch.zeros(())}, ArtifactError, r"must be of shape \(tokens, width\)"),
     ({"emb_params": torch.zeros(22, 16)}, InputError, "22 learned tokens leave no room for prompts; .* reads at most 21"),
 ])  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused(folders, tmp_path, tensors, error, message):
