@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from texforce import evaluation, measures, training
-from texforce.config import EvalOptions, TrainOptions, resolve
+from texforce.config import EvalOptions, TrainOptions, resolve, resolve_eval
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "lora": {},  # the others differ from it by what is named
@@ -75,8 +75,13 @@ def main() -> None:
             folder = options.output_dir / f"{name}-{seed}"
             runs[folder.name] = run(folder, seed, SYSTEMS[name])
     adapters = [f"{name}={options.output_dir / name}" for name in runs]
-    given = {"benchmark": "world", "reward": [",".join(MEASURES)], "output_dir": str(options.output_dir / "eval")}
-    results = evaluation.evaluate(resolve(EvalOptions(model="tiny", num_images=4, adapter=adapters, **given)))
+    given: dict[str, Any] = {
+        "benchmark": "world",
+        "reward": [",".join(MEASURES)],
+        "output_dir": str(options.output_dir / "eval"),
+    }
+    given["null_prompt"] = "adapted"  # of learned tokens too: no null prompt has them
+    results = evaluation.evaluate(resolve_eval(EvalOptions(model="tiny", num_images=4, adapter=adapters, **given)))
     table = Table("system", *groups(results), "hps", "diversity", "parameters", "images", "seconds", title="fully right")
     right, hps = (scores_by_system(results, measure) for measure in ("alignment_exact", "hps"))
     diversity = scores_by_system(results, evaluation.DIVERSITY)
