@@ -1,7 +1,7 @@
 """Other ways to mend the text, beside plain LoRA, on the tiny model: `python benchmarks/options.py --output-dir runs`.
 
 For every seed each system is trained by matching on `hps` (unless it trains on no reward), from 4,096 images each, half of
-the default's. All are evaluated on the tiny world's held-out prompts, four images each, from the same noise as the base
+the default's. All are evaluated on the tiny world's held-out prompts, two images each, from the same noise as the base
 model. Finished runs and images are not made again. Prints a row a system and seed, and what each changes beside the system
 `--against` of the same seed, paired over prompts, with 95 % intervals: on all prompts, and by words and by kind.
 """
@@ -81,7 +81,7 @@ def main() -> None:
         "output_dir": str(options.output_dir / "eval"),
     }
     given["null_prompt"] = "adapted"  # of learned tokens too: no null prompt has them
-    results = evaluation.evaluate(resolve_eval(EvalOptions(model="tiny", num_images=4, adapter=adapters, **given)))
+    results = evaluation.evaluate(resolve_eval(EvalOptions(model="tiny", num_images=2, adapter=adapters, **given)))
     table = Table("system", *groups(results), "hps", "diversity", "parameters", "images", "seconds", title="fully right")
     right, hps = (scores_by_system(results, measure) for measure in ("alignment_exact", "hps"))
     diversity = scores_by_system(results, evaluation.DIVERSITY)
