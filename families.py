@@ -280,7 +280,7 @@ class TextPart:
     instruction: Callable[[], str] | None = None  # what comes before prompts, but not before negative ones
     blocks: str = "layers"  # the name of the list of transformer blocks in the encoder
     num_unread: int = 0  # last blocks whose output nothing reads
-    layer: int = 0  # of a CLIP whose `read` takes `clip_skip`: the layer that is read without it, from the end
+    layer: int = 0  # the CLIP layer that is read, counted from the end; 0 if `read` takes no `clip_skip`
 
     @property
     def is_clip(self) -> bool:

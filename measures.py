@@ -12,7 +12,8 @@ from torch import Tensor
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500  # what fits into memory for some thousand prompts
-NEGLIGIBLE = 0.05  # of the deviation of the base's scores over prompts: a prompt whose score changes by less is the same
+# A prompt counts as the same if its score changes by less than this share of the base scores' deviation over prompts.
+NEGLIGIBLE = 0.05
 OUTCOMES = ("better", "same", "worse")
 
 

@@ -16,7 +16,7 @@ from texforce import __version__
 
 from . import adapters, files, ldm, models, stages
 from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in, named_as_published
-from .config import SETTINGS, MergeConfig
+from .config import SETTINGS, MergeConfig, System
 from .errors import ArtifactError, InputError
 from .families import Family
 from .files import read_json
@@ -47,15 +47,11 @@ def merge(config: MergeConfig) -> Path:
     check_output(config)
     system = config.system
     adapters.check_inputs(system)
-    if tokens := [path for path, _ in system.adapters if adapters.token_shapes(path)]:
-        raise InputError(
-            f"adapter: {tokens[0]!r} holds learned tokens, and prompts name those, no weights do; load the file as it is, a "
-            "textual inversion for diffusers, A1111 and ComfyUI"
-        )
+    _refuse_tokens(system)
     family = models.pipeline_kind(models.find_model(config.model)).family
     check_format(family, {}, config.format)
-    # Only a whole pipeline is written with what is no network of the model; LoRA needs no weights but of text encoders, and
-    # of a U-Net that another one is compared with.
+    # Only a pipeline holds parts that are no networks. LoRA formats need the text encoders' weights, and the U-Net's if
+    # --unet gives one to compare it with.
     compared = bool(config.unet) and family.part == "unet"
     hollow = () if config.format in FULL_FORMATS else ("vae",) if compared else (family.part, "vae")
     stages.report("loading the model")
@@ -89,6 +85,15 @@ def merge(config: MergeConfig) -> Path:
         files.write_json(folder / WRITTEN, files.describe_files(folder)["sha256"])
         check_output(config)  # again: a merge takes time, in which others can write
     return output
+
+
+def _refuse_tokens(system: System) -> None:
+    """Raise InputError for learned tokens, which are not part of any weights."""
+    if tokens := [path for path, _ in system.adapters if adapters.token_shapes(path)]:
+        raise InputError(
+            f"adapter: {tokens[0]!r} holds learned tokens, and prompts name those, no weights do; load the file as it is, a "
+            "textual inversion for diffusers, A1111 and ComfyUI"
+        )
 
 
 def check_sum(model: Any, adapter: Adapter) -> None:
