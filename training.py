@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,16 +225,8 @@ def train(
             return opened.result
         setup = processes.agreed(prepare, config)
         cut = check_prompts(setup.policy, config, prompts)
-        if cut.prompts:
-            warn(f"prompts: {cut}")
-        if setup.policy.model.num_chunks > 1:
-            warn(f"prompts: {tokenization.chunks_note(setup.policy.model.num_chunks)}")
-        if note := world.foreign_note(config.model, prompts.all):
-            warn(f"prompts: {note}")
-        if note := models.distillation_note(setup.policy.model, config.algorithm):
-            warn(f"model: {note}")
-        if not prompts.heldout:
-            warn("prompts: a single one cannot be held out, so base and tuned are measured on the training prompts")
+        for note in _notes(setup.policy.model, config, prompts, cut):
+            warn(note)
         current = begin(setup, config, prompts.train)
         if opened.snapshot:
             _go_on(current, opened, output_dir)
@@ -250,6 +242,20 @@ def train(
         log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
         _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
         return _finish(current, config, len(cut.prompts))
+
+
+def _notes(model: models.Model, config: TrainConfig, prompts: Prompts, cut: tokenization.Cut) -> Iterator[str]:
+    """What is to be said before a training begins: of prompts that the model reads or draws badly, and of the model."""
+    if cut.prompts:
+        yield f"prompts: {cut}"
+    if model.num_chunks > 1:
+        yield f"prompts: {tokenization.chunks_note(model.num_chunks)}"
+    if note := world.foreign_note(config.model, prompts.all):
+        yield f"prompts: {note}"
+    if note := models.distillation_note(model, config.algorithm):
+        yield f"model: {note}"
+    if not prompts.heldout:
+        yield "prompts: a single one cannot be held out, so base and tuned are measured on the training prompts"
 
 
 def _measure_base(current: Run, setup: Setup, prompts: Prompts, config: TrainConfig, force: bool) -> Heldout:
