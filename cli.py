@@ -171,14 +171,19 @@ def train_command(
             check_trusted(settings, given)
         from . import training
 
-        if dry_run:
-            if processes.is_first():
-                output.print(rows_table("plan", training.plan(settings)))
-            return
-        with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
-            result = training.train(settings, view, warn, resume is not None, force_resume)
-        if not processes.is_first():
-            return
+        if not dry_run:
+            with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
+                result = training.train(settings, view, warn, resume is not None, force_resume)
+            show_trained(result, settings)
+        elif processes.is_first():
+            output.print(rows_table("plan", training.plan(settings)))
+
+
+def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
+    """Print what a training reached, in its first process."""
+    from . import processes
+
+    if processes.is_first():
         output.print(results_table(result))
         show(f"adapter, figures, metrics and report.html are in {settings.output_dir}")
 
