@@ -781,7 +781,7 @@ def test_neither_bars_nor_warnings_of_libraries_reach_the_terminal(stable_diffus
         )
     done = python(program)
     assert done.stdout.count("ended 0") == 2, (done.stdout, done.stderr)
-    assert done.stderr.splitlines() == [f"model: {folder}", "model: tiny"]
+    assert done.stderr.splitlines() == [f"model: {folder}", "drawing base: done", "model: tiny"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -1244,6 +1244,7 @@ def test_the_saved_config_is_resolved_and_a_process_of_its_own_repeats_the_run_t
     config = strict((folder / "config.json").read_text())
     assert set(config) == {item.name for item in option_fields(TrainConfig)}
     nullable = {"reward_checkpoint", "eval_reward", "resolution", "compile", "max_kl", "anchor_prompts", "text_encoders"}
+    nullable |= {"adapter_steps", "lora_modules", "relabel"}
     assert {name for name, value in config.items() if value is None} <= nullable
     done, other = fresh_process
     assert "the training ended with 0" in done.stdout, done.stderr
