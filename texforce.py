@@ -1003,7 +1003,7 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
 
     while total.num_pairs < len(local.pairs):
         interrupts.check()
-        stages.report("learning", total.num_pairs, len(local.pairs))
+        stages.report("updating", total.num_pairs, len(local.pairs))
         chunk = micro_batch(policy, local, rows, total.num_pairs, learner.micro_batch_size)
         try:
             gradients, measured = gradients_of(chunk)

@@ -1,9 +1,10 @@
 """Other ways to mend the text, beside plain LoRA, on the tiny model: `python benchmarks/options.py --output-dir runs`.
 
-For every seed each system is trained by matching on `hps` (unless it trains on no reward), from 4,096 images each, half of
-the default's. All are evaluated on the tiny world's held-out prompts, two images each, from the same noise as the base
-model. Finished runs and images are not made again. Prints a row a system and seed, and what each changes beside the system
-`--against` of the same seed, paired over prompts, with 95 % intervals: on all prompts, and by words and by kind.
+For every seed each system is trained on `hps` (unless it trains on no reward), by matching unless it says otherwise, from
+4,096 images each, half of the default's. All are evaluated on the tiny world's held-out prompts, two images each, from the
+same noise as the base model. Finished runs and images are not made again. Prints a row a system and seed, and what each
+changes beside the system `--against` of the same seed, paired over prompts, with 95 % intervals: on all prompts, and by
+words and by kind.
 """
 
 import argparse
@@ -28,6 +29,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "tokens": {"target": "tokens", "num_tokens": 4},
     "relabel": {"relabel": "world"},
     "relabel-alone": {"relabel": "world", "reward": "none", "eval_reward": ["hps"]},
+    "gradient": {"algorithm": "gradient", "num_epochs": 64, "eval_every": 64},
+    "gradient-last-half": {"algorithm": "gradient", "num_epochs": 64, "eval_every": 64, "adapter_steps": "0.5-1"},
 }
 SAME = {"model": "tiny", "num_epochs": 32, "eval_every": 32}
 MEASURES = ("hps", "alignment_exact")
@@ -36,7 +39,7 @@ MEASURES = ("hps", "alignment_exact")
 def run(folder: Path, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """Train a system, unless it is there; returns what the run left of itself."""
     if not (folder / "result.json").is_file():
-        training.train(resolve(TrainOptions(**SAME, output_dir=str(folder), seed=seed, **options)))
+        training.train(resolve(TrainOptions(**SAME | options, output_dir=str(folder), seed=seed)))
     return json.loads((folder / "result.json").read_text())
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, models, rewards, sampler, stages, training, views, weights
+from texforce import cli, models, rewards, sampler, training, views, weights
 from texforce import server as serving
 from texforce.config import (
     EvalConfig,
@@ -1018,102 +1018,6 @@ def test_the_table_of_rewards_names_each_and_whether_it_is_here_within_eighty_co
         "no",
         "for tiny",
     )
-
-
-# --- the live view ---
-
-EPOCHS = [
-    {"epoch": 0, "seconds": 5.0, "heldout": {"hps": 0.25}},
-    {"epoch": 1, "seconds": 15.0, "reward_mean": 0.5, "reward_std": 0.125, "images_per_s": 40.0},
-    {"epoch": 2, "seconds": 25.0, "reward_mean": 0.75, "reward_std": 0.125, "images_per_s": 40.0, "heldout": {"hps": 0.375}},
-]
-
-
-def view_of_epochs(monkeypatch, **console) -> str:
-    from rich.console import Console
-
-    shown = io.StringIO()
-    monkeypatch.setattr(views, "progress", Console(file=shown, width=200, **console))
-    with views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4))) as view:
-        for measures in EPOCHS:
-            view(measures)
-    return shown.getvalue()
-
-
-def test_a_terminal_shows_what_is_won_and_how_long_it_takes_drawn_anew(monkeypatch):
-    shown = view_of_epochs(monkeypatch, force_terminal=True)
-    last = squash(shown[shown.rindex("epoch 2/4") :])
-    assert "\x1b[" in shown
-    for text in ("20 s left", "reward ▁█ 0.6250 over the last 2", "held-out, epoch 2", "hps 0.2500 0.3750 +0.1250"):
-        assert squash(text) in last
-
-
-@pytest.mark.parametrize("width", [80, 110, 200])
-@pytest.mark.parametrize("last", range(1, 4))
-def test_the_view_fits_the_terminal_whatever_the_rewards_are_called(monkeypatch, width, last):
-    from rich.console import Console
-
-    names = {f"some/where/deep/mine.py:a_reward_with_a_very_long_name_{k}": 0.1234 * k for k in range(3)}
-    view = views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=400)))
-    for epoch in EPOCHS[:last]:
-        view(epoch | ({"heldout": names | {"alignment_exact_common": 0.75}} if "heldout" in epoch else {"parts": names}))
-    view.at_stage("sampling", 12, 64)
-    console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
-    with console.capture() as captured:
-        console.print(view.view())
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", captured.get()).splitlines()
-    assert max(map(len, lines)) <= width
-    assert len(lines) <= 20
-    assert re.match(r"sampling ━+╸? +12/64", lines[-1])
-    change = r" +\+0\.0000" if last == 3 else ""
-    assert any(re.search(rf"alignment_exact_common +0\.7500 +0\.7500{change} *$", line) for line in lines)
-    assert any(re.search(r"held-out, epoch \d +base +now +change *$", line) for line in lines)
-
-
-def test_what_goes_wrong_is_shown_only_then():
-    view = views.EpochView(resolve(TrainOptions(model="tiny", algorithm="ppo", num_epochs=4)))
-    view(EPOCHS[1] | {"max_ratio_deviation": 1e-7, "clip_fraction": 0.1, "dropped": []})
-    assert view.troubles() == []
-    view(EPOCHS[2] | {"max_ratio_deviation": 1e-3, "clip_fraction": 0.9, "dropped": [{"prompt": "a", "seed": 1}]})
-    assert [trouble.split()[0] for trouble in view.troubles()] == ["the", "90%", "1"]
-
-
-@pytest.mark.parametrize(("values", "line"), [
-    ([1.0], "▁"), ([0.0, 1.0], "▁█"), ([1.0, 1.0, 1.0], "▁▁▁"), ([0.0, 7.0, 3.5], "▁█▅"), (list(range(80)), 40),
-])  # fmt: skip
-def test_a_sparkline_goes_from_the_lowest_to_the_highest(values, line):
-    drawn = views.sparkline(values)
-    assert (drawn if isinstance(line, str) else len(drawn)) == line
-    assert list(drawn) == sorted(drawn) or values != sorted(values)
-
-
-def test_a_training_reports_what_it_is_doing(small_run, tmp_path):
-    reported = []
-    with stages.reporting_to(lambda stage, done, total: reported.append((stage, done, total))):
-        training.train(resolve(TrainOptions(**small_run | {"output_dir": str(tmp_path / "out"), "sample_batch_size": 4})))
-    assert list(dict.fromkeys(stage for stage, _, _ in reported)) == [
-        "loading the model", "loading jpeg", "measuring", "sampling", "scoring", "learning",
-    ]  # fmt: skip
-    assert all(0 <= done <= total for _, done, total in reported)
-    assert [done for stage, done, _ in reported if stage == "sampling"] == [0, 4]
-    reported.clear()
-    stages.report("nobody listens")
-    assert reported == []
-
-
-def test_only_the_first_process_of_a_run_draws_the_view(monkeypatch):
-    monkeypatch.setattr(views, "progress", views.PipeConsole(file=io.StringIO(), force_terminal=True))
-    config = resolve(TrainOptions(model="tiny"))
-    assert views.EpochView(config).live is not None
-    assert views.EpochView(config, is_drawn=False).live is None
-
-
-def test_elsewhere_every_epoch_is_a_line(monkeypatch):
-    lines = view_of_epochs(monkeypatch).splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
-    assert "held-out hps 0.2500" in lines[0]
-    assert "30 s left" in lines[1]
-    assert not set("".join(lines)) & {"\x1b"}
 
 
 # --- what a training leaves behind ---
