@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from .evaluation import SampledImage
-    from .stages import Listener
 
 # --- the options ---
 
@@ -355,7 +354,7 @@ def sample(*, progress: bool = True, **options: Any) -> SampleResult:
 
     with _expected_errors():
         config = resolve_sample(SampleOptions(**_given(options, SampleConfig)))
-        with _stages_shown(progress) as (_, say), naming_origins(config.origins):
+        with _stages_shown(progress) as say, naming_origins(config.origins):
             images, grid = evaluation.sample_to_folder(config, say)
     return SampleResult(Path(config.output_dir), images, grid)
 
@@ -393,8 +392,8 @@ def evaluate(*, progress: bool = True, **options: Any) -> EvaluationResult:
 
     with _expected_errors():
         config = resolve_eval(EvalOptions(**_given(options, EvalConfig)))
-        with _stages_shown(progress) as (view, say), naming_origins(config.origins):
-            results = evaluation.evaluate(config, view, say)
+        with _stages_shown(progress) as say, naming_origins(config.origins):
+            results = evaluation.evaluate(config, say)
     measured = [
         Measured(name, measure, *_interval(summary), *_interval(summary.get("paired", {})))
         for name, system in results["systems"].items()
@@ -413,15 +412,15 @@ def _silent(*arguments: Any) -> None:
 
 
 @contextlib.contextmanager
-def _stages_shown(progress: bool) -> Iterator[tuple[Listener, Callable[[str], None]]]:
-    """Show on stderr what is being done, or nothing; gives what takes the stages, and what takes messages."""
+def _stages_shown(progress: bool) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, or nothing; gives what takes messages."""
     from . import stages, views
 
     if not progress:
-        yield _silent, _silent
+        yield _silent
         return
     with views.StageView() as view, stages.reporting_to(view):
-        yield view, views.warn
+        yield views.warn
 
 
 @contextlib.contextmanager

@@ -375,6 +375,8 @@ def merge_command(given: dict[str, Any]) -> None:
             folder = merging.merge(config)
         if steps := config.settings.get("adapter_steps"):
             warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
+        if dropped := config.dropped_steps:
+            warn(f"drop_adapter_steps: what was trained for the steps {' and '.join(dropped)} is on in all of them")
         show(f"{config.format}: {folder}")
 
 
@@ -396,7 +398,7 @@ def eval_command(given: dict[str, Any]) -> None:
 
         try:
             with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
-                results = evaluation.evaluate(config, view, warn)
+                results = evaluation.evaluate(config, warn)
         except KeyboardInterrupt:
             again = "the same command" + (" without --overwrite" if config.overwrite else "")
             warn(f"what is finished is kept; {again} goes on from there")

@@ -845,7 +845,7 @@ def resolve_sample(options: Options) -> SampleConfig:
     return SampleConfig(**_drawing(given, systems) | {"systems": systems})
 
 
-def _with_steps(systems: Sequence[System], given: dict[str, Any]) -> tuple[System, ...]:
+def _with_steps(systems: Sequence[System], given: dict[str, Any], advice: str = "say which to use") -> tuple[System, ...]:
     """Systems with the steps in which their adapters are on: as given, or else as the adapters' runs have it.
 
     Raises:
@@ -855,14 +855,19 @@ def _with_steps(systems: Sequence[System], given: dict[str, Any]) -> tuple[Syste
         raise InputError("adapter_steps: works only together with --adapter")
     found = []
     for system in systems:
-        saved = list(dict.fromkeys(steps for path, _ in system.adapters for steps in _saved_steps(path)))
+        saved = _steps_of(system)
         if "adapter_steps" in given:
             saved = [given["adapter_steps"]] if system.adapters else []
         if len(saved) > 1:
             texts = " and ".join(steps or "all steps" for steps in saved[:2])
-            raise InputError(f"adapter_steps: adapters that are summed were trained with {texts}; say which to use")
+            raise InputError(f"adapter_steps: adapters that are summed were trained with {texts}; {advice}")
         found.append(replace(system, adapter_steps=saved[0] if saved else None))
     return tuple(found)
+
+
+def _steps_of(system: System) -> list[str | None]:
+    """The different steps in which the adapters of a system that have an effect are on; raises as `_saved_steps`."""
+    return list(dict.fromkeys(steps for path, weight in system.adapters if weight for steps in _saved_steps(path)))
 
 
 def _saved_steps(adapter: str) -> list[str | None]:
@@ -898,11 +903,12 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     if {"resolution", "width", "height"} <= given.keys():
         raise InputError("resolution: has no effect beside --width and --height; leave it out")
     saved, origins = dict[str, Any](), dict[str, str]()
+    settled = given.keys() | ({"resolution"} if {"width", "height"} <= given.keys() else set())
     for path, settings in sampling_settings(given, systems):
         for name, value in settings.items():
-            if name not in given:
+            if name not in settled:
                 origins.setdefault(name, str(path))
-            if saved.setdefault(name, value) != value and name not in given:
+            if saved.setdefault(name, value) != value and name not in settled:
                 raise InputError(f"{name}: the adapters were trained with {saved[name]!r} and {value!r}; say which to use")
     device = default_device()  # loads PyTorch, so a mistyped path comes before it
     model = given.get("model") or saved.get("model") or default_model(device)
@@ -983,6 +989,7 @@ class MergeConfig:
     )
     system: System = derived(System("tuned"))  # what is merged
     settings: dict[str, Any] = derived(default_factory=dict)  # how what is written is to be sampled
+    dropped_steps: tuple[str, ...] = derived(())  # of adapters that are on in all steps from now on
     origins: dict[str, str] = derived(default_factory=dict)  # as of DrawConfig
 
 
@@ -1001,9 +1008,11 @@ def resolve_merge(options: Options) -> MergeConfig:
     _check_unet_scale(given)
     if not given.get("output_dir", "merged").strip("./ "):
         raise InputError(f"output_dir: must name a folder to be made, not {given['output_dir']!r}")
-    systems = _one_system(given)
-    if not given.get("drop_adapter_steps"):
-        systems = _with_steps(systems, {})
+    systems, dropped = _one_system(given), tuple[str, ...]()
+    if given.get("drop_adapter_steps"):
+        dropped = tuple(filter(None, _steps_of(systems[0])))
+    else:
+        systems = _with_steps(systems, {}, "give --drop-adapter-steps, and all are on in all steps")
         _check_carried(systems[0].adapter_steps, given.get("format", _default(MergeConfig, "format")))
     settings: dict[str, Any] = {"adapter_steps": systems[0].adapter_steps} if systems[0].adapter_steps else {}
     origins: dict[str, str] = {}
@@ -1013,7 +1022,8 @@ def resolve_merge(options: Options) -> MergeConfig:
             origins.setdefault("model", str(path))
     model = given.get("model") or settings.get("model") or default_model(default_device())
     settings |= {"model": model}
-    return MergeConfig(**given | {"model": model, "system": systems[0], "settings": settings, "origins": origins})
+    found = {"system": systems[0], "settings": settings, "dropped_steps": dropped, "origins": origins}
+    return MergeConfig(**given | {"model": model} | found)
 
 
 def _check_carried(adapter_steps: str | None, format: str) -> None:

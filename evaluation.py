@@ -52,7 +52,6 @@ SETTINGS, SCORES = "settings.json", "scores.jsonl"
 BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
 DIVERSITY = "diversity"
 WRITTEN = (SETTINGS, SCORES, "images/*/*.png", "results.json", "results.csv", "report.html")  # all that an evaluation writes
-Progress = Callable[[str, int, int], None]  # the stage, how much of it is done, of how much
 Scores = dict[str, dict[str, np.ndarray]]  # (P, K) by system and measure; of the diversity (P, 1)
 
 
@@ -105,21 +104,14 @@ def sample_to_folder(
     files.check_writable(folder)
     repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
     seeds = [config.seed + i for i in range(len(repeated))]
-    num_chunks = find_chunks(config, prompts)
-    cut = find_cut(config, prompts, num_chunks)
-    if cut.prompts:
-        warn(f"prompt: {cut}")
-    if num_chunks > 1:
-        warn(f"prompt: {tokenization.chunks_note(num_chunks)}")
-    if note := world.foreign_note(config.model, plain_texts(config, prompts)):
-        warn(f"prompt: {note}")
-    shown = _shown(config) | ({"num_chunks": num_chunks} if num_chunks > 1 else {})
+    num_chunks, cut = read_notes(config, prompts, "prompt", warn)
+    cuts = {BASE: find_cut(config, prompts, num_chunks)}  # no learned tokens take its room
     images, written = sample(config, repeated, seeds), list[SampledImage]()
     for name, drawn in images.items():
         labels = [
             {"system": name, "prompt": prompt, "seed": seed}
-            | ({"prompt_cut_to": f"{cut.num_tokens} tokens"} if prompt in cut.prompts else {})
-            | shown
+            | _read_as(prompt, config.negative_prompt or "", cuts.get(name, cut), num_chunks)
+            | _shown(config)
             for prompt, seed in zip(repeated, seeds, strict=True)
         ]
         paths = files.write_images(folder, drawn, labels)
@@ -129,12 +121,20 @@ def sample_to_folder(
     return written, grid
 
 
+def _read_as(prompt: str, negative_prompt: str, cut: tokenization.Cut, num_chunks: int) -> dict[str, Any]:
+    """What an image's metadata says of how its prompts were read, if not whole and at once."""
+    named = {"prompt_cut_to": prompt, "negative_prompt_cut_to": negative_prompt}
+    found = {label: f"{cut.num_tokens} tokens" for label, text in named.items() if text in cut.prompts}
+    return found | ({"num_chunks": num_chunks} if num_chunks > 1 else {})
+
+
 def _shown(config: SampleConfig) -> dict[str, Any]:
     """What an image's metadata says of how it was drawn."""
     steps = next((system.adapter_steps for system in config.systems), None)
-    names = ("model", "scale", "guidance_scale", "eta", "sampler", "num_inference_steps")
+    names = ("model", "scale", "guidance_scale", "eta", "sampler", "num_inference_steps", "null_prompt")
     return {
         **{name: getattr(config, name) for name in names},
+        **({"resolution": config.resolution} if config.resolution else {}),
         "adapter": ", ".join(config.adapter or ()), "unet": config.unet or "",
         "negative_prompt": config.negative_prompt or "",
         **changed_later_options(config),
@@ -158,13 +158,37 @@ def make_policy(model: models.Model, system: System, config: DrawConfig) -> Poli
     return Policy(adapters.put_on(model, system), replace(config, adapter_steps=steps))
 
 
-def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1) -> tokenization.Cut:
-    """The prompts whose end the text encoder does not read; raises as `find_chunks`."""
-    opened = models.open_readers(config.model, num_learned(config))
-    readers = [replace(reader, num_chunks=num_chunks) for reader in opened]
-    texts = counted_texts(config, prompts)
-    cut = tokenization.find_cut(readers, list(texts.values()))
-    return replace(cut, prompts=[prompt for prompt, text in texts.items() if text in cut.prompts])
+def read_notes(
+    config: DrawConfig, prompts: Sequence[str], option: str, warn: Callable[[str], None]
+) -> tuple[int, tokenization.Cut]:
+    """Say what a user would not expect of prompts, by their option; returns in how many chunks they are read, and the cut.
+
+    Raises:
+        What `find_chunks` raises.
+    """
+    num_chunks = find_chunks(config, prompts)
+    cut = find_cut(config, prompts, num_chunks, num_learned(config))
+    notes = [str(cut)] if cut.prompts else []
+    notes += [tokenization.chunks_note(num_chunks)] if num_chunks > 1 else []
+    for note in filter(None, [*notes, world.foreign_note(config.model, plain_texts(config, prompts))]):
+        warn(f"{option}: {note}")
+    return num_chunks, cut
+
+
+def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1, num_learned: int = 0) -> tokenization.Cut:
+    """The prompts, and the negative one, whose end the text encoder does not read; raises as `find_chunks`.
+
+    Learned tokens take room in the prompts, but not in the negative one.
+    """
+    readers = [replace(reader, num_chunks=num_chunks) for reader in models.open_readers(config.model, num_learned)]
+    bare = [replace(reader, num_learned=0) for reader in readers]
+    negative, found = list(filter(None, [config.negative_prompt])), list[str]()
+    for asked, own_readers in ((prompts, readers), (negative, bare)):
+        texts = counted_texts(config, asked)
+        cut = tokenization.find_cut(own_readers, list(itertools.chain(*texts.values()))).prompts
+        found += [prompt for prompt, own in texts.items() if not set(own).isdisjoint(cut)]
+    num_read = max(reader.num_read - reader.num_learned for reader in readers)
+    return tokenization.Cut(list(dict.fromkeys(found)), len({*prompts, *negative}), num_read)
 
 
 def num_learned(config: DrawConfig) -> int:
@@ -176,26 +200,32 @@ def num_learned(config: DrawConfig) -> int:
     number = max((adapters.num_learned(system) for system in getattr(config, "systems", ())), default=0)
     for name, is_given in (("long_prompt", config.long_prompt == "chunk"), ("prompt_weights", config.prompt_weights)):
         if number and is_given:
-            raise InputError(f"{name}: prompts that end in learned tokens have neither chunks nor weights; leave it out")
+            instead = "give --long-prompt cut" if name == "long_prompt" else "leave it out"
+            raise InputError(f"{name}: prompts that end in learned tokens have neither chunks nor weights; {instead}")
     return number
 
 
-def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, str]:
-    """What of each prompt, and of the negative one, is counted in tokens: all of it, or with weights its text.
+def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, list[str]]:
+    """The texts whose tokens are counted of each prompt: the prompt, or with weights what the steps read of it.
 
     Raises:
         InputError: weights in a prompt cannot be read, or not by this model. What `models.load_model` raises.
     """
-    asked = [*prompts, *filter(None, [config.negative_prompt])]
-    if config.prompt_weights:
-        tokenization.check_weighable(models.open_readers(config.model))
-    return {prompt: tokenization.counted_text(prompt) if config.prompt_weights else prompt for prompt in asked}
+    if not config.prompt_weights:
+        return {prompt: [prompt] for prompt in prompts}
+    tokenization.check_weighable(models.open_readers(config.model))
+    return {prompt: tokenization.counted_texts(prompt, config.num_inference_steps) for prompt in prompts}
 
 
 def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
     """In how many chunks prompts and the negative one are read; raises as `models.find_chunks` and `counted_texts`."""
-    texts = list(counted_texts(config, prompts).values())
-    return models.find_chunks(config.model, config.long_prompt, texts, num_learned(config))
+    negative = list(filter(None, [config.negative_prompt]))
+
+    def chunks(asked: Sequence[str], num_learned: int) -> int:
+        texts = list(itertools.chain(*counted_texts(config, asked).values()))
+        return models.find_chunks(config.model, config.long_prompt, texts, num_learned)
+
+    return max(chunks(prompts, num_learned(config)), chunks(negative, 0))
 
 
 def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
@@ -482,11 +512,7 @@ class ScoreFile:
 # --- evaluation ---
 
 
-def evaluate(
-    config: EvalConfig,
-    progress: Progress = lambda stage, done, total: None,
-    warn: Callable[[str], None] = lambda message: None,
-) -> dict[str, Any]:
+def evaluate(config: EvalConfig, warn: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
     """Draw a benchmark with the base model and others by a resolved configuration, measure it, and write what was found.
 
     Returns the results, which `results.json` holds; `report.html` shows them.
@@ -500,20 +526,13 @@ def evaluate(
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)
     trainings = describe_trainings(evaluation.systems)
-    num_chunks = find_chunks(config, benchmark.prompts)
-    cut = find_cut(config, benchmark.prompts, num_chunks)
-    if cut.prompts:
-        warn(f"benchmark: {cut}")
-    if num_chunks > 1:
-        warn(f"benchmark: {tokenization.chunks_note(num_chunks)}")
-    if note := world.foreign_note(config.model, plain_texts(config, benchmark.prompts)):
-        warn(f"benchmark: {note}")
+    num_chunks, cut = read_notes(config, benchmark.prompts, "benchmark", warn)
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
         if config.overwrite:
             _overwrite(evaluation)
         settings = write_settings(evaluation)
-        draw_missing(evaluation, progress)
-        scores = score(evaluation, sources, progress)
+        draw_missing(evaluation)
+        scores = score(evaluation, sources)
         about = {"commit": run.commit(), "rewards": sources, "num_tokens": cut.num_tokens, "prompts_cut": cut.prompts}
         about |= {"num_chunks": num_chunks} if config.long_prompt != "cut" else {}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
@@ -537,6 +556,9 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
         if config.overwrite or not (evaluation.folder / SCORES).is_file():  # else its scores may be there
             rewards.check_servers(spec)
     rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
+    sides = {side or config.resolution or world.IMAGE_SIZE for side in (config.width, config.height)}
+    if len(sides) > 1 and (judged := [spec for spec in config.measures if rewards.judges_world(spec)]):
+        raise InputError(f"width: {judged[0]} judges square images of the tiny world alone; give --resolution instead")
     for system in evaluation.systems:
         adapters.check_inputs(system)
     if config.strengths and len(evaluation.benchmark.prompts) < 2:
@@ -560,7 +582,7 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
 # --- drawing ---
 
 
-def draw_missing(evaluation: Evaluation, progress: Progress) -> None:
+def draw_missing(evaluation: Evaluation) -> None:
     """Draw the images that are not there yet."""
     model = None
     for system in evaluation.systems:
@@ -569,9 +591,10 @@ def draw_missing(evaluation: Evaluation, progress: Progress) -> None:
             model = model or load_model(evaluation.config, evaluation.benchmark.prompts)
             policy = make_policy(model, system, evaluation.config)
             for n, chunk in enumerate(missing):
-                progress(f"drawing {system.name}", len(evaluation.chunks) - len(missing) + n, len(evaluation.chunks))
+                done = len(evaluation.chunks) - len(missing) + n
+                stages.report(f"drawing {system.name}", done, len(evaluation.chunks))
                 _draw_chunk(evaluation, system, chunk, policy)
-        progress(f"drawing {system.name}", len(evaluation.chunks), len(evaluation.chunks))
+        stages.report(f"drawing {system.name}", len(evaluation.chunks), len(evaluation.chunks))
 
 
 def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Policy) -> None:
@@ -590,7 +613,7 @@ def _draw_chunk(evaluation: Evaluation, system: System, chunk: range, policy: Po
 # --- scoring ---
 
 
-def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -> Scores:
+def score(evaluation: Evaluation, sources: dict[str, Any]) -> Scores:
     """The scores of every system by measure; where a prompt has several images, their diversity as well.
 
     The diversity is measured on the image features of the first reward that has features.
@@ -607,11 +630,11 @@ def score(evaluation: Evaluation, sources: dict[str, Any], progress: Progress) -
         load = functools.cache(functools.partial(_load_reward, config, spec))  # only if a score is missing
         for system in evaluation.systems:
             for n, chunk in enumerate(chunks):
-                progress(f"{spec} of {system.name}", n, len(chunks))
+                stages.report(f"{spec} of {system.name}", n, len(chunks))
                 missing = [key for key in wanted if (system.name, key, chunk.start) not in kept]
                 for key, values in _measure(evaluation, system, chunk, missing, load):
                     kept.add(system.name, key, chunk.start, values)
-            progress(f"{spec} of {system.name}", len(chunks), len(chunks))
+            stages.report(f"{spec} of {system.name}", len(chunks), len(chunks))
             scores[system.name][spec] = kept.table(system.name, keys[spec], chunks, config.num_images)
             if not np.isfinite(scores[system.name][spec]).any():
                 raise RewardError(f"reward: {spec} gave no finite score for any image of {system.name}")

@@ -26,7 +26,8 @@ from .tokenization import (
     find_cut,
     learned_tokens,
     num_learned,
-    parse_weights,
+    read_weights,
+    shares_of,
     texts_at,
     weigh,
     weighted_ids,
@@ -785,7 +786,7 @@ def tokenize_weighted(model: Model, prompts: Sequence[str], num_steps: int) -> T
     """Ids and weights (N, T, 2L) float64 of prompts with weights at each of T steps: the L ids, and then the L weights.
 
     Raises:
-        InputError: as `parse_weights` and `check_weighable`, or a prompt is not text.
+        InputError: as `read_weights` and `check_weighable`, or a prompt is not text.
     """
     check_weighable(list(model.readers.values()))
 
@@ -794,8 +795,8 @@ def tokenize_weighted(model: Model, prompts: Sequence[str], num_steps: int) -> T
         return torch.cat([weighted_ids(reader, texts) for reader in model.readers.values()], dim=1).flatten()
 
     def rows(prompt: str) -> Tensor:
-        pieces = parse_weights(prompt)
-        return torch.stack([row(texts_at(pieces, (k + 0.5) / num_steps)) for k in range(num_steps)])
+        pieces = read_weights(prompt, num_steps)
+        return torch.stack([row(texts_at(pieces, share)) for share in shares_of(num_steps)])
 
     return torch.stack([rows(prompt) for prompt in prompts])
 

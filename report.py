@@ -7,10 +7,12 @@ Read top to bottom: the page, what it says of an evaluation and of a training, t
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import io
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ import numpy as np
 from markupsafe import Markup
 
 from . import files, measures, world
-from .config import BASE, TrainConfig, option_fields
+from .config import BASE, LATER_OPTIONS, NO_REWARD, TrainConfig, option_fields
 from .prompt_sets import MEASURED_ON, find_measured
 
 if TYPE_CHECKING:
@@ -108,8 +110,8 @@ def now() -> str:
 
 
 def minus(text: str) -> str:
-    """Numbers in a text with the minus sign that is as wide as the plus."""
-    return text.replace("-", "\N{MINUS SIGN}")
+    """A text whose negative numbers have the minus sign that is as wide as the plus; names with hyphens keep them."""
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "\N{MINUS SIGN}", text)
 
 
 # --- an evaluation ---
@@ -137,10 +139,16 @@ def evaluation_page(folder: Path, results: Mapping[str, Any]) -> Page:
 
 
 def _drawn_by(results: Mapping[str, Any]) -> str:
-    return (
-        f"{results['model']}, {results['num_inference_steps']} {results['sampler']} steps, guidance "
-        f"{results['guidance_scale']:g}, eta {results['eta']:g}"
-    )
+    parts = [
+        f"{results['model']}, {results['num_inference_steps']} {results['sampler']} steps",
+        f"guidance {results['guidance_scale']:g}",
+        f"eta {results['eta']:g}",
+    ]
+    parts += [f"negative prompt {results['negative_prompt']!r}"] if results["negative_prompt"] else []
+    changed = {name: results[name] for name in ("resolution", *LATER_OPTIONS) if results.get(name)}
+    if changed.pop("prompt_weights", False):
+        parts.append("weights in prompts read")
+    return ", ".join(parts + [f"{name.replace('_', ' ')} {value}" for name, value in changed.items()])
 
 
 def _what_was_drawn(results: Mapping[str, Any]) -> str:
@@ -160,6 +168,8 @@ def _made_of(system: Mapping[str, Any], trainings: Mapping[str, str]) -> str:
         for kind in ("adapter", "unet")
         for term in system[f"{kind}s"]
     ]
+    if system.get("adapter_steps"):
+        terms.append(f"adapters on in the steps {system['adapter_steps']} alone")
     return "; ".join(terms) or "the model as it is"
 
 
@@ -202,6 +212,19 @@ class Training:
     state: str = RUNNING  # or FINISHED, or why it stopped
 
 
+def describe_method(options: Mapping[str, Any]) -> str:
+    """What a training trains, by which algorithm and on what, from its options."""
+    target, algorithm, reward, seed = (options.get(name, "?") for name in ("target", "algorithm", "reward", "seed"))
+    layers, modules = options.get("lora_layers", "all"), options.get("lora_modules")
+    limits = [f"blocks {layers}"] if layers != "all" else []
+    limits += [f"projections {', '.join(modules)}"] if modules else []
+    limits += [f"in the steps {steps}"] if (steps := options.get("adapter_steps")) else []
+    taught_by = [str(reward)] if reward != NO_REWARD else []
+    taught_by += [f"failed images relabelled by {relabel}"] if (relabel := options.get("relabel")) else []
+    what = target + (f" ({', '.join(limits)})" if limits else "")
+    return f"{what} trained by {algorithm} on {' and '.join(taught_by)}, seed {seed}"
+
+
 def write_training(training: Training) -> None:
     """Write `report.html` into the output folder of a training.
 
@@ -227,7 +250,7 @@ def training_page(training: Training) -> Page:
         verdicts=make_verdicts(systems),
         facts=[
             Fact("date", now()),
-            Fact("training", f"{config.target} by {config.algorithm} on {config.reward}, seed {config.seed}"),
+            Fact("training", describe_method(dataclasses.asdict(config))),
             Fact("progress", _progress(training)),
             Fact("measured on", f"{len(training.prompts)} {measured_on(epochs)}, every epoch from the same noise"),
         ],

@@ -315,6 +315,11 @@ def resizes(spec: str) -> bool:
     return any(name in CATALOGUE and CATALOGUE[name].gradients for name in parse_mixture(spec))
 
 
+def judges_world(spec: str) -> bool:
+    """Whether a part of a reward is the tiny world's detector, which knows the shapes of square images."""
+    return any(name in CATALOGUE and CATALOGUE[name].check_prompt is world.parse for name in parse_mixture(spec))
+
+
 def has_features(spec: str) -> bool:
     """Whether a part of a reward has features of the image alone, so that a mixture of it does."""
     return any(name in CATALOGUE and CATALOGUE[name].features for name in parse_mixture(spec))

@@ -120,9 +120,8 @@ def describe_training(folder: Path) -> str:
     """
     config = saved_options(folder)
     result = read_result(folder) if (folder / RESULT).is_file() else {}
-    target, algorithm, reward, seed = (config.get(name, "?") for name in ("target", "algorithm", "reward", "seed"))
     images = f"{result['num_images']} images" if result else "not finished"
-    return f"{target} trained by {algorithm} on {reward}, seed {seed}: {images}"
+    return f"{report.describe_method(config)}: {images}"
 
 
 def check_room(folder: Path, config: TrainConfig) -> None:
@@ -671,7 +670,9 @@ def write_grid(
     from PIL import Image, ImageDraw
 
     rows = [_wrapped(prompt, len(columns) * (CELL + GAP)) for prompt in prompts]
-    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if _in_world(prompts) else {}
+    in_world = _in_world(prompts)
+    judges = in_world and all(images.shape[-1] == images.shape[-2] for images in columns.values())
+    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if judges else {}
     under = LINE + 4 if scores or marks else 6
     width, height = len(columns) * (CELL + GAP) + 12, max(map(len, rows)) * LINE + 4 + CELL + under + 6
     across, top = _num_across(len(prompts)), (2 if title else 1) * LINE + 8
@@ -681,7 +682,7 @@ def write_grid(
     for i, lines in enumerate(rows):
         left, y = 12 + i % across * width, top + i // across * height
         for n, line in enumerate(lines):
-            _write_prompt(draw, (left, y + (max(map(len, rows)) - len(lines) + n) * LINE), line, bool(marks))
+            _write_prompt(draw, (left, y + (max(map(len, rows)) - len(lines) + n) * LINE), line, in_world)
         y += max(map(len, rows)) * LINE + 4
         for k, (name, images) in enumerate(columns.items()):
             image, x = files.to_image(images[i]), left + k * (CELL + GAP)

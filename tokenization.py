@@ -257,6 +257,7 @@ _MARKS = re.compile(
     r"|:\s*(?P<weight>[-+]?[.,\d][-+.,\deE]*)\s*\)"
     r"|:\s*(?P<steps>[.\d]+\s*-\s*[.\d]+)\s*(?::(?P<own>[^\[\]():|\\]*))?\]"
     r"|:\s*(?P<editing>[.\d]+)\s*\]"
+    r"|:\s*(?P<unclosed>[.\d]+\s*-\s*[.\d]+)\s*:"
     r"|[)\]]|:|[^\\()\[\]:]+"
 )
 _OTHER_MARKS = re.compile(r"\b(?:BREAK|AND)\b")  # A1111 takes these words for something else than text
@@ -271,6 +272,9 @@ class Piece:
     weight: float = 1.0
     first: float = 0.0
     end: float = 1.0
+
+    def is_at(self, share: float) -> bool:
+        return self.first <= share < self.end
 
 
 def parse_weights(prompt: str) -> list[Piece]:
@@ -302,6 +306,8 @@ def parse_weights(prompt: str) -> list[Piece]:
             close("[", _weight((mark["own"] or "").strip(), prompt), *_shares(mark["steps"], prompt))
         elif (bracket := {")": "(", "]": "["}.get(text)) and opened[bracket]:
             close(bracket, usual[bracket])
+        elif mark["unclosed"] and opened["["]:
+            raise _unreadable(prompt, f"the range {mark['unclosed']} is not closed; write it as [text:A-B:weight]")
         elif _OTHER_MARKS.search(text) or (opened["["] and (mark["editing"] or "|" in text)):
             raise _unreadable(prompt, "prompt editing, alternation, BREAK and AND are not supported")
         else:
@@ -331,14 +337,42 @@ def _unreadable(prompt: str, why: str) -> InputError:
 
 
 def plain_text(prompt: str) -> str:
-    """A prompt with weights without them, as scorers read it; raises as `parse_weights`."""
-    return "".join(piece.text for piece in parse_weights(prompt))
+    """A prompt with weights without them, as scorers read it: with the words of all ranges; raises as `parse_weights`.
+
+    Words that are never together stand apart, and a text that takes its own place, with another weight, stands there once.
+    """
+    shown, before = "", Piece("")
+    for (first, end), group in itertools.groupby(parse_weights(prompt), key=lambda piece: (piece.first, piece.end)):
+        piece = Piece("".join(each.text for each in group), first=first, end=end)
+        if piece.text.strip() and (first >= before.end or before.first >= end):
+            if piece.text.strip() == before.text.strip():
+                continue
+            shown += "" if shown[-1:].isspace() else " "
+        shown, before = shown + piece.text, piece if piece.text.strip() else before
+    return shown
 
 
-def counted_text(prompt: str) -> str:
-    """A prompt with weights as its tokens are counted: each weighted text by itself, with the words of all ranges."""
-    alike = itertools.groupby(parse_weights(prompt), key=lambda piece: (piece.weight, piece.first, piece.end))
-    return " ".join("".join(piece.text for piece in group) for _, group in alike)
+def shares_of(num_steps: int) -> list[float]:
+    """The share of the denoising at which each of T steps reads its prompt: the middle of the step."""
+    return [(k + 0.5) / num_steps for k in range(num_steps)]
+
+
+def read_weights(prompt: str, num_steps: int) -> list[Piece]:
+    """The pieces of a prompt that T steps read; raises as `parse_weights`, and InputError for one that no step reads."""
+    pieces = parse_weights(prompt)
+    for piece in pieces:
+        if piece.text.strip() and not any(map(piece.is_at, shares_of(num_steps))):
+            raise _unreadable(
+                prompt, f"none of the {num_steps} denoising steps lies in the range of {piece.text.strip()[:40]!r}; widen it"
+            )
+    return pieces
+
+
+def counted_texts(prompt: str, num_steps: int) -> list[str]:
+    """A prompt with weights as its tokens are counted: each weighted text by itself, once for each step that differs."""
+    pieces = read_weights(prompt, num_steps)
+    at_steps = (" ".join(text for text, _ in texts_at(pieces, share)) for share in shares_of(num_steps))
+    return list(dict.fromkeys(at_steps))
 
 
 def check_weighable(readers: Sequence[Reader]) -> None:
@@ -352,7 +386,7 @@ def check_weighable(readers: Sequence[Reader]) -> None:
 
 def texts_at(pieces: Sequence[Piece], share: float) -> tuple[tuple[str, float], ...]:
     """The texts of a prompt at a share of the denoising with their weights; neighbours of one weight are one text."""
-    there = [piece for piece in pieces if piece.first <= share < piece.end] or [Piece("")]
+    there = [piece for piece in pieces if piece.is_at(share)] or [Piece("")]
     alike = itertools.groupby(there, key=lambda piece: piece.weight)
     return tuple(("".join(piece.text for piece in group), weight) for weight, group in alike)
 

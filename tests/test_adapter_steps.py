@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, run, sampler, training
+from texforce import cli, evaluation, models, run, sampler, training
 from texforce.config import (
     EvalOptions,
     MergeOptions,
@@ -170,6 +170,17 @@ def test_merge_refuses_a_format_that_cannot_say_the_steps_unless_they_are_droppe
         resolve_merge(MergeOptions(**options))
     config = resolve_merge(MergeOptions(**options, drop_adapter_steps=True))
     assert "adapter_steps" not in config.settings
+    assert config.dropped_steps == (STEPS,)
+    without = resolve_merge(MergeOptions(**options | {"adapter": [f"{adapter}:0"]}))  # it has no effect
+    assert "adapter_steps" not in without.settings
+
+
+def test_merge_of_adapters_for_different_steps_names_the_option_that_it_has(adapter, tmp_path):
+    other = with_config(adapter, tmp_path / "other", adapter_steps=None)
+    options = {"adapter": [str(adapter), other], "format": "peft"}
+    with pytest.raises(InputError, match=r"0\.25-0\.75 and all steps; give --drop-adapter-steps, and all are on in all"):
+        resolve_merge(MergeOptions(**options))
+    assert resolve_merge(MergeOptions(**options, drop_adapter_steps=True)).dropped_steps == (STEPS,)
 
 
 def test_merge_writes_the_steps_beside_pefts_format_and_sample_reads_them_back(adapter, tmp_path):
@@ -182,7 +193,9 @@ def test_merge_writes_the_steps_beside_pefts_format_and_sample_reads_them_back(a
     assert json.loads(Path(place, "texforce.json").read_text())["adapter_steps"] == STEPS
     assert "share 0.25-0.75 of the denoising steps" in Path(place, "README.md").read_text()
     torch.testing.assert_close(sample(adapter=[place]), sample(adapter=[str(adapter)]), rtol=0, atol=1e-5)
-    options = {"adapter": [str(adapter)], "format": "peft", "output_dir": place, "overwrite": True}
-    merging.merge(resolve_merge(MergeOptions(**options, drop_adapter_steps=True)))
+    dropped = CliRunner().invoke(cli.app, [*arguments, "--drop-adapter-steps", "--overwrite"])
+    assert dropped.exit_code == 0, dropped.output
+    assert "--drop-adapter-steps: what was trained for the steps 0.25-0.75 is on in all of them" in dropped.stderr
+    assert "0.25-0.75" not in Path(place, "README.md").read_text() + Path(place, "texforce.json").read_text()
     always = sample(adapter=[str(adapter)], adapter_steps="0-1")
     torch.testing.assert_close(sample(adapter=[place]), always, rtol=0, atol=1e-5)

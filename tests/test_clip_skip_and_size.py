@@ -11,7 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from texforce import cli, evaluation, models, run
-from texforce.config import SampleOptions, resolve_sample
+from texforce.config import EvalOptions, SampleOptions, resolve_eval, resolve_sample
+from texforce.errors import InputError
 
 PROMPTS = ["a red circle", "two blue squares"]
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 4.0, "eta": 1.0}
@@ -61,6 +62,38 @@ def test_the_layers_of_an_adapted_text_encoder_are_skipped_too(stable_diffusion,
     lora = LoraConfig(r=2, target_modules=list(model.family.text["text_encoder"].lora_layers))
     adapted = replace(model, text_encoder=get_peft_model(model.text_encoder, lora), clip_skip=1)
     torch.testing.assert_close(models.encode(adapted, ids), models.encode(replace(model, clip_skip=1), ids))
+
+
+@pytest.mark.parametrize(("options", "is_refused"), [
+    ({"width": 64}, True), ({"height": 48, "width": 32}, True), ({"width": 64, "height": 64}, False),
+    ({"resolution": 64, "width": 64}, False), ({"resolution": 64, "width": 32}, True),
+])  # fmt: skip
+def test_the_detector_judges_square_images_alone(tmp_path, monkeypatch, options, is_refused):
+    monkeypatch.setattr(evaluation, "draw_missing", lambda _: (_ for _ in ()).throw(SystemExit))
+    given = {"model": "tiny", "reward": ["jpeg=1,alignment=1"], "output_dir": str(tmp_path / "eval"), "limit": 2}
+    match = "width: .*alignment.* judges square images" if is_refused else "^$"
+    with pytest.raises(InputError if is_refused else SystemExit, match=match):
+        evaluation.evaluate(resolve_eval(EvalOptions(**given, **options)))
+
+
+def test_a_grid_of_images_that_are_not_square_has_no_marks(tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr(run, "_draw_mark", lambda *arguments: marks.append(arguments))
+    for n, width in enumerate((32, 64)):
+        run.write_grid(tmp_path / f"{width}.png", PROMPTS, {"base": torch.zeros(2, 3, 32, width)})
+        assert len(marks) == 2 * (1 - n)
+        marks.clear()
+
+
+def test_both_sides_settle_what_adapters_of_different_resolutions_leave_open(tmp_path):
+    for name, resolution in (("a", 32), ("b", 64)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model": "tiny", "resolution": resolution}))
+    options = {"prompt": PROMPTS, "adapter": [str(tmp_path / "a"), str(tmp_path / "b")]}
+    with pytest.raises(InputError, match="resolution: the adapters were trained with 32 and 64; say which to use"):
+        resolve_sample(SampleOptions(**options, width=64))
+    config = resolve_sample(SampleOptions(**options, width=64, height=48))
+    assert (config.width, config.height) == (64, 48)
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 48)])

@@ -158,6 +158,25 @@ def test_a_prompt_that_leaves_no_room_loses_its_end_and_is_told_as_cut(folders, 
     assert training.check_prompts(policy, config, training.Prompts([whole, cut], [], [])).prompts == [cut]
 
 
+def test_the_negative_prompt_and_the_base_model_lose_no_room_to_them(written):
+    folder, tokens, _ = written("sd")
+    reader = models.open_readers(str(folder))[0]
+    long = " ".join(["red"] * (reader.num_read - 2))
+    options = {"model": str(folder), "adapter": [str(tokens)], "prompt": ["red"]}
+    negative = resolve_sample(SampleOptions(**options, negative_prompt=long, long_prompt="refuse"))
+    assert evaluation.find_chunks(negative, ["red"]) == 1
+    assert evaluation.find_cut(negative, ["red"], num_learned=3).prompts == []
+    with pytest.raises(InputError, match="long_prompt: 1 of 1 prompts are longer than the"):
+        evaluation.find_chunks(negative, [long])
+    assert evaluation.find_cut(negative, [long], num_learned=3).prompts == [long]
+    images, _ = evaluation.sample_to_folder(
+        resolve_sample(SampleOptions(**options | {"prompt": [long]}, compare=True, num_images=1, num_inference_steps=2,
+                                     output_dir=str(tokens.parent / "samples")))
+    )  # fmt: skip
+    cut = {image.system: image.open().info.get("prompt_cut_to") for image in images}
+    assert cut == {"base": None, "tuned": f"{reader.num_read - 3} tokens"}
+
+
 def test_they_begin_as_end_tokens_so_that_the_policy_begins_as_the_base_model(folders):
     config = resolve(TrainOptions(model=str(folders("sd")), target="tokens", num_tokens=4, mixed_precision="no"))
     policy, base = (

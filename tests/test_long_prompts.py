@@ -150,7 +150,7 @@ def test_refuse_names_the_first_of_the_prompts_that_are_too_long_and_their_numbe
 
 
 def test_refuse_looks_at_negative_and_anchor_prompts_too(small_run, tmp_path):
-    with pytest.raises(InputError, match=r"^long_prompt: 1 of 2 prompts are longer"):
+    with pytest.raises(InputError, match=r"^long_prompt: 1 of 1 prompts are longer"):
         our_images("tiny", [SHORT], long_prompt="refuse", negative_prompt=LONG)
     (tmp_path / "anchors.txt").write_text(LONG)
     more = {"anchor_prompts": str(tmp_path / "anchors.txt"), "null_anchor": 1.0, "long_prompt": "refuse"}

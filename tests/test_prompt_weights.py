@@ -81,6 +81,8 @@ UNREADABLE = [
     ("a [red|blue] dot", "alternation"),
     ("a red dot BREAK a blue dot", "BREAK"),
     ("a red dot AND a blue dot", "AND"),
+    ("a [red:0-0.5:1.25 dot", "the range 0-0.5 is not closed; write it as [text:A-B:weight]"),
+    ("a [red:0-0.5:1.25) dot", "the range 0-0.5 is not closed"),
 ]
 
 
@@ -92,7 +94,43 @@ def test_what_cannot_be_read_is_refused_with_the_prompt(prompt, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", ["[a:0-1:" + " " * 20_000, "(" * 9 + "a:1" * 2000, "a:" * 5_000, "\\" * 9_001])
+@pytest.mark.parametrize("prompt", [
+    "a [red:0-0.05:1.3] dot", "[red:0.4-0.6:1]", "[a [red:0-0.5:2] dot:0.5-1:1]", "[ [red:0.95-1:1]:0-1:1]",
+])  # fmt: skip
+def test_a_text_that_no_step_reads_is_refused_and_does_not_vanish(prompt, narrow_model):
+    for read in (
+        lambda: tokenization.counted_texts(prompt, 4),
+        lambda: models.tokenize_weighted(narrow_model(), [prompt], 4),
+    ):
+        with pytest.raises(InputError, match=r"none of the 4 denoising steps lies in the range of '(red|a)"):
+            read()
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [
+    ("a [red:0-0.5:1.25][red:0.5-1:1] circle", "a red circle"),
+    ("a [red:0-0.5:1.25] [red:0.5-1:1] circle", "a red  circle"),
+    ("[(deep:1.2) red:0-0.5:1][deep red:0.5-1:2] dot", "deep red dot"),
+    ("[red:0-0.5:1][blue:0.5-1:1] dot", "red blue dot"),
+    ("[red:0-0.6:1][blue:0.5-1:1] dot", "redblue dot"),  # together in some steps, as one writes them
+    ("a [red:0-0.5:1.25] circle", "a red circle"),
+    ("[re:0-0.5:1.2]d (dot:1.3)", "red dot"),
+    ("red red", "red red"),
+])  # fmt: skip
+def test_scorers_read_the_words_of_all_ranges_and_a_text_with_several_weights_once(prompt, expected):
+    assert tokenization.plain_text(prompt) == expected
+
+
+def test_words_that_are_never_together_are_not_counted_together():
+    prompt = f"[{'red ' * 12}:0-0.5:1][{'blue ' * 12}:0.5-1:1]"
+    config = resolve_sample(SampleOptions(model="tiny", prompt=["x"], prompt_weights=True, long_prompt="chunk"))
+    assert evaluation.find_cut(config, [prompt]).prompts == []
+    assert evaluation.find_chunks(config, [prompt]) == 1
+    longer = prompt.replace("0.5-1", "0.4-1")
+    assert evaluation.find_cut(config, [longer]).prompts == [longer]
+    assert evaluation.find_chunks(config, [longer]) == 2
+
+
+@pytest.mark.parametrize("prompt", ["[a:0-1" + " " * 20_000, "(" * 9 + "a:1" * 2000, "a:" * 5_000, "\\" * 9_001])
 def test_a_long_prompt_takes_no_time(prompt):
     assert len(tokenization.plain_text(prompt)) >= 4000
 

@@ -50,7 +50,7 @@ def write_evaluation(
     return {
         "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
         "model": "tiny", "num_images": num_images, "sampler": "ddim", "num_inference_steps": 8, "guidance_scale": 3.0,
-        "eta": 1.0, "seed": 0,
+        "eta": 1.0, "seed": 0, "negative_prompt": None,
         "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
         "prompts_cut": [], "num_tokens": 24, "timings": {"date": "2026-01-02 03:04 UTC"}, "command": "texforce eval",
         "trainings": {HOSTILE: "text-encoder trained by ppo on hps: 96 images, seed 0"},
@@ -313,6 +313,37 @@ def test_numbers_have_one_minus_sign(visit, evaluation):
     text = visit(evaluation[0]).inner_text("main")
     assert re.search("\N{MINUS SIGN}\\d", text)
     assert not re.search(r"(?<![\w-])-\d", text)
+
+
+def test_only_numbers_have_it_and_names_keep_their_hyphens(tmp_path):
+    assert report.minus("hps-v2 -0.02 [-0.3, +1], my-file.py:f, 2026-11-30") == (
+        "hps-v2 \N{MINUS SIGN}0.02 [\N{MINUS SIGN}0.3, +1], my-file.py:f, 2026-11-30"
+    )
+
+
+def test_the_page_says_how_images_were_drawn_and_in_which_steps_adapters_are_on(tmp_path):
+    results = write_evaluation(tmp_path, 3, systems=("base", "te"))
+    results |= {"clip_skip": 2, "width": 64, "prompt_weights": True, "negative_prompt": "blurry", "long_prompt": "chunk"}
+    results["systems"]["te"]["adapter_steps"] = "0.5-1"
+    facts = {fact.name: fact.text for fact in report.evaluation_page(tmp_path, results).facts}
+    for words in ("negative prompt 'blurry'", "weights in prompts read", "long prompt chunk", "clip skip 2", "width 64"):
+        assert words in facts["model"]
+    assert "on in the steps 0.5-1 alone" in facts["te at 0.5"]
+    assert "steps 0.5" not in facts["base"]
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, "text-encoder trained by matching on hps, seed 3"),
+    ({"relabel": "world"}, "text-encoder trained by matching on hps and failed images relabelled by world, seed 3"),
+    ({"relabel": "world", "reward": "none"},
+     "text-encoder trained by matching on failed images relabelled by world, seed 3"),
+    ({"lora_layers": "last:1", "lora_modules": ["q_proj", "v_proj"], "adapter_steps": "0-0.5"},
+     "text-encoder (blocks last:1, projections q_proj, v_proj, in the steps 0-0.5) trained by matching on hps, seed 3"),
+    ({"target": "tokens"}, "tokens trained by matching on hps, seed 3"),
+])  # fmt: skip
+def test_a_training_is_described_with_what_it_has_of_its_own(options, expected):
+    usual = {"target": "text-encoder", "algorithm": "matching", "reward": "hps", "seed": 3}
+    assert report.describe_method(usual | options) == expected
 
 
 @pytest.mark.parametrize(("mean", "low", "high", "expected"), [
