@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from . import interrupts, stages
+from . import interrupts, stages, views
 from .config import (
     SETTINGS,
     EvalConfig,
@@ -35,7 +35,6 @@ from .config import (
     resolve_eval,
     resolve_merge,
     resolve_sample,
-    without_passwords,
 )
 from .errors import (
     InputError,
@@ -48,11 +47,12 @@ from .errors import (
     naming_origins,
     near,
 )
-from .files import read_json
+from .files import check_unused, check_writable, read_json
 from .flags import HELP_ALL, Command, TrainCommand, show_version, with_options
 from .presets import PRESETS
-from .prompt_sets import TRAINING_SETS, read_prompts
-from .views import EpochView, StageView, evaluation_table, output, progress, results_table, rows_table, show, warn
+from .prompt_sets import TRAINING_SETS, check_benchmark, read_prompts
+from .reward_specs import REWARDS, check_reward, without_passwords
+from .views import EpochView, StageView, evaluation_table, output, progress, results_table, rows_table, show
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
 EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 nobody reads the output"
@@ -107,22 +107,28 @@ def exit_codes(memory_options: str = "") -> Iterator[None]:
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
-    message = as_typed(str(error)) if code == InputError.exit_code else str(error)
-    progress.print(Text("error: ", style="bold red") + Text(message))
+    progress.print(Text("error: ", style="bold red") + Text(as_typed(str(error))))
     raise typer.Exit(code)
 
 
+def warn(message: str) -> None:
+    """Print a message on stderr, which calls options as one types them."""
+    views.warn(as_typed(message))
+
+
 def as_typed(message: str) -> str:
-    """A message about an option, with which it begins, that calls options as one types them: --num-epochs for num_epochs.
+    """A message about options, with which it begins, that calls options as one types them: --num-epochs for num_epochs.
 
     A message about a file begins with the file, and calls the fields as they are called there.
     """
-    if message.partition(":")[0] not in OPTION_NAMES:
+    names, colon, rest = message.partition(": ")
+    if not colon or not set(names.split(", ")) <= set(OPTION_NAMES):
         return message
     whole, underscored = "|".join(OPTION_NAMES), "|".join(name for name in OPTION_NAMES if "_" in name)
     # As "name: ...", also after another one; names of two words wherever they are no part of a path or a quoted text.
     pattern = rf"(?:^|(?<=[:;] ))(?:{whole})(?=: )|(?<![\w./'\"-])(?:{underscored})(?![\w./'\"])"
-    return re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), message)
+    head = ", ".join("--" + name.replace("_", "-") for name in names.split(", "))
+    return head + colon + re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), rest)
 
 
 # --- train ---
@@ -162,14 +168,16 @@ def train_command(
     texforce train --resume out
     """
     with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
-        from . import processes
-
         if force_resume and not resume:
             raise InputError("force_resume: works only together with --resume")
+        if not (dry_run or resume or config or given.get("overwrite")):
+            folder = Path(given.get("output_dir", TrainConfig.output_dir))
+            check_writable(folder)
+            check_unused(folder)
         settings = train_settings(given, config, resume)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
-        from . import training
+        from . import processes, training
 
         if not dry_run:
             with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
@@ -189,15 +197,13 @@ def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
 
 
 def train_settings(
-    given: dict[str, Any], config: Path | None, resume: Path | None, warn: Callable[[str], None] = warn
+    given: dict[str, Any], config: Path | None, resume: Path | None, warn: Callable[[str], None] = views.warn
 ) -> TrainConfig:
     """The configuration of a training: what is given, over the run to resume or over a file; says which model it takes.
 
     Raises:
         NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`.
     """
-    from . import processes
-
     options = merge_options(read_config(config), given)
     if resume:
         options = resumed_options(resume, options)
@@ -208,6 +214,8 @@ def train_settings(
     settings = resolve(asked)
     check_algorithm_options(given, settings.algorithm)
     check_target_options(given, settings.target)
+    from . import processes
+
     if processes.is_first():
         warn(f"model: {settings.model} ({_why(options)})")
     return settings
@@ -225,10 +233,13 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
     if folder.is_file():
         raise InputError(f"resume: {str(folder)!r} is a file; give the output folder of a training")
+    nothing = NotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
+    if not folder.exists() and not given:
+        raise nothing
     from . import run
 
     if not run.is_run(folder) and not given:
-        raise NotFoundError(f"resume: there is no run in {str(folder)!r}; to begin one there, give its options too")
+        raise nothing
     saved = check_options(run.saved_options(folder), folder / "config.json") if run.is_run(folder) else {}
     return merge_options(saved, given) | {"output_dir": str(folder)}
 
@@ -239,7 +250,7 @@ def check_trusted(config: TrainConfig, given: dict[str, Any]) -> None:
     Raises:
         InputError: one comes from --config or --resume alone.
     """
-    from .rewards import caption_files, functions_of
+    from .reward_specs import caption_files, functions_of
 
     def paths(specs: Iterable[str], relabel: str | None) -> dict[Path, str]:
         """Each file, with the option that names it."""
@@ -343,8 +354,10 @@ def sample_command(given: dict[str, Any]) -> None:
     texforce sample --adapter out:0.7 --prompts prompts.txt --num-images 1
     """
     with exit_codes("--batch-size or --resolution"):
+        if given.get("prompts"):
+            read_prompts(given["prompts"])  # now, since PyTorch takes seconds to load
         config = resolve_sample(SampleOptions(**given))
-        warn(f"model: {config.model}")
+        views.warn(f"model: {config.model}")
         from . import evaluation
 
         with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
@@ -367,10 +380,10 @@ def merge_command(given: dict[str, Any]) -> None:
     texforce merge --adapter out --unet ddpo.safetensors
     """
     with exit_codes():
+        config = resolve_merge(MergeOptions(**given))
         from . import merging
 
-        config = resolve_merge(MergeOptions(**given))
-        warn(f"model: {config.model}")
+        views.warn(f"model: {config.model}")
         with StageView() as view, stages.reporting_to(view), naming_origins(config.origins):
             folder = merging.merge(config)
         if steps := config.settings.get("adapter_steps"):
@@ -392,8 +405,10 @@ def eval_command(given: dict[str, Any]) -> None:
     texforce eval --adapter first=a --adapter second=b --strength 0,0.5,1
     """
     with exit_codes("--batch-size or --resolution"):
+        if given.get("benchmark"):
+            check_benchmark(given["benchmark"])
         config = resolve_eval(EvalOptions(**given))
-        warn(f"model: {config.model}; benchmark: {config.benchmark}")
+        views.warn(f"model: {config.model}; benchmark: {config.benchmark}")
         from . import evaluation
 
         try:
@@ -418,15 +433,13 @@ def eval_command(given: dict[str, Any]) -> None:
 def rewards_command(name: Annotated[str | None, typer.Argument(help="one of them, to read all about it")] = None) -> None:
     """Show the rewards there are, and whether what they need is here."""
     with exit_codes():
-        from .rewards import CATALOGUE
-
         if name is not None:
-            if name not in CATALOGUE:
-                raise InputError(f"name: unknown reward {name!r}; known are {', '.join(CATALOGUE)}{near(name, CATALOGUE)}")
+            if name not in REWARDS:
+                raise InputError(f"name: unknown reward {name!r}; known are {', '.join(REWARDS)}{near(name, REWARDS)}")
             output.print(rows_table(name, _about_reward(name)))
             return
         table = Table("reward", "measures", "gradients", "here")
-        for name in CATALOGUE:
+        for name in REWARDS:
             about = _about_reward(name)
             table.add_row(*(Text(text) for text in (name, about["measures"], about["gradients"], about["here"])))
         output.print(table)
@@ -468,11 +481,12 @@ def serve_command(
 ) -> None:
     """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
     with exit_codes():
+        check_reward(reward, "the reward")
+        if not 0 <= port < 65536:
+            raise InputError(f"port: must be from 0 to 65535, not {port}")
         from . import rewards, server
         from .config import check_device, default_device, default_model
 
-        if not 0 <= port < 65536:
-            raise InputError(f"port: must be from 0 to 65535, not {port}")
         device = check_device(device) if device else default_device()
         checkpoints = rewards.checkpoints_for(default_model(device), reward_checkpoint, [reward])
         scorer, reward = rewards.load_reward(reward, device, checkpoints), without_passwords(reward)

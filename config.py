@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +23,10 @@ import pydantic
 import pydantic.dataclasses
 from pydantic import Field
 
-from .errors import InputError, naming_origins, near
+from .errors import InputError, NotFoundError, naming_origins, near
 from .files import locate, read_json
 from .presets import EMBEDDED, PRESETS, family, is_flow, preset_for, sampler_defaults
+from .reward_specs import NO_REWARD, check_captioner, check_reward, without_passwords
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MAX_SEED = 2**63  # room below torch's limit of 2**64 for the seeds that are counted up from it
@@ -63,8 +65,6 @@ FLOW_SAMPLERS = ("euler", "cps")  # for models of flow matching
 NullPrompt = Literal["adapted", "base"]
 LongPrompt = Literal["refuse", "cut", "chunk"]
 Reward = Annotated[str, Field(description="a text"), pydantic.AfterValidator(lambda spec: without_passwords(spec))]
-NO_REWARD = "none"  # what --reward takes where relabelled images alone teach
-WORLD = "world"  # what --relabel takes for the tiny world's own captions
 PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
@@ -76,24 +76,6 @@ def _as_list(given: Any) -> Any:
 # A list; for type checkers a sequence, as a single text is one too.
 Texts = Annotated[Sequence[str], Field(description="a text or a list of texts"), pydantic.BeforeValidator(_as_list)]
 Rewards = Annotated[Sequence[Reward], Field(description="a text or a list of texts"), pydantic.BeforeValidator(_as_list)]
-
-
-# --- passwords ---
-
-_PASSWORD = re.compile(r"(https?://)([^/?#:]*):([^/?#]*)@([^/?#,=@]*)")  # in a URL, between the user's name and the host
-_passwords: dict[str, str] = {}  # by user@host; in no record of options, so that nothing writes or prints them
-
-
-def without_passwords(spec: str) -> str:
-    """What `--reward` takes, its URLs without their passwords, which `password_of` knows from now on in this process."""
-    for _, user, password, host in _PASSWORD.findall(spec):
-        _passwords[f"{user}@{host}"] = password
-    return _PASSWORD.sub(r"\1\2@\4", spec)
-
-
-def password_of(place: str) -> str | None:
-    """The password that a URL with this place, user@host, was given with."""
-    return _passwords.get(place)
 
 
 # --- ranges of steps ---
@@ -127,45 +109,6 @@ def check_steps(steps: str | None, num_steps: int) -> None:
             f"adapter_steps: none of the {num_steps} denoising steps lies in {steps} (step k does by (k + 0.5) / "
             f"{num_steps}); widen it, or raise --num-inference-steps"
         )
-
-
-# --- rewards ---
-
-# The names of rewards.CATALOGUE, here as well since a mistyped one must not wait until PyTorch is loaded.
-REWARDS = (
-    "hps", "hps-v2", "imagereward", "pickscore", "aesthetic", "clip", "ocr", "face", "hand", "alignment", "alignment_exact",
-    "jpeg", "incompress",
-)  # fmt: skip
-
-
-def check_reward_names(specs: Iterable[str]) -> None:
-    """Check the names in rewards that consist of names alone.
-
-    Raises:
-        InputError: one is unknown.
-    """
-    for spec in specs:
-        for name in (part.partition("=")[0].strip() for part in spec.split(",")):
-            if (
-                ":" not in spec
-                and re.fullmatch(r"[\w-]+", name)
-                and name not in (*REWARDS, NO_REWARD)
-                and not Path(name).is_file()
-            ):
-                raise unknown_reward(name)
-
-
-def check_captioner_name(spec: str | None) -> None:
-    """Raise InputError for what `--relabel` takes neither as `world` nor as a file and its function."""
-    if spec and spec != WORLD and ":" not in spec and not Path(spec).is_file():
-        raise InputError(f"relabel: must be world or path/to/file.py:function, not {spec!r}{near(spec, [WORLD])}")
-
-
-def unknown_reward(name: str) -> InputError:
-    return InputError(
-        f"reward: unknown name {name!r}; known are {', '.join(REWARDS)}, path/to/file.py:function and "
-        f"http://...{near(name, REWARDS)}"
-    )
 
 
 # --- validated records ---
@@ -450,6 +393,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_model(name: str) -> None:
+    """Raise NotFoundError for a model whose folder or file is not there, and whose name can be none on the hub."""
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if name not in EMBEDDED and not on_hub and not Path(name).exists():
+        raise NotFoundError(
+            f"model: there is no folder {name!r}; give 'tiny', a diffusers folder, a file or a name on the hub"
+            f"{near(name, EMBEDDED)}"
+        )
+
+
 def check_device(device: str) -> str:
     """The name of a device, which is here.
 
@@ -495,12 +448,45 @@ def resolve(options: Options) -> TrainConfig:
         InputError: options do not fit each other or the device; names them, the rule and the values.
     """
     given = given_values(options)
-    check_reward_names([given.get("reward", ""), *given.get("eval_reward", ())])
-    check_captioner_name(given.get("relabel"))
-    device = default_device()
+    _check_names(given)
+    if "torch" not in sys.modules:  # loading it takes seconds, so what is wrong on any device is told before
+        _check_on_any_device(given)
+    return _resolve_on(default_device(), given)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Check what the model, the rewards and what captions images are called.
+
+    Raises:
+        As `check_model`, `reward_specs.check_reward` and `reward_specs.check_captioner`.
+    """
+    if given.get("model"):
+        check_model(given["model"])
+    for spec in [given["reward"]] if given.get("reward", NO_REWARD) != NO_REWARD else []:
+        check_reward(spec)
+    for spec in given.get("eval_reward", ()):
+        check_reward(spec, "eval_reward")
+    if given.get("relabel"):
+        check_captioner(given["relabel"])
+
+
+def _check_on_any_device(given: dict[str, Any]) -> None:
+    """Raise what `_resolve_on` raises of options that no device, and no precision that follows from it, would suit."""
+    failures = []
+    for device in ("cpu", "cuda"):
+        try:
+            _resolve_on(device, {"mixed_precision": "no"} | given)
+        except InputError as error:
+            failures.append(error)
+    if len(failures) > 1:
+        raise failures[0]
+
+
+def _resolve_on(device: str, given: dict[str, Any]) -> TrainConfig:
+    """The configuration of a training on a device; raises as `resolve`."""
     model = given.get("model", default_model(device))
     preset = preset_for(family(model), given.get("preset", "default"), given.get("algorithm"))
-    precision = given.get("mixed_precision", default_precision(model, device))
+    precision = given.get("mixed_precision") or default_precision(model, device)
     check_precision(precision, device)
     rank = given.get("rank", preset.get("rank", _default(TrainConfig, "rank")))
     follows = {"model": model, "mixed_precision": precision, "lora_alpha": rank}
@@ -902,6 +888,8 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     """
     if {"resolution", "width", "height"} <= given.keys():
         raise InputError("resolution: has no effect beside --width and --height; leave it out")
+    if given.get("model"):
+        check_model(given["model"])
     saved, origins = dict[str, Any](), dict[str, str]()
     settled = given.keys() | ({"resolution"} if {"width", "height"} <= given.keys() else set())
     for path, settings in sampling_settings(given, systems):
@@ -1006,6 +994,8 @@ def resolve_merge(options: Options) -> MergeConfig:
     if not given.get("adapter") and not given.get("unet"):
         raise InputError("adapter: there is nothing to merge; give --adapter, --unet or both")
     _check_unet_scale(given)
+    if given.get("model"):
+        check_model(given["model"])
     if not given.get("output_dir", "merged").strip("./ "):
         raise InputError(f"output_dir: must name a folder to be made, not {given['output_dir']!r}")
     systems, dropped = _one_system(given), tuple[str, ...]()
@@ -1087,7 +1077,8 @@ def resolve_eval(options: Options) -> EvalConfig:
         InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
     given = given_values(options)
-    check_reward_names(given.get("reward", ()))
+    for spec in parse_measures(given.get("reward", ())):
+        check_reward(spec)
     systems = _with_steps(parse_systems(given.get("adapter", ()), given.get("unet", ())), given)
     strengths = parse_strengths(given["strength"]) if "strength" in given else ()
     for system in systems:

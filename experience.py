@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import interrupts, models, processes, rewards, sampler, scorers, stages
-from .config import NO_REWARD, TrainConfig
+from .config import TrainConfig
 from .errors import DivergedError, RewardError
+from .reward_specs import NO_REWARD
 
 if TYPE_CHECKING:
     from texforce import Batch, Policy, UpdateStatistics

@@ -365,6 +365,22 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
+def check_unused(folder: Path) -> None:
+    """Check that a training can begin in a folder.
+
+    Raises:
+        InputError: there is more in it than a training leaves that was refused before its first image.
+    """
+    known = {LOCK, HOLDER}
+    if (folder / LOCK).is_file() and not any((folder / "grids").glob("*")):
+        known |= {"config.json", "grids"}
+    if any(path.name not in known and path.suffix != TEMPORARY for path in folder.glob("*")):
+        raise InputError(
+            f"output_dir: {str(folder)!r} is not empty; choose another folder, or go on with the run in it by --resume "
+            f"{folder}"
+        )
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder for outputs and those above it, if they are missing.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import single_file
+from .config import check_model
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
 from .files import describe_files, quiet_hub, read_json, sha256
@@ -344,10 +345,7 @@ def find_model(name: str) -> str:
         )  # a foreign file asks nothing of the hub
         return find_model(base) if is_here else single_file.configuration(file)
     if not Path(source).is_dir():
-        if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise NotFoundError(
-                f"model: there is no folder {name!r}; give 'tiny', a diffusers folder, a file or a name on the hub"
-            )
+        check_model(name)
         with reading_model(name):  # one question to the hub before dozens, each tried again for a while
             hf_hub_download(source, "model_index.json")
     return source

@@ -185,19 +185,23 @@ def read_benchmark(name: str) -> Benchmark:
     if name in BENCHMARKS:
         rows, source = _fetch(BENCHMARKS[name], "benchmark")
         return _benchmark(name, rows, source)
-    path = Path(name)
     if name == "world":
         return _world()
-    shipped = [path.stem for path in PROMPTS.glob("*.txt") if not path.stem.endswith("-heldout")]
     if name in _known_sets():
         return _benchmark(name, _read_files(PROMPTS / f"{name}.txt", "benchmark"), {})
-    if not (name and path.exists()):
-        known = [*BENCHMARKS, "world", *sorted(shipped)]
+    check_benchmark(name)
+    path = Path(name)
+    return replace(_benchmark(name, _read_files(path, "benchmark"), {}), name=path.stem)
+
+
+def check_benchmark(name: str) -> None:
+    """Raise NotFoundError for what is neither the name of a benchmark nor a file or folder, without fetching anything."""
+    known = [*BENCHMARKS, "world", *sorted(name for name in _known_sets() if not name.endswith("-heldout"))]
+    if name not in (*known, *_known_sets()) and not (name and Path(name).exists()):
         raise NotFoundError(
             f"benchmark: there is no file {name!r} and no benchmark of that name; known are {', '.join(known)}"
             f"{near(name, known)}"
         )
-    return replace(_benchmark(name, _read_files(path, "benchmark"), {}), name=path.stem)
 
 
 def _world() -> Benchmark:

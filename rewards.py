@@ -17,7 +17,6 @@ import io
 import json
 import math
 import queue
-import re
 import socket
 import sys
 import threading
@@ -31,16 +30,15 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import Tensor
 
-from . import scorers, world
-from .config import WORLD, check_captioner_name, password_of, unknown_reward, without_passwords
-from .errors import InputError, NotFoundError, RewardError, describe, is_out_of_memory, near, origin
+from . import reward_specs, scorers, world
+from .errors import InputError, RewardError, describe, is_out_of_memory, near, origin
 from .files import describe_files
 from .presets import EMBEDDED
 from .prompt_sets import NO_TEXT
+from .reward_specs import URL, WORLD, functions_of, parse_mixture, password_of
 from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
 from .weights import HUB, describe_source, describe_weights, find_weights, is_fetched
 
-URL = ("http://", "https://")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 TIMEOUT = 600.0  # seconds
 MAX_RESPONSE_BYTES = 2**24
@@ -120,54 +118,16 @@ def missing_packages(name: str) -> list[str]:
 # --- from what --reward says to a scorer ---
 
 
-def parse_mixture(spec: str) -> dict[str, float]:
-    """Names and weights of `hps=1,aesthetic=0.1`; a name, a file's function or a URL alone has weight 1.
-
-    Raises:
-        InputError: a name is unknown or comes twice, or a weight is no finite number other than 0.
-    """
-    spec = without_passwords(spec)
-    if "," not in spec and ("=" not in spec or spec.startswith(URL)):
-        parts = [(spec, "1")]
-    else:
-        parts = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in spec.split(","))]
-    weights: dict[str, float] = {}
-    for name, text in parts:
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not name or not math.isfinite(weight) or weight == 0:
-            raise InputError(f"reward: a mixture is NAME=WEIGHT,NAME=WEIGHT with numbers other than 0, not {spec!r}")
-        if name in weights:
-            raise InputError(f"reward: {name!r} comes twice in {spec!r}")
-        weights[name] = weight
-    return weights
-
-
 def check_reward(spec: str) -> None:
-    """Check that a reward exists, without loading it.
+    """Check that a reward exists and can be loaded, without loading it.
 
     Raises:
-        InputError: a name is unknown, a weight unusable, or a package is missing.
-        NotFoundError: the file of a function is not there.
+        InputError, NotFoundError: as `reward_specs.check_reward`, or a package is missing.
     """
+    reward_specs.check_reward(spec)
     for name in parse_mixture(spec):
-        if name.startswith(URL):
-            _check_url(name)
-        elif ":" in name or Path(name).is_file():
-            _check_function(name, "reward")
-        elif name not in CATALOGUE:
-            raise unknown_reward(name)
-        elif missing := missing_packages(name):
+        if name in CATALOGUE and (missing := missing_packages(name)):
             raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
-
-
-def _check_function(name: str, option: str) -> None:
-    if ":" not in name:
-        raise InputError(f"{option}: {name!r} is a file; name a function in it, as {name}:function")
-    if not Path(path := name.rpartition(":")[0]).is_file():
-        raise NotFoundError(f"{option}: there is no file {path!r}; a function of your own is path/to/file.py:function")
 
 
 def check_servers(spec: str) -> None:
@@ -190,18 +150,6 @@ def check_servers(spec: str) -> None:
                 f"reward: no server answers at {url}: {error.strerror or error}; start it, as by `texforce serve`, or mend "
                 "the address"
             ) from error
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query + parts.fragment
-        usable = usable and parts.password is None  # it is kept elsewhere
-    except ValueError:  # of the port
-        usable = False
-    if not usable:
-        url = re.sub("//.*@", "//", url)  # before the @ there may be a password with a slash
-        raise InputError(f"reward: {url!r} is no URL; give http://HOST:PORT/score, with %XX for signs within a password")
 
 
 def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
@@ -235,11 +183,6 @@ def missing_weights(name: str, checkpoints: Mapping[str, str | Path]) -> list[st
     """The repositories of a reward's weights that `load_reward` would fetch from the hub."""
     from_hub = [weights for weights in weights_of(name) if checkpoints.get(weights, "hub") == "hub"]
     return [HUB[weights].repository for weights in from_hub if not is_fetched(weights)]
-
-
-def functions_of(spec: str) -> list[str]:
-    """The parts of a reward that are functions in a file."""
-    return [name for name in parse_mixture(spec) if ":" in name and not name.startswith(URL)]
 
 
 EMBEDDED_CHECKPOINTS: dict[str, str | Path] = {"hps": EMBEDDED_HPS}  # for the tiny world's images
@@ -570,16 +513,11 @@ def check_captioner(spec: str, prompts: Sequence[str] = ()) -> None:
         InputError: it is neither `world` nor a function in a file, or a prompt is not of the tiny world.
         NotFoundError: the file of a function is not there.
     """
-    check_captioner_name(spec)
+    reward_specs.check_captioner(spec)
     if spec != WORLD:
-        _check_function(spec, "relabel")
-    elif foreign := [prompt for prompt in prompts if not world.is_world([prompt])]:
+        return
+    if foreign := [prompt for prompt in prompts if not world.is_world([prompt])]:
         raise InputError(f"relabel: world captions images of the tiny world's sentences, which {foreign[0]!r} is not")
-
-
-def caption_files(spec: str | None) -> list[Path]:
-    """The file of the function that `--relabel` names, if it names one."""
-    return [Path(spec.rpartition(":")[0])] if spec and spec != WORLD else []
 
 
 def load_captioner(spec: str, timeout: float = TIMEOUT) -> Captioner:

@@ -28,14 +28,14 @@ from torch import Tensor
 from texforce import Policy, __version__
 
 from . import files, report, world
-from .config import NO_REWARD, TrainConfig
+from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
 from .learner import Learner
 from .measures import to_json
 from .presets import EMBEDDED, is_flow
 from .prompt_sets import MEASURED_ON, find_measured
-from .rewards import caption_files, functions_of
+from .reward_specs import NO_REWARD, caption_files, functions_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,15 +73,8 @@ def check_folder(name: str, resume: bool = False) -> Path:
     """
     folder = Path(name)
     files.check_writable(folder)
-    ours = resume and is_run(folder)
-    known = {files.LOCK, files.HOLDER}
-    if (folder / files.LOCK).is_file() and not any((folder / "grids").glob("*")):
-        known |= {"config.json", "grids"}  # what a training leaves that was refused before its first image
-    foreign = [path for path in folder.glob("*") if path.name not in known and path.suffix != files.TEMPORARY]
-    if foreign and not ours:
-        raise InputError(
-            f"output_dir: {name!r} is not empty; choose another folder, or go on with the run in it by --resume {name}"
-        )
+    if not (resume and is_run(folder)):
+        files.check_unused(folder)
     return folder
 
 

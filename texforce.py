@@ -36,7 +36,7 @@ if __spec__ is not None:
 
 from . import files, interrupts, stages
 from .api import EvaluationResult, MergeResult, SampleResult, TrainResult, evaluate, merge, sample, train
-from .config import FLOW_SAMPLERS, NO_REWARD, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
+from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
 from .errors import (
     ArtifactError,
     DivergedError,
@@ -51,6 +51,7 @@ from .errors import (
     near,
 )
 from .prompt_sets import read_prompts
+from .reward_specs import NO_REWARD
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from texforce import (
 )
 
 from . import files, interrupts, models, processes, report, rewards, run, scorers, single_file, stages, tokenization, world
-from .config import FLOW_SAMPLERS, NO_REWARD, TrainConfig, TrainOptions, default_device, resolve, without_passwords
+from .config import FLOW_SAMPLERS, TrainConfig, TrainOptions, default_device, resolve
 from .errors import DivergedError, InputError, RewardError, reading
 from .experience import (
     PromptOrder,
@@ -50,6 +50,7 @@ from .files import describe_files, read_json
 from .learner import Learner, finds_micro_batch
 from .measures import to_json, to_numpy
 from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
+from .reward_specs import NO_REWARD, caption_files, functions_of, parse_mixture, without_passwords
 from .run import Run, Snapshot
 from .scorers import Scorer
 
@@ -188,7 +189,7 @@ def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
         "the files of the model": models.revision(config.model),
     } | {
         **{f"the content of the reward {name}": source for name, source in found.items()},
-        **{f"the content of relabel's {path}": describe_files(path) for path in rewards.caption_files(config.relabel)},
+        **{f"the content of relabel's {path}": describe_files(path) for path in caption_files(config.relabel)},
     }
 
 
@@ -850,7 +851,7 @@ def _load_scorers(config: TrainConfig) -> list[str]:
     """
     specs = reward_specs(config)
     checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
-    names = {name for spec in specs for name in rewards.parse_mixture(spec) if name not in rewards.functions_of(spec)}
+    names = {name for spec in specs for name in parse_mixture(spec) if name not in functions_of(spec)}
     repositories = []
     for name in sorted(names):
         if missing := rewards.missing_weights(name, checkpoints):

@@ -256,18 +256,34 @@ def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_wr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistyped_name_takes_at_most_a_second_and_loads_nothing_heavy(tmp_path):
-    program = """
-import sys, time
+BAD = [
+    "sample --prompt a --adapter nowhere", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
+    "train --algorithm ppo --eta 0", "train --num-updates-per-epoch 1000", "train --report-to wandb",
+    "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
+    "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere", "train --adapter-steps 0.9-1",
+    "eval --benchmark drawbnech", "eval --reward mine.py:g", "merge --adapter nowhere", "rewards hsp", "serve hsp",
+]  # fmt: skip
+
+
+def test_bad_input_takes_at_most_a_second_and_loads_nothing_heavy(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "mine.py").write_text("def f(images, prompts): return [0] * len(prompts)")
+    program = f"""
+import os, sys, time
 from texforce.cli import app
-try:
-    app(["sample", "--prompt", "a", "--adapter", "nowhere"])
-except SystemExit as exit:
-    print(exit.code, "torch" in sys.modules, time.process_time())
+os.chdir({str(tmp_path)!r})
+for line in {BAD}:
+    start = time.process_time() if line != {BAD[0]!r} else 0
+    try:
+        app(line.split())
+    except SystemExit as exit:
+        print(exit.code, "torch" in sys.modules, time.process_time() - start)
 """
-    code, loaded, seconds = python(program).stdout.split()
-    assert (code, loaded) == ("2", "False")
-    assert float(seconds) <= 1
+    told = [line.split() for line in python(program).stdout.splitlines()]
+    assert [(code, loaded) for code, loaded, _ in told] == [("2", "False")] * len(BAD)
+    assert max(float(seconds) for _, _, seconds in told) <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "mine.py"]
 
 
 def test_the_version_is_shown():

@@ -13,8 +13,9 @@ from urllib.parse import quote
 import pytest
 
 from texforce import cli, models, rewards, run, training
-from texforce.config import ALGORITHM_OPTIONS, TrainOptions, password_of, resolve, without_passwords
+from texforce.config import ALGORITHM_OPTIONS, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
+from texforce.reward_specs import password_of, without_passwords
 
 from .test_cli import check_failure, flags
 from .test_cli import run as command_line
@@ -27,7 +28,7 @@ def foreign(small_run, tmp_path) -> tuple[Path, Path]:
     """The run folder of somebody else, whose reward is code, and the file that this code makes."""
     folder, created = tmp_path / "theirs", tmp_path / "created"
     folder.mkdir()
-    (folder / "evil.py").write_text(f"open({str(created)!r}, 'w')\nraise SystemExit('it ran')\n")
+    (folder / "evil.py").write_text(f"open({str(created)!r}, 'w')\nraise SystemExit('it ran')\ndef f(): ...\n")
     config = resolve(TrainOptions(**small_run | {"reward": f"{folder / 'evil.py'}:f", "output_dir": str(folder)}))
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     return folder, created
@@ -149,7 +150,7 @@ def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
     reward, locked_server, small_run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run, "write_curve", lambda path, epochs, reward: path.write_text(reward))
-    monkeypatch.setattr("texforce.config._passwords", {})
+    monkeypatch.setattr("texforce.reward_specs._passwords", {})
     (public, url), reward = locked_server, reward.removeprefix("also ")
     options = small_run | {"num_inference_steps": 2, "output_dir": tmp_path / "out", "eval_reward": "incompress"}
     result = command_line("train", *flags(options | {"reward": reward.format(url)}))
@@ -158,7 +159,7 @@ def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["reward"] == reward.format(public)
     assert public in (tmp_path / "out" / "README.md").read_text()
     (tmp_path / "out" / "result.json").unlink()
-    monkeypatch.setattr("texforce.config._passwords", {})  # as in another process
+    monkeypatch.setattr("texforce.reward_specs._passwords", {})  # as in another process
     again = ["train", "--resume", tmp_path / "out", "--num-epochs", 2, "--force-resume"]
     check_failure(command_line(*again), 6, "status 401", "a password is never saved")
     result = command_line(*again, "--reward", reward.format(url))

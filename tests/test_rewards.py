@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import cli, config, rewards, scorers, weights, world
+from texforce import cli, reward_specs, rewards, scorers, weights, world
 from texforce import server as serving
 from texforce.config import TrainOptions, resolve
 from texforce.errors import InputError, RewardError
@@ -110,7 +110,7 @@ def test_a_reward_file_that_cannot_be_used_is_named(tmp_path, file, attribute, e
         (tmp_path / name).write_text("number = 3\n\ndef f(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "lacking.py").write_text("import no_such_package_anywhere\n")
-    (tmp_path / "script.py").write_text("import sys\n\nsys.exit(0)\n")
+    (tmp_path / "script.py").write_text("import sys\n\nsys.exit(0)\n\ndef f(): ...\n")
     with pytest.raises(error, match=words):
         rewards.load_reward(f"{tmp_path / file}:{attribute}")
 
@@ -163,7 +163,7 @@ def test_the_extras_install_what_the_rewards_need():
     ("http://host/score=0.5,hps=1", {"http://host/score": 0.5, "hps": 1.0}),
 ])  # fmt: skip
 def test_a_reward_is_names_with_weights(spec, weights):
-    assert rewards.parse_mixture(spec) == weights
+    assert reward_specs.parse_mixture(spec) == weights
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,12 @@ def test_a_url_that_is_none_is_bad_input(url):
 ])  # fmt: skip
 def test_a_mixture_that_makes_no_sense_is_named(spec):
     with pytest.raises(ValueError, match="reward: a mixture is NAME=WEIGHT,NAME=WEIGHT"):
-        rewards.parse_mixture(spec)
+        reward_specs.parse_mixture(spec)
 
 
 def test_a_part_must_not_come_twice():
     with pytest.raises(ValueError, match="reward: 'hps' comes twice in"):
-        rewards.parse_mixture("hps=1,jpeg=1,hps=2")
+        reward_specs.parse_mixture("hps=1,jpeg=1,hps=2")
 
 
 @pytest.mark.parametrize(("items", "specs", "paths"), [
@@ -251,7 +251,7 @@ def test_a_server_that_is_not_there_is_told_without_the_clients_words_before_the
 
 
 def test_the_names_that_are_checked_before_pytorch_loads_are_those_of_the_catalogue():
-    assert tuple(rewards.CATALOGUE) == config.REWARDS
+    assert tuple(rewards.CATALOGUE) == reward_specs.REWARDS
 
 
 # --- mixtures ---
@@ -1016,7 +1016,7 @@ def test_the_command_serves_until_it_is_terminated(monkeypatch):
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["hsp"], 2, "unknown name 'hsp'"),
     (["jpeg", "--device", "foo"], 2, "device: must be cpu, cuda or cuda:N, not 'foo'"),
-    (["absent.py:score", "--device", "meta"], 2, "device: must be"),
+    (["jpeg", "--device", "meta"], 2, "device: must be"), (["absent.py:score"], 2, "no file 'absent.py'"),
     (["jpeg", "--device", "cuda:99"], 2, "device: there is no 'cuda:99'"),
     (["jpeg", "--port", "70000"], 2, "port: must be from 0 to 65535, not 70000"),
     (["jpeg", "--host", "203.0.113.1"], 2, "port: 203.0.113.1:8000 cannot be listened at"),
