@@ -260,7 +260,8 @@ BAD = [
     "sample --prompt a --adapter nowhere", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
     "train --algorithm ppo --eta 0", "train --num-updates-per-epoch 1000", "train --report-to wandb",
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
-    "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere", "train --adapter-steps 0.9-1",
+    "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
+    "train --algorithm matching --adapter-steps 0.9-1",
     "eval --benchmark drawbnech", "eval --reward mine.py:g", "merge --adapter nowhere", "rewards hsp", "serve hsp",
 ]  # fmt: skip
 
