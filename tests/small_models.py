@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from texforce import models
-from texforce.adapters import Layer
+from texforce.lora_files import Layer
 
 
 def attention_names(module: nn.Module) -> list[str]:

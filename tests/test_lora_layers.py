@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, merging, models, run, training
+from texforce import adapters, cli, lora_files, merging, models, run, training
 from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
 
@@ -154,7 +154,7 @@ def test_pefts_own_fields_say_which_layers_and_plain_peft_loads_them(written, na
 def test_sampling_puts_on_exactly_the_layers_that_were_trained(written, name):
     folder, adapter, expected = written(name)
     model = models.load_model(str(folder))
-    layers = adapters.read_adapter(adapter, model)
+    layers = lora_files.read_adapter(adapter, model)
     assert all(len(found) == 2 for found in layers.values())
     tuned = adapters.load_adapters(model, [str(adapter)])
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-6)
@@ -179,7 +179,7 @@ def test_each_format_holds_these_layers_alone_and_is_read_back(written, tmp_path
         return
     model = models.load_model(str(folder))
     for found, original in zip(
-        adapters.read_adapter(out, model).values(), adapters.read_adapter(adapter, model).values(), strict=True
+        lora_files.read_adapter(out, model).values(), lora_files.read_adapter(adapter, model).values(), strict=True
     ):
         assert found.keys() == original.keys()
     tuned = adapters.load_adapters(model, [str(out)])

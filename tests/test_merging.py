@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluation, files, ldm, merging, models, tokenization, training
-from texforce.adapters import Layer
+from texforce import adapters, cli, evaluation, files, ldm, lora_files, merging, models, tokenization, training
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
+from texforce.lora_files import Layer
 
 from .small_models import attention_names, random_layers, save_stable_diffusion, save_stable_diffusion_xl
 
@@ -36,11 +36,11 @@ def write_adapter(folder: Path, models, seed: int, parts=("text_encoder", "unet"
 
     for part in parts:
         module = getattr(models, part)
-        layers = adapters.named_as_in(module, random_layers(module, seed, **options))
+        layers = lora_files.named_as_in(module, random_layers(module, seed, **options))
         rank, alpha = (getattr(next(iter(layers.values())), name) for name in ("rank", "alpha"))
         kinds = ["to_q", "to_k", "to_v", "to_out.0"] if part == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
         adapted = get_peft_model(copy.deepcopy(module), LoraConfig(r=rank, lora_alpha=alpha, target_modules=kinds))
-        tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in lora_files.lora_tensors(layers).items()}
         set_peft_model_state_dict(adapted, tensors)
         adapted.save_pretrained(folder if part == "text_encoder" else folder / part, save_embedding_layers=False)
     return folder
@@ -215,7 +215,7 @@ def test_this_project_reads_every_format_back(bases, fused, merged, name, format
         return
     source = folder / "merged.safetensors" if format == "kohya" else folder
     pipeline = base.pipeline()
-    adapter = adapters.read_adapter(source, pipeline)
+    adapter = lora_files.read_adapter(source, pipeline)
     assert set(adapter) == set(base.parts)
     for part, layers in adapter.items():
         adapters.bake(getattr(pipeline, part), layers)
@@ -365,7 +365,7 @@ def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs
     pipeline = bases("tiny").pipeline()
     text = write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",))
     layers = random_layers(pipeline.unet, 3)
-    tensors = {f"unet.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
+    tensors = {f"unet.{name}": tensor for name, tensor in lora_files.lora_tensors(layers).items()}
     save_file(tensors, tmp_path / "ddpo.safetensors")
     unet = str(tmp_path / "ddpo.safetensors")
     folder = merge_into(bases("tiny"), tmp_path / "merged", f"{text}:0.8", unet=unet)
@@ -434,7 +434,7 @@ def wrong_names(module, layers):
 
 
 def lost_layers(layers):
-    return dict(list(adapters.lora_tensors(layers).items())[2:])
+    return dict(list(lora_files.lora_tensors(layers).items())[2:])
 
 
 WRONG_WRITING = {
