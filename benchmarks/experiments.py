@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from texforce import Policy, adapters, models, prompt_sets, rewards, training, world
+from texforce import Policy, adapters, heldout, models, prompt_sets, rewards, training, world
 from texforce.config import TrainOptions, resolve
 
 TRAINED: dict[str, dict[str, Any]] = {
@@ -62,8 +62,8 @@ def measure(folders: list[Path], scale: float, replaced: bool = False) -> dict[s
     for name in SETS:
         prompts = prompt_sets.read_prompts(f"{name}-heldout")
         drawn = [with_common_words(prompt) for prompt in prompts] if replaced else prompts
-        images = training.heldout_images(policy, drawn, config.sample_batch_size)
-        measures[name] = training.measure(images, prompts, {"hps": hps})
+        images = heldout.heldout_images(policy, drawn, config.sample_batch_size)
+        measures[name] = heldout.measure(images, prompts, {"hps": hps})
     return measures
 
 

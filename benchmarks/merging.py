@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from texforce import Policy, adapters, merging, models, prompt_sets, rewards, training
+from texforce import Policy, adapters, heldout, merging, models, prompt_sets, rewards
 from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 
 
 def heldout_images(model: models.Model, prompts: list[str]) -> Tensor:
     config = resolve(TrainOptions(model="tiny"))
-    return training.heldout_images(Policy(model, config), prompts, config.sample_batch_size)
+    return heldout.heldout_images(Policy(model, config), prompts, config.sample_batch_size)
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         merged = merging.merge(resolve_merge(given))
         drawn["merged"] = heldout_images(models.load_model(str(merged)), prompts)
     hps = {"hps": rewards.load_reward("hps")}
-    results = {name: training.measure(images, prompts, hps) for name, images in drawn.items()}
+    results = {name: heldout.measure(images, prompts, hps) for name, images in drawn.items()}
     table = Table("measure", *results)
     for name in results["base"]:
         table.add_row(name, *(f"{result[name]:.4f}" for result in results.values()))

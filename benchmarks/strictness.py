@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from texforce import Policy, adapters, models, prompt_sets, training, world
+from texforce import Policy, adapters, heldout, models, prompt_sets, world
 from texforce.config import TrainOptions, resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
@@ -37,7 +37,7 @@ def main() -> None:
     for folder in (None, *folders):
         model = models.load_model("tiny")
         policy = Policy(adapters.load_adapters(model, [folder]) if folder else model, config)
-        systems[folder or "base"] = training.heldout_images(policy, prompts, config.sample_batch_size)
+        systems[folder or "base"] = heldout.heldout_images(policy, prompts, config.sample_batch_size)
     table = Table("system", *(f"overlap {minimum}" for minimum in MINIMA))
     for name, images in systems.items():
         table.add_row(name, *(f"{exact(images, scenes, minimum):.3f}" for minimum in MINIMA))

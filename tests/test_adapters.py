@@ -22,7 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, files, ldm, lora_files, merging, models, tokenization, training
+from texforce import adapters, cli, evaluation, files, heldout, ldm, lora_files, merging, models, tokenization, training
 from texforce.config import (
     MergeOptions,
     SampleOptions,
@@ -542,8 +542,8 @@ def runs(tmp_path_factory) -> Path:
             return images
 
         with pytest.MonkeyPatch.context() as patch:
-            original = training.draw_share
-            patch.setattr(training, "draw_share", keep)
+            original = heldout.draw_share
+            patch.setattr(heldout, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
             (folder / target).mkdir(mode=0o700)
             training.train(resolve(TrainOptions(**OPTIONS | files | target_option | options)))
@@ -642,9 +642,9 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     settings = json.loads((runs / name / "config.json").read_text())
     config = resolve(TrainOptions(**settings))
     policy = texforce.Policy(load_adapter(load_tiny(), runs / name), config)
-    assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
+    assert torch.equal(heldout.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
     with policy.base():
-        assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
+        assert torch.equal(heldout.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

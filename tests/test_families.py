@@ -21,10 +21,11 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Policy, cli, evaluation, families, merging, models, presets, prompt_sets, sampler, training
+from texforce import Policy, cli, evaluation, families, heldout, merging, models, presets, prompt_sets, sampler, training
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
+from texforce.plan import saved_bytes
 
 from . import small_models
 
@@ -654,7 +655,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path, na
         loss = functools.partial(texforce.matching_micro_batch, noising=noising)
         texforce.accumulate_gradients(policy, texforce.Share(batch, pairs, loss), Learner(policy.parameters, config), config)
         gradients.append(gradient_of(policy))
-        kept.append(training.saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
+        kept.append(saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
     assert kept[1] < 0.7 * kept[0]
 
@@ -896,7 +897,7 @@ def test_tiny_flow_takes_at_most_six_megabytes():
 def test_tiny_flow_is_imperfect_as_tiny_is():
     policy = Policy(models.load_model("tiny-flow"), resolve(TrainOptions(model="tiny-flow")))
     prompts = prompt_sets.read_prompts("world-heldout")
-    measures = training.measure(training.heldout_images(policy, prompts, 128), prompts, {})
+    measures = heldout.measure(heldout.heldout_images(policy, prompts, 128), prompts, {})
     assert 0.25 <= measures["alignment_exact"] <= 0.65
     assert measures["alignment_exact_rare"] <= measures["alignment_exact_common"] - 0.15
 

@@ -12,6 +12,7 @@ import texforce
 from texforce import adapters, cli, evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, System, TrainOptions, resolve, resolve_sample
 from texforce.errors import ArtifactError, InputError
+from texforce.plan import plan
 
 from .small_models import save_family
 
@@ -284,10 +285,10 @@ def test_every_algorithm_learns_them_and_a_stopped_run_goes_on_byte_for_byte(
 
 
 def test_the_plan_counts_the_tokens_parameters(quick, small_run):
-    plan = training.plan(configured(small_run))
-    assert plan["learned tokens"] == "2, read by text_encoder"
-    assert plan["trained parameters"] == 2 * 96
-    assert "LoRA on" not in plan
+    planned = plan(configured(small_run))
+    assert planned["learned tokens"] == "2, read by text_encoder"
+    assert planned["trained parameters"] == 2 * 96
+    assert "LoRA on" not in planned
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])

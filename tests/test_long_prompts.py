@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from texforce import cli, evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, TrainOptions, resolve, resolve_sample
 from texforce.errors import InputError
+from texforce.plan import plan
 
 SHORT, LONG = "a red circle", "a navy box left of " + "two blue squares and " * 10 + "a crimson disc"
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 4.0, "eta": 0.0}
@@ -155,7 +156,7 @@ def test_refuse_looks_at_negative_and_anchor_prompts_too(small_run, tmp_path):
     (tmp_path / "anchors.txt").write_text(LONG)
     more = {"anchor_prompts": str(tmp_path / "anchors.txt"), "null_anchor": 1.0, "long_prompt": "refuse"}
     with pytest.raises(InputError, match=r"^long_prompt: 1 of 7 prompts are longer"):
-        training.plan(resolve(TrainOptions(**small_run, **more)))
+        plan(resolve(TrainOptions(**small_run, **more)))
 
 
 @pytest.mark.parametrize("long_prompt", ["cut", "refuse"])
@@ -190,7 +191,7 @@ def options(small_run, narrow_model, monkeypatch, tmp_path):
 
 def test_a_training_reads_all_its_prompts_in_the_chunks_of_the_longest_and_says_so(options, tmp_path):
     messages, config = [], resolve(TrainOptions(**options))
-    assert training.plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
+    assert plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
     result = training.train(config, warn=messages.append)
     message, foreign = messages
     assert "only coloured shapes" in foreign

@@ -14,6 +14,7 @@ import texforce
 from texforce import adapters, cli, lora_files, merging, models, run, training
 from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
+from texforce.plan import plan
 
 from .small_models import save_family
 
@@ -254,7 +255,7 @@ def test_a_run_saved_before_there_were_these_options_goes_on_with_all_layers(sma
 
 
 def test_the_plan_counts_the_parameters_of_these_layers(quick, small_run):
-    plans = [training.plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
+    plans = [plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
     assert plans[0]["LoRA on"] == "text_encoder"
     assert plans[1]["LoRA on"] == "text_encoder, blocks first:1"
     num_blocks = models.load_model("tiny").text_encoder.config.num_hidden_layers

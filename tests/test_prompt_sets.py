@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from texforce import cli, models, prompt_sets, run, scorers, training, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
+from texforce.plan import plan
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
 
 ROWS = [('A red car, "fast".', "Colors"), ("Two cats; three dogs.", "Counting"), ("Zwölf Würfel ☃", "Colors")]
@@ -265,7 +266,7 @@ def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(sour
         }[source]
     )
     messages, config = [], resolve(TrainOptions(**options))
-    assert training.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
+    assert plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
     result = training.train(config, warn=messages.append)
     message, foreign = messages
     assert "only coloured shapes" in foreign
@@ -302,7 +303,7 @@ def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, 
     messages, config = [], resolve(TrainOptions(**options))
     train, heldout = split_prompts(config)
     assert (train[0], heldout) == ("a red circle", [])
-    assert training.plan(config)["prompts"] == f"{len(train)} for training, none held out"
+    assert plan(config)["prompts"] == f"{len(train)} for training, none held out"
     result = training.train(config, warn=messages.append)
     (message,) = messages
     assert "cannot be held out, so base and tuned are measured on the training prompts" in message

@@ -30,6 +30,7 @@ from texforce import cli, files, models, report, rewards, run, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
+from texforce.heldout import Heldout, _Drawn
 from texforce.learner import Learner
 
 WEIGHTS = "adapter_model.safetensors"
@@ -894,7 +895,7 @@ def test_the_font_of_grids_has_every_sign_that_they_add():
 def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run, "write_grid", lambda *arguments: drawn.append(arguments))
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     heldout.prompts, heldout.shown, heldout.folder = list("abcd"), [0, 1, 3], tmp_path
     heldout.config, heldout.setup = (
         configure(model="tiny", reward="jpeg"),
@@ -902,8 +903,8 @@ def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkey
     )
     images = {i: torch.full((3, 2, 2), i / 10) for i in heldout.shown}
     base, tuned = torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.tensor([2.0, 5.0, 9.0, 1.0])
-    heldout.base_drawn = training._Drawn({}, {"jpeg": base}, images)
-    heldout._write_grid(7, training._Drawn({}, {"jpeg": tuned}, images))
+    heldout.base_drawn = _Drawn({}, {"jpeg": base}, images)
+    heldout._write_grid(7, _Drawn({}, {"jpeg": tuned}, images))
     path, prompts, columns, scores, title = drawn[0]
     assert (path.name, prompts, title) == ("epoch_0007.png", ["b", "a", "d"], "jpeg after epoch 7, largest gain first")
     assert columns["tuned"][:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.0, 0.3])
@@ -1018,7 +1019,7 @@ def test_without_the_images_of_earlier_epochs_a_run_goes_on_all_the_same(options
 
 
 def test_frames_of_other_prompts_or_measures_are_left_out(tmp_path):
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     heldout.prompts, heldout.folder = ["a", "b"], tmp_path / "grids"
     base = {"epoch": 0, "scores": {"jpeg": [1.0, 2.0]}, "images": {"0": "data:image/png;base64,"}}
     first, other = base | {"prompts": ["a", "b"]}, base | {"scores": {"clip": [1.0, 2.0]}}
@@ -1034,7 +1035,7 @@ def test_frames_of_other_prompts_or_measures_are_left_out(tmp_path):
 
 
 def test_the_page_has_a_mixtures_scores_in_the_units_of_the_end(tmp_path):
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     mixture = rewards.Mixture({"hps": None, "jpeg": None}, {"hps": 1.0, "jpeg": 0.5}, normalise=True)
     mixture.observe({"hps": torch.tensor([0.0, 4.0]), "jpeg": torch.tensor([1.0, 3.0])})  # deviations 2 and 1
     heldout.config, heldout.setup = SimpleNamespace(reward="hps=1,jpeg=0.5"), SimpleNamespace(reward=mixture)

@@ -23,6 +23,7 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.learner import Learner
+from texforce.plan import plan
 from texforce.presets import PRESETS, family
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -335,7 +336,7 @@ def test_turbos_defaults_are_stable_diffusions_but_for_few_steps_without_guidanc
 def test_the_plan_counts_both_text_encoders(sdxl, small_run, tmp_path):
     options = {"model": str(sdxl), "output_dir": str(tmp_path / "run"), "mixed_precision": "no"}
     config = resolve(TrainOptions(**small_run | options))
-    shown = training.plan(config)
+    shown = plan(config)
     layers = 3 * 4 * 2 * config.rank  # of each text encoder, four matrices with two factors
     assert shown["trained parameters"] == layers * (16 + 24)
     model = models.load_model(str(sdxl))
