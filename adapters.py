@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ldm, models, tokenization
-from .config import System, parse_weighted
+from .config import System
 from .errors import ArtifactError, InputError
 from .files import locate, replacing
 from .lora_files import Adapter, Layer, find_files, lora_config, lora_tensors, named_as_in, read_adapter
@@ -191,15 +191,6 @@ def put_on(model: Model, system: System) -> Model:
 def _with_the_same_weights(module: nn.Module) -> Any:
     """A copy of a module for LoRA to be put on, whose parameters and buffers are the module's own."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
-
-
-def load_adapters(model: Model, specs: Sequence[str], scale: float = 1.0) -> Model:
-    """Put the sum of adapters, each PATH or PATH:WEIGHT, times a scale, on models as LoRA that can be switched off.
-
-    Raises:
-        NotFoundError, InputError, ArtifactError: as `read_terms` and `apply`.
-    """
-    return apply(model, fuse(read_terms([(path, weight * scale) for path, weight in map(parse_weighted, specs)], model)))
 
 
 def read_terms(weighted: Sequence[tuple[str, float]], model: Any) -> list[tuple[Adapter, float]]:

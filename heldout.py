@@ -19,7 +19,7 @@ from texforce import Policy
 from . import files, interrupts, models, processes, rewards, run, scorers, stages, world
 from .config import NO_REWARD, TrainConfig
 from .errors import RewardError
-from .experience import Scored, check_finite, finite_mean, gather_scores
+from .experience import Scored, finite_mean, gather_scores
 from .measures import to_json, to_numpy
 from .scorers import Scorer
 
@@ -142,16 +142,6 @@ def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[
     return images
 
 
-def heldout_images(policy: Policy, prompts: Sequence[str], batch_size: int) -> Tensor:
-    """The images (N, 3, H, W) of `draw_share` for all prompts, of every process.
-
-    Raises:
-        DivergedError: no image is finite.
-    """
-    images = processes.merged(processes.agreed(draw_share, policy, prompts, batch_size))
-    return check_finite(torch.cat(list(images.values())))
-
-
 def score_share(
     images: Mapping[int, Tensor],
     prompts: Sequence[str],
@@ -167,22 +157,6 @@ def score_share(
         scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
         scored[start] = Scored(finite, scores)
     return scored
-
-
-def measure(
-    images: Tensor,
-    prompts: Sequence[str],
-    measured_by: Mapping[str, Scorer],
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """The `means` of the scores of images (N, 3, H, W) by some scorers.
-
-    Raises:
-        RewardError: one failed or gave no finite score. DivergedError: no image is finite.
-    """
-    batches = dict(zip(range(0, len(images), batch_size), images.split(batch_size), strict=True))
-    return means(gather_scores(score_share(batches, prompts, measured_by, device)).scores, prompts)
 
 
 def means(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, float]:

@@ -562,7 +562,7 @@ def pipeline():
 
 
 def load_adapter(model: models.Model, folder: Path, scale: float = 1.0) -> models.Model:
-    return adapters.load_adapters(model, [str(folder)], scale)
+    return adapters.put_on(model, System("tuned", ((str(folder), scale),)))
 
 
 def load_tiny() -> models.Model:
@@ -642,9 +642,13 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     settings = json.loads((runs / name / "config.json").read_text())
     config = resolve(TrainOptions(**settings))
     policy = texforce.Policy(load_adapter(load_tiny(), runs / name), config)
-    assert torch.equal(heldout.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
+
+    def draw() -> Tensor:
+        return torch.cat(list(heldout.draw_share(policy, PROMPTS, config.sample_batch_size).values()))
+
+    assert torch.equal(draw(), tuned)
     with policy.base():
-        assert torch.equal(heldout.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
+        assert torch.equal(draw(), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
@@ -684,7 +688,8 @@ def test_the_scale_counts_from_lora_alpha_over_rank(runs, tmp_path):
 
 
 def test_a_loaded_adapter_is_frozen_and_in_evaluation(runs):
-    model = adapters.load_adapters(load_tiny(), [str(runs / "text-encoder"), str(runs / "unet")])
+    both = System("tuned", tuple((str(runs / part), 1.0) for part in ("text-encoder", "unet")))
+    model = adapters.put_on(load_tiny(), both)
     for part in (model.text_encoder, model.unet):
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())

@@ -21,7 +21,20 @@ from torch.distributions import Normal
 from typer.testing import CliRunner
 
 import texforce
-from texforce import Policy, cli, evaluation, families, heldout, merging, models, presets, prompt_sets, sampler, training
+from texforce import (
+    Policy,
+    cli,
+    evaluation,
+    experience,
+    families,
+    heldout,
+    merging,
+    models,
+    presets,
+    prompt_sets,
+    sampler,
+    training,
+)
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
@@ -897,7 +910,8 @@ def test_tiny_flow_takes_at_most_six_megabytes():
 def test_tiny_flow_is_imperfect_as_tiny_is():
     policy = Policy(models.load_model("tiny-flow"), resolve(TrainOptions(model="tiny-flow")))
     prompts = prompt_sets.read_prompts("world-heldout")
-    measures = heldout.measure(heldout.heldout_images(policy, prompts, 128), prompts, {})
+    scored = heldout.score_share(heldout.draw_share(policy, prompts, 128), prompts, {})
+    measures = heldout.means(experience.gather_scores(scored).scores, prompts)
     assert 0.25 <= measures["alignment_exact"] <= 0.65
     assert measures["alignment_exact_rare"] <= measures["alignment_exact_common"] - 0.15
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import texforce
 from texforce import adapters, cli, lora_files, merging, models, run, training
-from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
+from texforce.config import MergeOptions, System, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
 from texforce.plan import plan
 
@@ -157,7 +157,7 @@ def test_sampling_puts_on_exactly_the_layers_that_were_trained(written, name):
     model = models.load_model(str(folder))
     layers = lora_files.read_adapter(adapter, model)
     assert all(len(found) == 2 for found in layers.values())
-    tuned = adapters.load_adapters(model, [str(adapter)])
+    tuned = adapters.put_on(model, System("tuned", ((str(adapter), 1.0),)))
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_each_format_holds_these_layers_alone_and_is_read_back(written, tmp_path
         lora_files.read_adapter(out, model).values(), lora_files.read_adapter(adapter, model).values(), strict=True
     ):
         assert found.keys() == original.keys()
-    tuned = adapters.load_adapters(model, [str(out)])
+    tuned = adapters.put_on(model, System("tuned", ((str(out), 1.0),)))
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-5)
     if format == "diffusers" or (format, name) == ("kohya", "sd"):
         import diffusers

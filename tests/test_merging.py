@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from texforce import adapters, cli, evaluation, files, ldm, lora_files, merging, models, tokenization, training
-from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
+from texforce.config import MergeOptions, SampleOptions, System, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.lora_files import Layer
 
@@ -411,7 +411,7 @@ def test_lora_on_sdxls_text_projection_is_the_same_in_every_format_and_in_sampli
     path, expected = projection_file(base.loaded, tmp_path, attentions)
     assert (expected - texts(base.loaded)).abs().max() > 0.1
     model = models.load_model(str(base.folder))
-    tuned = adapters.load_adapters(model, [str(path)])
+    tuned = adapters.put_on(model, System("tuned", ((str(path), 1.0),)))
     with torch.no_grad():
         found = models.encode(tuned, models.tokenize_for(model, PROMPTS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -475,7 +475,7 @@ def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     folder = merge_into(base, tmp_path / "merged", str(tmp_path / "adapter"), format=format)
     ids = tokenization.tokenize(base.loaded.tokenizer, PROMPTS)
-    tuned = adapters.load_adapters(models.load_model("tiny"), [str(folder)])
+    tuned = adapters.put_on(models.load_model("tiny"), System("tuned", ((str(folder), 1.0),)))
     with torch.no_grad():
         expected = adapted.eval()(input_ids=ids).last_hidden_state
         torch.testing.assert_close(models.encode(tuned, ids), expected, rtol=1e-5, atol=1e-5)

@@ -29,6 +29,7 @@ from texforce import (
 )
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
+from texforce.experience import gather_scores
 from texforce.learner import Learner
 from texforce.plan import activation_bytes, plan
 from texforce.prompt_sets import read_prompts
@@ -365,7 +366,8 @@ def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_
     images = []
     for options in ({}, {"deterministic_elsewhere": True, "timestep_window": 0.5}):
         policy = texforce.make_policy(narrow_model(), configure(small_run, tmp_path, **options))
-        images.append(heldout.heldout_images(policy, ["a green square", "a navy box", "a red circle"], batch_size=2))
+        drawn = heldout.draw_share(policy, ["a green square", "a navy box", "a red circle"], batch_size=2)
+        images.append(torch.cat(list(drawn.values())))
     assert torch.equal(images[0], images[1])
     assert (policy.denoiser.schedule.std == 0).any()
 
@@ -374,7 +376,7 @@ def test_a_broken_image_counts_in_no_measure(tiny_build):
     prompts = ["a red circle", "a red circle", "a blue square"]
     images = tiny_build.render([world.parse(prompts[0])] * 3, random.Random(0))
     images[1] = NAN
-    measures = heldout.measure(images, prompts, {})
+    measures = heldout.means(gather_scores(heldout.score_share({0: images}, prompts, {})).scores, prompts)
     assert measures["alignment_exact"] == 0.5
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], [prompts[0], prompts[2]]).mean())
 
