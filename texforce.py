@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -677,11 +678,7 @@ def wants_kl(config: TrainConfig) -> bool:
 def ppo_micro_batch(
     policy: Policy, micro_batch: MicroBatch, embeds: Embeddings, config: TrainConfig
 ) -> tuple[Tensor, UpdateStatistics]:
-    """The mean PPO loss of a micro-batch's own pairs, and what was measured.
-
-    Raises:
-        DivergedError: the loss is not finite.
-    """
+    """The mean PPO loss of a micro-batch's own pairs, and what was measured."""
     share, (samples, steps) = micro_batch.share, micro_batch.own.unbind(1)
     base_means = None
     if embeds.base is not None:
@@ -699,8 +696,6 @@ def ppo_micro_batch(
         loss = loss + config.kl_weight * kl.mean()
         measured.kl = kl.sum().item()
     deviation = ((log_probs.detach() - old_log_probs).exp() - 1).abs()
-    if not (loss.isfinite() and deviation.isfinite().all()):
-        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     measured.ratio_deviation = deviation.max().item()
     measured.num_clipped = 0 if share.on_policy else int((deviation > config.clip_range).sum())
     return loss, measured
@@ -731,9 +726,6 @@ def matching_micro_batch(
     """The mean matching loss of a micro-batch's own (image, noising) pairs, and what was measured.
 
     The final images are noised anew, and the conditional branch alone predicts them: guidance is for sampling.
-
-    Raises:
-        DivergedError: the loss is not finite.
     """
     share, (images, draws) = micro_batch.share, micro_batch.pairs.unbind(1)
     samples = share.batch.latents[images]
@@ -757,8 +749,6 @@ def matching_micro_batch(
         distance = (predictions - base_predictions).square().mean()
         loss = loss + config.kl_weight * distance
         measured.kl = distance.item() * micro_batch.number
-    if not loss.isfinite():
-        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     return loss, measured
 
 
@@ -768,9 +758,6 @@ def gradient_micro_batch(
     """Minus the mean reward of a micro-batch's own images, sampled with gradients in the last backprop_steps.
 
     An image whose score is not finite counts as 0.
-
-    Raises:
-        DivergedError: the loss is not finite.
     """
     batch, images = micro_batch.share.batch, micro_batch.own[:, 0]
     noise = batch.noise[images].unbind(1)
@@ -783,8 +770,6 @@ def gradient_micro_batch(
     scores = reward.combine(parts)
     finite = scores.isfinite()
     loss = -scores.where(finite, torch.zeros_like(scores)).mean()
-    if not loss.isfinite():
-        raise DivergedError("the loss is not finite; lower --learning-rate")
     num_steps, branches = len(policy.denoiser.schedule.timesteps), 2 if policy.denoiser.guided else 1
     measured = UpdateStatistics(len(images), len(images) * branches * (num_steps + config.backprop_steps))
     measured.loss = loss.item() * len(images)
@@ -998,6 +983,8 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""
         loss, measured = share.loss(policy, micro_batch, embeds, config)
+        if not (loss.isfinite() and math.isfinite(measured.ratio_deviation)):
+            raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
         loss = learner.scaler.scale(loss * (micro_batch.number / (len(share.pairs) + share.num_silent)))
         return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
 
