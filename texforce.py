@@ -190,6 +190,22 @@ def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str
     return tuple(name for name in model.text_encoders if name in chosen)
 
 
+@dataclass(frozen=True)
+class Anchors:
+    """A prompts whose embeddings a training holds where the base text encoder has them."""
+
+    prompt_ids: Tensor  # (A, L) int64
+    embeds: Tensor  # (A, L, D), the base text encoder's
+    moved: Tensor | None  # (A, L, D): 1 for the numbers that the trained text encoders move, else 0; None if they move all
+
+    def drift(self, model: models.Model) -> Tensor:
+        """Mean squared distance of the embeddings to the base text encoder's, with gradients."""
+        distances = (models.encode(model, self.prompt_ids) - self.embeds).square()
+        if self.moved is None:
+            return distances.mean()
+        return (distances * self.moved).sum() / self.moved.sum()
+
+
 class Policy:
     """A pipeline with its denoiser, whose text encoders, U-Net or both may carry LoRA; only LoRA is trained, in float32.
 
@@ -230,8 +246,7 @@ class Policy:
                 self.null_embeds = models.encode_null(model, self.negative_prompt)
         self.denoiser = self._make_denoiser(config)
         self.noise_process = _noise_process(model, self.latent_shape).to(model.schedule_device)
-        self.anchor_ids, self.anchor_embeds = self._anchors(config)
-        self.anchor_moved = self._anchor_moved()
+        self.anchors = self._find_anchors(config)
         # Users sample every step with the same eta, in flow matching 0, so held-out images do too, whatever training does.
         drawing = _schedule(model, config, self.latent_shape)
         self.drawing_denoiser = replace(self.denoiser, schedule=drawing, keep_null_outputs=False)
@@ -249,37 +264,23 @@ class Policy:
             text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
         )
 
-    def _anchors(self, config: TrainConfig | DrawConfig) -> tuple[Tensor | None, Tensor | None]:
-        """Ids (A, L) of the prompts whose embeddings a training holds, and the base text encoder's embeddings (A, L, D)."""
+    def _find_anchors(self, config: TrainConfig | DrawConfig) -> Anchors | None:
+        """The prompts whose embeddings a training holds, if it holds any."""
         if not isinstance(config, TrainConfig) or not config.null_anchor or config.target == "unet":
-            return None, None
+            return None
         prompts = [
             *([] if self.model.zero_null else [""]),
             *(read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else ()),
         ]
         if not prompts:
-            return None, None
-        prompt_ids = models.tokenize_for(self.model, prompts, negative=True).to(self.model.device)
-        with self.base(), torch.no_grad():
-            return prompt_ids, models.encode(self.model, prompt_ids)
-
-    def anchor_drift(self) -> Tensor:
-        """Mean squared distance of the anchors' embeddings to the base text encoder's, with gradients; 0 without anchors."""
-        if self.anchor_ids is None or self.anchor_embeds is None:
-            return torch.zeros(())
-        distances = (models.encode(self.model, self.anchor_ids) - self.anchor_embeds).square()
-        if self.anchor_moved is None:
-            return distances.mean()
-        return (distances * self.anchor_moved).sum() / self.anchor_moved.sum()
-
-    def _anchor_moved(self) -> Tensor | None:
-        """Which of the anchors' numbers (A, L, D) the trained text encoders move, as 1 and 0; None if all of them."""
-        if self.anchor_ids is None:
             return None
+        prompt_ids = models.tokenize_for(self.model, prompts, negative=True).to(self.model.device)
         trained = [name for name, encoder in self.model.text_encoders.items() if tokenization.is_adapted(encoder)]
         with torch.no_grad():
-            moved = models.moved_by(self.model, trained, self.anchor_ids)
-        return None if moved.all() else moved
+            with self.base():
+                embeds = models.encode(self.model, prompt_ids)
+            moved = models.moved_by(self.model, trained, prompt_ids)
+        return Anchors(prompt_ids, embeds, None if moved.all() else moved)
 
     def tokenize_weighted(self, prompts: Sequence[str]) -> Tensor:
         """Ids and weights (N, T, 2L) of prompts at each step, for `draw`; raises as `models.tokenize_weighted`."""
@@ -874,8 +875,8 @@ def gather_gradients(
     for each in [share] if relabelled is None else [share, relabelled]:
         for part in processes.gather(processes.agreed(accumulate_gradients, policy, each, learner, config)):
             statistics.add(part)
-    if policy.anchor_ids is not None:
-        drift = policy.anchor_drift()
+    if policy.anchors:
+        drift = policy.anchors.drift(policy.model)
         statistics.anchor_drift = drift.item()
         if processes.is_first():  # gradients are summed over the processes
             learner.scaler.scale(config.null_anchor * drift).backward()

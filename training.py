@@ -535,7 +535,7 @@ def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy,
         measures["loss"] = updated.loss / num_pairs
     if config.relabel:
         measures["num_relabelled"] = sum(caption is not None for caption in samples.captions)
-    if policy.anchor_ids is not None:
+    if policy.anchors:
         measures["anchor_drift"] = updated.anchor_drift
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = updated.grad_norm

@@ -871,19 +871,19 @@ def test_an_anchor_is_the_mean_distance_of_what_the_trained_text_encoders_move(f
         folders(name), tmp_path / "out", name, null_anchor=1.0, anchor_prompts=str(tmp_path / "anchors.txt")
     )
     policy = texforce.make_policy(models.load_model(str(folders(name))), config)
-    assert len(policy.anchor_ids) == (1 if name == "flux" else 2)  # FLUX.1 has no null prompt
-    assert policy.anchor_drift().item() == 0
+    assert len(policy.anchors.prompt_ids) == (1 if name == "flux" else 2)  # FLUX.1 has no null prompt
+    assert policy.anchors.drift(policy.model).item() == 0
     with torch.no_grad():
         for parameter in policy.parameters:
             parameter.add_(0.1)
-        parts = models._read(policy.model, policy.anchor_ids)
+        parts = models._read(policy.model, policy.anchors.prompt_ids)
         with policy.base():
-            base = models._read(policy.model, policy.anchor_ids)
+            base = models._read(policy.model, policy.anchors.prompt_ids)
     pairs = [
         (getattr(parts[part], kind), getattr(base[part], kind)) for part in TRAINED[name] for kind in ("embeds", "pooled")
     ]
     moved = torch.cat([(one - other).flatten() for one, other in pairs if one is not None])
-    torch.testing.assert_close(policy.anchor_drift().detach(), moved.square().mean(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(policy.anchors.drift(policy.model).detach(), moved.square().mean(), rtol=1e-4, atol=1e-8)
 
 
 # --- the embedded model of flow matching ---

@@ -1004,10 +1004,10 @@ def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift
 def test_anchor_prompts_are_held_beside_the_null_prompt(make_rig, tmp_path):
     (tmp_path / "negative.txt").write_text("blurry\nlow quality\n")
     rig = make_rig(null_anchor=1.0, anchor_prompts=str(tmp_path / "negative.txt"))
-    assert len(rig.policy.anchor_ids) == 3
-    assert rig.policy.anchor_drift() == 0
+    assert len(rig.policy.anchors.prompt_ids) == 3
+    assert rig.policy.anchors.drift(rig.policy.model) == 0
     rig.perturb(1e-2)
-    assert rig.policy.anchor_drift() > 0
+    assert rig.policy.anchors.drift(rig.policy.model) > 0
 
 
 # --- the reward's own gradient ---
