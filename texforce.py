@@ -799,7 +799,7 @@ def ppo_update(
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
     for number, (pairs, num_silent) in enumerate(shares):
         share = Share(batch, pairs, ppo_micro_batch, number == 0 and policy.rounds_by_batch, num_silent)
-        statistics = gather_gradients(policy, share, learner, config)
+        statistics = gather_gradients(policy, [share], learner, config)
         if number == 0:
             total.first_ratio_deviation = statistics.ratio_deviation
             _check_ratio(statistics.ratio_deviation, policy, config)
@@ -830,12 +830,12 @@ def matching_update(
             images = images[batch.rewards[images].isfinite()]
             pairs = torch.cartesian_prod(images, torch.arange(config.num_noise_levels)).reshape(-1, 2)
             share = Share(batch, pairs, loss)
-            relabelled = relabelled_share(share, config) if config.relabel else None
+            shares = [share, relabelled_share(share, config)] if config.relabel else [share]
             if learns_from_captions_alone(config):
-                share = replace(share, pairs=pairs[:0], num_silent=len(pairs))
-            if relabelled and not len(share.pairs) + len(relabelled.pairs):
+                shares[0] = replace(share, pairs=pairs[:0], num_silent=len(pairs))
+            if config.relabel and not any(len(each.pairs) for each in shares):
                 continue
-            total.add_step(gather_gradients(policy, share, learner, config, relabelled), learner.step())
+            total.add_step(gather_gradients(policy, shares, learner, config), learner.step())
     return total
 
 
@@ -864,16 +864,11 @@ def _images_of(prompts: Tensor, config: TrainConfig) -> Tensor:
     return (prompts[:, None] * config.num_samples_per_prompt + samples).flatten()
 
 
-def gather_gradients(
-    policy: Policy, share: Share, learner: Learner, config: TrainConfig, relabelled: Share | None = None
-) -> UpdateStatistics:
-    """The gradient of a share in every process, with that of the anchors; what was measured, over all processes.
-
-    The gradient of the relabelled images is added to that of the share.
-    """
+def gather_gradients(policy: Policy, shares: Sequence[Share], learner: Learner, config: TrainConfig) -> UpdateStatistics:
+    """The sum of the gradients of shares and of the anchors in every process; what was measured, over all processes."""
     statistics = UpdateStatistics()
-    for each in [share] if relabelled is None else [share, relabelled]:
-        for part in processes.gather(processes.agreed(accumulate_gradients, policy, each, learner, config)):
+    for share in shares:
+        for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
             statistics.add(part)
     if policy.anchors:
         drift = policy.anchors.drift(policy.model)
@@ -916,7 +911,7 @@ def gradient_update(
     for prompts in order.tensor_split(config.num_updates_per_epoch):
         images = _images_of(prompts, config)
         pairs = torch.stack([images, torch.zeros_like(images)], dim=1)
-        total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
+        total.add_step(gather_gradients(policy, [Share(batch, pairs, loss)], learner, config), learner.step())
     return total
 
 

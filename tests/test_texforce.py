@@ -936,7 +936,7 @@ def test_the_micro_batch_size_does_not_change_the_gradient_of_relabelled_images(
         learner = rig.learner()
         learner.micro_batch_size = size
         learner.optimizer.zero_grad()
-        texforce.gather_gradients(rig.policy, share, learner, rig.config, texforce.relabelled_share(share, rig.config))
+        texforce.gather_gradients(rig.policy, [share, texforce.relabelled_share(share, rig.config)], learner, rig.config)
         gradients.append(gradient_of(rig.policy.parameters))
     assert all(relative_difference(gradient, gradients[0]) <= 1e-5 for gradient in gradients[1:])
 
@@ -989,7 +989,7 @@ def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift
         batch = rig.collect()
         rig.perturb(1e-2)
         share = matching_share(rig, batch) if options else Share(batch, rig.pairs(batch), texforce.ppo_micro_batch)
-        statistics = texforce.gather_gradients(rig.policy, share, rig.learner(), rig.config)
+        statistics = texforce.gather_gradients(rig.policy, [share], rig.learner(), rig.config)
         gradients[weight] = gradient_of(rig.policy.parameters)
     rig.learner().optimizer.zero_grad()
     null_ids = tokenization.tokenize(rig.policy.model.tokenizer, [""])
