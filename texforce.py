@@ -991,7 +991,9 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
         try:
             gradients, measured = gradients_of(chunk)
         except Exception as error:
-            learner.micro_batch_size = _halved(len(chunk.pairs), error, config)
+            if config.micro_batch != "auto" or len(chunk.pairs) == 1 or not is_out_of_memory(error):
+                raise  # a smaller micro-batch would not help
+            learner.micro_batch_size = len(chunk.pairs) // 2
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
@@ -999,13 +1001,6 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     if leaf.grad is not None:
         encoded.backward(leaf.grad)
     return total
-
-
-def _halved(size: int, error: BaseException, config: TrainConfig) -> int:
-    """What to try after a micro-batch of a size raised an error; the error again if a smaller one would not help."""
-    if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
-        raise error
-    return size // 2
 
 
 def recompute_log_probs(policy: Policy, share: Share, learner: Learner) -> tuple[Batch, int]:
