@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if last:
         with contextlib.suppress(InputError):
             lines.append(_parse_object(last, path))
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        with reading(f"{path}: not JSON", InputError):  # of NaN
+            write_lines(path, lines)
     return lines
 
 
@@ -144,6 +145,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(item, allow_nan=False) + "\n" for item in items))
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class Heldout:
 
         if frames and frames[0].get("prompts") == self.prompts:
             self.frames += [old for old in frames[1:] if old["epoch"] <= epoch and is_alike(old)]
-        run.write_frames(self.folder.parent, self.frames)
+        files.write_lines(self.folder.parent / run.FRAMES, self.frames)
 
     def frames_until(self, epochs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The frames of epochs that are over, with the scores of a mixture in the units of now."""

@@ -407,11 +407,6 @@ def _check_frame(kept: dict[str, Any]) -> None:
         raise ValueError("a line holds something else than images")
 
 
-def write_frames(output_dir: Path, frames: Sequence[Mapping[str, Any]]) -> None:
-    """Write heldout.jsonl anew; raises OSError."""
-    files.write_text(output_dir / FRAMES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in frames))
-
-
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on with a run."""
     code = any(map(functions_of, [config.reward, *(config.eval_reward or ())])) or caption_files(config.relabel)
@@ -449,24 +444,19 @@ def read_result(output_dir: Path) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def metrics(
-    output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker.
+def metrics(output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track) -> Callable[[dict[str, Any]], None]:
+    """A function that appends an epoch's measures to metrics.jsonl and to the tracker.
 
     The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
     """
     path = output_dir / "metrics.jsonl"
-    files.write_text(path, "".join(json.dumps(measures, allow_nan=False) + "\n" for measures in epochs))
-    with path.open("a") as file:
+    files.write_lines(path, epochs)
 
-        def log(measures: dict[str, Any]) -> None:
-            file.write(json.dumps(measures, allow_nan=False) + "\n")
-            file.flush()
-            track(measures)
+    def log(measures: dict[str, Any]) -> None:
+        files.append_line(path, measures)
+        track(measures)
 
-        yield log
+    return log
 
 
 Track = Callable[[dict[str, Any]], None]  # takes the measures of an epoch

@@ -231,7 +231,7 @@ def train(
         heldout = _measure_base(current, setup, prompts, config, force)
         if processes.is_first():
             heldout.take_up(opening.frames, current.epochs[-1]["epoch"])
-        log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
+        log = opening.metrics(stack, current.epochs) if processes.is_first() else report
         _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
         return _finish(current, config, len(cut.prompts))
 
@@ -338,9 +338,7 @@ class _Opening:
             self.track = stack.enter_context(run.tracker(config, output_dir))
         return _Opened(snapshot=snapshot, sources=sources)
 
-    def metrics(
-        self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]
-    ) -> contextlib.AbstractContextManager[Report]:
+    def metrics(self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]) -> Report:
         """What takes the measures of each epoch: a file, and the tracker that --report-to names."""
         output_dir = Path(self.config.output_dir)
         track = self.track or stack.enter_context(run.tracker(self.config, output_dir))

@@ -824,11 +824,11 @@ def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monk
 
 def test_metrics_begin_with_the_epochs_that_there_are_and_go_on_line_by_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1, "old": 1}\n{"epo')
-    with run.metrics(tmp_path, [{"epoch": 0}], lambda measures: None) as log:
-        log({"epoch": 1, "reward_mean": 0.5})
-        assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
-        with pytest.raises(ValueError, match="JSON"):
-            log({"epoch": 2, "reward_mean": math.nan})
+    log = run.metrics(tmp_path, [{"epoch": 0}], lambda measures: None)
+    log({"epoch": 1, "reward_mean": 0.5})
+    assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
+    with pytest.raises(ValueError, match="JSON"):
+        log({"epoch": 2, "reward_mean": math.nan})
     assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
 
 
