@@ -430,17 +430,16 @@ def _schedule(
         raise InputError(f"sampler: must be {right} or dpm-solver for {model.name!r}, which has {noise}, not {name}")
     if name == "dpm-solver":
         return sampler.dpm_solver_schedule(model.scheduler, num_steps).to(model.schedule_device)
-    random_steps = None
+    num_random = 0 if flow and not training_schedule else None
     if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
-        random_steps = window_end(config)
-    if not flow:
-        return sampler.ddim_schedule(model.scheduler, num_steps, config.eta, random_steps).to(model.schedule_device)
-    num_tokens = models.num_image_tokens(model, shape)
-    levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
-    drawn = sampler.flow_schedule(*levels)
-    if training_schedule:
-        drawn = sampler.random_until(sampler.flow_schedule(*levels, config.eta, name), drawn, random_steps)
-    return drawn.to(model.schedule_device)
+        num_random = window_end(config)
+    if flow:
+        num_tokens = models.num_image_tokens(model, shape)
+        levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
+        random, deterministic = sampler.flow_schedule(*levels, config.eta, name), sampler.flow_schedule(*levels)
+    else:
+        random, deterministic = (sampler.ddim_schedule(model.scheduler, num_steps, eta) for eta in (config.eta, 0.0))
+    return sampler.random_until(random, deterministic, num_random).to(model.schedule_device)
 
 
 def make_policy(model: models.Model, config: TrainConfig) -> Policy:
