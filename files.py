@@ -210,7 +210,10 @@ def remove_temporaries(folder: Path, *subfolders: str) -> None:
     for place in (folder, *(path for pattern in subfolders for path in folder.glob(pattern))):
         if place.resolve().is_relative_to(folder.resolve()):
             for orphan in place.glob(f".*{TEMPORARY}"):
-                _remove(orphan)
+                if orphan.is_dir() and not orphan.is_symlink():
+                    shutil.rmtree(orphan)
+                else:
+                    orphan.unlink()
 
 
 def remove(path: Path) -> None:
@@ -218,13 +221,6 @@ def remove(path: Path) -> None:
     doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY))
     path.rename(doomed / path.name)
     shutil.rmtree(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def open_to_umask(path: Path) -> None:

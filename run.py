@@ -661,7 +661,8 @@ def write_grid(
     from PIL import Image, ImageDraw
 
     rows = [_wrapped(prompt, len(columns) * (CELL + GAP)) for prompt in prompts]
-    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if _in_world(prompts) else {}
+    in_world = world.is_world(prompts)
+    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if in_world else {}
     under = LINE + 4 if scores or marks else 6
     width, height = len(columns) * (CELL + GAP) + 12, max(map(len, rows)) * LINE + 4 + CELL + under + 6
     across, top = _num_across(len(prompts)), (2 if title else 1) * LINE + 8
@@ -690,10 +691,6 @@ def write_grid(
 
 
 CELL, GAP, LINE = 128, 4, 18  # pixels of an image's side, between images, and of a line of text
-
-
-def _in_world(prompts: Sequence[str]) -> bool:
-    return bool(prompts) and world.is_world(prompts)
 
 
 @functools.cache

@@ -165,7 +165,7 @@ def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     from diffusers import DPMSolverMultistepScheduler
 
     config, options = scheduler.config, {"algorithm_type": "dpmsolver++", "solver_order": 2}
-    if is_flow(scheduler):
+    if "prediction_type" not in config:  # it is of flow matching
         if config.use_dynamic_shifting:
             raise InputError("sampler: the scheduler shifts its noise levels by the image's size, which dpm-solver does not")
         config = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": scheduler.shift, "use_flow_sigmas": True}
@@ -188,11 +188,6 @@ def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     # The first step takes no step before, so that the last one, which gets its weight, leaves nothing.
     history = (sample_weight.roll(-1)[:, None] * samples).unbind(1)
     return Schedule(timesteps, latents_weight, output_weight, torch.zeros(len(timesteps)), history[0], history[1])
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler is of flow matching."""
-    return "prediction_type" not in scheduler.config
 
 
 def _check_scheduler(config: Any, num_inference_steps: int) -> None:
