@@ -26,7 +26,7 @@ from .errors import ArtifactError, InputError, NotFoundError, reading
 from .families import FAMILIES
 from .files import locate
 from .models import family_of
-from .weights import read_finite
+from .weights import read_finite, read_header
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet")
 MATCHING_SECONDS = 3.0  # for the names of all layers; a pattern in a foreign file may take for ever
@@ -155,15 +155,6 @@ def _check_targets(config: dict[str, Any], path: Path) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def _read_header(path: Path) -> dict[str, str]:
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dict[str, Any]]:
@@ -298,7 +289,7 @@ def read_adapter(path: str | Path, model: Any) -> Adapter:
     adapter: Adapter = {}
     for file in find_files(Path(path)):
         tensors = read_finite(file.path, "an adapter")
-        header = _read_header(file.path)
+        header = read_header(file.path)
         _check_family(header, model, file.path)
         configs = {file.part: file.config} if file.config else _read_configs(header, file.path)
         for part, found in _by_part(tensors, names, file, prefixes).items():
