@@ -19,10 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, files, heldout, ldm, lora_files, merging, models, tokenization, training
+from texforce import adapters, evaluation, files, heldout, ldm, lora_files, merging, models, tokenization, training
 from texforce.config import (
     MergeOptions,
     SampleOptions,
@@ -36,6 +35,7 @@ from texforce.config import (
 from texforce.errors import ArtifactError, InputError, NotFoundError
 from texforce.lora_files import Layer
 
+from .commands import invoke
 from .hostile import hostile_objects, recorded
 from .small_models import random_layers
 
@@ -1034,7 +1034,7 @@ def test_the_commands_refuse_bad_files_by_name_and_write_nothing(small, tmp_path
     before = sorted(tmp_path.rglob("*"))
     for name, (path, option, kind) in files.items():
         command_line = [command, "--model", "tiny", f"--{option}", str(path), *arguments, str(tmp_path / "written")]
-        result = CliRunner().invoke(cli.app, command_line)
+        result = invoke(*command_line)
         assert result.exit_code == kind.exit_code, (name, result.output, repr(result.exception))
         assert "Traceback" not in result.output, name
         assert re.sub(r"\s", "", path.name) in re.sub(r"\s", "", result.output), (name, result.output)

@@ -18,12 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
-from typer.testing import CliRunner
 
 import texforce
 from texforce import (
     Policy,
-    cli,
     evaluation,
     experience,
     families,
@@ -41,6 +39,7 @@ from texforce.learner import Learner
 from texforce.plan import saved_bytes
 
 from . import small_models
+from .commands import invoke
 
 PROMPTS = ["two red circle", "a Blue square and a red circle"]
 FAMILIES = tuple(small_models.PIPELINES)
@@ -926,7 +925,7 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     small = ["--prompts", "prompts.txt", "--reward", "jpeg", "--num-prompts-per-epoch", "2", "--num-samples-per-prompt", "2"]
 
     def run(*arguments):
-        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        result = invoke(*arguments)
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -943,6 +942,6 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     evaluation = ["eval", "--adapter", "whole", "--benchmark", "prompts.txt", "--reward", "jpeg", "--num-images", "1"]
     run(*evaluation)
     assert (tmp_path / "eval" / "results.json").is_file()
-    result = CliRunner().invoke(cli.app, [*evaluation, "--negative-prompt", "blurry"])
+    result = invoke(*evaluation, "--negative-prompt", "blurry")
     assert result.exit_code == 2
     assert "--negative-prompt None there, blurry asked for" in result.output.replace("\n", " ")

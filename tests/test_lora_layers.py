@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, lora_files, merging, models, run, training
+from texforce import adapters, lora_files, merging, models, run, training
 from texforce.config import MergeOptions, System, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
 from texforce.plan import plan
 
+from .commands import invoke
 from .small_models import save_family
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -273,7 +273,7 @@ def test_the_commands_take_them(quick, small_run, tmp_path):
          "1", "--output-dir", tmp_path / "eval"],
     ]  # fmt: skip
     for command in outputs:
-        result = CliRunner().invoke(cli.app, [str(argument) for argument in command])
+        result = invoke(*command)
         assert result.exit_code == 0, result.output
     assert numbers(load_file(tmp_path / "out" / "adapter_model.safetensors")) == {
         models.load_model("tiny").text_encoder.config.num_hidden_layers - 1
@@ -291,7 +291,7 @@ def test_the_commands_take_them(quick, small_run, tmp_path):
 ])  # fmt: skip
 def test_values_that_cannot_be_are_refused(quick, small_run, tmp_path, options, message):
     given = ["--model", "tiny", "--reward", "jpeg", "--output-dir", str(tmp_path / "out"), "--null-prompt", "adapted"]
-    result = CliRunner().invoke(cli.app, ["train", *given, *options])
+    result = invoke("train", *given, *options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output

@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluation, files, ldm, lora_files, merging, models, tokenization, training
+from texforce import adapters, evaluation, files, ldm, lora_files, merging, models, tokenization, training
 from texforce.config import MergeOptions, SampleOptions, System, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.lora_files import Layer
 
+from .commands import invoke
 from .small_models import attention_names, random_layers, save_stable_diffusion, save_stable_diffusion_xl
 
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -753,7 +753,7 @@ def test_bad_input_to_merge_is_named(bases, pairs, tmp_path, arguments, words):
     arguments = [re.sub("ADAPTER|UNET", lambda match: named[match[0]], argument) for argument in arguments]
     defaults = ["--output-dir", str(tmp_path / "out")] if "--output-dir" not in arguments else []
     defaults += ["--model", "tiny"] if "--model" not in arguments else []
-    result = CliRunner().invoke(cli.app, ["merge", *arguments, *defaults], env={"COLUMNS": "1000"})
+    result = invoke("merge", *arguments, *defaults)
     assert result.exit_code == 2, result.output
     for word in words:
         assert word in " ".join(result.output.split())

@@ -32,6 +32,8 @@ from texforce.errors import InputError, RewardError
 from texforce.experience import PromptOrder, PromptStatistics, Samples, leave_one_out
 from texforce.learner import MAX_SKIPPED_STEPS, Learner
 
+from .small_models import all_tensors
+
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
 # Of five steps the last two deviate by 0.02 and 0.04 only: divided by them, rounding errors of float32 grow to 1e-5.
@@ -200,15 +202,6 @@ def test_only_lora_changes_in_an_update_and_it_is_float32(make_rig, target):
     assert {name.split("/")[0] for name in changed} == parts
     assert all(after[name].dtype == torch.float32 for name in changed)
     assert rig.policy.state_dict().keys() == {name.replace("/", ".") for name in after if ".lora_" in name}
-
-
-def all_tensors(model: models.Model) -> dict[str, Tensor]:
-    modules = {part: getattr(model, part) for part in ("text_encoder", "unet", "vae")}
-    return {
-        f"{part}/{name}": tensor.detach()
-        for part, module in modules.items()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
 
 
 def test_lora_is_float32_over_a_frozen_model_of_half_precision(make_rig):

@@ -34,6 +34,7 @@ from texforce.learner import Learner
 from texforce.plan import activation_bytes, plan
 from texforce.prompt_sets import read_prompts
 
+from .small_models import all_tensors
 from .test_scorers import written
 
 TIMES = {"seconds", "images_per_s", "sampling_share"}  # what two runs of the same seed may differ in
@@ -130,15 +131,6 @@ def train_both(shared_run, narrow_model, tmp_path_factory) -> Callable[[int], Fi
 @pytest.fixture(scope="module")
 def finished(train_both) -> Finished:
     return train_both(3)
-
-
-def all_tensors(model: models.Model) -> dict[str, Tensor]:
-    modules = {part: getattr(model, part) for part in ("text_encoder", "unet", "vae")}
-    return {
-        f"{part}/{name}": tensor.detach()
-        for part, module in modules.items()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
 
 
 def test_the_result_counts_images_and_unet_calls(finished):
