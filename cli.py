@@ -177,14 +177,18 @@ def train_command(
         settings = train_settings(given, config, resume)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
-        from . import processes, training
+        from . import processes
 
         if not dry_run:
+            from . import training
+
             with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
                 result = training.train(settings, view, warn, resume is not None, force_resume)
             show_trained(result, settings)
         elif processes.is_first():
-            output.print(rows_table("plan", training.plan(settings)))
+            from .plan import plan
+
+            output.print(rows_table("plan", plan(settings)))
 
 
 def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:

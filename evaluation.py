@@ -195,7 +195,7 @@ def num_learned(config: DrawConfig) -> int:
     """The most learned tokens that a system's prompts end in.
 
     Raises:
-        InputError: prompts with them would be read in chunks, or with weights. What `adapters.find_files` raises.
+        InputError: prompts with them would be read in chunks, or with weights. What `lora_files.find_files` raises.
     """
     number = max((adapters.num_learned(system) for system in getattr(config, "systems", ())), default=0)
     for name, is_given in (("long_prompt", config.long_prompt == "chunk"), ("prompt_weights", config.prompt_weights)):

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if last:
         with contextlib.suppress(InputError):
             lines.append(_parse_object(last, path))
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        with reading(f"{path}: not JSON", InputError):  # of NaN
+            write_lines(path, lines)
     return lines
 
 
@@ -146,6 +147,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def write_lines(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(item, allow_nan=False) + "\n" for item in items))
+
+
 def append_line(path: Path, content: dict[str, Any]) -> None:
     """Add an object to a file of JSON lines, which is not a link; raises OSError if it is one."""
     line = json.dumps(content, allow_nan=False) + "\n"
@@ -204,7 +210,10 @@ def remove_temporaries(folder: Path, *subfolders: str) -> None:
     for place in (folder, *(path for pattern in subfolders for path in folder.glob(pattern))):
         if place.resolve().is_relative_to(folder.resolve()):
             for orphan in place.glob(f".*{TEMPORARY}"):
-                _remove(orphan)
+                if orphan.is_dir() and not orphan.is_symlink():
+                    shutil.rmtree(orphan)
+                else:
+                    orphan.unlink()
 
 
 def remove(path: Path) -> None:
@@ -212,13 +221,6 @@ def remove(path: Path) -> None:
     doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY))
     path.rename(doomed / path.name)
     shutil.rmtree(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def open_to_umask(path: Path) -> None:

@@ -15,11 +15,21 @@ from torch import Tensor
 from texforce import __version__
 
 from . import adapters, files, ldm, models, stages
-from .adapters import ARCHITECTURES, Adapter, Layer, lora_config, lora_tensors, named_as_in, named_as_published
 from .config import SETTINGS, MergeConfig, System
 from .errors import ArtifactError, InputError
 from .families import Family
 from .files import read_json
+from .lora_files import (
+    ARCHITECTURES,
+    PARTS,
+    Adapter,
+    Layer,
+    lora_config,
+    lora_tensors,
+    named_as_in,
+    named_as_published,
+    read_adapter,
+)
 from .weights import read_tensors
 
 WRITTEN = "texforce-merge.json"  # the files of an output with their SHA-256; what it does not name is somebody else's
@@ -371,7 +381,7 @@ def check_written(merged: Merged, folder: Path) -> None:
     if merged.config.format in FULL_FORMATS:
         wrong = _differing_tensors(merged, folder)
     else:
-        again = adapters.read_adapter(folder, merged.model)
+        again = read_adapter(folder, merged.model)
         pairs = {(part, name): layer for part, layers in merged.adapter.items() for name, layer in layers.items()}
         found = {(part, name): layer for part, layers in again.items() for name, layer in layers.items()}
         wrong = [" ".join(name) for name in pairs.keys() ^ found.keys()] or [
@@ -392,7 +402,7 @@ def _differing_tensors(merged: Merged, folder: Path) -> list[str]:
         expected = ldm.checkpoint_tensors(merged.model)
         return _differing(written, expected)
     wrong = []
-    for part in (name for name in (*adapters.PARTS, "transformer", "vae") if getattr(merged.model, name, None) is not None):
+    for part in (name for name in (*PARTS, "transformer", "vae") if getattr(merged.model, name, None) is not None):
         module = getattr(merged.model, part)
         written = models.load_network(type(module), str(folder), part).state_dict()
         wrong += [f"{part}.{name}" for name in _differing(written, module.state_dict())]

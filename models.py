@@ -520,7 +520,7 @@ def _check_kind(model: Model) -> None:
     if family.part == "unet":
         _check_unet(model)
     _check_widths(model, what)
-    denoiser_size(model)
+    size_of(family, model.denoiser)
     channels, packed = vae.latent_channels, family.packed**2
     given = config.get("out_channels") or config.in_channels
     wanted = {channels * packed} | ({2 * channels * packed} if family.gives_variance else set())
@@ -818,17 +818,12 @@ def pixels_per_latent(vae: Any) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-def denoiser_size(model: Model) -> int | None:
-    """Latents along a side that the denoiser was made for; None if its configuration names no size.
+def size_of(family: Family, denoiser: Any) -> int | None:
+    """Latents along a side that a family's denoiser was made for; None if neither it nor its configuration names a size.
 
     Raises:
         ValueError: the configuration names no square size.
     """
-    return size_of(model.family, model.denoiser)
-
-
-def size_of(family: Family, denoiser: Any) -> int | None:
-    """The size that a family has, or its denoiser's configuration; raises ValueError if it is no square."""
     size = family.default_size or denoiser.config.sample_size
     if size is None:
         return None
@@ -873,7 +868,7 @@ def latent_shape(
 def _latents_along(model: Model, option: str, pixels: int | None) -> int:
     """The latents along a side of so many pixels, by an option; raises as `latent_shape`."""
     factor, multiple = pixels_per_latent(model.vae), latent_multiple(model)
-    size = denoiser_size(model) if pixels is None else pixels / factor
+    size = size_of(model.family, model.denoiser) if pixels is None else pixels / factor
     if size is None:
         raise InputError("resolution: the denoiser of this model does not say for which size it was made; give --resolution")
     if size < multiple or size % multiple:

@@ -399,11 +399,6 @@ def _check_frame(kept: dict[str, Any]) -> None:
         raise ValueError("a line holds something else than images")
 
 
-def write_frames(output_dir: Path, frames: Sequence[Mapping[str, Any]]) -> None:
-    """Write heldout.jsonl anew; raises OSError."""
-    files.write_text(output_dir / FRAMES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in frames))
-
-
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on with a run."""
     code = any(map(functions_of, [config.reward, *(config.eval_reward or ())])) or caption_files(config.relabel)
@@ -441,24 +436,19 @@ def read_result(output_dir: Path) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def metrics(
-    output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends an epoch's measures to metrics.jsonl and to the tracker.
+def metrics(output_dir: Path, epochs: Sequence[Mapping[str, Any]], track: Track) -> Callable[[dict[str, Any]], None]:
+    """A function that appends an epoch's measures to metrics.jsonl and to the tracker.
 
     The file begins with the epochs that there are: what a run that was killed wrote after its checkpoint is gone.
     """
     path = output_dir / "metrics.jsonl"
-    files.write_text(path, "".join(json.dumps(measures, allow_nan=False) + "\n" for measures in epochs))
-    with path.open("a") as file:
+    files.write_lines(path, epochs)
 
-        def log(measures: dict[str, Any]) -> None:
-            file.write(json.dumps(measures, allow_nan=False) + "\n")
-            file.flush()
-            track(measures)
+    def log(measures: dict[str, Any]) -> None:
+        files.append_line(path, measures)
+        track(measures)
 
-        yield log
+    return log
 
 
 Track = Callable[[dict[str, Any]], None]  # takes the measures of an epoch
@@ -663,7 +653,7 @@ def write_grid(
     from PIL import Image, ImageDraw
 
     rows = [_wrapped(prompt, len(columns) * (CELL + GAP)) for prompt in prompts]
-    in_world = _in_world(prompts)
+    in_world = world.is_world(prompts)
     judges = in_world and all(images.shape[-1] == images.shape[-2] for images in columns.values())
     marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if judges else {}
     under = LINE + 4 if scores or marks else 6
@@ -694,10 +684,6 @@ def write_grid(
 
 
 CELL, GAP, LINE = 128, 4, 18  # pixels of an image's side, between images, and of a line of text
-
-
-def _in_world(prompts: Sequence[str]) -> bool:
-    return bool(prompts) and world.is_world(prompts)
 
 
 @functools.cache

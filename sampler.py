@@ -61,10 +61,8 @@ class Schedule:
         return Schedule(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
-def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stochastic: int | None = None) -> Schedule:
+def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float) -> Schedule:
     """The transitions of DDIM (arXiv:2010.02502 eq. 12 and 16) that diffusers' DDIMScheduler.step makes.
-
-    After the first num_stochastic steps, if given, they are deterministic, as at an eta of 0 (MixGRPO, arXiv:2507.21802).
 
     Raises:
         InputError: too many steps, eta outside 0 to 1, or a scheduler that clips its predictions: then the mean is not
@@ -81,8 +79,6 @@ def ddim_schedule(scheduler: Any, num_inference_steps: int, eta: float, num_stoc
     next_alpha = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double().cpu())
     variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
     std = eta * variance.clamp(min=0).sqrt()
-    if num_stochastic is not None:
-        std[num_stochastic:] = 0
     sample, noise = _prediction_weights(config.prediction_type, alpha)
     to_sample, to_noise = next_alpha.sqrt(), (1 - next_alpha - std.square()).clamp(min=0).sqrt()
     latents_weight = to_sample * sample[0] + to_noise * noise[0]
@@ -113,7 +109,10 @@ def flow_schedule(sigmas: Tensor, timesteps: Tensor, eta: float = 0.0, kind: str
 
 
 def random_until(schedule: Schedule, deterministic: Schedule, num_stochastic: int | None) -> Schedule:
-    """The first num_stochastic steps of a schedule, all if None, and then those of a deterministic one."""
+    """The first num_stochastic steps of a schedule, all if None, and then those of a deterministic one.
+
+    As in MixGRPO (arXiv:2507.21802).
+    """
     if num_stochastic is None:
         return schedule
     pairs = {
@@ -166,7 +165,7 @@ def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     from diffusers import DPMSolverMultistepScheduler
 
     config, options = scheduler.config, {"algorithm_type": "dpmsolver++", "solver_order": 2}
-    if is_flow(scheduler):
+    if "prediction_type" not in config:  # it is of flow matching
         if config.use_dynamic_shifting:
             raise InputError("sampler: the scheduler shifts its noise levels by the image's size, which dpm-solver does not")
         config = {"num_train_timesteps": config.num_train_timesteps, "flow_shift": scheduler.shift, "use_flow_sigmas": True}
@@ -189,11 +188,6 @@ def dpm_solver_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     # The first step takes no step before, so that the last one, which gets its weight, leaves nothing.
     history = (sample_weight.roll(-1)[:, None] * samples).unbind(1)
     return Schedule(timesteps, latents_weight, output_weight, torch.zeros(len(timesteps)), history[0], history[1])
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler is of flow matching."""
-    return "prediction_type" not in scheduler.config
 
 
 def _check_scheduler(config: Any, num_inference_steps: int) -> None:

@@ -94,12 +94,16 @@ def pad_to_square(images: Tensor, size: int) -> Tensor:
 
     This is HPSv2's preprocessing (arXiv:2306.09341) before the normalisation.
     """
-    height, width = images.shape[-2:]
-    scale = size / max(height, width)
-    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shape, left, top = _padding(images, size)
     images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-    down, across = size - shape[0], size - shape[1]
-    return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
+    return F.pad(images, (left, size - shape[1] - left, top, size - shape[0] - top))
+
+
+def _padding(images: Tensor, size: int) -> tuple[tuple[int, int], int, int]:
+    """The shape of images whose longest side is `size`, and how much is padded on the left and on top."""
+    scale = size / max(images.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    return (height, width), (size - width) // 2, (size - height) // 2
 
 
 def crop_to_square(images: Tensor, size: int, offset: Callable[[float], int] = round) -> Tensor:
@@ -108,12 +112,15 @@ def crop_to_square(images: Tensor, size: int, offset: Callable[[float], int] = r
     This is CLIP's preprocessing (arXiv:2103.00020) before the normalisation. `offset` makes a whole number of half of what
     is over: torchvision rounds it, transformers' processors take the floor.
     """
-    height, width = images.shape[-2:]
-    shortest = min(height, width)
-    shape = (size * height // shortest, size * width // shortest)
-    images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = offset((shape[0] - size) / 2), offset((shape[1] - size) / 2)
-    return images[..., top : top + size, left : left + size]
+    shape, rows, columns = _cropping(images, size, offset)
+    return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)[..., rows, columns]
+
+
+def _cropping(images: Tensor, size: int, offset: Callable[[float], int]) -> tuple[tuple[int, int], slice, slice]:
+    """The shape of images whose shortest side is `size`, and the rows and columns that are its centre."""
+    height, width = (size * side // min(images.shape[-2:]) for side in images.shape[-2:])
+    top, left = offset((height - size) / 2), offset((width - size) / 2)
+    return (height, width), slice(top, top + size), slice(left, left + size)
 
 
 def pad_to_square_exactly(images: Tensor, size: int) -> Tensor:
@@ -121,28 +128,22 @@ def pad_to_square_exactly(images: Tensor, size: int) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as tv
 
-    height, width = images.shape[-2:]
-    scale = size / max(height, width)
-    shape = [max(1, round(height * scale)), max(1, round(width * scale))]
-    down, across = size - shape[0], size - shape[1]
+    shape, left, top = _padding(images, size)
     pixels = to_bytes(images).permute(0, 3, 1, 2).float().div(255)
-    resized = tv.resize(pixels, shape, InterpolationMode.BICUBIC, antialias=True)
-    return tv.pad(resized, [across // 2, down // 2, across - across // 2, down - down // 2])
+    resized = tv.resize(pixels, list(shape), InterpolationMode.BICUBIC, antialias=True)
+    return tv.pad(resized, [left, top, size - shape[1] - left, size - shape[0] - top])
 
 
 def crop_to_square_exactly(images: Tensor, size: int, offset: Callable[[float], int] = round) -> Tensor:
     """`crop_to_square` of 8-bit images by PIL, which rounds to 8 bits again, as the scorers' own code does it."""
     from PIL import Image
 
-    height, width = images.shape[-2:]
-    shortest = min(height, width)
-    shape = (size * height // shortest, size * width // shortest)
-    top, left = offset((shape[0] - size) / 2), offset((shape[1] - size) / 2)
-    rows = [
-        np.array(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC))[top : top + size, left : left + size]
+    shape, rows, columns = _cropping(images, size, offset)
+    cropped = [
+        np.array(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC))[rows, columns]
         for pixels in to_bytes(images).numpy()
     ]
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float().div(255)
+    return torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2).float().div(255)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ldm
 from .errors import InputError, reading
 from .families import Family
-from .weights import check_content, quiet_libraries, read_tensors, refused
+from .weights import check_content, quiet_libraries, read_header, read_shapes, read_tensors, refused
 
 ENDINGS = (".safetensors", ".ckpt")
 KIND = "a checkpoint of a model"
@@ -95,12 +95,8 @@ CROSS_ATTENTIONS = ".transformer_blocks.0.attn2.to_k.weight"  # ends of names of
 
 def header_of(file: Path) -> dict[str, str]:
     """The metadata in a file's header; empty for .ckpt."""
-    if file.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with reading(f"model: {str(file)!r} could not be read", InputError), safe_open(file, framework="pt") as opened:
-        return opened.metadata() or {}
+    with reading(f"model: {str(file)!r} could not be read", InputError):
+        return read_header(file)
 
 
 def base_model(header: Mapping[str, str]) -> str | None:
@@ -211,16 +207,13 @@ def clip_tokenizer(padding: str) -> Any:
     return CLIPTokenizer(vocabulary, merges, model_max_length=77, pad_token=padding)
 
 
-def shapes_of(file: Path) -> dict[str, Sequence[int]]:
+def shapes_of(file: Path) -> Mapping[str, Sequence[int]]:
     """The shapes of a checkpoint's tensors by name; raises as `read`."""
     if file.suffix != ".safetensors":
         return {name: tensor.shape for name, tensor in read(file).items()}
-    from safetensors import safe_open
-
     with refused(file, KIND):
         check_content(file)
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+        return read_shapes(file)
 
 
 def read(file: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,6 +191,22 @@ def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str
     return tuple(name for name in model.text_encoders if name in chosen)
 
 
+@dataclass(frozen=True)
+class Anchors:
+    """A prompts whose embeddings a training holds where the base text encoder has them."""
+
+    prompt_ids: Tensor  # (A, L) int64
+    embeds: Tensor  # (A, L, D), the base text encoder's
+    moved: Tensor | None  # (A, L, D): 1 for the numbers that the trained text encoders move, else 0; None if they move all
+
+    def drift(self, model: models.Model) -> Tensor:
+        """Mean squared distance of the embeddings to the base text encoder's, with gradients."""
+        distances = (models.encode(model, self.prompt_ids) - self.embeds).square()
+        if self.moved is None:
+            return distances.mean()
+        return (distances * self.moved).sum() / self.moved.sum()
+
+
 class Policy:
     """A pipeline with its denoiser, whose text encoders, U-Net or both may carry LoRA; only LoRA is trained, in float32.
 
@@ -230,8 +247,7 @@ class Policy:
                 self.null_embeds = models.encode_null(model, self.negative_prompt)
         self.denoiser = self._make_denoiser(config)
         self.noise_process = _noise_process(model, self.latent_shape).to(model.schedule_device)
-        self.anchor_ids, self.anchor_embeds = self._anchors(config)
-        self.anchor_moved = self._anchor_moved()
+        self.anchors = self._find_anchors(config)
         # Users sample every step with the same eta, in flow matching 0, so held-out images do too, whatever training does.
         drawing = _schedule(model, config, self.latent_shape)
         self.drawing_denoiser = replace(self.denoiser, schedule=drawing, keep_null_outputs=False)
@@ -249,37 +265,23 @@ class Policy:
             text_trained=config.target != "unet" if isinstance(config, TrainConfig) else None,
         )
 
-    def _anchors(self, config: TrainConfig | DrawConfig) -> tuple[Tensor | None, Tensor | None]:
-        """Ids (A, L) of the prompts whose embeddings a training holds, and the base text encoder's embeddings (A, L, D)."""
+    def _find_anchors(self, config: TrainConfig | DrawConfig) -> Anchors | None:
+        """The prompts whose embeddings a training holds, if it holds any."""
         if not isinstance(config, TrainConfig) or not config.null_anchor or config.target == "unet":
-            return None, None
+            return None
         prompts = [
             *([] if self.model.zero_null else [""]),
             *(read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else ()),
         ]
         if not prompts:
-            return None, None
-        prompt_ids = models.tokenize_for(self.model, prompts, negative=True).to(self.model.device)
-        with self.base(), torch.no_grad():
-            return prompt_ids, models.encode(self.model, prompt_ids)
-
-    def anchor_drift(self) -> Tensor:
-        """Mean squared distance of the anchors' embeddings to the base text encoder's, with gradients; 0 without anchors."""
-        if self.anchor_ids is None or self.anchor_embeds is None:
-            return torch.zeros(())
-        distances = (models.encode(self.model, self.anchor_ids) - self.anchor_embeds).square()
-        if self.anchor_moved is None:
-            return distances.mean()
-        return (distances * self.anchor_moved).sum() / self.anchor_moved.sum()
-
-    def _anchor_moved(self) -> Tensor | None:
-        """Which of the anchors' numbers (A, L, D) the trained text encoders move, as 1 and 0; None if all of them."""
-        if self.anchor_ids is None:
             return None
+        prompt_ids = models.tokenize_for(self.model, prompts, negative=True).to(self.model.device)
         trained = [name for name, encoder in self.model.text_encoders.items() if tokenization.is_adapted(encoder)]
         with torch.no_grad():
-            moved = models.moved_by(self.model, trained, self.anchor_ids)
-        return None if moved.all() else moved
+            with self.base():
+                embeds = models.encode(self.model, prompt_ids)
+            moved = models.moved_by(self.model, trained, prompt_ids)
+        return Anchors(prompt_ids, embeds, None if moved.all() else moved)
 
     def tokenize_weighted(self, prompts: Sequence[str]) -> Tensor:
         """Ids and weights (N, T, 2L) of prompts at each step, for `draw`; raises as `models.tokenize_weighted`."""
@@ -429,17 +431,16 @@ def _schedule(
         raise InputError(f"sampler: must be {right} or dpm-solver for {model.name!r}, which has {noise}, not {name}")
     if name == "dpm-solver":
         return sampler.dpm_solver_schedule(model.scheduler, num_steps).to(model.schedule_device)
-    random_steps = None
+    num_random = 0 if flow and not training_schedule else None
     if training_schedule and isinstance(config, TrainConfig) and config.deterministic_elsewhere:
-        random_steps = window_end(config)
-    if not flow:
-        return sampler.ddim_schedule(model.scheduler, num_steps, config.eta, random_steps).to(model.schedule_device)
-    num_tokens = models.num_image_tokens(model, shape)
-    levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
-    drawn = sampler.flow_schedule(*levels)
-    if training_schedule:
-        drawn = sampler.random_until(sampler.flow_schedule(*levels, config.eta, name), drawn, random_steps)
-    return drawn.to(model.schedule_device)
+        num_random = window_end(config)
+    if flow:
+        num_tokens = models.num_image_tokens(model, shape)
+        levels = sampler.flow_levels(model.scheduler, num_steps, num_tokens, model.family.linear_sigmas)
+        random, deterministic = sampler.flow_schedule(*levels, config.eta, name), sampler.flow_schedule(*levels)
+    else:
+        random, deterministic = (sampler.ddim_schedule(model.scheduler, num_steps, eta) for eta in (config.eta, 0.0))
+    return sampler.random_until(random, deterministic, num_random).to(model.schedule_device)
 
 
 def make_policy(model: models.Model, config: TrainConfig) -> Policy:
@@ -678,11 +679,7 @@ def wants_kl(config: TrainConfig) -> bool:
 def ppo_micro_batch(
     policy: Policy, micro_batch: MicroBatch, embeds: Embeddings, config: TrainConfig
 ) -> tuple[Tensor, UpdateStatistics]:
-    """The mean PPO loss of a micro-batch's own pairs, and what was measured.
-
-    Raises:
-        DivergedError: the loss is not finite.
-    """
+    """The mean PPO loss of a micro-batch's own pairs, and what was measured."""
     share, (samples, steps) = micro_batch.share, micro_batch.own.unbind(1)
     base_means = None
     if embeds.base is not None:
@@ -700,8 +697,6 @@ def ppo_micro_batch(
         loss = loss + config.kl_weight * kl.mean()
         measured.kl = kl.sum().item()
     deviation = ((log_probs.detach() - old_log_probs).exp() - 1).abs()
-    if not (loss.isfinite() and deviation.isfinite().all()):
-        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     measured.ratio_deviation = deviation.max().item()
     measured.num_clipped = 0 if share.on_policy else int((deviation > config.clip_range).sum())
     return loss, measured
@@ -732,9 +727,6 @@ def matching_micro_batch(
     """The mean matching loss of a micro-batch's own (image, noising) pairs, and what was measured.
 
     The final images are noised anew, and the conditional branch alone predicts them: guidance is for sampling.
-
-    Raises:
-        DivergedError: the loss is not finite.
     """
     share, (images, draws) = micro_batch.share, micro_batch.pairs.unbind(1)
     samples = share.batch.latents[images]
@@ -758,8 +750,6 @@ def matching_micro_batch(
         distance = (predictions - base_predictions).square().mean()
         loss = loss + config.kl_weight * distance
         measured.kl = distance.item() * micro_batch.number
-    if not loss.isfinite():
-        raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
     return loss, measured
 
 
@@ -769,9 +759,6 @@ def gradient_micro_batch(
     """Minus the mean reward of a micro-batch's own images, sampled with gradients in the last backprop_steps.
 
     An image whose score is not finite counts as 0.
-
-    Raises:
-        DivergedError: the loss is not finite.
     """
     batch, images = micro_batch.share.batch, micro_batch.own[:, 0]
     noise = batch.noise[images].unbind(1)
@@ -784,8 +771,6 @@ def gradient_micro_batch(
     scores = reward.combine(parts)
     finite = scores.isfinite()
     loss = -scores.where(finite, torch.zeros_like(scores)).mean()
-    if not loss.isfinite():
-        raise DivergedError("the loss is not finite; lower --learning-rate")
     num_steps, branches = len(policy.denoiser.schedule.timesteps), 2 if policy.denoiser.guided else 1
     measured = UpdateStatistics(len(images), len(images) * branches * (num_steps + config.backprop_steps))
     measured.loss = loss.item() * len(images)
@@ -814,7 +799,7 @@ def ppo_update(
     filled = len(batch.advantages) % config.sample_batch_size == 0  # else the last batch may round on its own
     for number, (pairs, num_silent) in enumerate(shares):
         share = Share(batch, pairs, ppo_micro_batch, number == 0 and policy.rounds_by_batch, num_silent)
-        statistics = gather_gradients(policy, share, learner, config)
+        statistics = gather_gradients(policy, [share], learner, config)
         if number == 0:
             total.first_ratio_deviation = statistics.ratio_deviation
             _check_ratio(statistics.ratio_deviation, policy, config)
@@ -845,12 +830,12 @@ def matching_update(
             images = images[batch.rewards[images].isfinite()]
             pairs = torch.cartesian_prod(images, torch.arange(config.num_noise_levels)).reshape(-1, 2)
             share = Share(batch, pairs, loss)
-            relabelled = relabelled_share(share, config) if config.relabel else None
+            shares = [share, relabelled_share(share, config)] if config.relabel else [share]
             if learns_from_captions_alone(config):
-                share = replace(share, pairs=pairs[:0], num_silent=len(pairs))
-            if relabelled and not len(share.pairs) + len(relabelled.pairs):
+                shares[0] = replace(share, pairs=pairs[:0], num_silent=len(pairs))
+            if config.relabel and not any(len(each.pairs) for each in shares):
                 continue
-            total.add_step(gather_gradients(policy, share, learner, config, relabelled), learner.step())
+            total.add_step(gather_gradients(policy, shares, learner, config), learner.step())
     return total
 
 
@@ -879,19 +864,14 @@ def _images_of(prompts: Tensor, config: TrainConfig) -> Tensor:
     return (prompts[:, None] * config.num_samples_per_prompt + samples).flatten()
 
 
-def gather_gradients(
-    policy: Policy, share: Share, learner: Learner, config: TrainConfig, relabelled: Share | None = None
-) -> UpdateStatistics:
-    """The gradient of a share in every process, with that of the anchors; what was measured, over all processes.
-
-    The gradient of the relabelled images is added to that of the share.
-    """
+def gather_gradients(policy: Policy, shares: Sequence[Share], learner: Learner, config: TrainConfig) -> UpdateStatistics:
+    """The sum of the gradients of shares and of the anchors in every process; what was measured, over all processes."""
     statistics = UpdateStatistics()
-    for each in [share] if relabelled is None else [share, relabelled]:
-        for part in processes.gather(processes.agreed(accumulate_gradients, policy, each, learner, config)):
+    for share in shares:
+        for part in processes.gather(processes.agreed(accumulate_gradients, policy, share, learner, config)):
             statistics.add(part)
-    if policy.anchor_ids is not None:
-        drift = policy.anchor_drift()
+    if policy.anchors:
+        drift = policy.anchors.drift(policy.model)
         statistics.anchor_drift = drift.item()
         if processes.is_first():  # gradients are summed over the processes
             learner.scaler.scale(config.null_anchor * drift).backward()
@@ -931,7 +911,7 @@ def gradient_update(
     for prompts in order.tensor_split(config.num_updates_per_epoch):
         images = _images_of(prompts, config)
         pairs = torch.stack([images, torch.zeros_like(images)], dim=1)
-        total.add_step(gather_gradients(policy, Share(batch, pairs, loss), learner, config), learner.step())
+        total.add_step(gather_gradients(policy, [Share(batch, pairs, loss)], learner, config), learner.step())
     return total
 
 
@@ -999,6 +979,8 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     def gradients_of(micro_batch: MicroBatch) -> tuple[tuple[Tensor, ...], UpdateStatistics]:
         """In a frame of its own, which keeps no activations for the retry when memory runs out."""
         loss, measured = share.loss(policy, micro_batch, embeds, config)
+        if not (loss.isfinite() and math.isfinite(measured.ratio_deviation)):
+            raise DivergedError("the loss is not finite; lower --learning-rate, or look at the rewards in metrics.jsonl")
         loss = learner.scaler.scale(loss * (micro_batch.number / (len(share.pairs) + share.num_silent)))
         return torch.autograd.grad(loss, inputs), measured  # all of them or, when memory runs out, none
 
@@ -1009,7 +991,9 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
         try:
             gradients, measured = gradients_of(chunk)
         except Exception as error:
-            learner.micro_batch_size = _halved(len(chunk.pairs), error, config)
+            if config.micro_batch != "auto" or len(chunk.pairs) == 1 or not is_out_of_memory(error):
+                raise  # a smaller micro-batch would not help
+            learner.micro_batch_size = len(chunk.pairs) // 2
             continue
         for tensor, gradient in zip(inputs, gradients, strict=True):
             tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
@@ -1017,13 +1001,6 @@ def accumulate_gradients(policy: Policy, share: Share, learner: Learner, config:
     if leaf.grad is not None:
         encoded.backward(leaf.grad)
     return total
-
-
-def _halved(size: int, error: BaseException, config: TrainConfig) -> int:
-    """What to try after a micro-batch of a size raised an error; the error again if a smaller one would not help."""
-    if config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
-        raise error
-    return size // 2
 
 
 def recompute_log_probs(policy: Policy, share: Share, learner: Learner) -> tuple[Batch, int]:

@@ -1,6 +1,7 @@
-"""A training, top to bottom: prepare, the run, its epochs, held-out prompts, guards, and the plan of a dry run.
+"""A training, top to bottom: prepare, the run, its epochs and guards.
 
-One epoch collects, computes advantages and updates (texforce.py); run.py holds what the run leaves in its folder.
+One epoch collects, computes advantages and updates (texforce.py); heldout.py measures the held-out prompts, run.py holds
+what the run leaves in its folder.
 """
 
 from __future__ import annotations
@@ -14,49 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from texforce import (
     Policy,
     UpdateStatistics,
     draw_noise_batch,
     gradient_update,
-    learns_from_captions_alone,
     make_batch,
     make_policy,
     matching_update,
     ppo_update,
-    trainable_steps,
     wants_kl,
 )
 
-from . import files, interrupts, models, processes, report, rewards, run, scorers, single_file, stages, tokenization, world
-from .config import FLOW_SAMPLERS, TrainConfig, TrainOptions, default_device, resolve
-from .errors import DivergedError, InputError, RewardError, reading
+from . import files, interrupts, models, processes, report, rewards, run, single_file, stages, tokenization, world
+from .config import TrainConfig, default_device
+from .errors import DivergedError, InputError, reading
 from .experience import (
     PromptOrder,
     PromptStatistics,
     Samples,
-    Scored,
-    check_finite,
     collect,
     compute_advantages,
     finite_mean,
-    gather_scores,
     num_rollout_calls,
     scored_by_update,
 )
 from .files import describe_files, read_json
-from .learner import Learner, finds_micro_batch
-from .measures import to_json, to_numpy
+from .heldout import Heldout
+from .learner import Learner
 from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
-from .reward_specs import NO_REWARD, caption_files, functions_of, parse_mixture, without_passwords
+from .reward_specs import NO_REWARD, caption_files, without_passwords
 from .run import Run, Snapshot
-from .scorers import Scorer
 
 Report = Callable[[dict[str, Any]], None]  # of an epoch's measures
-# One noise for every run, so that figures of different seeds and settings compare; it depends on --sample-batch-size.
-HELDOUT_SEED = 20_231_115
 
 
 # --- prepare ---
@@ -240,7 +232,7 @@ def train(
         heldout = _measure_base(current, setup, prompts, config, force)
         if processes.is_first():
             heldout.take_up(opening.frames, current.epochs[-1]["epoch"])
-        log = stack.enter_context(opening.metrics(stack, current.epochs)) if processes.is_first() else report
+        log = opening.metrics(stack, current.epochs) if processes.is_first() else report
         _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
         return _finish(current, config, len(cut.prompts))
 
@@ -347,9 +339,7 @@ class _Opening:
             self.track = stack.enter_context(run.tracker(config, output_dir))
         return _Opened(snapshot=snapshot, sources=sources)
 
-    def metrics(
-        self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]
-    ) -> contextlib.AbstractContextManager[Report]:
+    def metrics(self, stack: contextlib.ExitStack, epochs: list[dict[str, Any]]) -> Report:
         """What takes the measures of each epoch: a file, and the tracker that --report-to names."""
         output_dir = Path(self.config.output_dir)
         track = self.track or stack.enter_context(run.tracker(self.config, output_dir))
@@ -417,12 +407,6 @@ def _in_final_units(measures: dict[str, Any], name: str, reward: rewards.Mixture
     if measured_on := find_measured(measures):
         measures[measured_on] = measures[measured_on] | {name: reward.combine_means(measures[measured_on])}
     return measures
-
-
-def _with_mixture(scores: Mapping[str, Tensor], name: str, reward: rewards.Mixture) -> dict[str, Tensor]:
-    """Scores (N,) with those of a mixture, in the units of now, before those of its parts."""
-    mixed = {} if name in scores else {name: reward.combine({part: scores[part] for part in reward.parts})}
-    return {**mixed, **scores}
 
 
 # --- epochs ---
@@ -550,7 +534,7 @@ def _epoch_measures(samples: Samples, updated: UpdateStatistics, policy: Policy,
         measures["loss"] = updated.loss / num_pairs
     if config.relabel:
         measures["num_relabelled"] = sum(caption is not None for caption in samples.captions)
-    if policy.anchor_ids is not None:
+    if policy.anchors:
         measures["anchor_drift"] = updated.anchor_drift
     if math.isfinite(updated.grad_norm):  # else fp16 skipped the step
         measures["grad_norm"] = updated.grad_norm
@@ -567,181 +551,6 @@ def _totals(last: dict[str, Any], measures: dict[str, Any], seconds: float) -> d
     """An epoch's measures with the counts of the whole run up to its end, given the last epoch's."""
     counts = {name: last[name] + measures[name] for name in ("num_images", "num_unet_calls")}
     return measures | counts | {"seconds": seconds}
-
-
-# --- held-out prompts ---
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What was drawn of N prompts, and measured."""
-
-    means: dict[str, float]  # of the reward, its parts and what is only measured
-    scores: dict[str, Tensor]  # (N,) each; of a mixture its parts
-    images: dict[int, Tensor]  # that are shown, (3, H, W) each, in the first process only
-
-
-class Heldout:
-    """The held-out prompts: the base model's images and scores, kept, and the tuned ones' against them."""
-
-    def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig, name: str = "heldout") -> None:
-        self.setup, self.prompts, self.config = setup, prompts, config
-        self.name = name  # of the measures, in MEASURED_ON
-        self.shown = torch.linspace(0, len(prompts) - 1, min(16, len(prompts))).long().tolist()
-        self.folder = Path(config.output_dir, "grids")
-        if processes.is_first():
-            self.folder.mkdir(exist_ok=True)
-        with setup.policy.base():
-            drawn = self._draw_and_score()
-        self.base, self.base_drawn = drawn.means, drawn
-        self.frames = [run.frame(0, drawn.scores, drawn.images) | {"prompts": prompts}]  # lines of heldout.jsonl
-
-    def take_up(self, frames: Sequence[dict[str, Any]], epoch: int) -> None:
-        """Write heldout.jsonl, with what is there of a run up to an epoch, if that was measured like this one."""
-        base = self.frames[0]
-
-        def is_alike(old: dict[str, Any]) -> bool:
-            same_names = all(old[name].keys() == base[name].keys() for name in ("scores", "images"))
-            return same_names and all(len(values) == len(self.prompts) for values in old["scores"].values())
-
-        if frames and frames[0].get("prompts") == self.prompts:
-            self.frames += [old for old in frames[1:] if old["epoch"] <= epoch and is_alike(old)]
-        run.write_frames(self.folder.parent, self.frames)
-
-    def frames_until(self, epochs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The frames of epochs that are over, with the scores of a mixture in the units of now."""
-        return [self._with_mixture(frame) for frame in self.frames if frame["epoch"] <= epochs[-1]["epoch"]]
-
-    def _with_mixture(self, frame: dict[str, Any]) -> dict[str, Any]:
-        scores = {name: torch.from_numpy(to_numpy(values)) for name, values in frame["scores"].items()}
-        mixed = _with_mixture(scores, run.main_measure(self.config), self.setup.reward)
-        return frame | {"scores": {name: to_json(values) for name, values in mixed.items()}}
-
-    def measure(self, epoch: int) -> dict[str, float]:
-        """Scores of the policy as it is now, the same in every process; writes the grid of base and tuned images."""
-        drawn = self._draw_and_score()
-        if processes.is_first():
-            self._write_grid(epoch, drawn)
-            self.frames.append(run.frame(epoch, drawn.scores, drawn.images))
-            files.append_line(self.folder.parent / run.FRAMES, self.frames[-1])
-        return drawn.means
-
-    def _draw_and_score(self) -> _Drawn:
-        """Draw and score the prompts with the policy as it is.
-
-        Each process scores the images that it draws; what a guard decides by the means it decides in all of them.
-        """
-        reward = self.setup.reward
-        scored, drawn = processes.agreed(self._draw_and_score_share)
-        scores = gather_scores(scored).scores
-        measures = means(scores, self.prompts)
-        if self.config.reward not in (NO_REWARD, *reward.parts):
-            measures = {self.config.reward: reward.combine_means(measures)} | measures
-        return _Drawn(measures, scores, {i: image for images in processes.to_first(drawn) for i, image in images.items()})
-
-    def _draw_and_score_share(self) -> tuple[dict[int, Scored], dict[int, Tensor]]:
-        setup, prompts = self.setup, self.prompts
-        images = draw_share(setup.policy, prompts, self.config.sample_batch_size)
-        scored = score_share(images, prompts, {**setup.reward.parts, **setup.eval_rewards}, setup.policy.model.device)
-        rows = {start + i: image for start, batch in images.items() for i, image in enumerate(batch)}
-        return scored, {i: rows[i].clone() for i in self.shown if i in rows}  # a row alone would be sent with its batch
-
-    def _write_grid(self, epoch: int, drawn: _Drawn) -> None:
-        """The grid of base and tuned images, sorted by the change of the reward, the largest gain first."""
-        both = {"base": self.base_drawn, "tuned": drawn}
-        name, reward = run.main_measure(self.config), self.setup.reward
-        scores = {system: _with_mixture(one.scores, name, reward)[name].tolist() for system, one in both.items()}
-        changes = [tuned - base for base, tuned in zip(*scores.values(), strict=True)]
-        order = sorted(self.shown, key=lambda i: -changes[i] if math.isfinite(changes[i]) else math.inf)
-        run.write_grid(
-            self.folder / f"epoch_{epoch:04d}.png",
-            [self.prompts[i] for i in order],
-            {system: torch.stack([one.images[i] for i in order]) for system, one in both.items()},
-            {system: [values[i] for i in order] for system, values in scores.items()},
-            f"{name} after epoch {epoch}, largest gain first",
-        )
-
-
-def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[int, Tensor]:
-    """One image (n, 3, H, W) in [0, 1] for each prompt of this process's batches, by the number of a batch's first prompt.
-
-    They come from the same noise for every policy.
-    """
-    images = {}
-    for start in range(0, len(prompts), batch_size):
-        interrupts.check()
-        stages.report("measuring", start, len(prompts))
-        if processes.is_mine(start // batch_size):
-            prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
-            generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)
-            images[start] = policy.draw(prompt_ids, generator).cpu()
-    return images
-
-
-def heldout_images(policy: Policy, prompts: Sequence[str], batch_size: int) -> Tensor:
-    """The images (N, 3, H, W) of `draw_share` for all prompts, of every process.
-
-    Raises:
-        DivergedError: no image is finite.
-    """
-    images = processes.merged(processes.agreed(draw_share, policy, prompts, batch_size))
-    return check_finite(torch.cat(list(images.values())))
-
-
-def score_share(
-    images: Mapping[int, Tensor],
-    prompts: Sequence[str],
-    measured_by: Mapping[str, Scorer],
-    device: torch.device | str = "cpu",
-) -> dict[int, Scored]:
-    """Scores of batches of images (n, 3, H, W), by the number of a batch's first prompt, on a device as in training."""
-    if world.is_world(prompts):
-        measured_by = {**measured_by, "alignment": world.alignment}
-    scored = {}
-    for start, batch in images.items():
-        chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
-        scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
-        scored[start] = Scored(finite, scores)
-    return scored
-
-
-def measure(
-    images: Tensor,
-    prompts: Sequence[str],
-    measured_by: Mapping[str, Scorer],
-    batch_size: int = 128,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """The `means` of the scores of images (N, 3, H, W) by some scorers.
-
-    Raises:
-        RewardError: one failed or gave no finite score. DivergedError: no image is finite.
-    """
-    batches = dict(zip(range(0, len(images), batch_size), images.split(batch_size), strict=True))
-    return means(gather_scores(score_share(batches, prompts, measured_by, device)).scores, prompts)
-
-
-def means(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, float]:
-    """Mean of each measure's scores (N,) for prompts, over the finite ones.
-
-    For prompts of the tiny world also `alignment_exact`, the share of prompts that are fully right by `alignment`, over all
-    and over those with common words only and with rare ones.
-
-    Raises:
-        RewardError: a measure is nowhere finite.
-    """
-    measures = {}
-    for name, values in scores.items():
-        if not values.isfinite().any():
-            raise RewardError(f"reward: {name} gave no finite score for any of the prompts that are measured")
-        measures[name] = finite_mean(values)
-    if world.is_world(prompts):
-        finite, exact = scores["alignment"].isfinite(), (scores["alignment"] == 1).float()
-        rare = torch.tensor([world.has_rare_word(prompt) for prompt in prompts])
-        for name, rows in (("", finite), ("_common", finite & ~rare), ("_rare", finite & rare)):
-            if rows.any():
-                measures[f"alignment_exact{name}"] = exact[rows].mean().item()
-    return measures
 
 
 # --- guards ---
@@ -783,206 +592,3 @@ def _last_good(epochs: Sequence[dict[str, Any]], config: TrainConfig) -> str:
 def _measured_epochs(epochs: Sequence[dict[str, Any]]) -> list[int]:
     """Those after which the adapter was measured, and saved."""
     return [measures["epoch"] for measures in epochs[1:] if find_measured(measures)]
-
-
-# --- the plan ---
-
-
-def plan(config: TrainConfig) -> dict[str, Any]:
-    """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
-
-    The file of a reward function is not executed, the output folder is not looked at, and neither the weights of Stable
-    Diffusion nor those of a scorer are fetched.
-
-    Raises:
-        What `train` raises before it samples, but for what the output folder or the file of a reward function would.
-    """
-    prompts, policy = read_run_prompts(config), load_policy(config, may_outline=True)
-    fetched = [config.model] if policy.model.device.type == "meta" else []
-    fetched += _load_scorers(config)
-    device = default_device() if fetched and fetched[0] == config.model else str(policy.model.device)
-    cut = check_prompts(policy, config, prompts)
-    num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
-    num_items, num_images_a_step = _items_per_image(policy, config), num_images / config.num_updates_per_epoch
-    num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
-    if config.relabel:
-        num_distinct = max(num_distinct, math.ceil(num_images_a_step))  # captions, which are encoded after the prompts
-    if finds_micro_batch(config, torch.device(device)):
-        config = replace(config, micro_batch_size=config.sample_batch_size)
-    denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
-    update_calls = _calls_per_update(policy, config)
-    network = "U-Net" if policy.model.unet is not None else "transformer"
-    return {
-        "model": config.model,
-        "device": device,
-        **({"to be fetched": ", ".join(fetched)} if fetched else {}),
-        **_trained_parts(policy, config),
-        "trained parameters": sum(parameter.numel() for parameter in policy.parameters),
-        "prompts": f"{len(prompts.train)} for training, {len(prompts.heldout) or 'none'} held out"
-        + (f", {len(cut.prompts)} cut to {cut.num_tokens} tokens" if cut.prompts else "")
-        + (f", read in {policy.model.num_chunks} chunks" if policy.model.num_chunks > 1 else ""),
-        "images an epoch": f"{num_images} ({config.num_prompts_per_epoch} prompts x {config.num_samples_per_prompt})",
-        "images in all": num_images * config.num_epochs,
-        "images an optimizer step": f"{num_images_a_step:g}",
-        f"(image, {ITEMS[config.algorithm]}) pairs an optimizer step": f"{num_images_a_step * num_items:g}",
-        f"{network} calls an epoch": _calls_per_epoch(policy, config),
-        f"{network} calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
-        **({f"{network} calls for captions an epoch, at most": update_calls} if config.relabel else {}),
-        **_ppo_beside(policy, config, network),
-        "weights, MiB": mebibytes(_weight_bytes(policy.model)),
-        "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
-        f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
-        "text encoder activations, MiB": mebibytes(text_encoder),
-    }
-
-
-def _trained_parts(policy: Policy, config: TrainConfig) -> dict[str, str]:
-    """Where LoRA is, or which text encoders read learned tokens."""
-    parts = ", ".join(name for name, part in policy.model.policy_parts.items() if tokenization.is_adapted(part))
-    if config.target == "tokens":
-        return {"learned tokens": f"{config.num_tokens}, read by {parts}"}
-    return {"LoRA on": parts + run.lora_places(config)}
-
-
-def _load_scorers(config: TrainConfig) -> list[str]:
-    """Load the parts of the rewards but for functions, so that a damaged checkpoint is found in a dry run too.
-
-    Parts whose weights would have to be fetched from the hub are left out; returns the repositories of these weights.
-    """
-    specs = reward_specs(config)
-    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
-    names = {name for spec in specs for name in parse_mixture(spec) if name not in functions_of(spec)}
-    repositories = []
-    for name in sorted(names):
-        if missing := rewards.missing_weights(name, checkpoints):
-            repositories += missing
-        else:
-            rewards.load_reward(name, default_device(), checkpoints)
-    return repositories
-
-
-def mebibytes(num_bytes: int) -> float:
-    """Bytes in MiB, with one decimal."""
-    return round(num_bytes / 2**20, 1)
-
-
-ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what an image is trained on, by algorithm
-
-
-def _calls_per_epoch(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of an epoch's sampling and update; with --relabel at most, as if every image had a caption."""
-    num_terms = (0 if learns_from_captions_alone(config) else 1) + (1 if config.relabel else 0)
-    return num_rollout_calls(policy, config) + num_terms * _calls_per_update(policy, config)
-
-
-def _calls_per_update(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of an epoch's update on all images under their prompts, or under their captions."""
-    num_pairs = config.num_prompts_per_epoch * config.num_samples_per_prompt * _items_per_image(policy, config)
-    return num_pairs * _calls_per_item(policy, config)
-
-
-def _ppo_beside(policy: Policy, config: TrainConfig, network: str) -> dict[str, Any]:
-    """What ppo costs with its defaults for the model, beside another algorithm."""
-    if config.algorithm == "ppo":
-        return {}
-    sampler = {"sampler": config.sampler} if config.sampler in FLOW_SAMPLERS else {}
-    ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target, **sampler))
-    num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
-    num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
-    return {f"{network} calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}
-
-
-def _items_per_image(policy: Policy, config: TrainConfig) -> int:
-    """The steps, noise levels or samples that each image is trained on in a pass."""
-    if config.algorithm == "ppo":
-        return max(1, round(config.timestep_fraction * len(trainable_steps(policy.denoiser.schedule, config))))
-    return config.num_noise_levels if config.algorithm == "matching" else 1
-
-
-def _calls_per_item(policy: Policy, config: TrainConfig) -> int:
-    """U-Net calls of all passes over an image and one of its steps, noise levels or samples."""
-    branches = 2 if policy.denoiser.guided else 1
-    if config.algorithm == "gradient":
-        return branches * (config.num_inference_steps + config.backprop_steps)
-    if config.algorithm == "matching" or policy.null_embeds is not None:
-        branches = 1
-    return config.num_inner_epochs * branches * (2 if wants_kl(config) else 1)
-
-
-def _weight_bytes(model: models.Model) -> int:
-    parts = (*model.policy_parts.values(), model.vae)
-    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
-
-
-def _trajectory_bytes(policy: Policy, config: TrainConfig) -> int:
-    """Bytes of an image's latents, and of the null prompt's predictions if they are kept."""
-    keeps_null_outputs = policy.null_embeds is not None and policy.denoiser.guided
-    num_kept = config.num_inference_steps * (2 if keeps_null_outputs else 1) + 1
-    return num_kept * math.prod(policy.latent_shape) * 4
-
-
-def activation_bytes(policy: Policy, config: TrainConfig, num_prompts: int) -> tuple[int, int]:
-    """Bytes that autograd keeps in an update: of the U-Net for a micro-batch, of the text encoder for distinct prompts.
-
-    Both are measured on one row and multiplied.
-    """
-    model = policy.model
-    latents = torch.zeros(1, *policy.latent_shape, device=model.device)
-    prompt_ids = models.tokenize_for(model, [""]).to(model.device)
-    embeds = models.encode(model, prompt_ids).detach().requires_grad_()
-    conditioning = models.Conditioning(embeds, embeds)
-    null_outputs = latents if policy.null_embeds is not None and policy.denoiser.guided else None
-    steps = torch.zeros(1, dtype=torch.long, device=model.device)
-    schedule = policy.denoiser.schedule.to(model.device)
-    denoiser = replace(policy.denoiser, compile=False, schedule=schedule)  # what a compiled one keeps is less
-    network = saved_bytes(model, lambda: denoiser.mean(latents, steps, conditioning, null_outputs))
-    text_encoder = saved_bytes(model, lambda: models.encode(model, prompt_ids))
-    num_null = int(policy.null_embeds is None and not model.zero_null)
-    return config.micro_batch_size * network, (num_prompts + num_null) * text_encoder
-
-
-class FusedAttention(torch.overrides.TorchFunctionMode):
-    """Lets attention on the meta device keep what a fused kernel keeps, its inputs and its output.
-
-    PyTorch takes the plain formula there, which keeps the large matrices of weights.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the one function."""
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Attention.apply(named["query"], named["key"], named["value"])
-        return function(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps tensors for a backward pass that is never run."""
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Save the inputs (..., L, D) and the output."""
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        context.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        """Refuse: there are no numbers."""
-        raise NotImplementedError
-
-
-def saved_bytes(model: models.Model, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of a forward pass for the backward one; weights do not count."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()  # a number also on the meta device
-        return tensor
-
-    attention = FusedAttention() if model.device.type == "meta" else contextlib.nullcontext()
-    with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    for part in model.policy_parts.values():
-        for tensor in part.parameters():
-            kept.pop(tensor.untyped_storage()._cdata, None)
-    return sum(kept.values())

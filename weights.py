@@ -171,6 +171,24 @@ def read_tensors(path: Path, kind: str = SCORER) -> dict[str, Tensor]:
         return tensors
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, none of other files; raises what safetensors does."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a safetensors file's tensors by name, read from its header alone; raises what safetensors does."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
 def check_content(path: Path) -> None:
     """Check that a file of weights is neither empty nor a pointer of git-lfs; raises ValueError."""
     with path.open("rb") as file:

@@ -14,11 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from meters import heldout_images, heldout_means
 from rich.console import Console
 from rich.table import Table
 
 from texforce import Policy, adapters, models, prompt_sets, rewards, training, world
-from texforce.config import TrainOptions, resolve
+from texforce.config import System, TrainOptions, resolve
 
 TRAINED: dict[str, dict[str, Any]] = {
     "text-encoder": {},
@@ -57,13 +58,14 @@ def with_common_words(prompt: str) -> str:
 def measure(folders: list[Path], scale: float, replaced: bool = False) -> dict[str, dict[str, float]]:
     """Held-out measures by set of adapters loaded side by side at a strength, from the noise of the trainings' own."""
     config, hps = resolve(TrainOptions(model="tiny")), rewards.load_reward("hps")
-    policy = Policy(adapters.load_adapters(models.load_model("tiny"), [str(folder) for folder in folders], scale), config)
+    system = System("tuned", tuple((str(folder), scale) for folder in folders))
+    policy = Policy(adapters.put_on(models.load_model("tiny"), system), config)
     measures = {}
     for name in SETS:
         prompts = prompt_sets.read_prompts(f"{name}-heldout")
         drawn = [with_common_words(prompt) for prompt in prompts] if replaced else prompts
-        images = training.heldout_images(policy, drawn, config.sample_batch_size)
-        measures[name] = training.measure(images, prompts, {"hps": hps})
+        images = heldout_images(policy, drawn, config.sample_batch_size)
+        measures[name] = heldout_means(images, prompts, {"hps": hps})
     return measures
 
 

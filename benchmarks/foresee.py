@@ -2,7 +2,7 @@
 
 Everything is computed on the meta device, from the published configurations, without weights and without a GPU: parameters,
 bytes of the frozen weights, what autograd keeps of the denoiser for one image and of the trained text encoders for one
-prompt. Attention counts as fused (training.FusedAttention).
+prompt. Attention counts as fused (plan.FusedAttention).
 """
 
 import argparse
@@ -13,9 +13,10 @@ import torch
 from architectures import SD35, T5_XXL
 from torch import nn
 
-from texforce import families, models, single_file, training
+from texforce import families, models, single_file
 from texforce.config import TrainOptions, resolve
 from texforce.families import Inputs, Text
+from texforce.plan import saved_bytes
 from texforce.weights import quiet_libraries
 
 CLIP_L, CLIP_G = single_file.CLIP_L, single_file.OPEN_CLIP_G
@@ -66,7 +67,7 @@ def kept_by_denoiser(family: families.Family, denoiser: Any, side: int, checkpoi
         denoiser.enable_gradient_checkpointing()
         denoiser.train()
     model = models.Model(**NOTHING | {"family": family, family.part: denoiser})
-    return training.saved_bytes(model, lambda: family.call(denoiser, inputs))
+    return saved_bytes(model, lambda: family.call(denoiser, inputs))
 
 
 def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> int:
@@ -80,7 +81,7 @@ def kept_by_text_encoder(family: families.Family, name: str, encoder: Any) -> in
     instruction = len(part.instruction()) // 4 if part.instruction else 0
     ids = torch.ones(1, num_rows(part) + instruction, dtype=torch.long, device="meta")
     model = models.Model(**NOTHING | {"family": family, name: adapted, family.part: adapted})
-    return training.saved_bytes(model, lambda: adapted(input_ids=ids))
+    return saved_bytes(model, lambda: adapted(input_ids=ids))
 
 
 def row(name: str, family: families.Family, size: dict[str, Any], texts: list[dict[str, Any]], side: int) -> list[str]:

@@ -7,17 +7,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from meters import heldout_images, heldout_means
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from texforce import Policy, adapters, merging, models, prompt_sets, rewards, training
-from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
+from texforce import Policy, adapters, merging, models, prompt_sets, rewards
+from texforce.config import MergeOptions, System, TrainOptions, parse_weighted, resolve, resolve_merge
 
 
-def heldout_images(model: models.Model, prompts: list[str]) -> Tensor:
+def draw(model: models.Model, prompts: list[str]) -> Tensor:
     config = resolve(TrainOptions(model="tiny"))
-    return training.heldout_images(Policy(model, config), prompts, config.sample_batch_size)
+    return heldout_images(Policy(model, config), prompts, config.sample_batch_size)
 
 
 def main() -> None:
@@ -25,14 +26,14 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", help="output folders of trainings, or PATH:WEIGHT")
     folders = parser.parse_args().folders
     prompts = prompt_sets.read_prompts("world-heldout")
-    drawn = {"base": heldout_images(models.load_model("tiny"), prompts)}
-    drawn["side by side"] = heldout_images(adapters.load_adapters(models.load_model("tiny"), folders), prompts)
+    base, side_by_side = models.load_model("tiny"), System("side by side", tuple(map(parse_weighted, folders)))
+    drawn = {"base": draw(base, prompts), "side by side": draw(adapters.put_on(base, side_by_side), prompts)}
     with tempfile.TemporaryDirectory() as place:
         given = MergeOptions(adapter=folders, model="tiny", output_dir=str(Path(place) / "merged"))
         merged = merging.merge(resolve_merge(given))
-        drawn["merged"] = heldout_images(models.load_model(str(merged)), prompts)
+        drawn["merged"] = draw(models.load_model(str(merged)), prompts)
     hps = {"hps": rewards.load_reward("hps")}
-    results = {name: training.measure(images, prompts, hps) for name, images in drawn.items()}
+    results = {name: heldout_means(images, prompts, hps) for name, images in drawn.items()}
     table = Table("measure", *results)
     for name in results["base"]:
         table.add_row(name, *(f"{result[name]:.4f}" for result in results.values()))

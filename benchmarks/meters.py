@@ -1,9 +1,9 @@
-"""What bench.py measures with: seconds, memory, and the fastest matrix product of the machine."""
+"""What the scripts measure with: seconds, memory, the fastest matrix product of the machine, and held-out prompts."""
 
 import gc
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch, _pytree
 
-from texforce import models
+from texforce import Policy, heldout, models
+from texforce.experience import gather_scores
+from texforce.scorers import Scorer
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -100,3 +102,14 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "unknown"
+
+
+def heldout_images(policy: Policy, prompts: Sequence[str], batch_size: int) -> Tensor:
+    """The images (N, 3, H, W) that a training's measurement draws, from its noise."""
+    return torch.cat(list(heldout.draw_share(policy, prompts, batch_size).values()))
+
+
+def heldout_means(images: Tensor, prompts: Sequence[str], measured_by: Mapping[str, Scorer]) -> dict[str, float]:
+    """The means of the scores of images (N, 3, H, W), as a training's measurement takes them."""
+    batches = dict(zip(range(0, len(images), 128), images.split(128), strict=True))
+    return heldout.means(gather_scores(heldout.score_share(batches, prompts, measured_by)).scores, prompts)

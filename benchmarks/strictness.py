@@ -11,11 +11,12 @@ import runpy
 from pathlib import Path
 
 import torch
+from meters import heldout_images
 from rich.console import Console
 from rich.table import Table
 
-from texforce import Policy, adapters, models, prompt_sets, training, world
-from texforce.config import TrainOptions, resolve
+from texforce import Policy, adapters, models, prompt_sets, world
+from texforce.config import System, TrainOptions, resolve
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 
@@ -35,9 +36,9 @@ def main() -> None:
     render = runpy.run_path(str(Path(__file__).parents[1] / "tiny" / "build.py"))["render"]
     systems = {"exact renderings": render(scenes, random.Random(0))}
     for folder in (None, *folders):
-        model = models.load_model("tiny")
-        policy = Policy(adapters.load_adapters(model, [folder]) if folder else model, config)
-        systems[folder or "base"] = training.heldout_images(policy, prompts, config.sample_batch_size)
+        system = System(folder or "base", ((folder, 1.0),) if folder else ())
+        policy = Policy(adapters.put_on(models.load_model("tiny"), system), config)
+        systems[system.name] = heldout_images(policy, prompts, config.sample_batch_size)
     table = Table("system", *(f"overlap {minimum}" for minimum in MINIMA))
     for name, images in systems.items():
         table.add_row(name, *(f"{exact(images, scenes, minimum):.3f}" for minimum in MINIMA))

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from texforce import models
-from texforce.adapters import Layer
+from texforce.lora_files import Layer
 
 
 def attention_names(module: nn.Module) -> list[str]:
@@ -236,3 +236,13 @@ def save_family(name: str, folder: Path) -> Path:
         if not (tokenizer / "vocab.json").exists():
             (tokenizer / "spiece.model").write_bytes(b"\xff not read where there is a tokenizer.json")
     return folder
+
+
+def all_tensors(model: models.Model) -> dict[str, Tensor]:
+    """The parameters and buffers of a model's networks, by part and name."""
+    modules = {part: getattr(model, part) for part in ("text_encoder", "unet", "vae")}
+    return {
+        f"{part}/{name}": tensor.detach()
+        for part, module in modules.items()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }

@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, models, run, sampler, training
+from texforce import evaluation, models, run, sampler, training
 from texforce.config import (
     EvalOptions,
     MergeOptions,
@@ -23,6 +22,8 @@ from texforce.config import (
     steps_inside,
 )
 from texforce.errors import InputError
+
+from .commands import invoke
 
 PROMPTS = ["a red circle", "two navy boxes"]
 STEPS = "0.25-0.75"  # of four steps the second and the third
@@ -136,14 +137,14 @@ def test_steps_that_cannot_be_are_named(adapter, tmp_path, options, words):
     with_config(adapter, tmp_path / "broken", adapter_steps="0.5")
     named = {"OUT": str(adapter), "BROKEN": str(tmp_path / "broken")}
     arguments = [named.get(option, option) for option in options]
-    result = CliRunner().invoke(cli.app, ["sample", "--prompt", "a red circle", *arguments])
+    result = invoke("sample", "--prompt", "a red circle", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
 
 
 def test_images_hold_the_steps_in_their_metadata(adapter, tmp_path):
     arguments = ["--adapter", str(adapter), "--prompt", PROMPTS[0], "--num-images", "1", "--output-dir", str(tmp_path)]
-    assert CliRunner().invoke(cli.app, ["sample", *arguments]).exit_code == 0
+    assert invoke("sample", *arguments).exit_code == 0
     (image,) = (path for path in tmp_path.glob("*.png") if "grid" not in path.name)
     assert Image.open(image).info["adapter_steps"] == STEPS
 
@@ -187,13 +188,13 @@ def test_merge_writes_the_steps_beside_pefts_format_and_sample_reads_them_back(a
     place, adapter = str(tmp_path / "merged"), Path(shutil.copytree(adapter, tmp_path / "text"))
     shutil.rmtree(adapter / "unet")  # a narrow one's, which merge does not load
     arguments = ["merge", "--adapter", str(adapter), "--format", "peft", "--output-dir", place]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert "texforce.json has 0.25-0.75" in result.stderr
     assert json.loads(Path(place, "texforce.json").read_text())["adapter_steps"] == STEPS
     assert "share 0.25-0.75 of the denoising steps" in Path(place, "README.md").read_text()
     torch.testing.assert_close(sample(adapter=[place]), sample(adapter=[str(adapter)]), rtol=0, atol=1e-5)
-    dropped = CliRunner().invoke(cli.app, [*arguments, "--drop-adapter-steps", "--overwrite"])
+    dropped = invoke(*arguments, "--drop-adapter-steps", "--overwrite")
     assert dropped.exit_code == 0, dropped.output
     assert "--drop-adapter-steps: what was trained for the steps 0.25-0.75 is on in all of them" in dropped.stderr
     assert "0.25-0.75" not in Path(place, "README.md").read_text() + Path(place, "texforce.json").read_text()

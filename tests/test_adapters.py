@@ -19,11 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, files, ldm, merging, models, tokenization, training
-from texforce.adapters import Layer
+from texforce import adapters, evaluation, files, heldout, ldm, lora_files, merging, models, tokenization, training
 from texforce.config import (
     MergeOptions,
     SampleOptions,
@@ -35,7 +33,9 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.errors import ArtifactError, InputError, NotFoundError
+from texforce.lora_files import Layer
 
+from .commands import invoke
 from .hostile import hostile_objects, recorded
 from .small_models import random_layers
 
@@ -142,7 +142,7 @@ def test_a_text_encoders_lora_of_every_layout_is_read(small, tmp_path, layout, e
     assert len(tensors) == len(layers) * (3 if "kohya" in layout else 2)
     path = tmp_path / f"adapter.{ending}"
     save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
-    check_same(adapters.read_adapter(path, pipeline)["text_encoder"], layers, "kohya" in layout)
+    check_same(lora_files.read_adapter(path, pipeline)["text_encoder"], layers, "kohya" in layout)
 
 
 @pytest.mark.parametrize("layout", ["old peft", "peft"])
@@ -155,7 +155,7 @@ def test_a_peft_folder_of_either_layout_is_read_with_its_alpha(small, tmp_path, 
     torch.save(tensors, tmp_path / file) if file.endswith("bin") else save_file(tensors, tmp_path / file)
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    check_same(adapters.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+    check_same(lora_files.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
 
 
 def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(small, tmp_path):
@@ -169,22 +169,22 @@ def test_peft_patterns_and_rank_stabilised_alphas_are_honoured(small, tmp_path):
         "rank_pattern": {one: 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 9},
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    check_same(adapters.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
+    check_same(lora_files.read_adapter(tmp_path, pipeline)["text_encoder"], layers, True)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    found = adapters.read_adapter(tmp_path, pipeline)["text_encoder"]
+    found = lora_files.read_adapter(tmp_path, pipeline)["text_encoder"]
     assert found[one].scale == pytest.approx(9 / math.sqrt(2))
     assert found[one.replace("1", "2")].scale == pytest.approx(6 / math.sqrt(3))
 
 
 def test_metadata_of_a_diffusers_file_give_its_alphas(small, tmp_path):
     adapter = {part: random_layers(getattr(small, part), 1) for part in ("text_encoder", "unet")}
-    arguments = {f"{part}_lora_layers": adapters.lora_tensors(layers) for part, layers in adapter.items()}
-    metadata = {f"{part}_lora_adapter_metadata": adapters.lora_config(layers) for part, layers in adapter.items()}
+    arguments = {f"{part}_lora_layers": lora_files.lora_tensors(layers) for part, layers in adapter.items()}
+    metadata = {f"{part}_lora_adapter_metadata": lora_files.lora_config(layers) for part, layers in adapter.items()}
     small.save_lora_weights(tmp_path, **arguments, **metadata)
-    for part, layers in adapters.read_adapter(tmp_path, small).items():
+    for part, layers in lora_files.read_adapter(tmp_path, small).items():
         check_same(layers, adapter[part], True)
     small.save_lora_weights(tmp_path, **arguments)
-    for part, layers in adapters.read_adapter(tmp_path, small).items():
+    for part, layers in lora_files.read_adapter(tmp_path, small).items():
         check_same(layers, adapter[part], False)
 
 
@@ -211,10 +211,10 @@ def test_the_file_of_a_peft_folder_has_the_alpha_of_the_folder(small, tmp_path):
         save_file(in_layout("peft", adapter[part], part == "unet"), folder / WEIGHTS)
         targets = ["to_q", "to_k", "to_v", "to_out.0"] if part == "unet" else PEFT["target_modules"]
         (folder / "adapter_config.json").write_text(json.dumps(PEFT | {"target_modules": targets}))
-    whole = adapters.read_adapter(tmp_path, small)
+    whole = lora_files.read_adapter(tmp_path, small)
     for part, layers in adapter.items():
         check_same(whole[part], layers, True)
-    check_same(adapters.read_adapter(tmp_path / WEIGHTS, small)["text_encoder"], adapter["text_encoder"], True)
+    check_same(lora_files.read_adapter(tmp_path / WEIGHTS, small)["text_encoder"], adapter["text_encoder"], True)
     for path in (tmp_path / "unet", tmp_path / "unet" / WEIGHTS):
         check_same(adapters.read_unet(path, small).adapter["unet"], adapter["unet"], True)
 
@@ -269,17 +269,17 @@ def test_blocks_of_different_lengths_do_not_keep_a_text_encoders_adapter_from_be
     pipeline = a_copy(small, "unet")
     pipeline.unet.register_to_config(layers_per_block=(1, 1))
     save_file(in_layout("lora_A", random_layers(small.text_encoder, 1), False), tmp_path / "text.safetensors")
-    assert "text_encoder" in adapters.read_adapter(tmp_path / "text.safetensors", pipeline)
+    assert "text_encoder" in lora_files.read_adapter(tmp_path / "text.safetensors", pipeline)
 
 
 def test_a_file_that_names_another_family_is_refused(small, tmp_path):
     tensors = in_layout("kohya", random_layers(small.text_encoder, 1), False)
     save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
-    adapters.read_adapter(tmp_path / "lora.safetensors", small)  # nothing is known of narrow models
+    lora_files.read_adapter(tmp_path / "lora.safetensors", small)  # nothing is known of narrow models
     pipeline = a_copy(small, "unet")
     pipeline.unet.register_to_config(cross_attention_dim=768)
     with pytest.raises(ArtifactError, match=r"made for another model: it says sdxl_base_v1-0, and this one is sd_v1"):
-        adapters.read_adapter(tmp_path / "lora.safetensors", pipeline)
+        lora_files.read_adapter(tmp_path / "lora.safetensors", pipeline)
 
 
 @pytest.mark.parametrize("origin", ["file", "pickle", "folder", "pipeline", "single file"])
@@ -345,7 +345,7 @@ def test_lora_on_some_layers_gives_the_embeddings_of_plain_peft(small, stable_di
     lost = min(tensors).partition(".lora_")[0]
     save_file({key: tensor for key, tensor in tensors.items() if lost not in key}, tmp_path / WEIGHTS)
     with pytest.raises(ArtifactError, match="1 layers are missing or not among target_modules"):
-        adapters.read_adapter(tmp_path, small)
+        lora_files.read_adapter(tmp_path, small)
 
 
 @pytest.mark.parametrize("targets", [r".*attn2\.to_(k|v)", r"also a pattern|mid_block.*(to_q|to_out\.0)"])
@@ -363,24 +363,24 @@ def test_names_and_patterns_of_transformers_before_5_6_are_understood(small, ada
         f"text_model.encoder.layers.{n}.self_attn.{kind}" for n in range(3) for kind in PEFT["target_modules"]
     ]):  # fmt: skip
         change_config(adapter, target_modules=targets)
-        assert len(adapters.read_adapter(adapter, small)["text_encoder"]) == 12
+        assert len(lora_files.read_adapter(adapter, small)["text_encoder"]) == 12
 
 
 def test_what_the_metadata_of_a_diffusers_file_declare_is_whole(small, tmp_path):
     layers = random_layers(small.text_encoder, 3)
     some = {name: layer for name, layer in layers.items() if "layers.1" in name}
-    metadata = adapters.lora_config(some) | {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    metadata = lora_files.lora_config(some) | {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
     for declared in ({"layers_to_transform": [1]}, {}):
         small.save_lora_weights(
             tmp_path,
-            text_encoder_lora_layers=adapters.lora_tensors(some),
+            text_encoder_lora_layers=lora_files.lora_tensors(some),
             text_encoder_lora_adapter_metadata=metadata | declared,
         )
         if declared:
-            check_same(adapters.read_adapter(tmp_path, small)["text_encoder"], some, True)
+            check_same(lora_files.read_adapter(tmp_path, small)["text_encoder"], some, True)
         else:
             with pytest.raises(ArtifactError, match="8 layers are missing"):
-                adapters.read_adapter(tmp_path, small)
+                lora_files.read_adapter(tmp_path, small)
 
 
 @pytest.mark.parametrize("pattern", [
@@ -394,10 +394,10 @@ def test_a_hostile_pattern_is_refused_or_excludes_nothing_in_seconds(small, adap
     with at_most(10):
         if field == "target_modules":
             with pytest.raises(ArtifactError, match=rf"{WEIGHTS}: .*target_modules"):
-                adapters.read_adapter(adapter, small)
+                lora_files.read_adapter(adapter, small)
         else:  # one that excludes nothing does no harm
             with contextlib.suppress(ArtifactError):
-                assert len(adapters.read_adapter(adapter, small)["text_encoder"]) == 12
+                assert len(lora_files.read_adapter(adapter, small)["text_encoder"]) == 12
 
 
 # --- what is no LoRA ---
@@ -421,7 +421,7 @@ def test_what_is_no_lora_is_called_what_it_is(small, tmp_path, kind):
     save_file(layers | {".".join(OTHER_KINDS[kind]): torch.ones(3, 3)}, tmp_path / "file.safetensors")
     words = kind.removeprefix("also ").removeprefix("peft's ")
     with pytest.raises(ArtifactError, match=rf"file.safetensors: it holds {words}, as .* and only LoRA is supported"):
-        adapters.read_adapter(tmp_path / "file.safetensors", small)
+        lora_files.read_adapter(tmp_path / "file.safetensors", small)
 
 
 # --- the hub ---
@@ -462,10 +462,10 @@ def test_the_hub_is_not_asked_about_a_mistyped_path(hub, small):
     (hub[0].parent / "runs").mkdir()
     for name in ("runs/absent", "absent", "./absent", "../runs/absent", "/absent/absent"):
         with pytest.raises(NotFoundError, match="adapter: there is no file or folder"):
-            adapters.read_adapter(name, small)
+            lora_files.read_adapter(name, small)
     assert hub[1] == []
     with pytest.raises(NotFoundError, match=r"adapter: there is no .* 'me/absent', and the hub does not give it: "):
-        adapters.read_adapter("me/absent", small)
+        lora_files.read_adapter("me/absent", small)
     assert hub[1] == ["me/absent"]
 
 
@@ -473,7 +473,7 @@ def test_the_hub_is_not_asked_about_a_mistyped_path(hub, small):
 
 
 @pytest.fixture(scope="module")
-def two(small) -> list[adapters.Adapter]:
+def two(small) -> list[lora_files.Adapter]:
     """Two adapters of other ranks and alphas."""
     return [
         {part: random_layers(getattr(small, part), seed, rank, alpha) for part in ("text_encoder", "unet")}
@@ -542,8 +542,8 @@ def runs(tmp_path_factory) -> Path:
             return images
 
         with pytest.MonkeyPatch.context() as patch:
-            original = training.draw_share
-            patch.setattr(training, "draw_share", keep)
+            original = heldout.draw_share
+            patch.setattr(heldout, "draw_share", keep)
             target_option = {"target": target.replace("base-null", "text-encoder"), "output_dir": str(folder / target)}
             (folder / target).mkdir(mode=0o700)
             training.train(resolve(TrainOptions(**OPTIONS | files | target_option | options)))
@@ -562,7 +562,7 @@ def pipeline():
 
 
 def load_adapter(model: models.Model, folder: Path, scale: float = 1.0) -> models.Model:
-    return adapters.load_adapters(model, [str(folder)], scale)
+    return adapters.put_on(model, System("tuned", ((str(folder), scale),)))
 
 
 def load_tiny() -> models.Model:
@@ -642,9 +642,13 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
     settings = json.loads((runs / name / "config.json").read_text())
     config = resolve(TrainOptions(**settings))
     policy = texforce.Policy(load_adapter(load_tiny(), runs / name), config)
-    assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), tuned)
+
+    def draw() -> Tensor:
+        return torch.cat(list(heldout.draw_share(policy, PROMPTS, config.sample_batch_size).values()))
+
+    assert torch.equal(draw(), tuned)
     with policy.base():
-        assert torch.equal(training.heldout_images(policy, PROMPTS, config.sample_batch_size), base)
+        assert torch.equal(draw(), base)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
@@ -684,7 +688,8 @@ def test_the_scale_counts_from_lora_alpha_over_rank(runs, tmp_path):
 
 
 def test_a_loaded_adapter_is_frozen_and_in_evaluation(runs):
-    model = adapters.load_adapters(load_tiny(), [str(runs / "text-encoder"), str(runs / "unet")])
+    both = System("tuned", tuple((str(runs / part), 1.0) for part in ("text-encoder", "unet")))
+    model = adapters.put_on(load_tiny(), both)
     for part in (model.text_encoder, model.unet):
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())
@@ -800,7 +805,7 @@ WRONG_WEIGHTS = {
 def test_weights_that_are_not_the_models_are_refused_by_file(small, adapter, wrong):
     change_weights(adapter, WRONG_WEIGHTS[wrong])
     with pytest.raises(ArtifactError, match=WEIGHTS):
-        adapters.read_adapter(adapter, small)
+        lora_files.read_adapter(adapter, small)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -808,7 +813,7 @@ def test_a_truncated_file_is_refused(small, adapter, share):
     content = (adapter / WEIGHTS).read_bytes()
     (adapter / WEIGHTS).write_bytes(content[: int(share * len(content))])
     with pytest.raises(ArtifactError, match="refused as an adapter: "):
-        adapters.read_adapter(adapter, small)
+        lora_files.read_adapter(adapter, small)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -843,7 +848,7 @@ def test_a_truncated_file_is_refused(small, adapter, share):
 def test_a_configuration_that_cannot_be_honoured_is_refused_at_once(small, adapter, changes, words):
     change_config(adapter, **changes)
     with at_most(10), pytest.raises(ArtifactError, match=words):
-        adapters.read_adapter(adapter, small)
+        lora_files.read_adapter(adapter, small)
 
 
 @pytest.mark.parametrize("content", [
@@ -852,7 +857,7 @@ def test_a_configuration_that_cannot_be_honoured_is_refused_at_once(small, adapt
 def test_a_configuration_that_is_none_is_refused_by_file(small, adapter, content):
     (adapter / "adapter_config.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"adapter_config\.json"):
-        adapters.read_adapter(adapter, small)
+        lora_files.read_adapter(adapter, small)
 
 
 def test_a_unets_damaged_adapter_is_refused_too(runs, tmp_path):
@@ -870,20 +875,20 @@ def test_a_unets_adapter_may_lie_in_the_folder_itself(runs, tmp_path):
 
 def test_an_adapter_of_a_wider_model_is_refused(runs, small):
     with pytest.raises(ArtifactError, match="made for another model: "):
-        adapters.read_adapter(runs / "text-encoder", small)
+        lora_files.read_adapter(runs / "text-encoder", small)
 
 
 def test_a_folder_without_an_adapter_is_named(small, tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(NotFoundError, match=r"holds neither adapter_config\.json|there is no file or folder") as caught:
-            adapters.read_adapter(folder, small)
+            lora_files.read_adapter(folder, small)
         assert repr(str(folder)) in str(caught.value)
 
 
 def test_a_folder_without_weights_is_named(small, adapter):
     (adapter / WEIGHTS).unlink()
     with pytest.raises(NotFoundError, match=WEIGHTS):
-        adapters.read_adapter(adapter, small)
+        lora_files.read_adapter(adapter, small)
 
 
 def test_a_refused_adapter_leaves_no_half_of_a_pair_on_the_models(runs, tmp_path):
@@ -1029,7 +1034,7 @@ def test_the_commands_refuse_bad_files_by_name_and_write_nothing(small, tmp_path
     before = sorted(tmp_path.rglob("*"))
     for name, (path, option, kind) in files.items():
         command_line = [command, "--model", "tiny", f"--{option}", str(path), *arguments, str(tmp_path / "written")]
-        result = CliRunner().invoke(cli.app, command_line)
+        result = invoke(*command_line)
         assert result.exit_code == kind.exit_code, (name, result.output, repr(result.exception))
         assert "Traceback" not in result.output, name
         assert re.sub(r"\s", "", path.name) in re.sub(r"\s", "", result.output), (name, result.output)
@@ -1041,7 +1046,7 @@ def test_the_commands_refuse_bad_files_by_name_and_write_nothing(small, tmp_path
 
 def test_lora_is_put_on_a_copy_that_shares_the_weights_of_the_model_and_leaves_it_as_it_was(stable_diffusion, tmp_path):
     model = models.load_model(str(stable_diffusion))
-    tensors = adapters.lora_tensors(random_layers(model.text_encoder, 1))
+    tensors = lora_files.lora_tensors(random_layers(model.text_encoder, 1))
     save_file({f"text_encoder.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
     own = {parameter.data_ptr() for parameter in model.text_encoder.parameters()}
     ids = models.tokenize_for(model, PROMPTS)

@@ -12,11 +12,12 @@ from pathlib import Path
 import jedi
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import texforce
-from texforce import api, cli, evaluation, files, run, training
+from texforce import api, evaluation, files, run, training
 from texforce.config import EvalConfig, MergeConfig, SampleConfig, TrainConfig, option_fields
+
+from .commands import invoke
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -59,7 +60,7 @@ def evaluated(trained, options, tmp_path_factory) -> api.EvaluationResult:
 def test_a_training_by_the_function_is_the_commands(trained, options, tmp_path, monkeypatch):
     monkeypatch.setattr("texforce.run.write_curve", lambda *arguments: None)
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    result = CliRunner().invoke(cli.app, ["train", *flags, "--output-dir", str(tmp_path / "out")])
+    result = invoke("train", *flags, "--output-dir", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (trained.output_dir / WEIGHTS).read_bytes()
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from texforce import adapters, evaluation, files, merging, models, prompt_sets, report, rewards, sampler, scorers
-from texforce.adapters import lora_tensors
+from texforce import adapters, evaluation, files, lora_files, merging, models, prompt_sets, report, rewards, sampler, scorers
 from texforce.config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
+from texforce.lora_files import lora_tensors
 
 from .hostile import blank_png, hostile_objects
 from .small_models import random_layers
@@ -240,7 +240,7 @@ def whole_adapters(pipeline, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ADAPTER_FILES)
 def test_the_adapters_that_are_damaged_below_are_read_whole(pipeline, whole_adapters, name):
     path = whole_adapters / name
-    adapters.read_adapter(path if path.parent == whole_adapters else path.parent, pipeline)
+    lora_files.read_adapter(path if path.parent == whole_adapters else path.parent, pipeline)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,9 +252,9 @@ def test_a_damaged_file_of_an_adapter_is_refused_by_name(pipeline, whole_adapter
     damage(path, kind, tmp_path)
     source = path if path.parent == folder else path.parent
     if (name, kind) == ("peft/adapter_config.json", FOLDER):  # the file of weights alone is an adapter too
-        adapters.read_adapter(source, pipeline)
+        lora_files.read_adapter(source, pipeline)
         return
-    check_refused(lambda: adapters.read_adapter(source, pipeline), path, ArtifactError, tmp_path)
+    check_refused(lambda: lora_files.read_adapter(source, pipeline), path, ArtifactError, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,7 +27,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import texforce
 from texforce import cli, models, rewards, sampler, training, views, weights
@@ -48,6 +48,8 @@ from texforce.flags import TRAIN_GROUPS
 from texforce.presets import PRESETS
 from texforce.run import model_card as write_card
 
+from .commands import check_failure, flags, invoke
+
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 NO_GPU = not torch.cuda.is_available()
@@ -65,33 +67,13 @@ def without_pyiqa(monkeypatch):
     monkeypatch.setattr(rewards, "missing_packages", lambda name: ["pyiqa"] if name == "face" else [])
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
-
-
-def flags(options: dict) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
 def squash(text: str) -> str:
     """Text without what a terminal's width decides: white space and frames."""
     return re.sub(r"[\s│╭╮╰╯─]", "", text)
 
 
-def check_failure(result: Result, code: int, *words: str) -> None:
-    """The exit code, and a message of one line without traceback, as the last one, that holds the words."""
-    assert result.exit_code == code, (result.exit_code, repr(result.exception), result.output)
-    assert isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.output
-    last = result.stderr.rstrip("\n").splitlines()[-1]
-    assert last.startswith("error: ")
-    assert result.stderr.count("error: ") == 1
-    for word in words:
-        assert word in last
-
-
 def run_train(small_run: dict, *arguments: object, **options: object) -> Result:
-    return run("train", *flags(small_run | options), *arguments)
+    return invoke("train", *flags(small_run | options), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +81,7 @@ def trained(shared_run, tmp_path_factory) -> tuple[Path, Result]:
     """A training by the command line, and what it said."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     options = shared_run | {"reward": "hps", "num_epochs": 2, "eval_every": 2, "output_dir": folder, "seed": 11}
-    return folder, run("train", *flags(options))
+    return folder, invoke("train", *flags(options))
 
 
 @pytest.fixture
@@ -175,10 +157,10 @@ def test_the_package_is_whole_though_diffusers_is_imported_before_what_it_loads_
 
 
 def test_help_shows_the_commands_that_there_are():
-    result = run("--help")
+    result = invoke("--help")
     commands = re.findall(r"^  (\w+)  ", result.stdout, flags=re.MULTILINE)
     assert commands == ["train", "sample", "merge", "eval", "rewards", "serve"]
-    assert run("merge").exit_code == run("evaluate").exit_code == 2
+    assert invoke("merge").exit_code == invoke("evaluate").exit_code == 2
     assert "2 bad input" in result.stdout
     assert "143" in result.stdout
 
@@ -187,7 +169,7 @@ def test_help_shows_the_commands_that_there_are():
     ("command", "config"), [("train", TrainConfig), ("sample", SampleConfig), ("merge", MergeConfig), ("eval", EvalConfig)]
 )
 def test_help_holds_every_option_with_its_text_and_default(command, config):
-    shown = squash(run(command, "--help-all" if command == "train" else "--help").stdout)
+    shown = squash(invoke(command, "--help-all" if command == "train" else "--help").stdout)
     for item in option_fields(config):
         assert f"--{item.name.replace('_', '-')}" in shown
         assert squash(item.metadata["help"]) in shown
@@ -207,7 +189,7 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
     (["eval", "-h"], 110), (["-h"], 40), (["rewards", "-h"], 20), (["serve", "-h"], 40),
 ])  # fmt: skip
 def test_help_fits_eighty_columns_and_cuts_no_name(arguments, most):
-    lines = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"}).stdout.splitlines()
+    lines = invoke(*arguments, columns=80).stdout.splitlines()
     assert len(lines) <= most
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
@@ -225,7 +207,7 @@ def test_every_option_of_train_is_in_one_group_of_its_help():
     ("merge", "--output", "--output-dir"), ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
 ])  # fmt: skip
 def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(command, typed, here):
-    result = run(command, typed, "1")
+    result = invoke(command, typed, "1")
     assert result.exit_code == 2
     assert re.search(rf"No such option:? {typed}.*{here}", result.output, flags=re.DOTALL)
 
@@ -240,7 +222,7 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
 def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    check_failure(run(*arguments), 2, f"did you mean {meant!r}?")
+    check_failure(invoke(*arguments), 2, f"did you mean {meant!r}?")
 
 
 @pytest.mark.parametrize("arguments", [
@@ -252,7 +234,7 @@ def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, m
 def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_written(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("texforce.config.default_device", lambda: pytest.fail("PyTorch was asked for"))
-    check_failure(run(*arguments), 2, arguments[-1].partition("=")[0].removeprefix("hps") or "astetic")
+    check_failure(invoke(*arguments), 2, arguments[-1].partition("=")[0].removeprefix("hps") or "astetic")
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +270,7 @@ for line in {BAD}:
 
 
 def test_the_version_is_shown():
-    assert run("--version").stdout.strip() == f"texforce {texforce.__version__}"
+    assert invoke("--version").stdout.strip() == f"texforce {texforce.__version__}"
 
 
 def readme_block(words: str) -> str:
@@ -313,7 +295,7 @@ def test_the_readmes_commands_work_as_printed(adapter, tmp_path, monkeypatch):
         if arguments[0] == "eval":
             arguments = ["--limit=2" if text == "drawbench" else text for text in arguments if text != "--benchmark"]
             arguments += ["--num-inference-steps", "1", "--limit", "2"]
-        result = run(*arguments, "--output-dir", tmp_path / str(number))
+        result = invoke(*arguments, "--output-dir", tmp_path / str(number))
         assert result.exit_code == 0, (command, result.output)
 
 
@@ -328,7 +310,7 @@ def test_the_readmes_python_draws_an_image(adapter):
 
 
 def test_prompts_that_the_worlds_captions_are_not_for_are_refused_before_the_training(tmp_path):
-    result = run("train", "--model", "tiny", "--relabel", "world", "--prompts", "faces", "--output-dir", tmp_path / "out")
+    result = invoke("train", "--model", "tiny", "--relabel", "world", "--prompts", "faces", "--output-dir", tmp_path / "out")
     check_failure(result, 2, "--relabel: world", "a portrait of")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -343,7 +325,7 @@ def test_prompts_that_the_worlds_captions_are_not_for_are_refused_before_the_tra
     (["--relabel", "absent.py:f"], ["--relabel: there is no file 'absent.py'"]),
 ])  # fmt: skip
 def test_options_and_rewards_of_another_algorithm_are_refused_by_name(tmp_path, arguments, words):
-    result = run("train", "--model", "tiny", *arguments, "--output-dir", tmp_path / "out")
+    result = invoke("train", "--model", "tiny", *arguments, "--output-dir", tmp_path / "out")
     check_failure(result, 2, *words)
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -458,7 +440,7 @@ def test_stable_diffusion_is_trained_in_bfloat16_on_a_cpu_that_has_it(monkeypatc
 
 def test_fp16_without_a_gpu_is_refused(small_run, tmp_path):
     check_failure(run_train(small_run, output_dir=tmp_path / "out", mixed_precision="fp16"), 2, "--mixed-precision", "bf16")
-    result = run("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")
+    result = invoke("sample", "--prompt", "a red circle", "--mixed-precision", "fp16", "--output-dir", tmp_path / "images")
     check_failure(result, 2, "--mixed-precision")
 
 
@@ -502,7 +484,7 @@ def test_a_bad_config_file_is_named(small_run, tmp_path, name):
 
 def test_a_preset_over_a_whole_config_file_is_refused_and_not_passed_over(trained, tmp_path):
     arguments = ["--config", trained[0] / "config.json", "--output-dir", tmp_path / "again"]
-    check_failure(run("train", *arguments, "--preset", "paper"), 2, "--preset or --config")
+    check_failure(invoke("train", *arguments, "--preset", "paper"), 2, "--preset or --config")
     assert not (tmp_path / "again").exists()
 
 
@@ -822,7 +804,7 @@ def test_no_view_lets_a_text_drive_the_terminal(monkeypatch, case, terminal):
 def test_a_model_that_a_foreign_folder_names_cannot_drive_the_terminal(tmp_path, command):
     (tmp_path / "config.json").write_text(json.dumps({"model": HOSTILE, "num_inference_steps": 2, HOSTILE: 1}))
     argument = tmp_path / "config.json" if "--config" in command else HOSTILE if "--reward" in command else tmp_path
-    result = run(*command.split(), argument)
+    result = invoke(*command.split(), argument)
     assert result.exit_code in (2, 3), result.output
     assert "title" in result.output
     assert not set(result.output) & (HOSTILE_SIGNS | {"\x1b"})
@@ -1005,7 +987,7 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained
 
 @pytest.mark.parametrize("name", rewards.CATALOGUE)
 def test_each_reward_is_described_in_full_by_its_name(name):
-    entry, shown = rewards.CATALOGUE[name], squash(run("rewards", name).stdout)
+    entry, shown = rewards.CATALOGUE[name], squash(invoke("rewards", name).stdout)
     needs = (
         [f"pip install 'texforce[{name}]'"] if entry.packages else [weights.HUB[item].repository for item in entry.weights]
     )
@@ -1014,12 +996,12 @@ def test_each_reward_is_described_in_full_by_its_name(name):
 
 
 def test_a_reward_that_there_is_not_is_bad_input():
-    check_failure(run("rewards", "hsp"), 2, "unknown reward 'hsp'", "did you mean 'hps'?")
+    check_failure(invoke("rewards", "hsp"), 2, "unknown reward 'hsp'", "did you mean 'hps'?")
 
 
 def test_the_table_of_rewards_names_each_and_whether_it_is_here_within_eighty_columns(without_pyiqa, monkeypatch):
     monkeypatch.setattr(cli.output, "_width", 80)
-    result = run("rewards")
+    result = invoke("rewards")
     assert result.exit_code == 0, result.output
     table = squash(result.stdout)
     for name in rewards.CATALOGUE:
@@ -1175,7 +1157,7 @@ def test_the_saved_config_is_resolved_and_a_process_of_its_own_repeats_the_run_t
 
 
 def test_flags_override_the_config_file(trained, tmp_path):
-    result = run(
+    result = invoke(
         "train", "--config", trained[0] / "config.json", "--output-dir", tmp_path / "again", "--seed", 12,
         "--num-epochs", 1, "--reward", "jpeg",
     )  # fmt: skip
@@ -1195,7 +1177,7 @@ def test_a_file_as_the_output_folder_is_bad_input(adapter, tmp_path, command):
     (tmp_path / "file").write_text("")
     arguments = command.split() + ([adapter] if command.startswith("merge") else ["--model", "tiny"])
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        result = run(*arguments, "--output-dir", place)
+        result = invoke(*arguments, "--output-dir", place)
         assert result.exit_code == 2, result.output
         assert f"--output-dir: '{tmp_path / 'file'}'" in result.stderr
 
@@ -1209,7 +1191,7 @@ def test_a_training_that_was_refused_before_its_first_image_leaves_no_folder_in_
 
 
 def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
-    result = run("train", "--resume", adapter, "--dry-run")
+    result = invoke("train", "--resume", adapter, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "U-Net calls an epoch" in result.stdout
 
@@ -1319,7 +1301,7 @@ def test_neither_saving_nor_loading_an_adapter_asks_the_hub_about_the_base_model
 
 
 def sample(*arguments: object) -> Result:
-    return run("sample", "--model", "tiny", "--num-inference-steps", 2, "--num-images", 2, *arguments)
+    return invoke("sample", "--model", "tiny", "--num-inference-steps", 2, "--num-images", 2, *arguments)
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -1328,7 +1310,7 @@ def pictures(folder: Path) -> list[Path]:
 
 def test_sixty_four_tiny_images_take_less_than_five_seconds_of_computing(adapter, tmp_path):
     begin = time.process_time()  # unlike the clock on the wall, other processes do not disturb it
-    result = run(
+    result = invoke(
         "sample", "--adapter", adapter, "--prompt", "a red disc", "--num-images", 64, "--output-dir", tmp_path / "images"
     )
     assert result.exit_code == 0, result.output
@@ -1343,7 +1325,7 @@ def test_sixty_four_tiny_images_take_less_than_five_seconds_of_computing(adapter
 def test_a_prompt_that_the_tiny_model_cannot_draw_is_named(command, prompt, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"a blue square\n{prompt}\n")
     given = ["--prompts" if command[0] == "sample" else "--benchmark", tmp_path / "prompts.txt"]
-    result = run(*command, 1, *given, "--model", "tiny", "--num-inference-steps", 1, "--output-dir", tmp_path / "out")
+    result = invoke(*command, 1, *given, "--model", "tiny", "--num-inference-steps", 1, "--output-dir", tmp_path / "out")
     assert result.exit_code == 0, result.output
     words = "tiny knows only coloured shapes, so 1 of 2 prompts mean nothing to it, as 'a red horse'"
     assert (words in result.stderr) == ("horse" in prompt)
@@ -1368,7 +1350,7 @@ def test_sampled_images_carry_their_prompt_and_seed(adapter, tmp_path):
 
 def test_an_image_is_drawn_anew_from_its_prompt_and_seed(adapter, tmp_path):
     sample("--adapter", adapter, "--prompt", "a red circle", "--seed", 7, "--output-dir", tmp_path / "two")
-    run(
+    invoke(
         "sample", "--adapter", adapter, "--prompt", "a red circle", "--seed", 8, "--num-images", 1,
         "--num-inference-steps", 2, "--output-dir", tmp_path / "one",
     )  # fmt: skip
@@ -1443,16 +1425,16 @@ def test_an_adapter_trained_with_dpm_solver_is_reproducible_and_sampled_with_it(
     options = {name: value for name, value in shared_run.items() if name not in own} | {
         "algorithm": algorithm, "sampler": "dpm-solver", "reward": "hps", "null_anchor": 0, "output_dir": tmp_path / "out",
     }  # fmt: skip
-    result = run("train", *flags(options))
+    result = invoke("train", *flags(options))
     assert result.exit_code == 0, result.output
     config = strict((tmp_path / "out" / "config.json").read_text())
     assert (config["sampler"], config["eta"]) == ("dpm-solver", 0.0)
-    result = run("train", "--config", tmp_path / "out" / "config.json", "--output-dir", tmp_path / "again")
+    result = invoke("train", "--config", tmp_path / "out" / "config.json", "--output-dir", tmp_path / "again")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
     labels, arguments = [], ["--adapter", tmp_path / "out", "--prompt", "a red circle", "--num-images", 1]
     for number, given in enumerate(([], ["--sampler", "dpm-solver"], ["--sampler", "ddim", "--eta", 0])):
-        result = run("sample", *arguments, *given, "--num-inference-steps", 4, "--output-dir", tmp_path / str(number))
+        result = invoke("sample", *arguments, *given, "--num-inference-steps", 4, "--output-dir", tmp_path / str(number))
         assert result.exit_code == 0, result.output
         (picture,) = pictures(tmp_path / str(number))
         labels.append((Image.open(picture).text["sampler"], Image.open(picture).text["eta"], Image.open(picture).tobytes()))
@@ -1494,7 +1476,7 @@ def test_bad_input_to_sample_is_named_in_a_line(tmp_path, arguments, words):
     files = bad_files(tmp_path)
     arguments = [files.get(text, text) for text in arguments]
     model = [] if "--model" in arguments else ["--model", "tiny"]
-    check_failure(run("sample", *model, *arguments, "--output-dir", tmp_path / "images"), 2, *words)
+    check_failure(invoke("sample", *model, *arguments, "--output-dir", tmp_path / "images"), 2, *words)
     assert not (tmp_path / "images").exists()
 
 
@@ -1514,7 +1496,7 @@ def test_a_damaged_adapter_ends_with_three(adapter, tmp_path):
 def test_an_adapter_whose_settings_are_nonsense_is_refused(adapter, tmp_path, content):
     folder = Path(shutil.copytree(adapter, tmp_path / "damaged"))
     (folder / "config.json").write_text(content)
-    result = run("sample", "--adapter", folder, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
+    result = invoke("sample", "--adapter", folder, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
     check_failure(result, 3 if result.exit_code == 3 else 2, "config.json")
 
 
@@ -1522,9 +1504,9 @@ def test_neither_a_mistyped_adapter_nor_an_output_that_is_a_file_waits_for_the_m
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     check_failure(
-        run("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 2, "--output-dir", "is a file"
+        invoke("sample", "--prompt", "a red circle", "--output-dir", tmp_path / "file"), 2, "--output-dir", "is a file"
     )
-    check_failure(run("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")
+    check_failure(invoke("sample", "--prompt", "a red circle", "--adapter", tmp_path / "absent"), 2, "absent")
 
 
 def test_adapters_of_runs_that_disagree_are_refused_until_the_command_line_decides(adapter, tmp_path):
@@ -1532,8 +1514,8 @@ def test_adapters_of_runs_that_disagree_are_refused_until_the_command_line_decid
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_inference_steps": 3}))
     arguments = ["--adapter", adapter, "--adapter", other, "--prompt", "a red circle", "--output-dir", tmp_path / "images"]
-    check_failure(run("sample", *arguments), 2, "--num-inference-steps", "4", "3")
-    assert run("sample", *arguments, "--num-inference-steps", 3, "--num-images", 1).exit_code == 0
+    check_failure(invoke("sample", *arguments), 2, "--num-inference-steps", "4", "3")
+    assert invoke("sample", *arguments, "--num-inference-steps", 3, "--num-images", 1).exit_code == 0
 
 
 def test_the_null_prompt_is_what_the_text_encoders_run_made_of_it(adapter, tmp_path):
@@ -1547,7 +1529,7 @@ def test_the_null_prompt_is_what_the_text_encoders_run_made_of_it(adapter, tmp_p
 
 
 def test_the_adapters_run_decides_what_is_not_given(adapter, tmp_path):
-    result = run("sample", "--adapter", adapter, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
+    result = invoke("sample", "--adapter", adapter, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
     assert result.exit_code == 0, result.output
     label = Image.open(pictures(tmp_path / "images")[0]).text
     assert (label["model"], label["num_inference_steps"], label["guidance_scale"]) == ("tiny", "4", "3.0")

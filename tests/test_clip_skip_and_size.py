@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, models, run
+from texforce import evaluation, models, run
 from texforce.config import EvalOptions, SampleOptions, resolve_eval, resolve_sample
 from texforce.errors import InputError
+
+from .commands import invoke
 
 PROMPTS = ["a red circle", "two blue squares"]
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 4.0, "eta": 1.0}
@@ -136,7 +137,7 @@ def test_a_grid_keeps_the_shape_of_images_that_are_not_square(tmp_path):
 @pytest.mark.parametrize("command", ["sample", "eval"])
 def test_values_that_do_not_fit_the_model_are_refused_by_their_options_names(command, options, message, tmp_path):
     given = options.split() if "--model" in options else ["--model", "tiny", *options.split()]
-    result = CliRunner().invoke(cli.app, [*commands(tmp_path)[command], *given])
+    result = invoke(*commands(tmp_path)[command], *given)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
 
@@ -154,7 +155,7 @@ ALL = ["--model", "tiny", "--width", "48", "--clip-skip", "1", "--negative-promp
 
 
 def test_sample_writes_clip_skip_size_and_negative_prompt_into_the_images(tmp_path):
-    result = CliRunner().invoke(cli.app, [*commands(tmp_path)["sample"], *ALL])
+    result = invoke(*commands(tmp_path)["sample"], *ALL)
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "out" / "00000.png") as image:
         assert image.size == (48, 32)
@@ -164,7 +165,7 @@ def test_sample_writes_clip_skip_size_and_negative_prompt_into_the_images(tmp_pa
 
 def test_eval_writes_them_into_the_results_and_goes_on_only_with_the_same(tmp_path):
     command = commands(tmp_path)["eval"]
-    result = CliRunner().invoke(cli.app, [*command, *ALL])
+    result = invoke(*command, *ALL)
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["clip_skip"], results["width"], results["negative_prompt"]) == (1, 48, "blurry")
@@ -174,6 +175,6 @@ def test_eval_writes_them_into_the_results_and_goes_on_only_with_the_same(tmp_pa
         (ALL[:2] + ALL[4:], "48"),
     )
     for other, said in changes:
-        result = CliRunner().invoke(cli.app, [*command, *other])
+        result = invoke(*command, *other)
         assert result.exit_code == 2
         assert said in " ".join(result.output.split())

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from typer.testing import CliRunner
 
 import texforce
 from texforce import cli, errors
 from texforce.errors import ArtifactError, InputError, NotFoundError, OutOfMemory, StorageError, expected, reading
+
+from .commands import invoke
 
 EXIT_CODES = {
     "InputError": 2, "NotFoundError": 2, "ArtifactError": 3, "DivergedError": 4, "StorageError": 5, "OutOfMemory": 5,
@@ -38,7 +39,7 @@ def end_with(error: BaseException, monkeypatch):
         raise error
 
     monkeypatch.setattr(cli, "resolve_eval", fail)
-    return CliRunner().invoke(cli.app, ["eval"], env={"COLUMNS": "200"})
+    return invoke("eval")
 
 
 # --- exit codes ---

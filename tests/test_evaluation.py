@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, files, measures, models, report, rewards, run, scorers, training
+from texforce import evaluation, files, measures, models, report, rewards, run, scorers, training
 from texforce.config import (
     EvalOptions,
     SampleOptions,
@@ -28,6 +27,8 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.errors import InputError
+
+from .commands import check_failure, flags, invoke
 
 PROMPTS = [
     ("a red circle", "one"),
@@ -76,23 +77,6 @@ def results_of(folder: Path) -> dict:
     assert results.pop("timings")
     assert results.pop("command").startswith("texforce eval ")
     return results
-
-
-def command_line(*arguments: object):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)], env={"COLUMNS": "10000"})
-
-
-def flags(options: dict) -> list[str]:
-    pairs = [(name, value) for name, given in options.items() for value in (given if isinstance(given, list) else [given])]
-    return [text for name, value in pairs for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def check_failure(result, code: int, *words: str) -> None:
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    assert "Traceback" not in result.output
-    message = result.stderr[result.stderr.rindex("error: ") :]
-    for word in words:
-        assert word in message
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -302,7 +286,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(finished, options, 
         return original(*arguments)
 
     monkeypatch.setattr(evaluation, "draw", interrupted)
-    result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
+    result = invoke("eval", *flags(options), "--output-dir", tmp_path / "eval")
     assert result.exit_code == 130
     cut_off = tmp_path / "eval/images/base/.00004_1.png.x.tmp/00004_1.png"
     cut_off.parent.mkdir()
@@ -424,7 +408,7 @@ def test_exact_preprocessing_is_asked_for_said_in_the_results_and_scored_apart(f
 
 def test_two_evaluations_in_one_folder_exclude_each_other(options, tmp_path):
     with files.locked(tmp_path / "eval", lambda: None):
-        result = command_line(*flags(options), "--output-dir", tmp_path / "eval")
+        result = invoke("eval", *flags(options), "--output-dir", tmp_path / "eval")
     check_failure(result, 2, "in use by process")
     assert run_eval(options | {"adapter": None, "reward": ["jpeg"]}, tmp_path / "eval")["systems"]
 
@@ -443,7 +427,7 @@ def test_scores_of_other_weights_are_not_taken_for_these(options, tmp_path):
 
 
 def test_the_command_shows_a_table_and_names_the_report(finished, options):
-    result = command_line(*flags(options), "--output-dir", finished)
+    result = invoke("eval", *flags(options), "--output-dir", finished)
     assert result.exit_code == 0, result.output
     summary = results_of(finished)["systems"]["tuned"]["measures"]["hps"]
     for number in (summary["mean"], summary["low"], summary["high"], summary["paired"]["low"]):
@@ -514,7 +498,7 @@ def test_bad_input_ends_with_its_code_and_leaves_nothing_half_done(case, adapter
     given = {name: value for name, value in given.items() if name not in arguments}
     arguments = [text.replace("ADAPTER", str(adapter)) if "ADAPTER" in text else text.lower() for text in arguments]
     small = ["--num-inference-steps", "1"] + ([] if "--num-images" in arguments else ["--num-images", "1"])
-    check_failure(command_line(*arguments, *small, *(text for pair in given.items() for text in pair)), code, *words)
+    check_failure(invoke("eval", *arguments, *small, *(text for pair in given.items() for text in pair)), code, *words)
     if code != 6 and case not in ("not an adapter",):
         assert not (tmp_path / "eval").exists()
 
@@ -525,7 +509,7 @@ def test_a_full_disk_ends_with_5_and_the_evaluation_goes_on_later(finished, opti
     for size in (3000, 20_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            check_failure(command_line(*flags(options), "--output-dir", tmp_path / "eval"), 5, "storage", "large")
+            check_failure(invoke("eval", *flags(options), "--output-dir", tmp_path / "eval"), 5, "storage", "large")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not list((tmp_path / "eval").rglob("*.tmp"))
@@ -538,7 +522,7 @@ def test_a_damaged_image_is_named(finished, options, tmp_path):
     path = tmp_path / "eval" / "images" / "tuned" / "00002_1.png"
     path.write_bytes(path.read_bytes()[:60])
     for wanted in ("hps,alignment,jpeg", "hps,alignment"):  # to be scored, and to be shown
-        result = command_line(*flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
+        result = invoke("eval", *flags(options | {"reward": [wanted]}), "--output-dir", tmp_path / "eval")
         check_failure(result, 3, "00002_1.png", "delete it")
 
 

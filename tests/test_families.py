@@ -18,15 +18,28 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
-from typer.testing import CliRunner
 
 import texforce
-from texforce import Policy, cli, evaluation, families, merging, models, presets, prompt_sets, sampler, training
+from texforce import (
+    Policy,
+    evaluation,
+    experience,
+    families,
+    heldout,
+    merging,
+    models,
+    presets,
+    prompt_sets,
+    sampler,
+    training,
+)
 from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
+from texforce.plan import saved_bytes
 
 from . import small_models
+from .commands import invoke
 
 PROMPTS = ["two red circle", "a Blue square and a red circle"]
 FAMILIES = tuple(small_models.PIPELINES)
@@ -654,7 +667,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path, na
         loss = functools.partial(texforce.matching_micro_batch, noising=noising)
         texforce.accumulate_gradients(policy, texforce.Share(batch, pairs, loss), Learner(policy.parameters, config), config)
         gradients.append(gradient_of(policy))
-        kept.append(training.saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
+        kept.append(saved_bytes(policy.model, lambda: models.encode(policy.model, batch.prompt_ids)))  # noqa: B023
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
     assert kept[1] < 0.7 * kept[0]
 
@@ -857,19 +870,19 @@ def test_an_anchor_is_the_mean_distance_of_what_the_trained_text_encoders_move(f
         folders(name), tmp_path / "out", name, null_anchor=1.0, anchor_prompts=str(tmp_path / "anchors.txt")
     )
     policy = texforce.make_policy(models.load_model(str(folders(name))), config)
-    assert len(policy.anchor_ids) == (1 if name == "flux" else 2)  # FLUX.1 has no null prompt
-    assert policy.anchor_drift().item() == 0
+    assert len(policy.anchors.prompt_ids) == (1 if name == "flux" else 2)  # FLUX.1 has no null prompt
+    assert policy.anchors.drift(policy.model).item() == 0
     with torch.no_grad():
         for parameter in policy.parameters:
             parameter.add_(0.1)
-        parts = models._read(policy.model, policy.anchor_ids)
+        parts = models._read(policy.model, policy.anchors.prompt_ids)
         with policy.base():
-            base = models._read(policy.model, policy.anchor_ids)
+            base = models._read(policy.model, policy.anchors.prompt_ids)
     pairs = [
         (getattr(parts[part], kind), getattr(base[part], kind)) for part in TRAINED[name] for kind in ("embeds", "pooled")
     ]
     moved = torch.cat([(one - other).flatten() for one, other in pairs if one is not None])
-    torch.testing.assert_close(policy.anchor_drift().detach(), moved.square().mean(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(policy.anchors.drift(policy.model).detach(), moved.square().mean(), rtol=1e-4, atol=1e-8)
 
 
 # --- the embedded model of flow matching ---
@@ -896,7 +909,8 @@ def test_tiny_flow_takes_at_most_six_megabytes():
 def test_tiny_flow_is_imperfect_as_tiny_is():
     policy = Policy(models.load_model("tiny-flow"), resolve(TrainOptions(model="tiny-flow")))
     prompts = prompt_sets.read_prompts("world-heldout")
-    measures = training.measure(training.heldout_images(policy, prompts, 128), prompts, {})
+    scored = heldout.score_share(heldout.draw_share(policy, prompts, 128), prompts, {})
+    measures = heldout.means(experience.gather_scores(scored).scores, prompts)
     assert 0.25 <= measures["alignment_exact"] <= 0.65
     assert measures["alignment_exact_rare"] <= measures["alignment_exact_common"] - 0.15
 
@@ -911,7 +925,7 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     small = ["--prompts", "prompts.txt", "--reward", "jpeg", "--num-prompts-per-epoch", "2", "--num-samples-per-prompt", "2"]
 
     def run(*arguments):
-        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        result = invoke(*arguments)
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -928,6 +942,6 @@ def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_match
     evaluation = ["eval", "--adapter", "whole", "--benchmark", "prompts.txt", "--reward", "jpeg", "--num-images", "1"]
     run(*evaluation)
     assert (tmp_path / "eval" / "results.json").is_file()
-    result = CliRunner().invoke(cli.app, [*evaluation, "--negative-prompt", "blurry"])
+    result = invoke(*evaluation, "--negative-prompt", "blurry")
     assert result.exit_code == 2
     assert "--negative-prompt None there, blurry asked for" in result.output.replace("\n", " ")

@@ -343,6 +343,8 @@ def test_a_number_that_json_has_not_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", {"a": float("nan")})
     with pytest.raises(ValueError, match="JSON"):
+        files.write_lines(tmp_path / "a.json", [{"a": 1}, {"a": float("nan")}])
+    with pytest.raises(ValueError, match="JSON"):
         files.append_line(tmp_path / "a.json", {"a": float("inf")})
     assert files.read_json(tmp_path / "a.json") == {"a": 1}
 
@@ -428,6 +430,14 @@ def test_a_broken_line_that_is_not_the_last_is_named_and_nothing_is_rewritten(tm
     with pytest.raises(InputError, match=r"lines\.jsonl, line 3: "):
         files.read_lines(path)
     assert path.read_bytes() == content
+
+
+def test_a_number_that_json_has_not_is_bad_input_in_lines_of_which_the_last_was_cut_off(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": NaN}\n{"a"')
+    with pytest.raises(InputError, match=r"lines\.jsonl: not JSON"):
+        files.read_lines(path)
+    assert path.read_bytes() == b'{"a": NaN}\n{"a"'
 
 
 def test_a_file_of_lines_that_is_not_there_has_none(tmp_path):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from texforce import cli
 from texforce.files import HOLDER, LOCK
 
+from .commands import invoke
 from .conftest import small_options
 from .hostile import hostile_objects, recorded
 from .test_boundaries import DAMAGES, link_folder
@@ -65,7 +65,7 @@ class Scene:
 
 def run(command: str, folder: Path) -> Result:
     with contextlib.chdir(folder):
-        return CliRunner().invoke(cli.app, command.split(), env={"COLUMNS": "1000"})
+        return invoke(*command.split())
 
 
 @pytest.fixture(scope="module")

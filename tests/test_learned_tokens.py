@@ -6,13 +6,14 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, evaluation, models, run, tokenization, training
+from texforce import adapters, evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, System, TrainOptions, resolve, resolve_sample
 from texforce.errors import ArtifactError, InputError
+from texforce.plan import plan
 
+from .commands import flags, invoke
 from .small_models import save_family
 
 PROMPTS, NAME = ["a red circle", "two blue squares"], {"token": "<x>"}
@@ -303,10 +304,10 @@ def test_every_algorithm_learns_them_and_a_stopped_run_goes_on_byte_for_byte(
 
 
 def test_the_plan_counts_the_tokens_parameters(quick, small_run):
-    plan = training.plan(configured(small_run))
-    assert plan["learned tokens"] == "2, read by text_encoder"
-    assert plan["trained parameters"] == 2 * 96
-    assert "LoRA on" not in plan
+    planned = plan(configured(small_run))
+    assert planned["learned tokens"] == "2, read by text_encoder"
+    assert planned["trained parameters"] == 2 * 96
+    assert "LoRA on" not in planned
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
@@ -325,14 +326,6 @@ def test_recomputed_activations_and_encoders_off_the_device_change_nothing(folde
 
 
 # --- the commands ---
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def flags(options):
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture

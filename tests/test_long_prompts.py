@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, models, run, tokenization, training
+from texforce import evaluation, models, run, tokenization, training
 from texforce.config import SampleOptions, TrainOptions, resolve, resolve_sample
 from texforce.errors import InputError
+from texforce.plan import plan
+
+from .commands import invoke
 
 SHORT, LONG = "a red circle", "a navy box left of " + "two blue squares and " * 10 + "a crimson disc"
 DRAWING = {"num_inference_steps": 2, "guidance_scale": 4.0, "eta": 0.0}
@@ -143,7 +145,7 @@ def arguments(command, tmp_path, *options):
 @pytest.mark.parametrize("command", ["train", "sample", "eval"])
 def test_refuse_names_the_first_of_the_prompts_that_are_too_long_and_their_number(command, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", None)  # it is found before
-    result = CliRunner().invoke(cli.app, arguments(command, tmp_path, "--long-prompt", "refuse"))
+    result = invoke(*arguments(command, tmp_path, "--long-prompt", "refuse"))
     assert result.exit_code == 2, result.output
     said = f"the 24 tokens that the text encoder reads, the first is {LONG[:60]!r}"
     assert f"--long-prompt: 2 of 3 prompts are longer than {said}" in " ".join(result.output.split())
@@ -155,7 +157,7 @@ def test_refuse_looks_at_negative_and_anchor_prompts_too(small_run, tmp_path):
     (tmp_path / "anchors.txt").write_text(LONG)
     more = {"anchor_prompts": str(tmp_path / "anchors.txt"), "null_anchor": 1.0, "long_prompt": "refuse"}
     with pytest.raises(InputError, match=r"^long_prompt: 1 of 7 prompts are longer"):
-        training.plan(resolve(TrainOptions(**small_run, **more)))
+        plan(resolve(TrainOptions(**small_run, **more)))
 
 
 @pytest.mark.parametrize("long_prompt", ["cut", "refuse"])
@@ -170,7 +172,7 @@ def test_chunk_is_refused_where_another_text_encoder_than_clip_reads_the_prompt(
 
 
 def test_another_word_is_refused_and_the_known_ones_are_named(tmp_path):
-    result = CliRunner().invoke(cli.app, arguments("sample", tmp_path, "--long-prompt", "chunks"))
+    result = invoke(*arguments("sample", tmp_path, "--long-prompt", "chunks"))
     assert result.exit_code == 2
     assert "--long-prompt: must be one of refuse, cut, chunk, not 'chunks'" in " ".join(result.output.split())
 
@@ -190,7 +192,7 @@ def options(small_run, narrow_model, monkeypatch, tmp_path):
 
 def test_a_training_reads_all_its_prompts_in_the_chunks_of_the_longest_and_says_so(options, tmp_path):
     messages, config = [], resolve(TrainOptions(**options))
-    assert training.plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
+    assert plan(config)["prompts"] == "2 for training, 1 held out, read in 3 chunks"
     result = training.train(config, warn=messages.append)
     message, foreign = messages
     assert "only coloured shapes" in foreign
@@ -239,7 +241,7 @@ def test_an_adapters_config_decides_how_its_long_prompts_are_drawn(options, tmp_
 
 
 def test_sample_says_in_how_many_chunks_it_reads_and_writes_it_into_the_images(tmp_path):
-    result = CliRunner().invoke(cli.app, arguments("sample", tmp_path, "--long-prompt", "chunk"))
+    result = invoke(*arguments("sample", tmp_path, "--long-prompt", "chunk"))
     assert result.exit_code == 0, result.output
     assert tokenization.chunks_note(3) in result.output
     with Image.open(tmp_path / "out" / "00001.png") as image:
@@ -249,7 +251,7 @@ def test_sample_says_in_how_many_chunks_it_reads_and_writes_it_into_the_images(t
 
 def test_eval_says_it_in_results_and_report_and_goes_on_only_with_the_same(tmp_path):
     def evaluated(*options):
-        return CliRunner().invoke(cli.app, arguments("eval", tmp_path, *options))
+        return invoke(*arguments("eval", tmp_path, *options))
 
     result = evaluated("--long-prompt", "chunk")
     assert result.exit_code == 0, result.output
@@ -265,9 +267,7 @@ def test_eval_says_it_in_results_and_report_and_goes_on_only_with_the_same(tmp_p
 
 def test_without_the_option_images_and_results_hold_nothing_new(tmp_path):
     for command in ("sample", "eval"):
-        result = CliRunner().invoke(
-            cli.app, arguments(command, tmp_path / command, "--output-dir", tmp_path / command / "out")
-        )
+        result = invoke(*arguments(command, tmp_path / command, "--output-dir", tmp_path / command / "out"))
         assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "sample" / "out" / "00000.png") as image:
         assert not {"long_prompt", "num_chunks"} & image.text.keys()

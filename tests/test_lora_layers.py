@@ -8,13 +8,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import texforce
-from texforce import adapters, cli, merging, models, run, training
-from texforce.config import MergeOptions, TrainOptions, resolve, resolve_merge
+from texforce import adapters, lora_files, merging, models, run, training
+from texforce.config import MergeOptions, System, TrainOptions, resolve, resolve_merge
 from texforce.errors import InputError
+from texforce.plan import plan
 
+from .commands import invoke
 from .small_models import save_family
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -154,9 +155,9 @@ def test_pefts_own_fields_say_which_layers_and_plain_peft_loads_them(written, na
 def test_sampling_puts_on_exactly_the_layers_that_were_trained(written, name):
     folder, adapter, expected = written(name)
     model = models.load_model(str(folder))
-    layers = adapters.read_adapter(adapter, model)
+    layers = lora_files.read_adapter(adapter, model)
     assert all(len(found) == 2 for found in layers.values())
-    tuned = adapters.load_adapters(model, [str(adapter)])
+    tuned = adapters.put_on(model, System("tuned", ((str(adapter), 1.0),)))
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-6)
 
 
@@ -179,10 +180,10 @@ def test_each_format_holds_these_layers_alone_and_is_read_back(written, tmp_path
         return
     model = models.load_model(str(folder))
     for found, original in zip(
-        adapters.read_adapter(out, model).values(), adapters.read_adapter(adapter, model).values(), strict=True
+        lora_files.read_adapter(out, model).values(), lora_files.read_adapter(adapter, model).values(), strict=True
     ):
         assert found.keys() == original.keys()
-    tuned = adapters.load_adapters(model, [str(out)])
+    tuned = adapters.put_on(model, System("tuned", ((str(out), 1.0),)))
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-5)
     if format == "diffusers" or (format, name) == ("kohya", "sd"):
         import diffusers
@@ -254,7 +255,7 @@ def test_a_run_saved_before_there_were_these_options_goes_on_with_all_layers(sma
 
 
 def test_the_plan_counts_the_parameters_of_these_layers(quick, small_run):
-    plans = [training.plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
+    plans = [plan(resolve(TrainOptions(**small_run | options))) for options in ({}, {"lora_layers": "first:1"})]
     assert plans[0]["LoRA on"] == "text_encoder"
     assert plans[1]["LoRA on"] == "text_encoder, blocks first:1"
     num_blocks = models.load_model("tiny").text_encoder.config.num_hidden_layers
@@ -272,7 +273,7 @@ def test_the_commands_take_them(quick, small_run, tmp_path):
          "1", "--output-dir", tmp_path / "eval"],
     ]  # fmt: skip
     for command in outputs:
-        result = CliRunner().invoke(cli.app, [str(argument) for argument in command])
+        result = invoke(*command)
         assert result.exit_code == 0, result.output
     assert numbers(load_file(tmp_path / "out" / "adapter_model.safetensors")) == {
         models.load_model("tiny").text_encoder.config.num_hidden_layers - 1
@@ -290,7 +291,7 @@ def test_the_commands_take_them(quick, small_run, tmp_path):
 ])  # fmt: skip
 def test_values_that_cannot_be_are_refused(quick, small_run, tmp_path, options, message):
     given = ["--model", "tiny", "--reward", "jpeg", "--output-dir", str(tmp_path / "out"), "--null-prompt", "adapted"]
-    result = CliRunner().invoke(cli.app, ["train", *given, *options])
+    result = invoke("train", *given, *options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output

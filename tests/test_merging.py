@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from texforce import adapters, cli, evaluation, files, ldm, merging, models, tokenization, training
-from texforce.adapters import Layer
-from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
+from texforce import adapters, evaluation, files, ldm, lora_files, merging, models, tokenization, training
+from texforce.config import MergeOptions, SampleOptions, System, TrainOptions, resolve, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
+from texforce.lora_files import Layer
 
+from .commands import invoke
 from .small_models import attention_names, random_layers, save_stable_diffusion, save_stable_diffusion_xl
 
 PROMPTS = ["a crimson disc", "two blue squares"]
@@ -36,11 +36,11 @@ def write_adapter(folder: Path, models, seed: int, parts=("text_encoder", "unet"
 
     for part in parts:
         module = getattr(models, part)
-        layers = adapters.named_as_in(module, random_layers(module, seed, **options))
+        layers = lora_files.named_as_in(module, random_layers(module, seed, **options))
         rank, alpha = (getattr(next(iter(layers.values())), name) for name in ("rank", "alpha"))
         kinds = ["to_q", "to_k", "to_v", "to_out.0"] if part == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
         adapted = get_peft_model(copy.deepcopy(module), LoraConfig(r=rank, lora_alpha=alpha, target_modules=kinds))
-        tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in lora_files.lora_tensors(layers).items()}
         set_peft_model_state_dict(adapted, tensors)
         adapted.save_pretrained(folder if part == "text_encoder" else folder / part, save_embedding_layers=False)
     return folder
@@ -215,7 +215,7 @@ def test_this_project_reads_every_format_back(bases, fused, merged, name, format
         return
     source = folder / "merged.safetensors" if format == "kohya" else folder
     pipeline = base.pipeline()
-    adapter = adapters.read_adapter(source, pipeline)
+    adapter = lora_files.read_adapter(source, pipeline)
     assert set(adapter) == set(base.parts)
     for part, layers in adapter.items():
         adapters.bake(getattr(pipeline, part), layers)
@@ -365,7 +365,7 @@ def test_a_unet_of_others_and_an_adapter_are_merged_and_drawn_alike(bases, pairs
     pipeline = bases("tiny").pipeline()
     text = write_adapter(tmp_path / "text", pipeline, 1, ("text_encoder",))
     layers = random_layers(pipeline.unet, 3)
-    tensors = {f"unet.{name}": tensor for name, tensor in adapters.lora_tensors(layers).items()}
+    tensors = {f"unet.{name}": tensor for name, tensor in lora_files.lora_tensors(layers).items()}
     save_file(tensors, tmp_path / "ddpo.safetensors")
     unet = str(tmp_path / "ddpo.safetensors")
     folder = merge_into(bases("tiny"), tmp_path / "merged", f"{text}:0.8", unet=unet)
@@ -411,7 +411,7 @@ def test_lora_on_sdxls_text_projection_is_the_same_in_every_format_and_in_sampli
     path, expected = projection_file(base.loaded, tmp_path, attentions)
     assert (expected - texts(base.loaded)).abs().max() > 0.1
     model = models.load_model(str(base.folder))
-    tuned = adapters.load_adapters(model, [str(path)])
+    tuned = adapters.put_on(model, System("tuned", ((str(path), 1.0),)))
     with torch.no_grad():
         found = models.encode(tuned, models.tokenize_for(model, PROMPTS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -434,7 +434,7 @@ def wrong_names(module, layers):
 
 
 def lost_layers(layers):
-    return dict(list(adapters.lora_tensors(layers).items())[2:])
+    return dict(list(lora_files.lora_tensors(layers).items())[2:])
 
 
 WRONG_WRITING = {
@@ -475,7 +475,7 @@ def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     folder = merge_into(base, tmp_path / "merged", str(tmp_path / "adapter"), format=format)
     ids = tokenization.tokenize(base.loaded.tokenizer, PROMPTS)
-    tuned = adapters.load_adapters(models.load_model("tiny"), [str(folder)])
+    tuned = adapters.put_on(models.load_model("tiny"), System("tuned", ((str(folder), 1.0),)))
     with torch.no_grad():
         expected = adapted.eval()(input_ids=ids).last_hidden_state
         torch.testing.assert_close(models.encode(tuned, ids), expected, rtol=1e-5, atol=1e-5)
@@ -753,7 +753,7 @@ def test_bad_input_to_merge_is_named(bases, pairs, tmp_path, arguments, words):
     arguments = [re.sub("ADAPTER|UNET", lambda match: named[match[0]], argument) for argument in arguments]
     defaults = ["--output-dir", str(tmp_path / "out")] if "--output-dir" not in arguments else []
     defaults += ["--model", "tiny"] if "--model" not in arguments else []
-    result = CliRunner().invoke(cli.app, ["merge", *arguments, *defaults], env={"COLUMNS": "1000"})
+    result = invoke("merge", *arguments, *defaults)
     assert result.exit_code == 2, result.output
     for word in words:
         assert word in " ".join(result.output.split())

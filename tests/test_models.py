@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, sampler, tokenization
+from texforce import evaluation, merging, models, sampler, tokenization
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import ArtifactError, InputError, NotFoundError
+
+from .commands import invoke
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -508,7 +509,7 @@ def test_what_is_not_sdxls_base_pipeline_is_refused(copied_xl, tmp_path, kind):
         models.load_model(str(copied_xl))
     if kind == "a refiner":
         options = ["--model", str(copied_xl), "--prompt", "a red circle", "--output-dir", str(tmp_path / "samples")]
-        result = CliRunner().invoke(cli.app, ["sample", *options])
+        result = invoke("sample", *options)
         assert result.exit_code == 2
         assert "refiner" in result.output
 

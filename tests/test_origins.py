@@ -17,8 +17,7 @@ from texforce.config import ALGORITHM_OPTIONS, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 from texforce.reward_specs import password_of, without_passwords
 
-from .test_cli import check_failure, flags
-from .test_cli import run as command_line
+from .commands import check_failure, flags, invoke
 
 # --- code of others ---
 
@@ -56,18 +55,16 @@ def test_code_that_a_file_of_others_names_is_asked_for_and_not_run(foreign, how,
         change(folder, reward="jpeg", eval_reward=["incompress", spec])
     elif field == "also relabel":
         change(folder, reward="jpeg", algorithm="matching", relabel=spec)
-    check_failure(command_line(*arguments(folder, how)), 2, "evil.py", "--trust-reward-code")
+    check_failure(invoke(*arguments(folder, how)), 2, "evil.py", "--trust-reward-code")
     assert not created.exists()
-    check_failure(
-        command_line(*arguments(folder, how), "--trust-reward-code"), 2, "evil.py", "could not be imported", "it ran"
-    )
+    check_failure(invoke(*arguments(folder, how), "--trust-reward-code"), 2, "evil.py", "could not be imported", "it ran")
     assert created.exists()  # as it was asked for
 
 
 @pytest.mark.parametrize("how", ["--resume", "--config"])
 def test_code_that_the_command_line_names_needs_no_more_words(foreign, how):
     folder, created = foreign
-    check_failure(command_line(*arguments(folder, how), "--reward", f"{folder / 'evil.py'}:f"), 2, "it ran")
+    check_failure(invoke(*arguments(folder, how), "--reward", f"{folder / 'evil.py'}:f"), 2, "it ran")
     assert created.exists()
 
 
@@ -76,7 +73,7 @@ def test_a_dry_run_executes_nothing(foreign, given):
     folder, created = foreign
     extra = ["--reward", f"{folder / 'evil.py'}:f"] if given == ["--reward"] else given
     for how in ("--resume", "--config"):
-        result = command_line(*arguments(folder, how), *extra, "--dry-run")
+        result = invoke(*arguments(folder, how), *extra, "--dry-run")
         assert result.exit_code == 0, result.output
         assert "images in all" in result.stdout
     assert not created.exists()
@@ -101,7 +98,7 @@ def test_the_hint_to_resume_says_that_the_reward_is_code(small_run, tmp_path, mo
     relabelling = common | {"algorithm": "matching", "relabel": spec}
     runs = (small_run | {"reward": spec}, True), (small_run, False), (relabelling, True)
     for number, (options, hinted) in enumerate(runs):
-        result = command_line("train", *flags(options | {"output_dir": tmp_path / str(number)}))
+        result = invoke("train", *flags(options | {"output_dir": tmp_path / str(number)}))
         hint = f"resume with: texforce train --resume {tmp_path / str(number)}" + " --trust-reward-code" * hinted
         assert hint in result.stderr.splitlines()
 
@@ -153,7 +150,7 @@ def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
     monkeypatch.setattr("texforce.reward_specs._passwords", {})
     (public, url), reward = locked_server, reward.removeprefix("also ")
     options = small_run | {"num_inference_steps": 2, "output_dir": tmp_path / "out", "eval_reward": "incompress"}
-    result = command_line("train", *flags(options | {"reward": reward.format(url)}))
+    result = invoke("train", *flags(options | {"reward": reward.format(url)}))
     assert result.exit_code == 0, result.output
     check_secret(result, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["reward"] == reward.format(public)
@@ -161,8 +158,8 @@ def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
     (tmp_path / "out" / "result.json").unlink()
     monkeypatch.setattr("texforce.reward_specs._passwords", {})  # as in another process
     again = ["train", "--resume", tmp_path / "out", "--num-epochs", 2, "--force-resume"]
-    check_failure(command_line(*again), 6, "status 401", "a password is never saved")
-    result = command_line(*again, "--reward", reward.format(url))
+    check_failure(invoke(*again), 6, "status 401", "a password is never saved")
+    result = invoke(*again, "--reward", reward.format(url))
     assert result.exit_code == 0, result.output
     check_secret(result, tmp_path / "out")
 
@@ -170,7 +167,7 @@ def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
 def test_also_an_evaluation_and_a_refusal_keep_a_password_to_themselves(locked_server, tmp_path):
     public, url = locked_server
     options = ["--model", "tiny", "--limit", 1, "--num-images", 1, "--num-inference-steps", 1]
-    result = command_line("eval", *options, "--reward", url, "--output-dir", tmp_path / "eval")
+    result = invoke("eval", *options, "--reward", url, "--output-dir", tmp_path / "eval")
     assert result.exit_code == 0, result.output
     assert public in json.loads((tmp_path / "eval" / "results.json").read_text())["rewards"]
     check_secret(result, tmp_path / "eval")
@@ -178,7 +175,7 @@ def test_also_an_evaluation_and_a_refusal_keep_a_password_to_themselves(locked_s
         f"http://me:{SECRET}@host/score", f"http://me:{ENCODED}@host:x/score", f"http://me:{ENCODED}@host/s=a,b",
         "http://me:12#s3cr@host/score", "http://me@corp.com:s3cr/t@host/score",
     ):  # fmt: skip
-        result = command_line("train", "--model", "tiny", "--reward", bad, "--output-dir", tmp_path / "out")
+        result = invoke("train", "--model", "tiny", "--reward", bad, "--output-dir", tmp_path / "out")
         check_failure(result, 2, "reward")
         assert "s3cr" not in result.output
 
@@ -213,7 +210,7 @@ def test_a_message_calls_an_option_as_one_types_it_and_a_files_field_as_it_stand
 ])  # fmt: skip
 def test_a_field_of_a_config_file_is_named_with_its_file(tmp_path, content):
     (tmp_path / "mine.json").write_text(json.dumps(content))
-    result = command_line("train", "--model", "tiny", "--config", tmp_path / "mine.json", "--output-dir", tmp_path / "out")
+    result = invoke("train", "--model", "tiny", "--config", tmp_path / "mine.json", "--output-dir", tmp_path / "out")
     check_failure(result, 2, f"{tmp_path / 'mine.json'}: ", *content)
     assert len(result.stderr) < 500
 
@@ -248,8 +245,8 @@ def use(command: str, adapter: Path, *more: object) -> list[object]:
 def test_a_model_that_an_adapters_config_names_is_said_to_come_from_there(adapter_of, command, model, words):
     adapter = adapter_of(model=model)
     origin = f"(it comes from {adapter / 'config.json'}; --model overrides it)"
-    check_failure(command_line(*use(command, adapter)), 2, words, origin)
-    result = command_line(*use(command, adapter, "--model", "./typed"))
+    check_failure(invoke(*use(command, adapter)), 2, words, origin)
+    result = invoke(*use(command, adapter, "--model", "./typed"))
     check_failure(result, 2, "there is no folder './typed'")
     assert "comes from" not in result.stderr
 
@@ -268,7 +265,7 @@ def test_a_setting_of_an_adapters_config_that_cannot_be_used_is_said_to_come_fro
     model = narrow_model()
     monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
     monkeypatch.setattr("texforce.adapters.put_on", lambda model, system: model)
-    result = command_line(*use("sample", adapter_of(model="tiny", **settings)))
+    result = invoke(*use("sample", adapter_of(model="tiny", **settings)))
     check_failure(result, 2, "config.json", words)
     assert len(result.stderr) < 500
 

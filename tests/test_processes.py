@@ -19,13 +19,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
 from peft import LoraConfig, get_peft_model  # noqa: F401
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, interrupts, models, processes, rewards, run, scorers, training
+from texforce import interrupts, models, processes, rewards, run, scorers, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, NotFoundError, RewardError
 from texforce.learner import Learner
+
+from .commands import invoke
 
 WEIGHTS = "adapter_model.safetensors"
 LOAD_MODEL = models.load_model  # which the fixture `quick` replaces
@@ -406,7 +407,7 @@ def test_the_plan_is_printed_by_the_first_process(small_run, monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in small_run.items()]
-    result = CliRunner().invoke(cli.app, ["train", *arguments, "--dry-run"])
+    result = invoke("train", *arguments, "--dry-run")
     assert result.exit_code == 0
     assert bool(result.stdout) is (rank == 0)
 

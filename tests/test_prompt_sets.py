@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
-from typer.testing import CliRunner
 
-from texforce import cli, models, prompt_sets, run, scorers, training, views, world
+from texforce import models, prompt_sets, run, scorers, training, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
+from texforce.plan import plan
 from texforce.prompt_sets import BENCHMARKS, TRAINING_SETS, Published, read_benchmark, read_prompts, split_prompts
+
+from .commands import invoke
 
 ROWS = [('A red car, "fast".', "Colors"), ("Two cats; three dogs.", "Counting"), ("Zwölf Würfel ☃", "Colors")]
 PROMPTS, CATEGORIES = ([row[k] for row in ROWS] for k in (0, 1))
@@ -265,7 +267,7 @@ def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(sour
         }[source]
     )
     messages, config = [], resolve(TrainOptions(**options))
-    assert training.plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
+    assert plan(config)["prompts"].endswith(", 3 cut to 24 tokens")
     result = training.train(config, warn=messages.append)
     message, foreign = messages
     assert "only coloured shapes" in foreign
@@ -302,7 +304,7 @@ def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, 
     messages, config = [], resolve(TrainOptions(**options))
     train, heldout = split_prompts(config)
     assert (train[0], heldout) == ("a red circle", [])
-    assert training.plan(config)["prompts"] == f"{len(train)} for training, none held out"
+    assert plan(config)["prompts"] == f"{len(train)} for training, none held out"
     result = training.train(config, warn=messages.append)
     (message,) = messages
     assert "cannot be held out, so base and tuned are measured on the training prompts" in message
@@ -520,7 +522,7 @@ def test_each_command_reads_a_json_file_and_tells_what_it_cuts(command, tmp_path
         "sample": ["--model", "tiny", "--num-inference-steps", "1", "--num-images", "1"],
         "eval": ["--model", "tiny", "--num-inference-steps", "1", "--num-images", "1", "--reward", "jpeg"],
     }[command]
-    result = CliRunner().invoke(cli.app, [command, option, str(path), *arguments, "--output-dir", str(tmp_path / "out")])
+    result = invoke(command, option, str(path), *arguments, "--output-dir", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     said = f"1 of 1 prompts are cut to the 24 tokens that the text encoder reads, as {LONG[:60]!r}"
     assert ("1 cut to 24 tokens" if command == "train" else said) in " ".join(result.output.split())

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
-from texforce import Policy, cli, evaluation, models, scorers, tokenization
+from texforce import Policy, evaluation, models, scorers, tokenization
 from texforce.config import EvalOptions, SampleConfig, SampleOptions, resolve_eval, resolve_sample
 from texforce.errors import InputError
 from texforce.families import FAMILIES
 from texforce.tokenization import Reader, parse_weights
+
+from .commands import invoke
 
 # The cases in the documentation of A1111's parse_prompt_attention: each text with its weight.
 DOCUMENTED = [
@@ -274,13 +275,9 @@ def quick(narrow_model, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
 
 
-def command(*arguments: object):
-    return CliRunner().invoke(cli.app, [*map(str, arguments)])
-
-
 def draw(folder: Path, prompt: str, *options: object) -> tuple[Image.Image, bytes]:
     """The image that `sample` draws of a prompt, and its pixels."""
-    result = command("sample", "--prompt", prompt, "--num-images", 1, "--num-inference-steps", 2, "--output-dir", folder,
+    result = invoke("sample", "--prompt", prompt, "--num-images", 1, "--num-inference-steps", 2, "--output-dir", folder,
                      *options)  # fmt: skip
     assert result.exit_code == 0, result.output
     (path,) = (path for path in folder.glob("*.png") if "grid" not in path.name)
@@ -317,14 +314,14 @@ def test_malformed_weights_end_with_2_and_name_the_prompt(tmp_path, given, monke
         "negative": ["sample", "--prompt", "a disc", "--negative-prompt", prompt],
         "benchmark": ["eval", "--benchmark", tmp_path / "prompts.txt", "--reward", "jpeg"],
     }[given]
-    result = command(*arguments, "--model", "tiny", "--prompt-weights", "--output-dir", tmp_path / "out")
+    result = invoke(*arguments, "--model", "tiny", "--prompt-weights", "--output-dir", tmp_path / "out")
     assert result.exit_code == 2
     assert f"--prompt-weights: the prompt {prompt!r} cannot be read: a weight must be a number" in result.stderr
 
 
 def test_a_model_with_a_t5_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", None)
-    result = command(
+    result = invoke(
         "sample", "--model", "tiny-flow", "--prompt", "a (disc:1.2)", "--prompt-weights", "--output-dir", tmp_path
     )
     assert result.exit_code == 2

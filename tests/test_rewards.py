@@ -32,13 +32,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
-from texforce import cli, reward_specs, rewards, scorers, weights, world
+from texforce import reward_specs, rewards, scorers, weights, world
 from texforce import server as serving
 from texforce.config import TrainOptions, resolve
 from texforce.errors import InputError, RewardError
 
+from .commands import invoke
 from .hostile import blank_png
 
 PROMPTS = ["a red circle", "zwei Würfel ☃", "a red circle"]
@@ -983,10 +983,6 @@ def test_png_keeps_eight_bits_and_any_shape():
 # --- texforce serve ---
 
 
-def serve(*arguments: str):
-    return CliRunner().invoke(cli.app, ["serve", *arguments], env={"COLUMNS": "500"})
-
-
 def test_the_command_serves_until_it_is_terminated(monkeypatch):
     served, original = {}, serving.make_server
 
@@ -1004,7 +1000,7 @@ def test_the_command_serves_until_it_is_terminated(monkeypatch):
     monkeypatch.setattr(serving, "make_server", make_server)
     previous = signal.signal(signal.SIGTERM, lambda *_: None)  # should the command have ended before
     try:
-        result = serve("jpeg", "--port", "0")
+        result = invoke("serve", "jpeg", "--port", "0")
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert (result.exit_code, result.stderr.strip()) == (143, "error: terminated")
@@ -1024,7 +1020,7 @@ def test_the_command_serves_until_it_is_terminated(monkeypatch):
     (["hps", "--reward-checkpoint", __file__], 3, "refused"),
 ])  # fmt: skip
 def test_a_server_that_cannot_start_says_why(arguments, code, words):
-    result = serve(*arguments)
+    result = invoke("serve", *arguments)
     assert result.exit_code == code, result.output
     assert words in result.stderr
 
@@ -1032,7 +1028,7 @@ def test_a_server_that_cannot_start_says_why(arguments, code, words):
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = serve("jpeg", "--port", str(port))
+        result = invoke("serve", "jpeg", "--port", str(port))
     assert result.exit_code == 2
     assert f"port: 127.0.0.1:{port} cannot be listened at: Address already in use" in result.stderr
 
@@ -1040,7 +1036,7 @@ def test_a_port_that_is_taken_is_named():
 def test_a_server_names_a_gpu_that_is_not_there_before_it_loads_anything(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rewards, "load_reward", lambda *arguments: pytest.fail("it was loaded"))
-    result = serve("jpeg", "--device", "cuda")
+    result = invoke("serve", "jpeg", "--device", "cuda")
     assert result.exit_code == 2
     assert "device: there is no 'cuda'; PyTorch finds 0 GPU(s) here" in result.stderr
 
@@ -1060,5 +1056,5 @@ def test_lack_of_memory_gets_no_advice_of_options_that_a_command_lacks(monkeypat
         raise MemoryError("no memory")
 
     monkeypatch.setattr(rewards, "load_reward", exhausted)
-    result = serve("jpeg")
+    result = invoke("serve", "jpeg")
     assert (result.exit_code, result.stderr.strip()) == (5, "error: out of memory (no memory)")

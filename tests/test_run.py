@@ -23,14 +23,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, files, models, report, rewards, run, training
+from texforce import files, models, report, rewards, run, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.experience import PromptStatistics
+from texforce.heldout import Heldout, _Drawn
 from texforce.learner import Learner
+
+from .commands import check_failure, flags, invoke
 
 WEIGHTS = "adapter_model.safetensors"
 WRITE_CURVE = run.write_curve  # which the fixture `quick` replaces
@@ -342,7 +344,7 @@ def test_a_changed_run_that_is_forced_goes_on_with_the_new_options(options, chec
 def test_an_edit_of_config_json_is_a_change_and_refused(checkpoint, field, value, words):
     saved = checkpoint.parents[1] / "config.json"
     saved.write_text(json.dumps(json.loads(saved.read_text()) | {field: value}))
-    check_failure(command_line("--resume", saved.parent), 2, words, "--force-resume")
+    check_failure(invoke("train", "--resume", saved.parent), 2, words, "--force-resume")
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
@@ -350,7 +352,9 @@ def test_an_edit_of_config_json_is_a_change_and_refused(checkpoint, field, value
 def test_a_finished_run_whose_config_json_says_something_else_is_not_finished(finished, field, value):
     saved = finished / "config.json"
     saved.write_text(json.dumps(json.loads(saved.read_text()) | {field: value}))
-    check_failure(command_line("--resume", finished), 2, f"--{field.replace('_', '-')}: ", f" -> {value}", "--force-resume")
+    check_failure(
+        invoke("train", "--resume", finished), 2, f"--{field.replace('_', '-')}: ", f" -> {value}", "--force-resume"
+    )
 
 
 REWARD = "def reward(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
@@ -445,7 +449,7 @@ def test_a_forced_run_with_fewer_prompts_begins_a_new_order_of_them(from_files, 
 def test_a_run_whose_config_json_is_gone_goes_on_exactly_by_its_checkpoint(checkpoint, whole):
     folder = checkpoint.parents[1]
     (folder / "config.json").unlink()
-    result = command_line("--resume", folder)
+    result = invoke("train", "--resume", folder)
     assert result.exit_code == 0, result.output
     check_same_run(folder, whole)
     assert (folder / "config.json").read_text().replace(str(folder), str(whole)) == (whole / "config.json").read_text()
@@ -455,12 +459,12 @@ def test_a_run_whose_config_json_is_gone_goes_on_exactly_by_its_checkpoint(check
 def test_other_runs_whose_config_json_is_gone(finished, left):
     (finished / "config.json").unlink()
     if left == "also: a finished run":
-        result = command_line("--resume", finished)
+        result = invoke("train", "--resume", finished)
         assert (result.exit_code, "is finished" in result.stderr) == (0, True), result.output
     else:
         for manifest in finished.rglob("manifest.json"):
             manifest.unlink()
-        check_failure(command_line("--resume", finished), 2, "there is no run in")
+        check_failure(invoke("train", "--resume", finished), 2, "there is no run in")
 
 
 # --- checkpoints of others ---
@@ -484,14 +488,18 @@ def test_a_checkpoint_with_a_valid_manifest_and_no_training_in_it_is_refused_by_
     state = json.loads((checkpoint / "state.json").read_text()) | NONSENSE[kind]
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").write_text(run.manifest(checkpoint))
-    check_failure(command_line("--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint")
+    check_failure(
+        invoke("train", "--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint"
+    )
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"text"'])
 def test_a_state_that_is_no_object_is_refused_by_name(checkpoint, content):
     (checkpoint / "state.json").write_text(content)
     (checkpoint / "manifest.json").write_text(run.manifest(checkpoint))
-    check_failure(command_line("--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint")
+    check_failure(
+        invoke("train", "--resume", checkpoint.parents[1]), 3, str(checkpoint), "refused as a training's checkpoint"
+    )
 
 
 @pytest.mark.parametrize("kind", ["a file", "also a link", "also a link to nothing"])
@@ -661,8 +669,10 @@ def test_a_save_that_fails_after_a_signal_is_told_and_the_signal_is_obeyed(optio
 
     monkeypatch.setattr(training, "train_epoch", interrupted)
     monkeypatch.setattr(run, "write_checkpoint", full)
-    result = command_line(*flags(options), "--output-dir", tmp_path / "out")
-    check_failure(result, 143, "could not be saved: [Errno 28] No space left on device")
+    result = invoke("train", *flags(options), "--output-dir", tmp_path / "out")
+    assert result.exit_code == 143
+    assert "Traceback" not in result.output
+    assert "could not be saved: [Errno 28] No space left on device" in result.stderr
 
 
 # --- guards ---
@@ -759,22 +769,6 @@ def test_a_second_run_in_a_folder_is_refused_with_the_process_that_has_it(option
     check_folder_is_locked(options, whole, stopped, tmp_path)
 
 
-def command_line(*arguments: object):
-    return CliRunner().invoke(cli.app, ["train", *map(str, arguments)], env={"COLUMNS": "500"})
-
-
-def flags(options: dict) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def check_failure(result, code: int, *words: str) -> None:
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
-    assert "Traceback" not in result.output
-    message = " ".join(result.stderr.split())
-    for word in words:
-        assert word in message
-
-
 def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, tmp_path, monkeypatch):
     arguments = [*flags(options | {"num_epochs": 1}), "--resume", tmp_path / "out"]
 
@@ -783,22 +777,24 @@ def test_the_same_command_begins_and_goes_on_and_says_when_it_is_over(options, t
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "collect", fail)
-        check_failure(command_line(*arguments), 6, "resume with: texforce train --resume", "reward: gone")
-    assert command_line(*arguments).exit_code == 0
-    result = command_line("--resume", tmp_path / "out")
+        result = invoke("train", *arguments)
+    check_failure(result, 6, "reward: gone")
+    assert "resume with: texforce train --resume" in result.stderr
+    assert invoke("train", *arguments).exit_code == 0
+    result = invoke("train", "--resume", tmp_path / "out")
     assert result.exit_code == 0
     assert "is finished" in result.stderr
     assert "held-out" in result.stdout
-    check_failure(command_line("--resume", tmp_path / "out", "--seed", 5), 2, "seed: 0 -> 5", "--force-resume")
+    check_failure(invoke("train", "--resume", tmp_path / "out", "--seed", 5), 2, "seed: 0 -> 5", "--force-resume")
 
 
 def test_how_not_to_go_on_is_told(options, finished):
     folder = finished.parent
-    check_failure(command_line("--force-resume", "--output-dir", folder / "new"), 2, "works only together with --resume")
-    check_failure(command_line("--resume", Path(__file__)), 2, "is a file")
-    check_failure(command_line("--resume", folder / "absent"), 2, "there is no run in", "absent")
-    check_failure(command_line("--resume", finished, "--output-dir", "other"), 2, "leave --output-dir other out")
-    check_failure(command_line(*flags(options), "--output-dir", finished), 2, "not empty", "--resume")
+    check_failure(invoke("train", "--force-resume", "--output-dir", folder / "new"), 2, "works only together with --resume")
+    check_failure(invoke("train", "--resume", Path(__file__)), 2, "is a file")
+    check_failure(invoke("train", "--resume", folder / "absent"), 2, "there is no run in", "absent")
+    check_failure(invoke("train", "--resume", finished, "--output-dir", "other"), 2, "leave --output-dir other out")
+    check_failure(invoke("train", *flags(options), "--output-dir", finished), 2, "not empty", "--resume")
     assert [path.name for path in folder.iterdir()] == ["run"]
 
 
@@ -813,7 +809,7 @@ def files_of_50_kb():
 
 def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monkeypatch, files_of_50_kb):
     monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
-    check_failure(command_line(*flags(options), "--output-dir", tmp_path / "out"), 5, "storage")
+    check_failure(invoke("train", *flags(options), "--output-dir", tmp_path / "out"), 5, "storage")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {files.LOCK}
     run.check_folder(str(tmp_path / "out"))  # so that the same command begins the run when there is room
 
@@ -823,11 +819,11 @@ def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monk
 
 def test_metrics_begin_with_the_epochs_that_there_are_and_go_on_line_by_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1, "old": 1}\n{"epo')
-    with run.metrics(tmp_path, [{"epoch": 0}], lambda measures: None) as log:
-        log({"epoch": 1, "reward_mean": 0.5})
-        assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
-        with pytest.raises(ValueError, match="JSON"):
-            log({"epoch": 2, "reward_mean": math.nan})
+    log = run.metrics(tmp_path, [{"epoch": 0}], lambda measures: None)
+    log({"epoch": 1, "reward_mean": 0.5})
+    assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
+    with pytest.raises(ValueError, match="JSON"):
+        log({"epoch": 2, "reward_mean": math.nan})
     assert metrics(tmp_path) == [{"epoch": 0}, {"epoch": 1, "reward_mean": 0.5}]
 
 
@@ -894,7 +890,7 @@ def test_the_font_of_grids_has_every_sign_that_they_add():
 def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run, "write_grid", lambda *arguments: drawn.append(arguments))
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     heldout.prompts, heldout.shown, heldout.folder = list("abcd"), [0, 1, 3], tmp_path
     heldout.config, heldout.setup = (
         configure(model="tiny", reward="jpeg"),
@@ -902,8 +898,8 @@ def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkey
     )
     images = {i: torch.full((3, 2, 2), i / 10) for i in heldout.shown}
     base, tuned = torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.tensor([2.0, 5.0, 9.0, 1.0])
-    heldout.base_drawn = training._Drawn({}, {"jpeg": base}, images)
-    heldout._write_grid(7, training._Drawn({}, {"jpeg": tuned}, images))
+    heldout.base_drawn = _Drawn({}, {"jpeg": base}, images)
+    heldout._write_grid(7, _Drawn({}, {"jpeg": tuned}, images))
     path, prompts, columns, scores, title = drawn[0]
     assert (path.name, prompts, title) == ("epoch_0007.png", ["b", "a", "d"], "jpeg after epoch 7, largest gain first")
     assert columns["tuned"][:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.0, 0.3])
@@ -976,7 +972,7 @@ def test_a_page_that_cannot_be_written_stops_the_run_which_goes_on_exactly(optio
         write(training)
 
     monkeypatch.setattr(report, "write_training", full)
-    check_failure(command_line(*flags(options), "--output-dir", tmp_path / "out"), 5, "storage", "report.html")
+    check_failure(invoke("train", *flags(options), "--output-dir", tmp_path / "out"), 5, "storage", "report.html")
     monkeypatch.undo()
     run_training(options, tmp_path / "out", resume=True)
     check_same_run(tmp_path / "out", whole)
@@ -1018,7 +1014,7 @@ def test_without_the_images_of_earlier_epochs_a_run_goes_on_all_the_same(options
 
 
 def test_frames_of_other_prompts_or_measures_are_left_out(tmp_path):
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     heldout.prompts, heldout.folder = ["a", "b"], tmp_path / "grids"
     base = {"epoch": 0, "scores": {"jpeg": [1.0, 2.0]}, "images": {"0": "data:image/png;base64,"}}
     first, other = base | {"prompts": ["a", "b"]}, base | {"scores": {"clip": [1.0, 2.0]}}
@@ -1034,7 +1030,7 @@ def test_frames_of_other_prompts_or_measures_are_left_out(tmp_path):
 
 
 def test_the_page_has_a_mixtures_scores_in_the_units_of_the_end(tmp_path):
-    heldout = training.Heldout.__new__(training.Heldout)
+    heldout = Heldout.__new__(Heldout)
     mixture = rewards.Mixture({"hps": None, "jpeg": None}, {"hps": 1.0, "jpeg": 0.5}, normalise=True)
     mixture.observe({"hps": torch.tensor([0.0, 4.0]), "jpeg": torch.tensor([1.0, 3.0])})  # deviations 2 and 1
     heldout.config, heldout.setup = SimpleNamespace(reward="hps=1,jpeg=0.5"), SimpleNamespace(reward=mixture)

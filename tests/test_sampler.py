@@ -15,7 +15,7 @@ from texforce import Policy, evaluation, models, sampler, tokenization
 from texforce.config import SampleOptions, resolve_sample
 from texforce.errors import InputError, expected
 from texforce.models import Conditioning
-from texforce.sampler import Denoiser, Trajectory, ddim_schedule, dpm_solver_schedule
+from texforce.sampler import Denoiser, Trajectory, ddim_schedule, dpm_solver_schedule, random_until
 
 PROMPTS = ["a red circle", "a crimson disc left of a blue square", "three white crosses"]
 
@@ -554,7 +554,8 @@ def test_a_rollout_whose_text_changes_equals_diffusers_loop_and_projects_each_te
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_steps_after_the_stochastic_ones_are_those_of_eta_0(prediction_type):
     scheduler = make_scheduler(prediction_type=prediction_type)
-    mixed, random, none = (ddim_schedule(scheduler, 6, *eta) for eta in ((1.0, 2), (1.0,), (0.0,)))
+    random, none = (ddim_schedule(scheduler, 6, eta) for eta in (1.0, 0.0))
+    mixed = random_until(random, none, 2)
     for name in ("timesteps", "latents_weight", "output_weight", "std"):
         for part, source in ((slice(0, 2), random), (slice(2, 6), none)):
             assert torch.equal(getattr(mixed, name)[part], getattr(source, name)[part])

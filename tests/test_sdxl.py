@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal
-from typer.testing import CliRunner
 
 import texforce
-from texforce import cli, evaluation, experience, merging, models, rewards, sampler, training
+from texforce import evaluation, experience, merging, models, rewards, sampler, training
 from texforce.config import (
     MergeOptions,
     SampleOptions,
@@ -23,7 +22,10 @@ from texforce.config import (
     resolve_sample,
 )
 from texforce.learner import Learner
+from texforce.plan import plan
 from texforce.presets import PRESETS, family
+
+from .commands import invoke
 
 PROMPTS = ["a red circle", "two blue squares"]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -335,7 +337,7 @@ def test_turbos_defaults_are_stable_diffusions_but_for_few_steps_without_guidanc
 def test_the_plan_counts_both_text_encoders(sdxl, small_run, tmp_path):
     options = {"model": str(sdxl), "output_dir": str(tmp_path / "run"), "mixed_precision": "no"}
     config = resolve(TrainOptions(**small_run | options))
-    shown = training.plan(config)
+    shown = plan(config)
     layers = 3 * 4 * 2 * config.rank  # of each text encoder, four matrices with two factors
     assert shown["trained parameters"] == layers * (16 + 24)
     model = models.load_model(str(sdxl))
@@ -347,7 +349,7 @@ def test_an_adapter_is_evaluated(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     options = ["--benchmark", str(tmp_path / "prompts.txt"), "--reward", "jpeg", "--num-images", "1"]
     output = ["--output-dir", str(tmp_path / "eval")]
-    result = CliRunner().invoke(cli.app, ["eval", "--adapter", str(trained), *options, *output])
+    result = invoke("eval", "--adapter", str(trained), *options, *output)
     assert result.exit_code == 0, result.output
     systems = json.loads((tmp_path / "eval" / "results.json").read_text())["systems"]
     assert set(systems) == {"base", "run"}

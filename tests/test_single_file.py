@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from texforce import cli, evaluation, merging, models, presets, single_file, tokenization
+from texforce import evaluation, merging, models, presets, single_file, tokenization
 from texforce.config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
 from . import small_models
+from .commands import invoke
 
 PROMPTS = ["a red circle", "two blue squares"]
 
@@ -154,7 +154,7 @@ def test_a_ckpt_that_would_run_code_is_refused_and_does_not(tmp_path, monkeypatc
 
 def test_another_file_is_no_model_and_the_command_says_so_with_two(tmp_path):
     (tmp_path / "model.zip").write_bytes(b"PK")
-    result = CliRunner().invoke(cli.app, ["sample", "--model", str(tmp_path / "model.zip"), "--prompt", "a"])
+    result = invoke("sample", "--model", str(tmp_path / "model.zip"), "--prompt", "a")
     assert result.exit_code == 2
     assert "is no .safetensors or .ckpt" in result.output.replace("\n", " ")
 

@@ -32,6 +32,8 @@ from texforce.errors import InputError, RewardError
 from texforce.experience import PromptOrder, PromptStatistics, Samples, leave_one_out
 from texforce.learner import MAX_SKIPPED_STEPS, Learner
 
+from .small_models import all_tensors
+
 PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross"]
 POLICIES = [("text-encoder", "adapted"), ("text-encoder", "base"), ("unet", "adapted"), ("both", "adapted")]
 # Of five steps the last two deviate by 0.02 and 0.04 only: divided by them, rounding errors of float32 grow to 1e-5.
@@ -200,15 +202,6 @@ def test_only_lora_changes_in_an_update_and_it_is_float32(make_rig, target):
     assert {name.split("/")[0] for name in changed} == parts
     assert all(after[name].dtype == torch.float32 for name in changed)
     assert rig.policy.state_dict().keys() == {name.replace("/", ".") for name in after if ".lora_" in name}
-
-
-def all_tensors(model: models.Model) -> dict[str, Tensor]:
-    modules = {part: getattr(model, part) for part in ("text_encoder", "unet", "vae")}
-    return {
-        f"{part}/{name}": tensor.detach()
-        for part, module in modules.items()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
 
 
 def test_lora_is_float32_over_a_frozen_model_of_half_precision(make_rig):
@@ -936,7 +929,7 @@ def test_the_micro_batch_size_does_not_change_the_gradient_of_relabelled_images(
         learner = rig.learner()
         learner.micro_batch_size = size
         learner.optimizer.zero_grad()
-        texforce.gather_gradients(rig.policy, share, learner, rig.config, texforce.relabelled_share(share, rig.config))
+        texforce.gather_gradients(rig.policy, [share, texforce.relabelled_share(share, rig.config)], learner, rig.config)
         gradients.append(gradient_of(rig.policy.parameters))
     assert all(relative_difference(gradient, gradients[0]) <= 1e-5 for gradient in gradients[1:])
 
@@ -989,7 +982,7 @@ def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift
         batch = rig.collect()
         rig.perturb(1e-2)
         share = matching_share(rig, batch) if options else Share(batch, rig.pairs(batch), texforce.ppo_micro_batch)
-        statistics = texforce.gather_gradients(rig.policy, share, rig.learner(), rig.config)
+        statistics = texforce.gather_gradients(rig.policy, [share], rig.learner(), rig.config)
         gradients[weight] = gradient_of(rig.policy.parameters)
     rig.learner().optimizer.zero_grad()
     null_ids = tokenization.tokenize(rig.policy.model.tokenizer, [""])
@@ -1004,10 +997,10 @@ def test_the_anchor_adds_its_weight_times_the_gradient_of_the_null_prompts_drift
 def test_anchor_prompts_are_held_beside_the_null_prompt(make_rig, tmp_path):
     (tmp_path / "negative.txt").write_text("blurry\nlow quality\n")
     rig = make_rig(null_anchor=1.0, anchor_prompts=str(tmp_path / "negative.txt"))
-    assert len(rig.policy.anchor_ids) == 3
-    assert rig.policy.anchor_drift() == 0
+    assert len(rig.policy.anchors.prompt_ids) == 3
+    assert rig.policy.anchors.drift(rig.policy.model) == 0
     rig.perturb(1e-2)
-    assert rig.policy.anchor_drift() > 0
+    assert rig.policy.anchors.drift(rig.policy.model) > 0
 
 
 # --- the reward's own gradient ---

@@ -16,15 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from texforce import cli, training
+from texforce import training
+
+from .commands import flags, invoke
 
 TRACKERS = ("wandb", "trackio")
-
-
-def flags(options: dict) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def expected_of(metrics: Path) -> dict[int, dict[str, float]]:
@@ -78,7 +75,7 @@ def test_a_tracker_gets_the_numbers_of_every_epoch(small_run, tmp_path, monkeypa
     kept, projects = StandIn(), []
     stand_in(monkeypatch, name, lambda project: projects.append(project) or kept)
     options = small_run | {"output_dir": tmp_path / "out", "num_epochs": 2, "report_to": name}
-    result = CliRunner().invoke(cli.app, ["train", *flags(options)])
+    result = invoke("train", *flags(options))
     assert result.exit_code == 0, result.output
     assert (projects, kept.finished) == (["texforce"], True)
     assert kept.logged == expected_of(tmp_path / "out" / "metrics.jsonl")
@@ -98,7 +95,7 @@ def test_without_an_account_nothing_is_loaded_and_the_folder_stays_free(small_ru
     stand_in(monkeypatch, name, init)
     monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("a model was loaded"))
     options = small_run | {"output_dir": tmp_path / "out", "report_to": name}
-    result = CliRunner().invoke(cli.app, ["train", *flags(options)])
+    result = invoke("train", *flags(options))
     assert result.exit_code == 2, result.output
     assert f"--report-to: {name} failed; mend it, or choose another tracker or none" in " ".join(result.stderr.split())
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == []

@@ -14,12 +14,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import texforce
-from texforce import DivergedError, Share, experience, models, rewards, sampler, scorers, single_file, training, world
+from texforce import (
+    DivergedError,
+    Share,
+    experience,
+    heldout,
+    models,
+    rewards,
+    sampler,
+    scorers,
+    single_file,
+    training,
+    world,
+)
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import InputError, RewardError
+from texforce.experience import gather_scores
 from texforce.learner import Learner
+from texforce.plan import activation_bytes, plan
 from texforce.prompt_sets import read_prompts
 
+from .small_models import all_tensors
 from .test_scorers import written
 
 TIMES = {"seconds", "images_per_s", "sampling_share"}  # what two runs of the same seed may differ in
@@ -118,15 +133,6 @@ def finished(train_both) -> Finished:
     return train_both(3)
 
 
-def all_tensors(model: models.Model) -> dict[str, Tensor]:
-    modules = {part: getattr(model, part) for part in ("text_encoder", "unet", "vae")}
-    return {
-        f"{part}/{name}": tensor.detach()
-        for part, module in modules.items()
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-
-
 def test_the_result_counts_images_and_unet_calls(finished):
     images, steps = 2 * 2 * 4, 4
     result, metrics = finished.result, read_metrics(finished.folder)
@@ -143,10 +149,10 @@ def test_the_result_counts_images_and_unet_calls(finished):
 
 def test_the_plan_foresees_the_counts_of_a_training(finished, narrow_model, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype, **_: narrow_model(dtype))
-    plan = training.plan(replace(finished.config, output_dir=str(tmp_path / "new")))
-    assert plan["images in all"] == finished.result["num_images"]
-    assert plan["U-Net calls an epoch"] * 2 == finished.result["num_unet_calls"]
-    assert plan["trained parameters"] == finished.result["num_parameters"]
+    planned = plan(replace(finished.config, output_dir=str(tmp_path / "new")))
+    assert planned["images in all"] == finished.result["num_images"]
+    assert planned["U-Net calls an epoch"] * 2 == finished.result["num_unet_calls"]
+    assert planned["trained parameters"] == finished.result["num_parameters"]
     assert not (tmp_path / "new").exists()
 
 
@@ -160,17 +166,17 @@ def test_a_dry_run_of_stable_diffusion_needs_no_network(name, row, branches):
     (cells,) = ([cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith(f"| {row} |"))
     weights, image, _, prompt = map(float, cells[5:9])
     options = {"model": name, "mixed_precision": "bf16", "micro_batch_size": 2, "reward": "hps=1,jpeg=1"}
-    plan = training.plan(resolve(TrainOptions(**options)))
-    assert plan["to be fetched"] == f"{name}, xswu/HPSv2"
-    assert plan["device"] == training.default_device()
-    assert (plan["images in all"], plan["U-Net calls an epoch"]) == (20480, 64 * 50 * 2 + 64 * 25 * branches)
-    assert plan["U-Net activations of a micro-batch, MiB"] == pytest.approx(2 * branches * image * 2**10, rel=0.02)
-    assert plan["text encoder activations, MiB"] == pytest.approx((8 + branches - 1) * prompt * 2**10, rel=0.03)
-    assert plan["weights, MiB"] == pytest.approx(weights * 2**10, rel=0.12)  # the table's are without the VAE
+    planned = plan(resolve(TrainOptions(**options)))
+    assert planned["to be fetched"] == f"{name}, xswu/HPSv2"
+    assert planned["device"] == training.default_device()
+    assert (planned["images in all"], planned["U-Net calls an epoch"]) == (20480, 64 * 50 * 2 + 64 * 25 * branches)
+    assert planned["U-Net activations of a micro-batch, MiB"] == pytest.approx(2 * branches * image * 2**10, rel=0.02)
+    assert planned["text encoder activations, MiB"] == pytest.approx((8 + branches - 1) * prompt * 2**10, rel=0.03)
+    assert planned["weights, MiB"] == pytest.approx(weights * 2**10, rel=0.12)  # the table's are without the VAE
 
 
 def test_a_dry_run_of_the_tiny_model_fetches_nothing(finished):
-    assert "to be fetched" not in training.plan(finished.config)
+    assert "to be fetched" not in plan(finished.config)
 
 
 def test_activations_are_counted_alike_with_and_without_weights(finished):
@@ -181,7 +187,7 @@ def test_activations_are_counted_alike_with_and_without_weights(finished):
         model = models.load_model("tiny")
         for part in (model.unet, model.vae, model.text_encoder):
             part.to(device)
-        counted.append(training.activation_bytes(texforce.make_policy(model, config), config, 2))
+        counted.append(activation_bytes(texforce.make_policy(model, config), config, 2))
     for real, outlined in zip(*counted, strict=True):
         assert real <= outlined <= 1.1 * real  # a kernel's output needs no copy for what follows
 
@@ -207,13 +213,13 @@ def test_only_published_models_are_known_by_their_names(name, width):
 
 def test_the_plan_of_another_algorithm_tells_what_ppo_would_cost(tmp_path):
     ppo = resolve(TrainOptions(model="tiny", algorithm="ppo", output_dir=str(tmp_path / "out")))
-    alone = training.plan(ppo)
+    alone = plan(ppo)
     assert "U-Net calls in all of ppo with its defaults" not in alone
     expected = f"{alone['U-Net calls in all']} for {alone['images in all']} images"
     for options in ({"preset": "fast"}, {"algorithm": "gradient"}):
-        plan = training.plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
-        assert plan["U-Net calls in all of ppo with its defaults"] == expected
-        assert plan["U-Net calls in all"] < alone["U-Net calls in all"]
+        planned = plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
+        assert planned["U-Net calls in all of ppo with its defaults"] == expected
+        assert planned["U-Net calls in all"] < alone["U-Net calls in all"]
 
 
 def test_only_lora_changes_in_a_training_and_it_is_float32(finished):
@@ -352,7 +358,8 @@ def test_held_out_images_are_drawn_with_randomness_in_every_step(small_run, tmp_
     images = []
     for options in ({}, {"deterministic_elsewhere": True, "timestep_window": 0.5}):
         policy = texforce.make_policy(narrow_model(), configure(small_run, tmp_path, **options))
-        images.append(training.heldout_images(policy, ["a green square", "a navy box", "a red circle"], batch_size=2))
+        drawn = heldout.draw_share(policy, ["a green square", "a navy box", "a red circle"], batch_size=2)
+        images.append(torch.cat(list(drawn.values())))
     assert torch.equal(images[0], images[1])
     assert (policy.denoiser.schedule.std == 0).any()
 
@@ -361,7 +368,7 @@ def test_a_broken_image_counts_in_no_measure(tiny_build):
     prompts = ["a red circle", "a red circle", "a blue square"]
     images = tiny_build.render([world.parse(prompts[0])] * 3, random.Random(0))
     images[1] = NAN
-    measures = training.measure(images, prompts, {})
+    measures = heldout.means(gather_scores(heldout.score_share({0: images}, prompts, {})).scores, prompts)
     assert measures["alignment_exact"] == 0.5
     assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], [prompts[0], prompts[2]]).mean())
 
@@ -425,7 +432,7 @@ def test_the_plan_foresees_the_memory_of_a_micro_batch(small_run, tmp_path, narr
         texforce.accumulate_gradients(
             policy, Share(batch, pairs, texforce.ppo_micro_batch), Learner(policy.parameters, config), config
         )
-    assert sum(training.activation_bytes(policy, config, len(prompts))) == pytest.approx(bytes_kept[0], rel=0.25)
+    assert sum(activation_bytes(policy, config, len(prompts))) == pytest.approx(bytes_kept[0], rel=0.25)
 
 
 # --- pipelines of the published shapes ---
@@ -651,7 +658,7 @@ def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
     card = (folder / "README.md").read_text()
     assert f"on failed images relabelled by `{options['relabel']}` (arXiv:2312.16204): 16 images" in card
     assert (folder / "curve.png").stat().st_size > 0
-    planned = training.plan(configure(small_run, tmp_path / "plan", **options))
+    planned = plan(configure(small_run, tmp_path / "plan", **options))
     # Two epochs of 8 images, each of 4 steps with guidance and 2 noise levels; half of them have a caption.
     own, branches = (16, 2) if kl_weight else (0, 1)
     assert planned["U-Net calls an epoch"] == 64 + (own + 16) * branches
