@@ -139,14 +139,13 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
 
 @pytest.mark.parametrize("options", [
     {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "num_inner_epochs": 2},
-    {"algorithm": "gradient", "reward": "hps", "backprop_steps": 1, "null_anchor": 1.0},
-    {"algorithm": "matching", "lora_layers": "last:1", "lora_modules": ["v_proj", "fc1"]},
-    {"adapter_steps": "0-0.5"},
-    {"algorithm": "matching", "adapter_steps": "0-0.5"},
-    {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "relabel": "CAPTIONS"},
-    {"algorithm": "ppo", "target": "tokens", "null_prompt": "base", "num_tokens": 3},
+    {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "null_anchor": 1.0, "adapter_steps": "0.5-1"},
+    pytest.param({"lora_layers": "last:1", "lora_modules": ["v_proj", "fc1"]}, marks=pytest.mark.slow),
+    pytest.param({"adapter_steps": "0-0.5"}, marks=pytest.mark.slow),
+    {"algorithm": "matching", "kl_weight": 0.1, "null_anchor": 1.0, "relabel": "CAPTIONS", "adapter_steps": "0-0.5"},
+    pytest.param({"target": "tokens", "null_prompt": "base", "num_tokens": 3}, marks=pytest.mark.slow),
 ], ids=[
-    "matching", "gradient", "some layers", "ppo in some steps", "matching in some steps", "relabelling", "tokens",
+    "matching", "gradient in some steps", "some layers", "ppo in some steps", "relabelling in some steps", "tokens",
 ])  # fmt: skip
 def test_two_processes_give_the_adapter_of_one_by_every_algorithm(shared_run, tmp_path, options):
     if "relabel" in options:  # by colours, so that each image has its own
@@ -196,7 +195,7 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
     assert relative_difference(tmp_path / "out", pair / "1") > 1e-4
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     original = training.train_epoch

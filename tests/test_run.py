@@ -214,15 +214,14 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
         {"target": "both", "kl_weight": 0.1, "lr_scheduler": "linear", "weight_decay": 0.1, "ema_decay": 0.0},
         {"algorithm": "matching", "num_inner_epochs": 2, "kl_weight": 0.1, "null_anchor": 1.0, "eta": 0.0},
         {"algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "null_anchor": 1.0, "sampler": "dpm-solver",
-         "num_inference_steps": 3},
-        {"adapter_steps": "0.5-1", "target": "both", "num_inference_steps": 4},
-        {"algorithm": "matching", "adapter_steps": "0-0.5", "kl_weight": 0.1},
+         "num_inference_steps": 3, "adapter_steps": "0.5-1"},
+        pytest.param({"adapter_steps": "0.5-1", "target": "both", "num_inference_steps": 4}, marks=pytest.mark.slow),
         {"algorithm": "matching", "reward": "none", "eval_reward": ["jpeg"], "relabel": "CAPTIONS", "relabel_weight": 2.0,
-         "imitation_weight": 0.5, "null_anchor": 1.0},
+         "imitation_weight": 0.5, "null_anchor": 1.0, "adapter_steps": "0-0.5"},
     ],
     ids=[
-        "normalised mixture, base null prompt", "U-Net too, no average", "matching", "gradient, dpm-solver",
-        "ppo in some steps", "matching in some steps", "relabelling alone",
+        "normalised mixture, base null prompt", "U-Net too, no average", "matching", "gradient, dpm-solver, in some steps",
+        "ppo in some steps", "relabelling alone in some steps",
     ],
 )  # fmt: skip
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
