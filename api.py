@@ -10,10 +10,10 @@ import contextlib
 import inspect
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, dataclass_transform, get_type_hints
 
 from .config import (
     BASE,
@@ -31,6 +31,7 @@ from .config import (
     resolve_sample,
 )
 from .errors import InputError, expected, naming_origins
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,13 +93,22 @@ def takes(config: Callable[P, object]) -> Callable[[Callable[..., Result]], Call
     def declare(function: Callable[..., Result]) -> Callable[P, Result]:
         signature, options = inspect.signature(function), option_fields(config)
         own = [item for item in signature.parameters.values() if item.kind is item.KEYWORD_ONLY]
-        given = [inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None) for item in options]
+        hints = get_type_hints(config)
+        given = [_parameter(item, hints[item.name]) for item in options]
         described = [f"    {item.name}: {item.metadata['help']}" for item in options]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *described])
         function.__signature__ = signature.replace(parameters=[*given, *own])  # type: ignore[attr-defined]
         return function
 
     return declare
+
+
+def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
+    """An option as `help` and notebooks show it: its type, and its default, or None where that depends on others."""
+    default = None if item.default is MISSING or item.name in PRESETS["tiny", "ppo"] else item.default
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind if default is not None else kind | None
+    )
 
 
 def _given(options: Mapping[str, Any], config: type) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from .errors import (
     near,
 )
 from .files import check_unused, check_writable, read_json
-from .flags import HELP_ALL, Command, TrainCommand, show_version, with_options
+from .flags import HELP_ALL, Command, DrawCommand, TrainCommand, show_version, with_options
 from .presets import PRESETS
 from .prompt_sets import TRAINING_SETS, check_benchmark, read_prompts
 from .reward_specs import REWARDS, check_reward, without_passwords
@@ -349,7 +349,7 @@ FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_ancho
 # --- sample ---
 
 
-def sample_command(given: dict[str, Any]) -> None:
+def sample_command(given: dict[str, Any], *, help_all: Annotated[bool, HELP_ALL] = False) -> None:
     """Draw images, with or without an adapter.
 
     \b
@@ -400,7 +400,7 @@ def merge_command(given: dict[str, Any]) -> None:
 # --- eval ---
 
 
-def eval_command(given: dict[str, Any]) -> None:
+def eval_command(given: dict[str, Any], *, help_all: Annotated[bool, HELP_ALL] = False) -> None:
     """Measure adapters and U-Nets against the base model on a benchmark, and write a report.
 
     \b
@@ -435,7 +435,12 @@ def eval_command(given: dict[str, Any]) -> None:
 
 
 def rewards_command(name: Annotated[str | None, typer.Argument(help="one of them, to read all about it")] = None) -> None:
-    """Show the rewards there are, and whether what they need is here."""
+    """Show the rewards there are, and whether what they need is here.
+
+    \b
+    texforce rewards
+    texforce rewards hps
+    """
     with exit_codes():
         if name is not None:
             if name not in REWARDS:
@@ -483,7 +488,13 @@ def serve_command(
         list[str] | None, typer.Option(help="NAME=PATH, weights of a scorer; repeatable; as in train")
     ] = None,
 ) -> None:
-    """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted."""
+    """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted.
+
+    \b
+    texforce serve pickscore
+    texforce serve hps=1,aesthetic=0.1 --host 0.0.0.0 --port 9000
+    texforce serve mine.py:brightness --device cuda:1
+    """
     with exit_codes():
         check_reward(reward, "the reward")
         if not 0 <= port < 65536:
@@ -503,9 +514,9 @@ def serve_command(
 
 
 app.command("train", cls=TrainCommand)(with_options(TrainConfig, train_command))
-app.command("sample", cls=Command)(with_options(SampleConfig, sample_command))
+app.command("sample", cls=DrawCommand)(with_options(SampleConfig, sample_command))
 app.command("merge", cls=Command)(with_options(MergeConfig, merge_command))
-app.command("eval", cls=Command)(with_options(EvalConfig, eval_command))
+app.command("eval", cls=DrawCommand)(with_options(EvalConfig, eval_command))
 app.command("rewards", cls=Command)(rewards_command)
 app.command("serve", cls=Command)(serve_command)
 

@@ -594,6 +594,9 @@ def _check_algorithm(config: TrainConfig) -> None:
         raise InputError(
             f"backprop_steps: must be at most num_inference_steps, {config.num_inference_steps}, not {config.backprop_steps}"
         )
+    if config.algorithm == "gradient" and (config.kl_weight or config.max_kl):
+        name = "kl_weight" if config.kl_weight else "max_kl"
+        raise InputError(f"{name}: has no effect with gradient, whose updates do not measure the divergence; leave it out")
     if config.algorithm == "gradient" and config.num_inner_epochs > 1:
         raise InputError("num_inner_epochs: must be 1 for gradient, which samples its images in the update")
     if config.target == "unet" and (config.text_encoders or config.offload_text_encoders):

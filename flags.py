@@ -14,9 +14,11 @@ from typer.core import TyperCommand
 from texforce import __version__
 
 from .config import DrawConfig, TrainConfig, option_fields
-from .presets import PRESETS
+from .presets import EMBEDDED, PRESETS
+from .prompt_sets import BENCHMARKS, TRAINING_SETS
+from .reward_specs import REWARDS, WORLD
 
-DRAWING = tuple(item.name for item in option_fields(DrawConfig))
+DRAWING = tuple(item.name for item in option_fields(DrawConfig) if item.name != "model")
 # The options of `train` by subject; the first group is all that `--help` shows.
 TRAIN_GROUPS = {
     "Options": (
@@ -54,7 +56,14 @@ ELSEWHERE = {
     "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
     "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
     "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
-    "num_vectors": "num_tokens",
+    "num_vectors": "num_tokens", "strength": "scale", "scale": "strength",
+}  # fmt: skip
+
+
+# Names that the values of options may be.
+NAMES = {
+    "reward": REWARDS, "eval_reward": REWARDS, "model": EMBEDDED, "benchmark": (*BENCHMARKS, "world"),
+    "prompts": ("world", *TRAINING_SETS), "relabel": (WORLD,),
 }  # fmt: skip
 
 
@@ -66,10 +75,8 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the groups' options; `--help` shows the first group alone, `--help-all` all of them."""
         records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))}
-        grouped = {name for names in self.groups.values() for name in names}
-        groups = dict(self.groups) or {"Options": [name for name in records if name not in DRAWING]}
-        if not self.groups and records.keys() & set(DRAWING):
-            groups["How images are drawn"] = [name for name in DRAWING if name in records]
+        groups = self.groups or {"Options": [name for name in records if name != "help"]}
+        grouped = {name for names in groups.values() for name in names}
         is_short = bool(self.groups) and not ctx.meta.get("help_all")
         for title, names in list(groups.items())[: 1 if is_short else None]:
             with formatter.section(title):
@@ -96,6 +103,16 @@ class TrainCommand(Command):
     """The command `train`, whose help has TRAIN_GROUPS."""
 
     groups = TRAIN_GROUPS
+
+
+class DrawCommand(Command):
+    """A command that draws images; how it does so is for --help-all."""
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[str]]:  # type: ignore[override]
+        """Its own options, and those of how images are drawn."""
+        own = [param.name or "" for param in self.params if param.name not in (*DRAWING, "help", "help_all")]
+        return {"Options": own, "How images are drawn": DRAWING}
 
 
 def show_all_help(ctx: typer.Context, is_given: bool) -> None:
@@ -128,7 +145,8 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     for item in sorted(option_fields(config_class), key=lambda item: item.name not in config_class.__annotations__):
         kind = _on_the_command_line(hints[item.name])
         text = item.metadata["help"] + _default_text(item, config_class)
-        option = typer.Option(f"--{item.name.replace('_', '-')}" + _negation(kind, item.name), help=text, show_default=False)
+        name = f"--{item.name.replace('_', '-')}" + _negation(kind, item.name)
+        option = typer.Option(name, help=text, show_default=False, autocompletion=_completion(item.name, hints[item.name]))
         parameters.append(
             inspect.Parameter(
                 item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -146,6 +164,14 @@ def with_options(config_class: type, command: Callable[..., None]) -> Callable[.
     run.__doc__, run.__name__ = command.__doc__, command.__name__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *own)}
     return run
+
+
+def _completion(name: str, kind: Any) -> Callable[[str], list[str]] | None:
+    """What the shell offers for a value: an option's choices, or the names there are; None leaves it to files."""
+    parts = (kind, *typing.get_args(kind))
+    choices = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+    choices = choices or list(NAMES.get(name, ()))
+    return (lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]) if choices else None
 
 
 def _on_the_command_line(kind: Any) -> Any:

@@ -42,12 +42,6 @@ def bootstrap(values: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES)
     return ends[0], ends[1]
 
 
-def wins(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Whether scores (P, K) are above the base's from the same noise, (P, K): 1, 0.5 for a tie, NaN if one is missing."""
-    won = (scores > base) + 0.5 * (scores == base)
-    return np.where(np.isfinite(scores) & np.isfinite(base), won, np.nan)
-
-
 def outcomes(changes: np.ndarray, spread: float) -> dict[str, np.ndarray]:
     """Which prompts became better, stayed the same and became worse, (P,) each: 1 if so, 0 if not, NaN if unknown.
 
@@ -85,10 +79,9 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Summary of each system's scores (P, K) by measure: `mean`, `low` and `high` over prompts, each prompt counting once.
 
-    All but the base also have `paired` (the mean difference to the base), the shares of prompts that are `better`, `same`
-    and `worse` by `outcomes`, and `win_rate` (over images, a tie counts half), each with its own interval. The base has
-    `spread`, the deviation of its scores over prompts. With several categories, each measure has the same means and shares
-    for every category in `categories`.
+    All but the base also have `paired` (the mean difference to the base) and the shares of prompts that are `better`, `same`
+    and `worse` by `outcomes`, each with its own interval. The base has `spread`, the deviation of its scores over prompts.
+    With several categories, each measure has the same means and shares for every category in `categories`.
     """
     columns: dict[tuple[str, ...], np.ndarray] = {}
     spreads = {measure: deviation(mean_over_images(values)) for measure, values in scores[base].items()}
@@ -100,7 +93,6 @@ def summarise(
                 changes = columns[system, measure, "paired"] = mean_over_images(values - scores[base][measure])
                 for outcome, rows in outcomes(changes, spreads[measure]).items():
                     columns[system, measure, outcome] = rows
-                columns[system, measure, "win_rate"] = mean_over_images(wins(values, scores[base][measure]))
     table = np.stack(list(columns.values()), axis=1)
     groups = {name: np.array([category == name for category in categories]) for name in dict.fromkeys(categories)}
     whole = _describe(columns, table, seed)

@@ -103,12 +103,13 @@ class EpochView:
             warn(self.line(measures))
 
     def line(self, measures: dict[str, Any]) -> str:
+        """An epoch in a line, for what is no terminal; metrics.jsonl has every number."""
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
-        parts += [f"{label} {measures[name]:{form}}" for name, label, form in EPOCH_COLUMNS if name in measures]
+        parts += [f"reward {measures['reward_mean']:.4f}"] if "reward_mean" in measures else []
         parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
         if name := find_measured(measures):
             parts += [f"{MEASURED_ON[name]} {measure} {value:.4f}" for measure, value in measures[name].items()]
-        return "  ".join(parts + self.time_left())
+        return "  ".join(parts + self.times() + self.troubles())
 
     def view(self) -> Group:
         """All that the terminal shows."""
@@ -117,7 +118,7 @@ class EpochView:
             last = self.epochs[-1]
             counts = [f"{last.get('num_images', 0):,} images"]
             counts += [f"{last['num_relabelled']} of the epoch's relabelled"] if "num_relabelled" in last else []
-            shown.append(Text("  ".join([f"epoch {last['epoch']}/{self.num_epochs}", *counts, *self.time_left()])))
+            shown.append(Text("  ".join([f"epoch {last['epoch']}/{self.num_epochs}", *counts, *self.times()])))
             shown += self.reward_lines() + self.measured_table()
             shown += [Text(trouble, style="bold red") for trouble in self.troubles()]
         return Group(*shown, self.bar)
@@ -160,10 +161,20 @@ class EpochView:
             found.append(f"{dropped} images were dropped, as their reward is not finite")
         return found
 
-    def time_left(self) -> list[str]:
-        epoch, seconds = self.epochs[-1]["epoch"], self.epochs[-1]["seconds"] - self.epochs[0]["seconds"]
-        done = epoch - self.epochs[0]["epoch"]  # in this process
-        return [f"{seconds / done * (self.num_epochs - epoch):.0f} s left"] if done else []
+    def times(self) -> list[str]:
+        """How long the run has taken, and how long it will take if its epochs go on as in this process."""
+        first, last = self.epochs[0], self.epochs[-1]
+        done, seconds = last["epoch"] - first["epoch"], last["seconds"] - first["seconds"]
+        left = [f"{duration(seconds / done * (self.num_epochs - last['epoch']))} left"] if done else []
+        return [f"after {duration(last['seconds'])}", *left]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that one would say: 95 s, 12 min, 3.4 h, 2.1 days."""
+    for limit, size, unit, form in ((120, 1, "s", ".0f"), (7200, 60, "min", ".0f"), (172_800, 3600, "h", ".1f")):
+        if seconds < limit:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def _cut(text: str) -> Text:
@@ -183,20 +194,6 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     low, high = min(means), max(means)
     step = (high - low) / (len(SPARKS) - 1) or 1.0
     return "".join(SPARKS[round((value - low) / step)] for value in means)
-
-
-EPOCH_COLUMNS = (
-    ("reward_mean", "reward", ".4f"),
-    ("reward_std", "spread", ".4f"),
-    ("max_ratio_deviation", "ratio-1 at first", ".1e"),
-    ("ratio_deviation", "at most", ".1e"),
-    ("clip_fraction", "clipped", ".2f"),
-    ("loss", "loss", ".4f"),
-    ("num_relabelled", "relabelled", "d"),
-    ("anchor_drift", "null drift", ".1e"),
-    ("kl", "KL", ".2e"),
-    ("images_per_s", "images/s", ".0f"),
-)
 
 
 class StageView:

@@ -34,7 +34,7 @@ def quiet_libraries() -> None:
     if are_shown:  # transformers switches off those of downloads as well
         hub.enable_progress_bars()
     quiet_hub()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|diffusers)[.]")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|diffusers|peft)[.]")
 
 
 # --- where they are ---

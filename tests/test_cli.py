@@ -23,16 +23,18 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
 import texforce
 from texforce import cli, models, rewards, sampler, training, views, weights
 from texforce import server as serving
 from texforce.config import (
+    DrawConfig,
     EvalConfig,
     MergeConfig,
     SampleConfig,
@@ -169,7 +171,7 @@ def test_help_shows_the_commands_that_there_are():
     ("command", "config"), [("train", TrainConfig), ("sample", SampleConfig), ("merge", MergeConfig), ("eval", EvalConfig)]
 )
 def test_help_holds_every_option_with_its_text_and_default(command, config):
-    shown = squash(invoke(command, "--help-all" if command == "train" else "--help").stdout)
+    shown = squash(invoke(command, "--help" if command == "merge" else "--help-all").stdout)
     for item in option_fields(config):
         assert f"--{item.name.replace('_', '-')}" in shown
         assert squash(item.metadata["help"]) in shown
@@ -185,14 +187,48 @@ def test_help_holds_every_option_with_its_text_and_default(command, config):
 
 
 @pytest.mark.parametrize(("arguments", "most"), [
-    (["train", "-h"], 60), (["train", "--help-all"], 260), (["sample", "-h"], 100), (["merge", "-h"], 60),
-    (["eval", "-h"], 110), (["-h"], 40), (["rewards", "-h"], 20), (["serve", "-h"], 40),
+    (["train", "-h"], 60), (["train", "--help-all"], 260), (["sample", "-h"], 40), (["sample", "--help-all"], 100),
+    (["merge", "-h"], 40), (["eval", "-h"], 60), (["eval", "--help-all"], 115), (["-h"], 40), (["rewards", "-h"], 20),
+    (["serve", "-h"], 30),
 ])  # fmt: skip
 def test_help_fits_eighty_columns_and_cuts_no_name(arguments, most):
     lines = invoke(*arguments, columns=80).stdout.splitlines()
     assert len(lines) <= most
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_how_images_are_drawn_is_for_the_whole_help(command):
+    short, whole = (invoke(command, option, columns=80).stdout for option in ("--help", "--help-all"))
+    for name in (item.name for item in option_fields(DrawConfig) if item.name != "model"):
+        flag = f"--{name.replace('_', '-')}"
+        assert re.search(rf"^  {flag}\b", whole, re.MULTILINE)
+        assert not re.search(rf"^  {flag}\b", short, re.MULTILINE)
+    assert re.search(r"\d+ further options: --help-all", short)
+    assert "further" not in whole
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "merge", "eval", "rewards", "serve"])
+def test_help_begins_with_examples_that_can_be_typed(command):
+    examples = re.findall(r"^  texforce (.+)", invoke(command, "-h").stdout, re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        name, *arguments = shlex.split(example)
+        assert name == command
+        typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize(("typed", "offered"), [
+    ("train --algorithm ", ["ppo", "matching", "gradient"]), ("train --reward image", ["imagereward"]),
+    ("sample --sampler eu", ["euler"]), ("eval --benchmark dr", ["drawbench"]), ("merge --format k", ["kohya"]),
+])  # fmt: skip
+def test_the_shell_completes_values(typed, offered, monkeypatch):
+    words = ["texforce", *typed.split(" ")]
+    for name, value in (("_TEXFORCE_COMPLETE", "complete_bash"), ("COMP_WORDS", f"texforce {typed}"),
+                        ("COMP_CWORD", str(len(words) - 1))):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert CliRunner().invoke(cli.app, prog_name="texforce").stdout.split() == offered
 
 
 def test_every_option_of_train_is_in_one_group_of_its_help():
@@ -204,7 +240,8 @@ def test_every_option_of_train_is_in_one_group_of_its_help():
 @pytest.mark.parametrize(("command", "typed", "here"), [
     ("train", "--lr", "--learning-rate"), ("train", "--epochs", "--num-epochs"), ("train", "--lora_rank", "--rank"),
     ("train", "--batch-size", "--sample-batch-size"), ("train", "--learning-rte", "--learning-rate"),
-    ("merge", "--output", "--output-dir"), ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
+    ("merge", "--output", "--output-dir"), ("sample", "--strength", "--scale"), ("eval", "--scale", "--strength"),
+    ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
 ])  # fmt: skip
 def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(command, typed, here):
     result = invoke(command, typed, "1")
@@ -214,7 +251,9 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
 
 @pytest.mark.parametrize(("arguments", "meant"), [
     (["train", "--reward", "hsp"], "hps"), (["train", "--reward", "hps=1,astetic=1"], "aesthetic"),
-    (["train", "--prompts", "wolrd"], "world"), (["train", "--algorithm", "machting"], "matching"),
+    (["train", "--prompts", "wolrd"], "world"), (["train", "--eval-reward", "hsp"], "hps"),
+    (["train", "--model", "tinny"], "tiny"), (["train", "--relabel", "wrld"], "world"),
+    (["train", "--algorithm", "machting"], "matching"),
     (["train", "--target", "text_encoder"], "text-encoder"), (["train", "--prompts", "world,comon"], "common"),
     (["eval", "--benchmark", "drawbnech"], "drawbench"), (["train", "--reward", "mine.py:brightnes"], "brightness"),
     (["merge", "--adapter", "out", "--format", "koyha"], "kohya"),
@@ -222,7 +261,7 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
 def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    check_failure(invoke(*arguments), 2, f"did you mean {meant!r}?")
+    check_failure(invoke(*arguments), 2, f"did you mean {meant!r}?", "error: " + (arguments[-2] + ":"))
 
 
 @pytest.mark.parametrize("arguments", [

@@ -149,12 +149,12 @@ def test_results_hold_what_the_interface_says(finished):
     for name, system in results["systems"].items():
         assert list(system["measures"]) == ["hps", "alignment", "diversity"]
         for measure, summary in system["measures"].items():
-            kinds = () if name == "base" else ("paired", "win_rate", *measures.OUTCOMES)
+            kinds = () if name == "base" else ("paired", *measures.OUTCOMES)
             parts = [summary, *(summary[kind] for kind in kinds)]
             for part in (*parts, *summary["categories"].values()):
                 assert part["low"] <= part["mean"] <= part["high"]
             assert set(summary["categories"]) == {"one", "many"}
-            assert ("paired" in summary) == ("win_rate" in summary) == ("spread" not in summary) == (name != "base")
+            assert ("paired" in summary) == ("better" in summary) == ("spread" not in summary) == (name != "base")
             assert np.shape(system["scores"][measure]) == ((5, 1) if measure == "diversity" else (5, 2))
     assert results["benchmark"]["name"] == "five"
     assert {"torch", "diffusers", "texforce"} <= set(results["versions"])

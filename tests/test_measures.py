@@ -30,12 +30,12 @@ def test_intervals_are_scipys_percentile_bootstrap_to_the_rounding(num_prompts):
         assert high[k] == pytest.approx(expected.high, rel=1e-12, abs=1e-14)
 
 
-def test_paired_differences_and_win_rates_have_scipys_intervals_too():
+def test_paired_differences_and_outcomes_have_scipys_intervals_too():
     base, tuned = RANDOM.normal(size=(40, 3)), RANDOM.normal(0.3, 1, size=(40, 3))
     told = summarise({"base": {"m": base}, "tuned": {"m": tuned}})["tuned"]["m"]
     differences = (tuned - base).mean(axis=1)
-    won = (tuned > base).mean(axis=1)
-    for name, values in (("paired", differences), ("win_rate", won)):
+    better = (differences > measures.NEGLIGIBLE * base.mean(axis=1).std()).astype(float)
+    for name, values in (("paired", differences), ("better", better)):
         expected = stats.bootstrap(
             (values,), np.mean, n_resamples=10_000, method="percentile", batch=500, rng=np.random.default_rng(3)
         ).confidence_interval
@@ -54,9 +54,8 @@ def test_two_systems_of_the_same_law_show_no_difference():
     base, other = (np.random.default_rng(seed).normal(size=(200, 4)) for seed in (1, 2))
     told = summarise({"base": {"m": base}, "other": {"m": other}, "same": {"m": base.copy()}})
     assert told["other"]["m"]["paired"]["low"] < 0 < told["other"]["m"]["paired"]["high"]
-    assert told["other"]["m"]["win_rate"]["low"] < 0.5 < told["other"]["m"]["win_rate"]["high"]
     assert told["same"]["m"]["paired"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert told["same"]["m"]["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert told["same"]["m"]["same"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_a_known_shift_is_found_though_the_means_intervals_overlap():
@@ -67,7 +66,7 @@ def test_a_known_shift_is_found_though_the_means_intervals_overlap():
     assert told["base"]["m"]["high"] > told["tuned"]["m"]["low"]
     paired = told["tuned"]["m"]["paired"]
     assert 0 < paired["low"] < 0.05 < paired["high"]
-    assert told["tuned"]["m"]["win_rate"]["low"] > 0.9
+    assert told["tuned"]["m"]["worse"]["mean"] == 0 < told["tuned"]["m"]["better"]["low"]
 
 
 def test_categories_are_told_apart_and_are_those_prompts_alone():
@@ -89,7 +88,6 @@ def test_what_is_missing_is_left_out_of_both_systems_and_counted():
     assert told["base"]["m"]["num_images_dropped"] == 1
     assert told["tuned"]["m"]["num_images_dropped"] == 2
     assert told["tuned"]["m"]["paired"]["mean"] == pytest.approx((1 - 0.5) / 2)  # prompts 0 and 2
-    assert told["tuned"]["m"]["win_rate"]["mean"] == pytest.approx((1 + 0.25) / 2)
 
 
 def test_of_one_prompt_there_is_a_mean_and_no_interval():

@@ -195,6 +195,8 @@ def test_a_password_is_taken_out_whatever_the_user_is_called(user):
     ("null_prompt: base needs target text-encoder", "--null-prompt: base needs target text-encoder"),
     ("backprop_steps: must be at most num_inference_steps, 8", "--backprop-steps: must be at most --num-inference-steps, 8"),
     ("resume: changed: rank: 4 -> 8; lora_alpha: 4 -> 8", "--resume: changed: --rank: 4 -> 8; --lora-alpha: 4 -> 8"),
+    ("sampler, eta: euler has an eta of 0", "--sampler, --eta: euler has an eta of 0"),
+    ("adapter_steps, timestep_window: none", "--adapter-steps, --timestep-window: none"),
     ("prompts: there is no file 'lora_alpha'", "--prompts: there is no file 'lora_alpha'"),
     ("model: no folder '/a/output_dir/b.num_epochs'", "--model: no folder '/a/output_dir/b.num_epochs'"),
     ("/a/config.json: num_epochs: must be a whole number", "/a/config.json: num_epochs: must be a whole number"),
