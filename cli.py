@@ -143,19 +143,17 @@ def train_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            help="go on with the run in this folder, whose options need not be given again; begin it if there is none"
-        ),
+        typer.Option(help="go on with the run in this folder, with its options, or begin a run there if there is none"),
     ] = None,
     force_resume: Annotated[
         bool,
-        typer.Option("--force-resume", help="with --resume, though options, or the content of their files, have changed"),
+        typer.Option("--force-resume", help="with --resume: go on although options or their files have changed"),
     ] = False,
     trust_reward_code: Annotated[
         bool,
         typer.Option(
             "--trust-reward-code",
-            help="run the file of a reward's or relabelling function that --config or --resume names, not this command",
+            help="allow --config or --resume to name a Python file whose reward or caption function is run",
         ),
     ] = False,
     help_all: Annotated[bool, HELP_ALL] = False,

@@ -236,7 +236,7 @@ class TrainConfig:
     )
     heldout_prompts: str | None = option(
         "prompts that are only measured, from a file as --prompts takes it (default: those kept apart from the shipped "
-        "sets, as world's and general's, else a tenth of --prompts)",
+        "sets, as world's and general's, else a tenth of --prompts, at most 64)",
         None,
     )
     long_prompt: LongPrompt = option(LONG_PROMPT_HELP, "cut")

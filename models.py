@@ -633,7 +633,7 @@ def find_chunks(name: str, long_prompt: str, prompts: Sequence[str], num_learned
         return 1
     if not all(reader.part.is_clip for reader in readers):
         raise InputError(
-            f"long_prompt: chunk is for Stable Diffusion 1.x to XL, whose text encoders are CLIPs alone; {name!r} reads "
+            f"long_prompt: chunk is for models whose text encoders are CLIPs alone; {name!r} reads "
             f"{max(reader.num_read for reader in readers)} tokens with another one, so take cut or refuse"
         )
     return max((len(chunks) for reader in readers for chunks in reader.chunks(prompts)), default=1) if prompts else 1

@@ -803,7 +803,7 @@ VIEWS: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.slow
-def test_neither_bars_nor_warnings_of_libraries_reach_the_terminal(stable_diffusion, adapter, tmp_path):
+def test_neither_bars_nor_warnings_of_libraries_reach_the_terminal(stable_diffusion, adapter, small_run, tmp_path):
     """Of a process of its own: libraries write to the real stderr. One warns of a foreign model's escape sequence."""
     folder = shutil.copytree(stable_diffusion, tmp_path / "model")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
@@ -811,15 +811,22 @@ def test_neither_bars_nor_warnings_of_libraries_reach_the_terminal(stable_diffus
     commands = [
         ["sample", "--model", folder, "--prompt", "a", "--num-images", 1, "--num-inference-steps", 1, "--output-dir", "a"],
         ["merge", "--adapter", adapter, "--output-dir", "b"],
+        ["train", *flags(small_run | {"output_dir": "c"})],
+        ["eval", "--adapter", "c", "--benchmark", small_run["heldout_prompts"], "--reward", "jpeg", "--output-dir", "d"],
     ]
-    program = f"import os\nfrom texforce import cli\nos.chdir({str(tmp_path)!r})\n"
+    program = f"import os, texforce\nfrom texforce import cli\nos.chdir({str(tmp_path)!r})\n"
     for command in commands:
         program += (
             f"try:\n    cli.app({list(map(str, command))!r})\nexcept SystemExit as end:\n    print('ended', end.code)\n"
         )
+    program += "texforce.sample(adapter='c', prompt='a red circle', output_dir='e', num_images=1, num_inference_steps=1)\n"
     done = python(program)
-    assert done.stdout.count("ended 0") == 2, (done.stdout, done.stderr)
-    assert done.stderr.splitlines() == [f"model: {folder}", "drawing base: done", "model: tiny"]
+    assert done.stdout.count("ended 0") == 4, (done.stdout, done.stderr)
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [f"model: {folder}", "drawing base: done", "model: tiny"]
+    ours = r"(model: tiny.*|epoch \d/1  .*|(drawing \w+|jpeg of \w+): done)"
+    assert [line for line in lines[3:] if not re.fullmatch(ours, line)] == []
+    assert len(lines) == 12
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -563,3 +563,19 @@ def test_a_folder_is_checked_again_with_the_lock_held(tmp_path):
     checked = []
     with files.locked(tmp_path / "out", lambda: checked.append((tmp_path / "out" / files.HOLDER).exists())):
         assert checked == [False, True]
+
+
+def test_the_hubs_client_does_not_print_its_tries():
+    import logging
+
+    from huggingface_hub.utils import logging as hub
+
+    before, tries = hub.get_verbosity(), logging.getLogger("huggingface_hub.utils._http")  # which says "Retrying in 1s"
+    try:
+        hub.set_verbosity_warning()
+        files.quiet_hub.cache_clear()
+        files.quiet_hub()
+        assert [tries.isEnabledFor(level) for level in (logging.WARNING, logging.ERROR)] == [False, True]
+    finally:
+        hub.set_verbosity(before)
+        files.quiet_hub.cache_clear()

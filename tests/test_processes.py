@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model  # noqa: F401
 from safetensors.torch import load_file
 
 import texforce
-from texforce import interrupts, models, processes, rewards, run, scorers, training
+from texforce import heldout, interrupts, models, processes, rewards, run, scorers, training
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.errors import DivergedError, InputError, NotFoundError, RewardError
 from texforce.learner import Learner
@@ -260,7 +260,7 @@ def ends(work, log: Path) -> list[str]:
 
 @pytest.mark.parametrize(("place", "error", "message"), [
     ((rewards, "load_reward"), NotFoundError("no weights"), "NotFoundError: no weights"),
-    ((training, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
+    ((heldout, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
     ((rewards.Mixture, "score"), RewardError("reward: broken"), "RewardError: reward: broken"),
     ((texforce, "ppo_micro_batch"), DivergedError("not finite"), "DivergedError: not finite; no adapter was measured yet"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")  # fmt: skip

@@ -910,6 +910,19 @@ def test_a_curve_is_drawn_of_what_was_measured(tmp_path, whole):
 
     WRITE_CURVE(tmp_path / "curve.png", metrics(whole), "jpeg")
     assert Image.open(tmp_path / "curve.png").size == (840, 696)
+    epochs = metrics(whole)
+    figure = run.draw_curve(epochs, "jpeg")
+    (legend,) = figure.legends  # one, which no panel holds
+    assert [text.get_text() for text in legend.get_texts()] == ["training prompts", "base model", "held-out prompts"]
+    for axes, measure in zip(figure.axes, ("jpeg", "alignment_exact"), strict=True):
+        assert axes.get_legend() is None
+        values = [epoch["heldout"][measure] for epoch in epochs if "heldout" in epoch]
+        assert axes.get_title("left") == f"{measure} on held-out prompts: {values[0]:.3f} to {values[-1]:.3f}"
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert lines["base model"] == [values[0]] * 2
+        assert lines["held-out prompts"] == values
+        low, high = axes.get_ylim()
+        assert low <= min(values) <= max(values) <= high
 
 
 # --- the page ---
