@@ -1,4 +1,4 @@
-"""What weights in prompts and clip skip do, on the tiny model: `python benchmarks/reading.py --adapter out --output-dir read`.
+"""What weights in prompts and clip skip do, on the tiny model: `python benchmarks/reading.py --adapter out`.
 
 The tiny world's held-out prompts, four images each, with every rare word weighted by a half more or less, or in a half of
 the steps, and with a layer skipped. The noise of an image depends on the text of its prompt, weights included, so the
@@ -26,9 +26,11 @@ MEASURES = ("alignment_exact", "hps")
 
 def weighted(form: str) -> Callable[[str], str]:
     """A function that writes each rare word of a prompt in a form, as `({}:1.5)`."""
-    return lambda prompt: re.sub(
-        r"\w+", lambda word: form.format(word[0]) if world.has_rare_word(word[0]) else word[0], prompt
-    )
+
+    def written(word: re.Match[str]) -> str:
+        return form.format(word[0]) if world.has_rare_word(word[0]) else word[0]
+
+    return lambda prompt: re.sub(r"\w+", written, prompt)
 
 
 VARIANTS: dict[str, tuple[Callable[[str], str], dict[str, Any]]] = {
@@ -49,13 +51,7 @@ def evaluate(folder: Path, adapter: str, variant: str, number: int) -> dict[str,
     path = folder / f"prompts{number}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": prompt, "category": category}) + "\n" for prompt, category in rows))
-    given = {
-        "model": "tiny",
-        "adapter": [adapter],
-        "reward": [",".join(MEASURES)],
-        "num_images": 4,
-        "null_prompt": "adapted",
-    }
+    given = {"model": "tiny", "adapter": [adapter], "reward": [",".join(MEASURES)], "num_images": 4}
     return evaluation.evaluate(
         resolve_eval(EvalOptions(**given | options, benchmark=str(path), output_dir=str(folder / f"eval{number}")))
     )
