@@ -177,8 +177,8 @@ def _made_of(system: Mapping[str, Any], trainings: Mapping[str, str]) -> str:
 def _how_measured(confidence: float) -> list[str]:
     return [
         f"Means over prompts with {100 * confidence:.0f} % bootstrap intervals, which are too narrow where there are few "
-        "prompts. The change is the difference to the base model on the same prompts and noise. It is green or red where its "
-        "interval does not hold 0; the larger it is, the stronger is the colour.",
+        "prompts. The change is the difference to the base model on the same prompts and noise. It is green or red where "
+        "its interval does not hold 0; the larger it is, the stronger is the colour.",
         f"A prompt is the same where its score changes by at most {measures.NEGLIGIBLE:g} of the standard deviation of the "
         "base model's scores.",
     ]
