@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ldm, models, tokenization
-from .config import System
+from .draw_config import System
 from .errors import ArtifactError, InputError
 from .files import locate, replacing
 from .lora_files import Adapter, Layer, find_files, lora_config, lora_tensors, named_as_in, read_adapter

@@ -1,7 +1,7 @@
 """texforce from Python: the commands as functions, with progress, and results whose fields have names.
 
-Every option of a command is a keyword argument of its function, by the same name, rule and default (config.py). Read top to
-bottom: the declaration of the options, the results, the functions.
+Every option of a command is a keyword argument of its function, by the same name, rule and default (config.py and
+draw_config.py). Read top to bottom: the declaration of the options, the results, the functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, dataclass_transform, get_type_hints
 
-from .config import (
+from .config import TrainConfig
+from .draw_config import (
     BASE,
     EvalConfig,
     EvalOptions,
@@ -23,14 +24,12 @@ from .config import (
     MergeOptions,
     SampleConfig,
     SampleOptions,
-    TrainConfig,
-    derived,
-    option_fields,
     resolve_eval,
     resolve_merge,
     resolve_sample,
 )
 from .errors import InputError, expected, naming_origins
+from .options import derived, option_fields
 from .presets import PRESETS
 
 if TYPE_CHECKING:

@@ -19,6 +19,13 @@ from rich.text import Text
 
 from . import interrupts, stages, views
 from .config import (
+    TrainConfig,
+    TrainOptions,
+    check_algorithm_options,
+    check_target_options,
+    resolve,
+)
+from .draw_config import (
     SETTINGS,
     EvalConfig,
     EvalOptions,
@@ -26,12 +33,6 @@ from .config import (
     MergeOptions,
     SampleConfig,
     SampleOptions,
-    TrainConfig,
-    TrainOptions,
-    check_algorithm_options,
-    check_target_options,
-    option_fields,
-    resolve,
     resolve_eval,
     resolve_merge,
     resolve_sample,
@@ -49,6 +50,7 @@ from .errors import (
 )
 from .files import check_unused, check_writable, read_json
 from .flags import HELP_ALL, Command, DrawCommand, TrainCommand, show_version, with_options
+from .options import option_fields
 from .presets import PRESETS
 from .prompt_sets import TRAINING_SETS, check_benchmark, read_prompts
 from .reward_specs import REWARDS, check_reward, without_passwords

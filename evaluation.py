@@ -27,7 +27,8 @@ from torch import Tensor
 from texforce import Policy, __version__, tokenization
 
 from . import adapters, files, measures, models, report, rewards, run, scorers, stages, world
-from .config import (
+from .config import default_device
+from .draw_config import (
     BASE,
     LATER_OPTIONS,
     DrawConfig,
@@ -36,13 +37,12 @@ from .config import (
     SampleConfig,
     System,
     changed_later_options,
-    default_device,
-    option_fields,
     resolve_eval,
 )
 from .errors import ArtifactError, InputError, RewardError, reading
 from .experience import check_finite
 from .files import read_json
+from .options import option_fields
 from .prompt_sets import Benchmark, read_benchmark, read_prompts
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from typer.core import TyperCommand
 
 from texforce import __version__
 
-from .config import DrawConfig, TrainConfig, option_fields
+from .config import TrainConfig
+from .draw_config import DrawConfig
+from .options import option_fields
 from .presets import EMBEDDED, PRESETS
 from .prompt_sets import BENCHMARKS, TRAINING_SETS
 from .reward_specs import REWARDS, WORLD

@@ -21,11 +21,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import ldm
-from .config import MAX_RANK
 from .errors import ArtifactError, InputError, NotFoundError, reading
 from .families import FAMILIES
 from .files import locate
 from .models import family_of
+from .options import MAX_RANK
 from .weights import read_finite, read_header
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet")

@@ -15,7 +15,7 @@ from torch import Tensor
 from texforce import __version__
 
 from . import adapters, files, ldm, models, stages
-from .config import SETTINGS, MergeConfig, System
+from .draw_config import SETTINGS, MergeConfig, System
 from .errors import ArtifactError, InputError
 from .families import Family
 from .files import read_json

@@ -17,9 +17,10 @@ from torch import Tensor
 from texforce import Policy, learns_from_captions_alone, trainable_steps, wants_kl
 
 from . import models, rewards, run, tokenization
-from .config import FLOW_SAMPLERS, TrainConfig, TrainOptions, default_device, resolve
+from .config import TrainConfig, TrainOptions, default_device, resolve
 from .experience import num_rollout_calls
 from .learner import finds_micro_batch
+from .options import FLOW_SAMPLERS
 from .reward_specs import functions_of, parse_mixture
 from .training import check_prompts, load_policy, read_run_prompts, reward_specs
 

@@ -25,7 +25,9 @@ import numpy as np
 from markupsafe import Markup
 
 from . import files, measures, world
-from .config import BASE, LATER_OPTIONS, TrainConfig, option_fields
+from .config import TrainConfig
+from .draw_config import BASE, LATER_OPTIONS
+from .options import option_fields
 from .prompt_sets import MEASURED_ON, find_measured
 from .reward_specs import NO_REWARD
 

@@ -37,7 +37,8 @@ if __spec__ is not None:
 
 from . import files, interrupts, stages
 from .api import EvaluationResult, MergeResult, SampleResult, TrainResult, evaluate, merge, sample, train
-from .config import FLOW_SAMPLERS, DrawConfig, TrainConfig, is_inside, rounds_by_batch, steps_inside, window_end
+from .config import TrainConfig, rounds_by_batch, window_end
+from .draw_config import DrawConfig
 from .errors import (
     ArtifactError,
     DivergedError,
@@ -51,6 +52,7 @@ from .errors import (
     is_out_of_memory,
     near,
 )
+from .options import FLOW_SAMPLERS, is_inside, steps_inside
 from .prompt_sets import read_prompts
 from .reward_specs import NO_REWARD
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import parse_steps
 from .errors import InputError
 from .families import NO_TOKEN, Text, TextPart
+from .options import parse_steps
 
 MAX_KNOWN = 1024  # prompts whose text is kept; 4 MiB each of FLUX.1's T5
 FIRST_LEARNED = NO_TOKEN - 1  # the id of a prompt's first learned token; those of the others follow downwards

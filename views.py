@@ -20,7 +20,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from . import stages
-from .config import BASE, TrainConfig
+from .config import TrainConfig
+from .draw_config import BASE
 from .prompt_sets import MEASURED_ON, find_measured
 
 # --- the consoles ---

@@ -25,7 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from texforce import files, models, prompt_sets, rewards, training
-from texforce.config import TrainConfig, TrainOptions, default_device, default_precision, resolve
+from texforce.config import (
+    TrainConfig,
+    TrainOptions,
+    default_device,
+    default_precision,
+    resolve,
+)
 from texforce.run import Run
 
 ALGORITHMS = ("ppo", "matching", "gradient")

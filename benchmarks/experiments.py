@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from texforce import Policy, adapters, models, prompt_sets, rewards, training, world
-from texforce.config import System, TrainOptions, resolve
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import System
 
 TRAINED: dict[str, dict[str, Any]] = {
     "text-encoder": {},

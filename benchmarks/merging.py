@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from texforce import Policy, adapters, merging, models, prompt_sets, rewards
-from texforce.config import MergeOptions, System, TrainOptions, parse_weighted, resolve, resolve_merge
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import MergeOptions, System, parse_weighted, resolve_merge
 
 
 def draw(model: models.Model, prompts: list[str]) -> Tensor:

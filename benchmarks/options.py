@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from texforce import evaluation, measures, training
-from texforce.config import EvalOptions, TrainOptions, resolve, resolve_eval
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import EvalOptions, resolve_eval
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "lora": {},  # the others differ from it by what is named

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from texforce import evaluation, measures, world
-from texforce.config import EvalOptions, resolve_eval
+from texforce.draw_config import EvalOptions, resolve_eval
 from texforce.prompt_sets import read_benchmark
 
 MEASURES = ("alignment_exact", "hps")

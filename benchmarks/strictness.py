@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from texforce import Policy, adapters, models, prompt_sets, world
-from texforce.config import System, TrainOptions, resolve
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import System
 
 MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 

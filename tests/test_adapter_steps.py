@@ -10,18 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from texforce import evaluation, models, run, sampler, training
-from texforce.config import (
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import (
     EvalOptions,
     MergeOptions,
     SampleOptions,
-    TrainOptions,
-    resolve,
     resolve_eval,
     resolve_merge,
     resolve_sample,
-    steps_inside,
 )
 from texforce.errors import InputError
+from texforce.options import steps_inside
 
 from .commands import invoke
 

@@ -22,13 +22,12 @@ from torch import Tensor
 
 import texforce
 from texforce import adapters, evaluation, files, heldout, ldm, lora_files, merging, models, tokenization, training
-from texforce.config import (
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import (
     MergeOptions,
     SampleOptions,
     System,
-    TrainOptions,
     parse_weighted,
-    resolve,
     resolve_merge,
     resolve_sample,
 )

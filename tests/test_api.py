@@ -15,7 +15,9 @@ from PIL import Image
 
 import texforce
 from texforce import api, evaluation, files, run, training
-from texforce.config import EvalConfig, MergeConfig, SampleConfig, TrainConfig, option_fields
+from texforce.config import TrainConfig
+from texforce.draw_config import EvalConfig, MergeConfig, SampleConfig
+from texforce.options import option_fields
 
 from .commands import invoke
 

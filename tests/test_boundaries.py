@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from texforce import adapters, evaluation, files, lora_files, merging, models, prompt_sets, report, rewards, sampler, scorers
-from texforce.config import SampleOptions, System, resolve_sample
+from texforce.draw_config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
 from texforce.lora_files import lora_tensors
 

@@ -33,20 +33,18 @@ from typer.testing import CliRunner, Result
 import texforce
 from texforce import cli, models, rewards, sampler, training, views, weights
 from texforce import server as serving
-from texforce.config import (
+from texforce.config import TrainConfig, TrainOptions, resolve
+from texforce.draw_config import (
     DrawConfig,
     EvalConfig,
     MergeConfig,
     SampleConfig,
     SampleOptions,
-    TrainConfig,
-    TrainOptions,
-    option_fields,
-    resolve,
     resolve_sample,
 )
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.flags import TRAIN_GROUPS
+from texforce.options import option_fields
 from texforce.presets import PRESETS
 from texforce.run import model_card as write_card
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from texforce import evaluation, models, run
-from texforce.config import EvalOptions, SampleOptions, resolve_eval, resolve_sample
+from texforce.draw_config import EvalOptions, SampleOptions, resolve_eval, resolve_sample
 from texforce.errors import InputError
 
 from .commands import invoke

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from texforce.cli import app
-from texforce.config import TrainConfig, TrainOptions, check_algorithm_options, option_fields, resolve
+from texforce.config import TrainConfig, TrainOptions, check_algorithm_options, resolve
+from texforce.options import option_fields
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

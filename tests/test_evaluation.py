@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 
 from texforce import evaluation, files, measures, models, report, rewards, run, scorers, training
-from texforce.config import (
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import (
     EvalOptions,
     SampleOptions,
     System,
-    TrainOptions,
     parse_measures,
     parse_systems,
-    resolve,
     resolve_eval,
     resolve_sample,
 )

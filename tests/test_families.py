@@ -33,7 +33,8 @@ from texforce import (
     sampler,
     training,
 )
-from texforce.config import MergeOptions, SampleOptions, TrainOptions, resolve, resolve_merge, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.learner import Learner
 from texforce.plan import saved_bytes

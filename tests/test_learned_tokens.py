@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import texforce
 from texforce import adapters, evaluation, models, run, tokenization, training
-from texforce.config import SampleOptions, System, TrainOptions, resolve, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import SampleOptions, System, resolve_sample
 from texforce.errors import ArtifactError, InputError
 from texforce.plan import plan
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from texforce import evaluation, models, run, tokenization, training
-from texforce.config import SampleOptions, TrainOptions, resolve, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import SampleOptions, resolve_sample
 from texforce.errors import InputError
 from texforce.plan import plan
 

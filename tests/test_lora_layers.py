@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import texforce
 from texforce import adapters, lora_files, merging, models, run, training
-from texforce.config import MergeOptions, System, TrainOptions, resolve, resolve_merge
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import MergeOptions, System, resolve_merge
 from texforce.errors import InputError
 from texforce.plan import plan
 

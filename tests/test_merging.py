@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from texforce import adapters, evaluation, files, ldm, lora_files, merging, models, tokenization, training
-from texforce.config import MergeOptions, SampleOptions, System, TrainOptions, resolve, resolve_merge, resolve_sample
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import (
+    MergeOptions,
+    SampleOptions,
+    System,
+    resolve_merge,
+    resolve_sample,
+)
 from texforce.errors import ArtifactError, InputError
 from texforce.lora_files import Layer
 
@@ -680,7 +687,7 @@ def trained(shared_run, tmp_path_factory) -> Path:
 
 
 def test_the_model_of_the_run_is_the_default(trained, monkeypatch):
-    monkeypatch.setattr("texforce.config.default_model", lambda device: "another")
+    monkeypatch.setattr("texforce.draw_config.default_model", lambda device: "another")
     assert resolve_merge(MergeOptions(adapter=[f"{trained / 'text-encoder'}:0.5"])).model == "tiny"
     assert resolve_merge(MergeOptions(unet=str(trained / "unet"))).model == "tiny"
     unet = str(models.TINY / "unet")  # whose config.json is diffusers'

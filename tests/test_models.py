@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from texforce import evaluation, merging, models, sampler, tokenization
-from texforce.config import SampleOptions, resolve_sample
+from texforce.draw_config import SampleOptions, resolve_sample
 from texforce.errors import ArtifactError, InputError, NotFoundError
 
 from .commands import invoke

@@ -11,7 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from texforce import Policy, evaluation, models, scorers, tokenization
-from texforce.config import EvalOptions, SampleConfig, SampleOptions, resolve_eval, resolve_sample
+from texforce.draw_config import (
+    EvalOptions,
+    SampleConfig,
+    SampleOptions,
+    resolve_eval,
+    resolve_sample,
+)
 from texforce.errors import InputError
 from texforce.families import FAMILIES
 from texforce.tokenization import Reader, parse_weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from texforce import Policy, evaluation, models, sampler, tokenization
-from texforce.config import SampleOptions, resolve_sample
+from texforce.draw_config import SampleOptions, resolve_sample
 from texforce.errors import InputError, expected
 from texforce.models import Conditioning
 from texforce.sampler import Denoiser, Trajectory, ddim_schedule, dpm_solver_schedule, random_until

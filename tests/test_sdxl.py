@@ -13,14 +13,8 @@ from torch.distributions import Normal
 
 import texforce
 from texforce import evaluation, experience, merging, models, rewards, sampler, training
-from texforce.config import (
-    MergeOptions,
-    SampleOptions,
-    TrainOptions,
-    resolve,
-    resolve_merge,
-    resolve_sample,
-)
+from texforce.config import TrainOptions, resolve
+from texforce.draw_config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.learner import Learner
 from texforce.plan import plan
 from texforce.presets import PRESETS, family

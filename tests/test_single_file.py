@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from texforce import evaluation, merging, models, presets, single_file, tokenization
-from texforce.config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
+from texforce.draw_config import MergeOptions, SampleOptions, resolve_merge, resolve_sample
 from texforce.errors import ArtifactError, InputError
 
 from . import small_models
