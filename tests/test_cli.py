@@ -648,7 +648,7 @@ def breaking_server(scores: Callable[[int], Any]) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["function", "server"])
+@pytest.mark.parametrize("kind", ["function", pytest.param("server", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flaw", [
     "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
 ])  # fmt: skip
@@ -1260,8 +1260,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     [
         ("adapted", {"num_inner_epochs": 2}),
         ("adapted", {"kl_weight": 0.1}),
-        ("base", {"kl_weight": 0.1}),
-        ("base", {"max_kl": 1e6}),
+        pytest.param("base", {"kl_weight": 0.1}, marks=pytest.mark.slow),
+        pytest.param("base", {"max_kl": 1e6}, marks=pytest.mark.slow),
     ],
 )
 def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prompt, more):

@@ -45,6 +45,7 @@ from .commands import invoke
 PROMPTS = ["two red circle", "a Blue square and a red circle"]
 FAMILIES = tuple(small_models.PIPELINES)
 KINDS = ("sd3", "flux", "pixart-sigma", "sana")  # those that differ in more than what the text encoders are given
+QUICK = (*KINDS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS[2:]))
 GUIDED = tuple(name for name in FAMILIES if name != "flux")
 
 
@@ -239,7 +240,7 @@ def trained(folders, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_epoch_of_matching_writes_lora_of_the_usual_text_encoders_alone(trained, name):
     written = {path.parent for path in trained(name).rglob("adapter_model.safetensors")}
     assert written == {folder_of(trained(name), part) for part in TRAINED[name]}
@@ -248,7 +249,7 @@ def test_an_epoch_of_matching_writes_lora_of_the_usual_text_encoders_alone(train
         assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
     model = models.load_model(str(folders(name)))
     before = {part: {key: tensor.clone() for key, tensor in module.state_dict().items()} for part, module in
@@ -267,7 +268,7 @@ def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
         assert not any(tensor.requires_grad for key, tensor in module.named_parameters() if ".lora_" not in key)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
     sampled = {} if name.startswith("pixart") else {"sampler": "cps" if name == "sana" else "euler"}
     options = {"algorithm": "ppo", "timestep_window": 0.9, "num_updates_per_epoch": 1} | sampled
@@ -290,7 +291,7 @@ def test_an_epoch_along_the_rewards_gradient_changes_what_is_drawn(folders, tmp_
     assert heldout["tuned"] != heldout["base"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_rewards_gradient_goes_through_the_last_steps_of_sampling(folders, tmp_path, name):
     """Along a random direction it is a finite difference, with all steps in it."""
     config = train_config(folders(name), tmp_path / "out", name, algorithm="gradient", reward="hps", backprop_steps=3)
@@ -332,7 +333,7 @@ def plain_tuned_images(pipeline, name):
     return plain_images(pipeline, name, num_inference_steps=4, guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_peft_puts_the_adapter_on_the_plain_pipeline_for_the_same_images(folders, trained, name):
     pipeline = plain_pipeline(folders(name), plain_scheduler(name))
     base = plain_tuned_images(pipeline, name)
@@ -349,7 +350,7 @@ def merged(folder, adapter, output, format):
     return merging.merge(config)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_merged_pipeline_draws_the_same_images(folders, trained, tmp_path, name):
     folder = merged(folders(name), trained(name), tmp_path / name, "pipeline")
     plain = plain_tuned_images(plain_pipeline(folder, plain_scheduler(name)), name)
@@ -864,7 +865,7 @@ def test_the_class_in_a_folder_decides_where_its_name_says_nothing(folders, tmp_
 # --- anchors ---
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_anchor_is_the_mean_distance_of_what_the_trained_text_encoders_move(folders, tmp_path, name):
     (tmp_path / "anchors.txt").write_text("blurry\n")
     config = train_config(

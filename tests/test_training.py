@@ -638,7 +638,7 @@ def caption_file(folder: Path) -> str:
     return f"{folder / 'mine.py'}:caption"
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.2])
+@pytest.mark.parametrize("kl_weight", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
     train_small, small_run, tmp_path, narrow_model, kl_weight
 ):
