@@ -29,6 +29,7 @@ from .draw_config import (
     resolve_sample,
 )
 from .errors import InputError, expected, naming_origins
+from .files import SampledImage
 from .options import derived, option_fields
 from .presets import PRESETS
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from .evaluation import SampledImage
 
 # --- the options ---
 
@@ -138,19 +138,26 @@ def _as_text(value: Any) -> Any:
 class TrainResult:
     """What a training reached, and where it lies.
 
-    `base` and `tuned` hold the mean of each measure on the images of the same prompts and noise, higher is better: on the
-    held-out prompts, or where there are none on the training prompts, as `measured_on` says.
+    Attributes:
+        output_dir: holds the adapter, figures, metrics and checkpoints; `sample` and the others take it as `adapter`.
+        config: every option with its value.
+        measured_on: the held-out prompts, or where there are none the training prompts.
+        base, tuned: the mean of each measure on images of the same prompts and noise, higher is better.
+        epochs: the measures of each, as in metrics.jsonl and in its units; the first before training.
+        num_images: images that were sampled to train on.
+        seconds: how long it took.
+        details: as in result.json.
     """
 
-    output_dir: Path  # holds the adapter, figures, metrics and checkpoints; `sample` and the others take it as `adapter`
-    config: TrainConfig  # every option with its value
+    output_dir: Path
+    config: TrainConfig
     measured_on: Literal["heldout", "training_prompts"]
     base: dict[str, float]
     tuned: dict[str, float]
-    epochs: list[dict[str, Any]]  # the measures of each, as in metrics.jsonl and in its units; the first before training
-    num_images: int  # that were sampled to train on
+    epochs: list[dict[str, Any]]
+    num_images: int
     seconds: float
-    details: dict[str, Any]  # as in result.json
+    details: dict[str, Any]
 
     @property
     def change(self) -> dict[str, float]:
@@ -179,11 +186,17 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Images, and where they lie."""
+    """Images, and where they lie.
+
+    Attributes:
+        output_dir: the folder.
+        images: each with its system, prompt, seed and path; `open()` reads it.
+        grid: all of them in one picture.
+    """
 
     output_dir: Path
-    images: list[SampledImage]  # each has system (base or tuned), prompt, seed, path, and open() for PIL's image
-    grid: Path  # all of them in one picture
+    images: list[SampledImage]
+    grid: Path
 
     def plot(self) -> Figure:
         """All images in one picture, as in the file `grid`: a matplotlib figure."""
@@ -204,7 +217,13 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and where."""
+    """What was written, and where.
+
+    Attributes:
+        output_dir: the folder.
+        format: the option of that name.
+        files: all that was written.
+    """
 
     output_dir: Path
     format: Literal["pipeline", "checkpoint", "peft", "diffusers", "kohya"]
@@ -216,6 +235,11 @@ class Measured:
     """The mean of a measure over prompts, and its change against the base model, each with its 95 % interval.
 
     A number is None where no image has a score, an interval where there is a single prompt; the base has no change.
+
+    Attributes:
+        system, measure: what was measured, and by what.
+        mean, low, high: the mean and its interval.
+        change, change_low, change_high: the mean difference to the base model, prompt by prompt, and its interval.
     """
 
     system: str
@@ -230,12 +254,19 @@ class Measured:
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """What an evaluation found, and where it lies."""
+    """What an evaluation found, and where it lies.
+
+    Attributes:
+        output_dir: the folder, with images and results.
+        report: the page.
+        measured: each system by each measure, the base model first.
+        details: as in results.json.
+    """
 
     output_dir: Path
-    report: Path  # the page
-    measured: list[Measured]  # each system by each measure, the base model first
-    details: dict[str, Any]  # as in results.json
+    report: Path
+    measured: list[Measured]
+    details: dict[str, Any]
 
     def plot(self) -> Figure:
         """The change of each measure against the base model, with its 95 % interval: a matplotlib figure."""

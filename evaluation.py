@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +44,6 @@ from .experience import check_finite
 from .files import read_json
 from .options import option_fields
 from .prompt_sets import Benchmark, read_benchmark, read_prompts
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SETTINGS, SCORES = "settings.json", "scores.jsonl"
 BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
@@ -75,25 +72,9 @@ def sample(config: SampleConfig, prompts: Sequence[str], seeds: Sequence[int]) -
     }
 
 
-@dataclass(frozen=True)
-class SampledImage:
-    """An image that `sample_to_folder` wrote."""
-
-    system: str  # base or tuned
-    prompt: str
-    seed: int
-    path: Path
-
-    def open(self) -> Image.Image:
-        """The image, read from its file."""
-        from PIL import Image
-
-        return Image.open(self.path)
-
-
 def sample_to_folder(
     config: SampleConfig, warn: Callable[[str], None] = lambda message: None
-) -> tuple[list[SampledImage], Path]:
+) -> tuple[list[files.SampledImage], Path]:
     """Draw `num_images` of each prompt of a resolved configuration into its folder; returns the images, and the grid's path.
 
     Raises:
@@ -106,7 +87,7 @@ def sample_to_folder(
     seeds = [config.seed + i for i in range(len(repeated))]
     num_chunks, cut = read_notes(config, prompts, "prompt", warn)
     cuts = {BASE: find_cut(config, prompts, num_chunks)}  # no learned tokens take its room
-    images, written = sample(config, repeated, seeds), list[SampledImage]()
+    images, written = sample(config, repeated, seeds), list[files.SampledImage]()
     for name, drawn in images.items():
         labels = [
             {"system": name, "prompt": prompt, "seed": seed}
@@ -115,7 +96,7 @@ def sample_to_folder(
             for prompt, seed in zip(repeated, seeds, strict=True)
         ]
         paths = files.write_images(folder, drawn, labels)
-        written += [SampledImage(name, *item) for item in zip(repeated, seeds, paths, strict=True)]
+        written += [files.SampledImage(name, *item) for item in zip(repeated, seeds, paths, strict=True)]
     grid = folder / f"grid_{written[-1].path.stem}.png"
     run.write_grid(grid, repeated, images)
     return written, grid

@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,6 +290,28 @@ def remove_written(folder: Path, patterns: Sequence[str]) -> None:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with contextlib.suppress(OSError):  # one that is not empty holds a lock, or another's temporary file
             path.rmdir()
+
+
+@dataclass(frozen=True)
+class SampledImage:
+    """An image that `texforce sample` wrote.
+
+    Attributes:
+        system: `base` or `tuned`.
+        prompt, seed: what it was drawn from.
+        path: its PNG.
+    """
+
+    system: str
+    prompt: str
+    seed: int
+    path: Path
+
+    def open(self) -> Image:
+        """The image, read from its file."""
+        from PIL import Image
+
+        return Image.open(self.path)
 
 
 def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "ArtifactError", "DivergedError", "EvaluationResult", "InputError", "MergeResult", "NotFoundError", "OutOfMemory",
-    "ProcessLost", "RewardError", "SampleResult", "StorageError", "TexforceError", "TrainResult", "evaluate", "merge",
-    "sample", "train",
+    "ArtifactError", "DivergedError", "EvaluationResult", "InputError", "Measured", "MergeResult", "NotFoundError",
+    "OutOfMemory", "ProcessLost", "RewardError", "SampleResult", "SampledImage", "StorageError", "TexforceError",
+    "TrainResult", "evaluate", "merge", "sample", "train",
 ]  # fmt: skip
 
 if __name__ == "__main__":
@@ -36,7 +36,18 @@ if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
 from . import files, interrupts, stages
-from .api import EvaluationResult, MergeResult, SampleResult, TrainResult, evaluate, merge, sample, train
+from .api import (
+    EvaluationResult,
+    Measured,
+    MergeResult,
+    SampledImage,
+    SampleResult,
+    TrainResult,
+    evaluate,
+    merge,
+    sample,
+    train,
+)
 from .config import TrainConfig, rounds_by_batch, window_end
 from .draw_config import DrawConfig
 from .errors import (

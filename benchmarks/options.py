@@ -3,8 +3,8 @@
 For every seed each system is trained on `hps` (unless it trains on no reward), by matching unless it says otherwise, from
 4,096 images each, half of the default's. All are evaluated on the tiny world's held-out prompts, two images each, from the
 same noise as the base model. Finished runs and images are not made again. Prints a row a system and seed, and what each
-changes beside the system `--against` of the same seed, paired over prompts, with 95 % intervals: on all prompts, and by
-words and by kind.
+system changes beside the system `--against` of the same seeds, paired over prompts, with 95 % intervals: on all prompts,
+and by words and by kind.
 """
 
 import argparse
@@ -59,9 +59,13 @@ def groups(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def change(ours: np.ndarray, theirs: np.ndarray, rows: np.ndarray) -> str:
-    """The paired change (P, K) of some prompts, with its interval."""
-    paired = measures.mean_over_images((ours - theirs)[rows])
+def together(scores: Mapping[str, np.ndarray], system: str, options: argparse.Namespace, rows: np.ndarray) -> str:
+    """The paired change of some prompts by a system's adapters beside those of the same seeds, with its interval.
+
+    Seeds count as further images of a prompt.
+    """
+    pairs = [(scores[f"{system}-{seed}"], scores[f"{options.against}-{seed}"]) for seed in options.seeds]
+    paired = measures.mean_over_images(np.concatenate([ours - theirs for ours, theirs in pairs], axis=1)[rows])
     low, high = measures.bootstrap(paired[:, None], seed=0)
     return f"{np.nanmean(paired):+.3f} [{low[0]:+.3f}, {high[0]:+.3f}]"
 
@@ -95,13 +99,16 @@ def main() -> None:
         about = [str(left.get(key, "")) for key in ("num_parameters", "num_images")]
         seconds = f"{left['seconds']:.0f}" if "seconds" in left else ""
         table.add_row(name, *cells, f"{np.nanmean(hps[name]):.3f}", f"{np.nanmean(diversity[name]):.3f}", *about, seconds)
-    changes = Table("system", *groups(results), title=f"fully right, change beside {options.against}")
-    for name in runs:
-        system, _, seed = name.rpartition("-")
-        other = f"{options.against}-{seed}"
-        if system != options.against and other in right:
-            changes.add_row(name, *(change(right[name], right[other], rows) for rows in groups(results).values()))
-    console = Console(width=200)
+    changes = Table(
+        "system", *groups(results), "hps", "diversity", title=f"changes beside {options.against}, seeds together"
+    )
+    for system in options.systems:
+        if system == options.against:
+            continue
+        cells = [together(right, system, options, rows) for rows in groups(results).values()]
+        every = next(iter(groups(results).values()))
+        changes.add_row(system, *cells, *(together(scores, system, options, every) for scores in (hps, diversity)))
+    console = Console(width=220)
     console.print(table, changes)
 
 
