@@ -26,12 +26,13 @@ SMALL = [
     *("--micro-batch-size", "16"),
 ]
 MIXTURE = ["--reward", "hps=1,jpeg=0.1", "--normalise-rewards", "--target", "both", "--kl-weight", "0.1"]
+PAPER = ["--preset", "paper", "--reward", "jpeg", "--target", "unet", "--num-updates-per-epoch", "2"]
 STRENGTHS = ["--strength", "0.5,1", "--reward", "hps,jpeg", "--limit", "6", "--num-images", "1"]
-EVAL = ["--adapter", "out", "--unet", "ddpo=unet", "--limit", "8", "--num-images", "2"]
+EVAL = ["--adapter", "out", "--unet", "ddpo=unet", "--limit", "8", "--num-images", "2", "--guidance-scale", "3"]
 COMMANDS = {
     "train": ["train", *SMALL, "--reward", "hps", "--eval-reward", "jpeg", "--output-dir", "out"],
     "mixture": ["train", *SMALL, *MIXTURE, "--output-dir", "mixture"],
-    "paper": ["train", *SMALL, "--preset", "paper", "--reward", "jpeg", "--target", "unet", "--output-dir", "unet"],
+    "paper": ["train", *SMALL, *PAPER, "--output-dir", "unet"],
     "sample": ["sample", "--adapter", "out", "--prompt", "a crimson disc", "--compare", "--output-dir", "samples"],
     "eval": ["eval", *EVAL, "--num-inference-steps", "8", "--null-prompt", "base", "--output-dir", "eval"],
     "strength": ["eval", "--adapter", "out", *STRENGTHS, "--output-dir", "strength"],
