@@ -318,14 +318,14 @@ def _check_names(given: dict[str, Any]) -> None:
 
 
 def _check_on_any_device(given: dict[str, Any]) -> None:
-    """Raise what `_resolve_on` raises of options that no device, and no precision that follows from it, would suit."""
+    """Raise what `_resolve_on` raises whatever the device, and the precision that follows from it."""
     failures = []
     for device in ("cpu", "cuda"):
         try:
             _resolve_on(device, {"mixed_precision": "no"} | given)
         except InputError as error:
             failures.append(error)
-    if len(failures) > 1:
+    if len(failures) == 2 and str(failures[0]) == str(failures[1]):
         raise failures[0]
 
 

@@ -277,7 +277,7 @@ def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_wr
 
 BAD = [
     "sample --prompt a --adapter nowhere", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
-    "train --algorithm ppo --eta 0", "train --num-updates-per-epoch 1000", "train --report-to wandb",
+    "train --algorithm ppo --eta 0", "train --model tiny --num-updates-per-epoch 1000", "train --report-to wandb",
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
     "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
     "train --algorithm matching --adapter-steps 0.9-1",
