@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 def without_numbers(output: dict) -> tuple:
     """What a cell shows, its numbers and the spaces around them aside, and the kinds of its pictures and tables."""
     text = "".join(output["text"] if output["output_type"] == "stream" else output["data"]["text/plain"])
-    return re.sub(r"[-+]?[\d.]+(e[-+]\d+)?", "#", " ".join(text.split())), sorted(output.get("data", []))
+    text = re.sub(r"[-+]?[\d.]+(e[-+]\d+)?", "#", " ".join(text.split()))
+    return re.sub(r"# (s|min|h)\b", "# s", text), sorted(output.get("data", []))  # a slow machine takes minutes
 
 
 def test_the_notebooks_outputs_are_those_of_its_cells(tmp_path, monkeypatch):
