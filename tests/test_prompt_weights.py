@@ -219,15 +219,17 @@ def test_a_prompt_without_weights_has_the_same_bits_as_without_the_option(stable
     assert torch.equal(found.null_embeds, expected.null_embeds)
 
 
-def test_each_chunk_of_a_long_prompt_keeps_its_own_mean_as_in_a1111(stable_diffusion):
+@pytest.mark.parametrize(("left", "within", "beyond"), [(0, "", "a blue square"), (2, "a blue", "square")])
+def test_each_chunk_of_a_long_prompt_keeps_its_own_mean_as_in_a1111(stable_diffusion, left, within, beyond):
+    """Also where a text with a weight crosses from one chunk into the next."""
     model = models.load_model(str(stable_diffusion))
     size = model.readers["text_encoder"].num_read - 2
-    first, second = "red " * size, "a blue square"  # a token a word
+    first, second = "red " * (size - left), "a blue square"  # a token a word
     found = conditionings(
         Policy(replace(model, num_chunks=2), config_for(model=str(stable_diffusion))), [f"({first}:1.4)({second}:0.3)"]
     )[0]
     with torch.no_grad():
-        chunks = [[(first, 1.4)], [(second, 0.3)]]
+        chunks = [[(first, 1.4), (within, 0.3)], [(beyond, 0.3)]]
         expected = [reference_states(model.tokenizer, model.text_encoder, None, segments) for segments in chunks]
     torch.testing.assert_close(found.prompt_embeds, torch.cat(expected, dim=1))
 
@@ -243,11 +245,12 @@ def test_the_layer_that_is_read_is_weighted_and_the_null_prompt_skips_none(stabl
     assert not torch.allclose(found.prompt_embeds, last, atol=1e-2)
 
 
-def test_each_step_reads_the_prompts_that_it_has(stable_diffusion):
+@pytest.mark.parametrize("null_prompt", ["adapted", "base"])
+def test_each_step_reads_the_prompts_that_it_has(stable_diffusion, null_prompt):
     """Of several prompts and the negative one each has its own ranges."""
     model = models.load_model(str(stable_diffusion))
     prompts, negative = ["a [red:0-0.5:1.25] dot", "a [blue:0-0.25:2] box", "a disc"], "[blurry:0.5-1:1.5]"
-    options = {"model": str(stable_diffusion), "null_prompt": "adapted"}
+    options = {"model": str(stable_diffusion), "null_prompt": null_prompt}
     found = conditionings(Policy(model, config_for(negative_prompt=negative, **options)), prompts)
     steps = [
         (["a (red:1.25) dot", "a (blue:2) box", "a disc"], ""),
