@@ -86,12 +86,15 @@ def sample_to_folder(
     repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
     seeds = [config.seed + i for i in range(len(repeated))]
     num_chunks, cut = read_notes(config, prompts, "prompt", warn)
-    cuts = {BASE: find_cut(config, prompts, num_chunks)}  # no learned tokens take its room
+    whole = find_cut(config, prompts, num_chunks)  # without learned tokens, which take room of the tuned model's prompts
+    of_all = {"num_chunks": num_chunks} if num_chunks > 1 else {}
+    of_all |= {"negative_prompt_cut_to": f"{whole.num_tokens} tokens"} if config.negative_prompt in whole.prompts else {}
     images, written = sample(config, repeated, seeds), list[files.SampledImage]()
     for name, drawn in images.items():
         labels = [
             {"system": name, "prompt": prompt, "seed": seed}
-            | _read_as(prompt, config.negative_prompt or "", cuts.get(name, cut), num_chunks)
+            | _cut_to(prompt, whole if name == BASE else cut)
+            | of_all
             | _shown(config)
             for prompt, seed in zip(repeated, seeds, strict=True)
         ]
@@ -102,11 +105,9 @@ def sample_to_folder(
     return written, grid
 
 
-def _read_as(prompt: str, negative_prompt: str, cut: tokenization.Cut, num_chunks: int) -> dict[str, Any]:
-    """What an image's metadata says of how its prompts were read, if not whole and at once."""
-    named = {"prompt_cut_to": prompt, "negative_prompt_cut_to": negative_prompt}
-    found = {label: f"{cut.num_tokens} tokens" for label, text in named.items() if text in cut.prompts}
-    return found | ({"num_chunks": num_chunks} if num_chunks > 1 else {})
+def _cut_to(prompt: str, cut: tokenization.Cut) -> dict[str, str]:
+    """What an image's metadata says of a prompt whose end was not read."""
+    return {"prompt_cut_to": f"{cut.num_tokens} tokens"} if prompt in cut.prompts else {}
 
 
 def _shown(config: SampleConfig) -> dict[str, Any]:
