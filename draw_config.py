@@ -402,9 +402,9 @@ class EvalConfig(DrawConfig):
         "drawbench)"
     )
     adapter: Texts | None = option(
-        "[NAME=]PATH[:SCALE], compared with the base model; repeatable; what has one NAME is drawn together", None
+        "[NAME=]PATH[:WEIGHT], compared with the base model; repeatable; what has one NAME is drawn together", None
     )
-    unet: Texts | None = option("[NAME=]PATH[:SCALE], likewise; " + UNET_HELP, None)
+    unet: Texts | None = option("[NAME=]PATH[:WEIGHT], likewise; " + UNET_HELP, None)
     reward: Rewards = option(
         "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best "
         "strength (default: hps; for world alignment too)"
@@ -458,7 +458,7 @@ def resolve_eval(options: Options) -> EvalConfig:
 
 
 def parse_systems(adapters: Sequence[str], unets: Sequence[str]) -> tuple[System, ...]:
-    """The systems of `[NAME=]PATH[:SCALE]`; what has one given name is one system.
+    """The systems of `[NAME=]PATH[:WEIGHT]`; what has one given name is one system.
 
     Raises:
         InputError: a name is missing or unusable, or comes twice without having been given.
