@@ -15,7 +15,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, dataclass_transform, get_type_hints
 
-from .config import TrainConfig
+from .config import FOLLOWING_OPTIONS, TrainConfig
 from .draw_config import (
     BASE,
     EvalConfig,
@@ -104,7 +104,8 @@ def takes(config: Callable[P, object]) -> Callable[[Callable[..., Result]], Call
 
 def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     """An option as `help` and notebooks show it: its type, and its default, or None where that depends on others."""
-    default = None if item.default is MISSING or item.name in PRESETS["tiny", "ppo"] else item.default
+    depends = item.name in FOLLOWING_OPTIONS or any(item.name in preset for preset in PRESETS.values())
+    default = None if item.default is MISSING or depends else item.default
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind if default is not None else kind | None
     )
@@ -184,7 +185,7 @@ class TrainResult:
         return "\n".join([f"{self.output_dir}: {self.num_images} images in {self.seconds:.0f} s", *rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampleResult:
     """Images, and where they lie.
 
@@ -197,6 +198,9 @@ class SampleResult:
     output_dir: Path
     images: list[SampledImage]
     grid: Path
+
+    def __repr__(self) -> str:
+        return f"{self.output_dir}: {len(self.images)} images, all of them in {self.grid}"
 
     def plot(self) -> Figure:
         """All images in one picture, as in the file `grid`: a matplotlib figure."""
@@ -318,7 +322,7 @@ def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise InputError("to_pandas: needs pandas, which is not installed; pip install 'texforce[pandas]'") from error
+        raise InputError("to_pandas: needs pandas, which is not installed; pip install pandas") from error
     return pandas
 
 

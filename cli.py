@@ -19,6 +19,7 @@ from rich.text import Text
 
 from . import interrupts, stages, views
 from .config import (
+    FOLLOWING_OPTIONS,
     TrainConfig,
     TrainOptions,
     check_algorithm_options,
@@ -244,6 +245,8 @@ def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
     if not run.is_run(folder) and not given:
         raise nothing
+    if not run.is_run(folder):
+        warn(f"there is no run in {str(folder)!r}, so a new one begins there")
     saved = check_options(run.saved_options(folder), folder / "config.json") if run.is_run(folder) else {}
     return merge_options(saved, given) | {"output_dir": str(folder)}
 
@@ -343,9 +346,6 @@ def merge_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return saved | given
 
 
-FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_anchor", "sampler", "eta")
-
-
 # --- sample ---
 
 
@@ -394,7 +394,8 @@ def merge_command(given: dict[str, Any]) -> None:
             warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
         if dropped := config.dropped_steps:
             warn(f"drop_adapter_steps: what was trained for the steps {' and '.join(dropped)} is on in all of them")
-        show(f"{config.format}: {folder}")
+        written = sorted(folder.glob("*.safetensors"))  # of the formats of one file
+        show(f"{config.format}: {written[0] if len(written) == 1 else folder}")
 
 
 # --- eval ---
@@ -468,7 +469,7 @@ def _about_reward(name: str) -> dict[str, str]:
         "measures": entry.measures,
         "range; higher is better": entry.scale,
         "gradients": "yes" if entry.gradients else "no",
-        "needs": f"pip install 'texforce[{name}]'"
+        "needs": f"pip install {' '.join(entry.packages)}"
         if entry.packages
         else "\n".join(HUB[item].repository for item in entry.weights) or "nothing",
         "licence": entry.licence,

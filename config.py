@@ -312,6 +312,8 @@ def _check_names(given: dict[str, Any]) -> None:
     for spec in [given["reward"]] if given.get("reward", NO_REWARD) != NO_REWARD else []:
         check_reward(spec)
     for spec in given.get("eval_reward", ()):
+        if "," in spec and "=" not in spec:
+            raise InputError(f"eval_reward: give one reward a time, and the option for each; not {spec!r}")
         check_reward(spec, "eval_reward")
     if given.get("relabel"):
         check_captioner(given["relabel"])
@@ -362,6 +364,8 @@ def _resolve_on(device: str, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
+# Options whose default follows from others.
+FOLLOWING_OPTIONS = ("lora_alpha", "lr_warmup_steps", "null_prompt", "null_anchor", "sampler", "eta")
 # Options that one algorithm has, and that have no effect on the others.
 ALGORITHM_OPTIONS = {
     "timestep_window": "ppo", "timestep_fraction": "ppo", "deterministic_elsewhere": "ppo", "clip_range": "ppo",

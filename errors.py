@@ -7,7 +7,9 @@ import difflib
 import errno
 import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 # Errors of the disk or of process limits: they do not depend on which file is read.
 STORAGE = {
@@ -138,6 +140,14 @@ def origin(error: BaseException) -> BaseException:
 def describe(error: BaseException) -> str:
     """Class and message of an exception, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def describe_in(error: BaseException, file: str) -> str:
+    """Class and message of an exception, and the last line of a Python file that it went through."""
+    path = Path(file).resolve()
+    stack = traceback.walk_tb(error.__traceback__)
+    lines = [number for frame, number in stack if Path(frame.f_code.co_filename).resolve() == path]
+    return describe(error) + (f" ({path.name}, line {lines[-1]})" if lines else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

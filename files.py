@@ -400,10 +400,8 @@ def check_unused(folder: Path) -> None:
     if (folder / LOCK).is_file() and not any((folder / "grids").glob("*")):
         known |= {"config.json", "grids"}
     if any(path.name not in known and path.suffix != TEMPORARY for path in folder.glob("*")):
-        raise InputError(
-            f"output_dir: {str(folder)!r} is not empty; choose another folder, or go on with the run in it by --resume "
-            f"{folder}"
-        )
+        or_go_on = f", or go on with the run in it by --resume {folder}" if (folder / "config.json").is_file() else ""
+        raise InputError(f"output_dir: {str(folder)!r} is not empty; choose another folder{or_go_on}")
 
 
 def make_folder(folder: Path) -> None:

@@ -58,7 +58,7 @@ ELSEWHERE = {
     "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
     "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
     "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
-    "num_vectors": "num_tokens", "strength": "scale", "scale": "strength",
+    "save_every_n_epochs": "checkpoint_every", "num_vectors": "num_tokens", "strength": "scale", "scale": "strength",
 }  # fmt: skip
 
 

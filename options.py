@@ -142,8 +142,9 @@ def _first_message(error: pydantic.ValidationError, record: type) -> str:
         return f"{name}: there is no such option{near(name, typing.get_type_hints(record))}"
     if found["type"] == "missing":
         return f"{name}: must be given"
-    kind = typing.get_type_hints(record, include_extras=True)[name]
-    return f"{name}: must be {_rule(kind)}, not {repr(found['input'])[:100]}{near(found['input'], _choices(kind))}"
+    kind, value = typing.get_type_hints(record, include_extras=True)[name], found["input"]
+    hint = "; write a function as 'path/to/file.py:function'" if callable(value) else near(value, _choices(kind))
+    return f"{name}: must be {_rule(kind)}, not {repr(value)[:100]}{hint}"
 
 
 def _choices(kind: Any) -> list[str]:

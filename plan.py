@@ -68,6 +68,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         f"{network} calls in all": _calls_per_epoch(policy, config) * config.num_epochs,
         **({f"{network} calls for captions an epoch, at most": update_calls} if config.relabel else {}),
         **_ppo_beside(policy, config, network),
+        "precision": config.mixed_precision,
+        "batch of sampling, and micro-batch": f"{config.sample_batch_size}, {config.micro_batch_size}",
         "weights, MiB": mebibytes(_weight_bytes(policy.model)),
         "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
         f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),

@@ -196,8 +196,8 @@ def read_benchmark(name: str) -> Benchmark:
 
 def check_benchmark(name: str) -> None:
     """Raise NotFoundError for what is neither the name of a benchmark nor a file or folder, without fetching anything."""
-    known = [*BENCHMARKS, "world", *sorted(name for name in _known_sets() if not name.endswith("-heldout"))]
-    if name not in (*known, *_known_sets()) and not (name and Path(name).exists()):
+    known = [*BENCHMARKS, "world", *sorted(_known_sets())]
+    if name not in known and not (name and Path(name).exists()):
         raise NotFoundError(
             f"benchmark: there is no file {name!r} and no benchmark of that name; known are {', '.join(known)}"
             f"{near(name, known)}"

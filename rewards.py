@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import reward_specs, scorers, world
-from .errors import InputError, RewardError, describe, is_out_of_memory, near, origin
+from .errors import InputError, RewardError, describe, describe_in, is_out_of_memory, near, origin
 from .files import describe_files
 from .presets import EMBEDDED
 from .prompt_sets import NO_TEXT
@@ -127,7 +127,8 @@ def check_reward(spec: str) -> None:
     reward_specs.check_reward(spec)
     for name in parse_mixture(spec):
         if name in CATALOGUE and (missing := missing_packages(name)):
-            raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install 'texforce[{name}]'")
+            needed = " ".join(CATALOGUE[name].packages)
+            raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install {needed}")
 
 
 def check_servers(spec: str) -> None:
@@ -465,7 +466,8 @@ class Supervised:
         if isinstance(result, BaseException) and (isinstance(result, RewardError) or is_out_of_memory(result)):
             raise result
         if isinstance(result, BaseException):
-            raise RewardError(f"{self.option}: {self.name} raised {describe(result)}") from result
+            told = describe_in(result, self.name.rpartition(":")[0])
+            raise RewardError(f"{self.option}: {self.name} raised {told}") from result
         return result
 
     @torch.no_grad()  # grad mode is a thread's own

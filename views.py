@@ -166,7 +166,8 @@ class EpochView:
         """How long the run has taken, and how long it will take if its epochs go on as in this process."""
         first, last = self.epochs[0], self.epochs[-1]
         done, seconds = last["epoch"] - first["epoch"], last["seconds"] - first["seconds"]
-        left = [f"{duration(seconds / done * (self.num_epochs - last['epoch']))} left"] if done else []
+        to_do = self.num_epochs - last["epoch"]
+        left = [f"{duration(seconds / done * to_do)} left"] if done and to_do else []
         return [f"after {duration(last['seconds'])}", *left]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import texforce
 from texforce import api, evaluation, files, run, training
-from texforce.config import TrainConfig
+from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.draw_config import EvalConfig, MergeConfig, SampleConfig
 from texforce.options import option_fields
 
@@ -284,6 +284,20 @@ def test_a_function_takes_every_option_of_its_command_and_what_type_checkers_are
     assert [getattr(arguments, name) for name in own] == [
         item.default for name, item in inspect.signature(function).parameters.items() if name in own
     ]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-flow", "stabilityai/sdxl-turbo", "black-forest-labs/FLUX.1-dev"])
+def test_a_default_in_the_signature_is_what_a_training_takes(model):
+    config = resolve(TrainOptions(model=model, mixed_precision="no"))
+    shown = {name: item.default for name, item in inspect.signature(texforce.train).parameters.items()}
+    options = {item.name for item in option_fields(TrainConfig)} - {"model", "mixed_precision"}
+    assert {name for name in options if shown[name] is not None and shown[name] != getattr(config, name)} == set()
+    assert sum(shown[name] is not None for name in options) > 10
+
+
+def test_a_function_in_the_place_of_a_text_is_told_how_it_is_named():
+    with pytest.raises(texforce.InputError, match=r"reward: must be a text, .*; write a function as 'path/to/file"):
+        texforce.train(reward=lambda images, prompts: [0.0] * len(prompts))
 
 
 @each_function

@@ -275,13 +275,29 @@ def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_wr
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_without_a_run_is_told_before_a_new_one_begins_there(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(cli, "warn", said.append)
+    assert cli.resumed_options(tmp_path / "nope", {"reward": "jpeg"})["output_dir"] == str(tmp_path / "nope")
+    assert said == [f"there is no run in {str(tmp_path / 'nope')!r}, so a new one begins there"]
+
+
+@pytest.mark.parametrize(("held", "words"), [("config.json", "--resume"), ("photo.jpg", "choose another folder")])
+def test_only_a_run_in_the_way_is_one_to_go_on_with(tmp_path, held, words):
+    (tmp_path / held).write_text("{}")
+    result = invoke("train", "--model", "tiny", "--output-dir", tmp_path)
+    check_failure(result, 2, "--output-dir: ", "is not empty", words)
+    assert ("--resume" in result.stderr) == (held == "config.json")
+
+
 BAD = [
     "sample --prompt a --adapter nowhere", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
     "train --algorithm ppo --eta 0", "train --model tiny --num-updates-per-epoch 1000", "train --report-to wandb",
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
     "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
     "train --algorithm matching --adapter-steps 0.9-1",
-    "eval --benchmark drawbnech", "eval --reward mine.py:g", "merge --adapter nowhere", "rewards hsp", "serve hsp",
+    "train --eval-reward hps,clip", "eval --benchmark drawbnech", "eval --reward mine.py:g",
+    "merge --adapter nowhere", "rewards hsp", "serve hsp",
 ]  # fmt: skip
 
 
@@ -396,7 +412,7 @@ BAD_TRAINING = [
     (["--reward", "hps=1,jpeg=x"], ["mixture", "jpeg=x"]),
     (["--eval-reward", "hsp"], ["hsp", "imagereward"]),
     (["--eval-reward", "absent.py:f"], ["absent.py"]),
-    (["--eval-reward", "face"], ["pyiqa", "texforce[face]"]),
+    (["--eval-reward", "face"], ["pyiqa", "pip install pyiqa"]),
     (["--reward", "pickscore"], ["PickScore", "--reward-checkpoint pickscore=PATH"]),
     (["--reward", "clip", "--reward-checkpoint", "LICENSE"], ["LICENSE", "folder"]),
     (["--eval-reward", "ocr"], ["ocr", "quotation marks"]),
@@ -1032,9 +1048,8 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained
 @pytest.mark.parametrize("name", rewards.CATALOGUE)
 def test_each_reward_is_described_in_full_by_its_name(name):
     entry, shown = rewards.CATALOGUE[name], squash(invoke("rewards", name).stdout)
-    needs = (
-        [f"pip install 'texforce[{name}]'"] if entry.packages else [weights.HUB[item].repository for item in entry.weights]
-    )
+    needs = [weights.HUB[item].repository for item in entry.weights]
+    needs = [f"pip install {' '.join(entry.packages)}"] if entry.packages else needs
     for words in (name, entry.measures, entry.scale, entry.licence, *needs):
         assert squash(words) in shown
 
