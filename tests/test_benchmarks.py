@@ -153,6 +153,7 @@ def test_the_bench_measures_ours_against_a_textbook_loop_that_does_the_same(benc
     assert "rollout_ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ours_alone_is_measured_without_the_textbook_loop(bench, tmp_path, monkeypatch):
     monkeypatch.delattr(bench.textbook.Textbook, "rollout")
     monkeypatch.delattr(bench.textbook.Textbook, "accumulate_gradients")
@@ -180,6 +181,7 @@ def untrained(bench, monkeypatch):
     monkeypatch.setattr(bench.architectures, "build", build_untrained)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("null_prompt", ["base", "adapted"])
 def test_the_bench_refuses_to_compare_with_a_loop_that_does_something_else(bench, monkeypatch, null_prompt):
@@ -191,6 +193,7 @@ def test_the_bench_refuses_to_compare_with_a_loop_that_does_something_else(bench
         bench.verify(options, made)
 
 
+@pytest.mark.slow
 def test_what_half_precision_would_hide_is_checked_in_float32(bench, half):
     found = bench.verify(bench.parse(HALF), half)
     assert found["textbook_image_deviation"] < 1e-5 < found["timed_textbook_image_deviation"]
@@ -198,6 +201,7 @@ def test_what_half_precision_would_hide_is_checked_in_float32(bench, half):
     assert "timed_textbook_gradient_deviation" not in found
 
 
+@pytest.mark.slow
 def test_what_is_timed_in_half_precision_is_held_to_the_same_images(bench, made, half, monkeypatch):
     monkeypatch.setattr(bench, "Bench", lambda options: made)  # the float32 copy, which is the same as the textbook's
     monkeypatch.setattr(half.textbook, "config", bench.replace(half.textbook.config, guidance_scale=1.1))
@@ -274,6 +278,7 @@ def test_an_algorithm_is_measured_with_its_own_defaults_but_for_what_is_given(sc
     assert (config.num_prompts_per_epoch, config.num_inference_steps, config.backprop_steps) == (64, 2, 2)
 
 
+@pytest.mark.slow
 def test_random_weights_are_trained_on_a_reward_that_costs_nothing(scripts, monkeypatch):
     algorithms = scripts("algorithms")
     build = algorithms.bench.architectures.build

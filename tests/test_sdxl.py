@@ -211,6 +211,7 @@ def check_changed(run: Path, parts: tuple[str, ...]) -> None:
         assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_draws_the_same_images_everywhere(sdxl, trained, tmp_path):
     check_changed(trained, TEXT_ENCODERS)
     assert not (trained / "unet").exists()
