@@ -216,9 +216,11 @@ def train_settings(
     for name in ("prompts", "heldout_prompts", "anchor_prompts"):
         if options.get(name) and options[name] not in TRAINING_SETS:
             read_prompts(options[name], name)  # now, since PyTorch takes seconds to load
+    check_target_options(given, asked.target or TrainConfig.target)
+    if asked.algorithm:
+        check_algorithm_options(given, asked.algorithm)
     settings = resolve(asked)
     check_algorithm_options(given, settings.algorithm)
-    check_target_options(given, settings.target)
     from . import processes
 
     if processes.is_first():
