@@ -4,6 +4,7 @@ No test may depend on where it runs either: commands print to a terminal of one 
 Two workers share the tests (pyproject.toml), each with one thread: two threads for one test are slower than that.
 """
 
+import collections
 import contextlib
 import copy
 import functools
@@ -21,6 +22,17 @@ os.environ["COLUMNS"] = "1000"  # so that a message is a line, also in processes
 
 TRAINING_PROMPTS = ["a red circle", "two blue squares", "a crimson disc left of a green cross", "a navy box"]
 HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with many parameters, which is marked quick(n), the first n cases are run by `pytest`; others are slow."""
+    seen = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("quick"):
+            seen[item.path, item.originalname] += 1
+            if seen[item.path, item.originalname] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

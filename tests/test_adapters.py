@@ -634,6 +634,7 @@ def test_scale_zero_is_the_base_model_bit_for_bit(runs):
         assert torch.equal(images["tuned"], images["base"])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["text-encoder", "unet", "base-null"])
 def test_scale_one_draws_the_images_that_training_measured(runs, name):
     base, tuned = torch.load(runs / f"{name}.images")
@@ -650,6 +651,7 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
         assert torch.equal(draw(), base)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
 def test_the_scale_multiplies_the_deltas_of_the_weights(runs, part):
     folder = runs / part.replace("_", "-")

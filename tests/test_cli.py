@@ -665,6 +665,7 @@ def breaking_server(scores: Callable[[int], Any]) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", ["function", pytest.param("server", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flaw", [
     "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
@@ -754,6 +755,7 @@ def test_lack_of_memory_on_the_cpu_is_named_too(small_run, tmp_path):
     check_failure(result, 5, "out of memory", "--resolution")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("program", [
     "cli.rewards_command()",
     "cli.progress.print('text')",
@@ -891,6 +893,7 @@ def check_saved(folder: Path) -> None:
     assert (folder / "checkpoints" / "epoch_000001").is_dir()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "interrupted"),
     (RewardError("reward: the server is gone"), 6, "server is gone"),
@@ -1452,6 +1455,7 @@ def test_a_second_call_overwrites_nothing_of_the_first(adapter, tmp_path):
         assert path.read_bytes() == content
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "prompt", ["[/b]", "[red]a circle[/red] [link=x]", "\x1b[31ma\x1b]0;title\x07 disc\x9b2J", ":smile:"]
 )

@@ -400,6 +400,7 @@ def test_a_file_of_lora_for_another_family_is_refused_by_its_header(folders, tra
             our_tuned_images(folders("sd3"), "sd3", tmp_path / "other.safetensors")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "format", "message"), [
     ("pixart-sigma", "kohya", "no LoRA of the text_encoder of PixArt-Sigma; use peft"),
     ("sana", "kohya", "no LoRA of the text_encoder of Sana; use peft"),
@@ -502,6 +503,7 @@ def gradient_of(policy):
     return gradient
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", [*KINDS, "sd3-without-t5"])
 def test_the_gradient_of_matching_equals_that_of_the_textbook_loop(folders, tmp_path, name):
     config = train_config(folders(name), tmp_path / "out", name, kl_weight=0.3, micro_batch_size=3)
@@ -658,6 +660,7 @@ def test_text_encoders_that_are_not_trained_may_leave_the_device_and_encode_a_pr
             torch.testing.assert_close(offloaded[key], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "sana"])
 def test_gradient_checkpointing_changes_nothing_but_memory(folders, tmp_path, name):
     gradients, kept = [], []
@@ -779,6 +782,7 @@ def variant_of(folder, tmp_path, variant=None, shards="1GB"):
     return tmp_path / "saved"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd3", "flux", "sana", "pixart-sigma"])
 def test_a_folder_of_an_fp16_variant_alone_is_read(folders, tmp_path, name):
     folder = variant_of(folders(name), tmp_path, "fp16")

@@ -78,6 +78,7 @@ def by_hand(model: models.Model, folder: Path) -> models.Model:
 # --- what is read ---
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_the_tokens_are_read_as_a_textual_inversion_at_the_end_of_the_prompt(written, name):
     folder, tokens, ours = written(name)
@@ -104,6 +105,7 @@ def test_pooled_text_is_read_at_the_end_token_of_a_configuration_that_names_none
     torch.testing.assert_close(models.encode(plain, ids), ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_the_plain_pipeline_draws_what_sample_draws_with_them(written, name):
     folder, tokens, _ = written(name)
@@ -269,6 +271,7 @@ ALGORITHMS = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", ALGORITHMS, ids=lambda options: options["algorithm"])
 def test_every_algorithm_learns_them_and_a_stopped_run_goes_on_byte_for_byte(
     quick, small_run, tmp_path, monkeypatch, options

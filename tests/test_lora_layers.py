@@ -162,6 +162,7 @@ def test_sampling_puts_on_exactly_the_layers_that_were_trained(written, name):
     torch.testing.assert_close(embeddings(tuned), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "pipeline", "checkpoint"])
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_each_format_holds_these_layers_alone_and_is_read_back(written, tmp_path, name, format):

@@ -470,6 +470,7 @@ def ocr():
     return rewards.load_reward("ocr")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("right", "wrong", "size"), [("coffee shop", "HELLO", 128), ("HELLO", "Open 24 hours", 512)])
 def test_the_right_text_scores_high_and_a_wrong_one_low(ocr, right, wrong, size):
     images = torch.stack([written(right, size), written(wrong, size)])

@@ -136,6 +136,7 @@ def textbook_gradient(policy, config, batch, pairs) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("target", "zeros"), [("text-encoder", True), ("text-encoder", False), ("both", True)])
 def test_the_gradient_on_every_part_equals_that_of_the_textbook_loop(sdxl, target, zeros):
     config = resolve(

@@ -54,11 +54,13 @@ def images(model, **options):
     return evaluation.sample(config, PROMPTS, [0, 1])["base"]
 
 
+@pytest.mark.quick(2)
 def test_a_checkpoint_draws_what_its_folder_draws(checkpoint):
     file, folder = checkpoint
     assert torch.equal(images(file), images(folder))
 
 
+@pytest.mark.quick(1)
 def test_a_checkpoint_in_half_precision_and_a_ckpt_are_read_too(checkpoint, tmp_path):
     file, _ = checkpoint
     tensors = load_file(file)

@@ -731,6 +731,7 @@ def textbook_gradient(rig: Rig, batch: Batch, pairs: Tensor) -> Tensor:
     return gradient_of(rig.policy.parameters)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 @pytest.mark.parametrize(("target", "null_prompt", "guidance_scale"), [(*policy, 4.0) for policy in POLICIES] + [
     ("both", "adapted", 1.0), ("tokens", "base", 4.0),
@@ -800,6 +801,7 @@ def textbook_matching_loss(rig: Rig, batch: Batch, noising: texforce.Noising, im
     return loss
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("target", "kl_weight"), [("text-encoder", 0.0), ("text-encoder", 0.3), ("unet", 0.3), ("both", 0.0), ("tokens", 0.0)]
 )
@@ -890,6 +892,7 @@ def relabelled(rig: Rig, captions: list[str | None] = CAPTIONS) -> Batch:
     return texforce.make_batch(samples, advantages, rig.config, rig.policy.model.device)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("reward", "target", "kl_weight"), [
     ("jpeg", "text-encoder", 0.3), ("jpeg", "both", 0.0), ("none", "text-encoder", 0.0),
 ])  # fmt: skip
@@ -1056,6 +1059,7 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
     return torch.cat(scores).mean()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("target", "options"), [
     ("text-encoder", {}), ("unet", {}), ("both", {}), ("text-encoder", {"adapter_steps": "0.6-0.8"}),
     ("both", {"adapter_steps": "0.2-0.8"}), ("tokens", {}),
@@ -1114,6 +1118,7 @@ def test_a_scorer_without_gradients_is_refused_by_name():
 # --- ways to the same gradient ---
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 def test_the_micro_batch_size_changes_neither_gradient_nor_update(make_rig, target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1)
@@ -1372,6 +1377,7 @@ def wide_model(tiny: models.Model) -> models.Model:
     return replace(tiny, **parts)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("null_prompt", ["adapted", "base"])
 def test_in_half_precision_the_ratio_is_exactly_one_in_batches_of_one_size(make_rig, narrow_model, null_prompt):
     sizes = {"sample_batch_size": 4, "micro_batch_size": 4, "num_samples_per_prompt": 4}
@@ -1692,6 +1698,7 @@ def test_log_probabilities_that_are_not_finite_end_the_run(make_rig):
 # --- the KL term ---
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("target", "null_prompt"), [*POLICIES, ("tokens", "base")])
 def test_the_kl_divergence_is_zero_at_the_start_and_positive_after_an_update(make_rig, target, null_prompt):
     rig = make_rig(target=target, null_prompt=null_prompt, kl_weight=0.1, micro_batch_size=15)

@@ -573,6 +573,7 @@ brightness.with_gradients = True
 """
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("algorithm", ["matching", "gradient"])
 @pytest.mark.parametrize("family", ["epsilon", "v_prediction", "sdxl"])
 def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, sdxl, tmp_path, algorithm, family):
