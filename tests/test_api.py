@@ -121,9 +121,9 @@ def test_results_become_tables_of_pandas(trained, sampled, evaluated):
     assert means["out"] == pytest.approx(next(item.mean for item in evaluated.measured if item.system == "out"))
 
 
-def test_without_pandas_the_extra_is_named(trained, monkeypatch):
+def test_without_pandas_it_is_named(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(texforce.InputError, match=r"pip install 'texforce\[pandas\]'"):
+    with pytest.raises(texforce.InputError, match=r"pip install pandas"):
         trained.to_pandas()
 
 
