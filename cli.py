@@ -217,8 +217,6 @@ def train_settings(
         if options.get(name) and options[name] not in TRAINING_SETS:
             read_prompts(options[name], name)  # now, since PyTorch takes seconds to load
     check_target_options(given, asked.target or TrainConfig.target)
-    if asked.algorithm:
-        check_algorithm_options(given, asked.algorithm)
     settings = resolve(asked)
     check_algorithm_options(given, settings.algorithm)
     from . import processes

@@ -295,7 +295,7 @@ BAD = [
     "train --algorithm ppo --eta 0", "train --model tiny --num-updates-per-epoch 1000", "train --report-to wandb",
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
     "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
-    "train --algorithm matching --adapter-steps 0.9-1", "train --algorithm matching --clip-range 0.1",
+    "train --algorithm matching --adapter-steps 0.9-1",
     "train --target unet --num-tokens 3",
     "train --eval-reward hps,clip", "eval --benchmark drawbnech", "eval --reward mine.py:g",
     "merge --adapter nowhere", "rewards hsp", "serve hsp",
