@@ -87,7 +87,7 @@ def sample_to_folder(
     seeds = [config.seed + i for i in range(len(repeated))]
     num_chunks, cut = read_notes(config, prompts, "prompt", warn)
     whole = find_cut(config, prompts, num_chunks)  # without learned tokens, which take room of the tuned model's prompts
-    of_all = {"num_chunks": num_chunks} if num_chunks > 1 else {}
+    of_all: dict[str, Any] = {"num_chunks": num_chunks} if num_chunks > 1 else {}
     of_all |= {"negative_prompt_cut_to": f"{whole.num_tokens} tokens"} if config.negative_prompt in whole.prompts else {}
     images, written = sample(config, repeated, seeds), list[files.SampledImage]()
     for name, drawn in images.items():
