@@ -493,7 +493,7 @@ def stable_diffusion(version: str, monkeypatch) -> models.Model:
         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     }  # fmt: skip
     return models.Model(
-        name=f"stable-diffusion-{version}",
+        name=f"somebody/stable-diffusion-{version}",
         tokenizer=CLIPTokenizer.from_pretrained(models.TINY / "tokenizer", model_max_length=77),
         text_encoder=filled(lambda: CLIPTextModel(CLIPTextConfig(**CLIP | shape["text_encoder"])), monkeypatch),
         unet=filled(lambda: UNet2DConditionModel(**unet | shape["unet"]), monkeypatch),
