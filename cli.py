@@ -172,24 +172,34 @@ def train_command(
         if force_resume and not resume:
             raise InputError("force_resume: works only together with --resume")
         if not (dry_run or resume or config or given.get("overwrite")):
-            folder = Path(given.get("output_dir", TrainConfig.output_dir))
-            check_writable(folder)
-            check_unused(folder)
+            check_new_folder(Path(given.get("output_dir", TrainConfig.output_dir)))
         settings = train_settings(given, config, resume)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
-        from . import processes
+        if dry_run:
+            show_plan(settings)
+            return
+        from . import processes, training
 
-        if not dry_run:
-            from . import training
+        with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
+            result = training.train(settings, view, warn, resume is not None, force_resume)
+        show_trained(result, settings)
 
-            with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
-                result = training.train(settings, view, warn, resume is not None, force_resume)
-            show_trained(result, settings)
-        elif processes.is_first():
-            from .plan import plan
 
-            output.print(rows_table("plan", plan(settings)))
+def check_new_folder(folder: Path) -> None:
+    """Check that a training can begin in a folder; raises as `check_writable` and `check_unused`."""
+    check_writable(folder)
+    check_unused(folder)
+
+
+def show_plan(settings: TrainConfig) -> None:
+    """Print what a training would do, in its first process."""
+    from . import processes
+
+    if processes.is_first():
+        from .plan import plan
+
+        output.print(rows_table("plan", plan(settings)))
 
 
 def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
@@ -394,7 +404,7 @@ def merge_command(given: dict[str, Any]) -> None:
             warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
         if dropped := config.dropped_steps:
             warn(f"drop_adapter_steps: what was trained for the steps {' and '.join(dropped)} is on in all of them")
-        written = sorted(folder.glob("*.safetensors"))  # of the formats of one file
+        written = sorted(folder.glob("*.safetensors"))  # a single one if the format is a single file
         show(f"{config.format}: {written[0] if len(written) == 1 else folder}")
 
 

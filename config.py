@@ -296,7 +296,7 @@ def resolve(options: Options) -> TrainConfig:
     """
     given = given_values(options)
     _check_names(given)
-    if "torch" not in sys.modules:  # loading it takes seconds, so what is wrong on any device is told before
+    if "torch" not in sys.modules:  # it takes seconds to load, so what is wrong on every device is told first
         _check_on_any_device(given)
     return _resolve_on(default_device(), given)
 

@@ -340,7 +340,7 @@ class MergeConfig:
     )
     system: System = derived(System("tuned"))  # what is merged
     settings: dict[str, Any] = derived(default_factory=dict)  # how what is written is to be sampled
-    dropped_steps: tuple[str, ...] = derived(())  # of adapters that are on in all steps from now on
+    dropped_steps: tuple[str, ...] = derived(())  # what adapters were trained for and the merged one drops
     origins: dict[str, str] = derived(default_factory=dict)  # as of DrawConfig
 
 

@@ -35,7 +35,7 @@ HELDOUT_SEED = 20_231_115
 class _Drawn:
     """What was drawn of N prompts, and measured."""
 
-    means: dict[str, float]  # of the reward, its parts and what is only measured
+    means: dict[str, float]  # by measure: the reward, its parts, and the rewards that are only measured
     scores: dict[str, Tensor]  # (N,) each; of a mixture its parts
     images: dict[int, Tensor]  # that are shown, (3, H, W) each, in the first process only
 
@@ -45,7 +45,7 @@ class Heldout:
 
     def __init__(self, setup: Setup, prompts: list[str], config: TrainConfig, name: str = "heldout") -> None:
         self.setup, self.prompts, self.config = setup, prompts, config
-        self.name = name  # of the measures, in MEASURED_ON
+        self.name = name  # the key in MEASURED_ON that says which prompts are measured
         self.shown = torch.linspace(0, len(prompts) - 1, min(16, len(prompts))).long().tolist()
         self.folder = Path(config.output_dir, "grids")
         if processes.is_first():

@@ -118,7 +118,7 @@ def _check_url(url: str, option: str) -> None:
         parts = urlsplit(url)
         usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.path + parts.query + parts.fragment
         usable = usable and parts.password is None  # it is kept elsewhere
-    except ValueError:  # of the port
+    except ValueError:  # the port is no number
         usable = False
     if not usable:
         url = re.sub("//.*@", "//", url)  # before the @ there may be a password with a slash

@@ -539,6 +539,15 @@ def flow_folder(output_dir: Path) -> Path:
     return FLOW if output_dir == ROOT else output_dir / "tiny-flow"
 
 
+@torch.no_grad()
+def encode_flow_texts(clips: Sequence[Any], clip_ids: Tensor, t5: Any, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings (N, L, D) and the pooled texts (N, P) that the transformer gets of N captions, as ids (N, L)."""
+    texts = [clip(input_ids=clip_ids, output_hidden_states=True) for clip in clips]
+    states = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
+    long = t5(input_ids=t5_ids).last_hidden_state
+    return torch.cat([states, long], dim=1), torch.cat([text.text_embeds for text in texts], dim=1)
+
+
 def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: int = 60_000) -> None:
     """Flow matching (arXiv:2403.03206) with logit-normal noise levels, as `build_unet` with the text encoders frozen.
 
@@ -552,13 +561,8 @@ def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, n
     t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_3", **load)
     vae = AutoencoderKL.from_pretrained(ROOT / "vae").requires_grad_(False)
 
-    @torch.no_grad()
     def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = encode_ids(tokenizer, captions)
-        texts = [clip(input_ids=ids, output_hidden_states=True) for clip in clips]
-        states = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
-        long = t5(input_ids=encode_ids(t5_words, captions)).last_hidden_state
-        return torch.cat([states, long], dim=1), torch.cat([text.text_embeds for text in texts], dim=1)
+        return encode_flow_texts(clips, encode_ids(tokenizer, captions), t5, encode_ids(t5_words, captions))
 
     scenes, captions = captioned_scenes(num_scenes, rng)
     encoded = [encode(captions[i : i + 512]) for i in range(0, num_scenes, 512)]
