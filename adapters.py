@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ldm, models, tokenization
+from . import ldm, tokenization
 from .draw_config import System
 from .errors import ArtifactError, InputError
 from .files import locate, replacing
 from .lora_files import Adapter, Layer, find_files, lora_config, lora_tensors, named_as_in, read_adapter
+from .model_files import most_learned
 from .models import Model, family_of
 from .weights import read_finite, read_shapes
 
@@ -92,7 +93,8 @@ def read_tokens(paths: Sequence[str], model: Model) -> dict[str, Tensor]:
             raise ArtifactError(f"{file}: made for another model: it holds {given}, this one takes {wanted}; see --model")
         for part, key in keys.items():
             found[part].append(tensors[key].float())
-    tokens, most = {part: torch.cat(tensors) for part, tensors in found.items()}, models.most_learned(model)
+    tokens = {part: torch.cat(tensors) for part, tensors in found.items()}
+    most = most_learned([reader.num_read for reader in model.readers.values() if reader.part.is_clip])
     if tokens and (number := max(map(len, tokens.values()))) > most:
         raise InputError(f"adapter: {number} learned tokens leave no room for prompts; {model.name!r} reads at most {most}")
     return tokens

@@ -49,12 +49,22 @@ from .errors import (
     naming_origins,
     near,
 )
+from .eval_checks import check_inputs
 from .files import check_unused, check_writable, read_json
 from .flags import HELP_ALL, Command, DrawCommand, TrainCommand, show_version, with_options
+from .hub import HUB, is_fetched
 from .options import option_fields
 from .presets import PRESETS
-from .prompt_sets import TRAINING_SETS, check_benchmark, read_prompts
-from .reward_specs import REWARDS, check_reward, without_passwords
+from .prompt_sets import (
+    BENCHMARKS,
+    TRAINING_SETS,
+    check_benchmark,
+    check_judged,
+    read_benchmark,
+    read_prompts,
+    read_run_prompts,
+)
+from .reward_specs import CATALOGUE, REWARDS, check_reward, checkpoints_for, missing_packages, without_passwords
 from .views import EpochView, StageView, evaluation_table, output, progress, results_table, rows_table, show
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
@@ -229,6 +239,8 @@ def train_settings(
     check_target_options(given, asked.target or TrainConfig.target)
     settings = resolve(asked)
     check_algorithm_options(given, settings.algorithm)
+    if {settings.prompts, settings.heldout_prompts, settings.anchor_prompts}.isdisjoint(TRAINING_SETS):
+        check_judged(settings, read_run_prompts(settings))  # else a training fetches them first
     from . import processes
 
     if processes.is_first():
@@ -423,6 +435,8 @@ def eval_command(given: dict[str, Any], *, help_all: Annotated[bool, HELP_ALL] =
         if given.get("benchmark"):
             check_benchmark(given["benchmark"])
         config = resolve_eval(EvalOptions(**given))
+        if config.benchmark not in BENCHMARKS:  # else an evaluation fetches it first
+            check_inputs(config, read_benchmark(config.benchmark).limited(config.limit))
         views.warn(f"model: {config.model}; benchmark: {config.benchmark}")
         from . import evaluation
 
@@ -470,9 +484,6 @@ def rewards_command(name: Annotated[str | None, typer.Argument(help="one of them
 
 def _about_reward(name: str) -> dict[str, str]:
     """What there is to know of a reward of the catalogue."""
-    from .rewards import CATALOGUE, missing_packages
-    from .weights import HUB, is_fetched
-
     entry = CATALOGUE[name]
     is_here = not missing_packages(name) and all(is_fetched(item) for item in entry.weights)
     return {
@@ -514,7 +525,7 @@ def serve_command(
         from .config import check_device, default_device, default_model
 
         device = check_device(device) if device else default_device()
-        checkpoints = rewards.checkpoints_for(default_model(device), reward_checkpoint, [reward])
+        checkpoints = checkpoints_for(default_model(device), reward_checkpoint, [reward])
         scorer, reward = rewards.load_reward(reward, device, checkpoints), without_passwords(reward)
         try:
             listening = server.make_server(scorer, port, host)

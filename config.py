@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from . import model_files
 from .errors import InputError, NotFoundError, near
 from .options import (
     AdapterSteps,
@@ -47,7 +49,7 @@ from .options import (
     validated,
 )
 from .presets import EMBEDDED, family, is_flow, preset_for, sampler_defaults
-from .reward_specs import NO_REWARD, check_captioner, check_reward
+from .reward_specs import NO_REWARD, check_captioner, check_gradients, check_reward, checkpoints_for
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPT_FILES = "a file, one prompt a line, or a .jsonl, .json, .csv, .tsv or .parquet with `prompt` in each row"
@@ -234,10 +236,23 @@ class TrainConfig:
 TrainOptions = options_of(TrainConfig)
 
 
+def specs_of(config: TrainConfig) -> list[str]:
+    """The reward, and those that are only measured."""
+    return [*([] if config.reward == NO_REWARD else [config.reward]), *(config.eval_reward or ())]
+
+
 def default_device() -> str:
+    """`cuda` with a GPU that PyTorch can use, else `cpu`; where there can be none, PyTorch is not loaded for that."""
+    if "torch" not in sys.modules and not _may_have_gpu():
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _may_have_gpu() -> bool:
+    """Whether a GPU may be here: on Linux the drivers of NVIDIA, also in Windows' Linux, and AMD have files in /dev."""
+    return sys.platform not in ("linux", "darwin") or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
 
 
 def check_model(name: str) -> None:
@@ -276,11 +291,13 @@ def default_precision(model: str, device: str) -> str:
 
     The tiny model's kernels are too small to gain from it on a CPU.
     """
-    import torch
-
     if device != "cpu":
         return "bf16" if is_flow(model) else "fp16"
-    return "bf16" if model not in EMBEDDED and torch.cpu._is_avx512_bf16_supported() else "no"
+    if model in EMBEDDED:
+        return "no"
+    import torch
+
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def rounds_by_batch(mixed_precision: str, device: str) -> bool:
@@ -513,8 +530,29 @@ def check_precision(mixed_precision: str, device: str) -> None:
         raise InputError("mixed_precision: fp16 needs a GPU; use no or bf16 on the CPU")
 
 
+def _check_model(config: TrainConfig) -> None:
+    """Check what is asked of a model as far as its files are here; raises as the functions of model_files.py."""
+    model_files.check_sides(config.model, {"resolution": config.resolution})
+    facts = model_files.find_facts(config.model)
+    if facts is None:
+        return
+    model_files.check_has_unet(config.target, facts.has_unet, config.model)
+    clips = {name: text.num_positions for name, text in facts.text_encoders.items() if text.num_positions}
+    if config.target == "tokens":
+        model_files.check_num_tokens(config.num_tokens, clips.values(), config.model)
+    model_files.check_text_encoders(config.text_encoders or (), facts.text_encoders, config.model)
+    for name in config.text_encoders or clips or facts.text_encoders:
+        text = facts.text_encoders[name]
+        model_files.check_projections(config.lora_modules or (), text.projections, name, config.model)
+        model_files.check_blocks(config.lora_layers, text.num_read, name, config.model)
+
+
 def _check_together(config: TrainConfig) -> None:
     _check_algorithm(config)
+    _check_model(config)
+    if config.algorithm == "gradient":
+        check_gradients(config.reward)
+    checkpoints_for(config.model, config.reward_checkpoint, specs_of(config))
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     if config.num_updates_per_epoch > num_images:
         raise InputError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from . import model_files
 from .config import (
     LONG_PROMPT_HELP,
     PROMPT_FILES,
@@ -277,9 +278,19 @@ def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]
     with naming_origins(origins):
         check_precision(values["mixed_precision"], device)
         check_drawn(sampler, values["eta"])
+        _check_model(values)
     for system in systems:
         check_steps(system.adapter_steps, values["num_inference_steps"])
     return values | {"origins": origins}
+
+
+def _check_model(values: dict[str, Any]) -> None:
+    """Check what is asked of a model as far as its files are here; raises as the functions of model_files.py."""
+    model = values["model"]
+    model_files.check_sides(model, {name: values.get(name) for name in ("resolution", "width", "height")})
+    if facts := model_files.find_facts(model) if values.get("clip_skip") else None:
+        most = [text.most_skipped for text in facts.text_encoders.values() if text.most_skipped is not None]
+        model_files.check_clip_skip(values["clip_skip"], most, model)
 
 
 def sampling_settings(given: dict[str, Any], systems: Sequence[System]) -> Iterator[tuple[Path, dict[str, Any]]]:

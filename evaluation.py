@@ -26,11 +26,10 @@ from torch import Tensor
 
 from texforce import Policy, __version__, tokenization
 
-from . import adapters, files, measures, models, report, rewards, run, scorers, stages, world
+from . import adapters, files, measures, models, report, reward_specs, rewards, run, scorers, stages, world
 from .config import default_device
 from .draw_config import (
     BASE,
-    LATER_OPTIONS,
     DrawConfig,
     EvalConfig,
     EvalOptions,
@@ -40,12 +39,13 @@ from .draw_config import (
     resolve_eval,
 )
 from .errors import ArtifactError, InputError, RewardError, reading
+from .eval_checks import SETTINGS, check_folder, check_inputs, check_same, describe_drawing
 from .experience import check_finite
 from .files import read_json
 from .options import option_fields
 from .prompt_sets import Benchmark, read_benchmark, read_prompts
 
-SETTINGS, SCORES = "settings.json", "scores.jsonl"
+SCORES = "scores.jsonl"
 BROKEN = "not finite"  # in a PNG's metadata: the image holds no numbers to be scored
 DIVERSITY = "diversity"
 WRITTEN = (SETTINGS, SCORES, "images/*/*.png", "results.json", "results.csv", "report.html")  # all that an evaluation writes
@@ -314,17 +314,6 @@ def scaled(system: System, strength: float) -> System:
 # --- the folder ---
 
 
-def check_folder(folder: Path) -> None:
-    """Check that an evaluation can begin, or go on, in a folder.
-
-    Raises:
-        InputError: something else is in it.
-    """
-    ours = (files.LOCK, files.HOLDER)
-    if folder.is_dir() and not (folder / SETTINGS).is_file() and any(path.name not in ours for path in folder.iterdir()):
-        raise InputError(f"output_dir: {str(folder)!r} is not empty and holds no evaluation; choose another folder")
-
-
 def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     """Write down what decides the images, or check that the folder's images were made the same way; returns it.
 
@@ -333,14 +322,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     """
     path, settings = evaluation.folder / SETTINGS, describe(evaluation)
     kept = read_json(path) if path.is_file() else settings
-    before, now = LATER_OPTIONS | kept, LATER_OPTIONS | settings
-    for name, value in now.items():
-        if name != "systems" and before.get(name) != value:
-            difference = _difference(name, before.get(name), value)
-            raise InputError(
-                f"output_dir: {str(evaluation.folder)!r} holds another evaluation: {difference}; choose another folder, or "
-                "give --overwrite"
-            )
+    check_same(evaluation.folder, kept, settings)
     with reading(f"{path}: not the settings of an evaluation", InputError):
         systems = dict(kept.get("systems", {}))
         for name, system in settings["systems"].items():
@@ -353,32 +335,11 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
     return settings
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
-    """How a setting in a folder differs from the one that is asked for, in words."""
-    if name == "benchmark" and isinstance(old, dict):
-        if old.get("name") != new["name"]:
-            return f"benchmark {old.get('name')} there, {new['name']} asked for"
-        if old.get("num_prompts") != new["num_prompts"]:
-            return f"benchmark {new['name']}, {old.get('num_prompts')} prompts there, {new['num_prompts']} asked for"
-        return f"benchmark {new['name']}, other prompts there"
-    if isinstance(old, dict) and isinstance(new, dict):
-        changed = next(part for part in new if old.get(part) != new[part])
-        name, old, new = f"{name} of {changed}", old.get(changed), new[changed]
-    return f"{name} {old} there, {new} asked for"
-
-
 def describe(evaluation: Evaluation) -> dict[str, Any]:
     """All settings that decide the images."""
-    config, benchmark = evaluation.config, evaluation.benchmark
-    names = (
-        "model", "sampler", "num_inference_steps", "eta", "guidance_scale", "null_prompt", "negative_prompt", "resolution",
-        "mixed_precision", "compile", "num_images", "batch_size", "seed",
-    )  # fmt: skip
-    about = {"name": benchmark.name, "num_prompts": len(benchmark.prompts), "sha256": benchmark.sha256}
+    config = evaluation.config
     return {
-        "benchmark": about | benchmark.source,
-        **{name: getattr(config, name) for name in names},
-        **changed_later_options(config),
+        **describe_drawing(config, evaluation.benchmark),
         "model_revision": models.revision(config.model),
         "device": default_device(),
         "versions": run.versions(),
@@ -533,30 +494,19 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
         NotFoundError, InputError: a reward, adapter, model or folder cannot be used.
     """
     config = evaluation.config
-    for spec in config.measures:
-        rewards.check_reward(spec)
-        if config.overwrite or not (evaluation.folder / SCORES).is_file():  # else its scores may be there
+    check_inputs(config, evaluation.benchmark)
+    reward_specs.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
+    if config.overwrite or not (evaluation.folder / SCORES).is_file():  # else its scores may be there
+        for spec in config.measures:
             rewards.check_servers(spec)
-    rewards.check_prompts(config.measures, plain_texts(config, evaluation.benchmark.prompts))
-    sides = {side or config.resolution or world.IMAGE_SIZE for side in (config.width, config.height)}
-    if len(sides) > 1 and (judged := [spec for spec in config.measures if rewards.judges_world(spec)]):
-        raise InputError(f"width: {judged[0]} judges square images of the tiny world alone; give --resolution instead")
     for system in evaluation.systems:
         adapters.check_inputs(system)
-    if config.strengths and len(evaluation.benchmark.prompts) < 2:
-        raise InputError(
-            "strength: the best one is measured on another half of the prompts, so there must be at least two prompts"
-        )
-    check_folder(evaluation.folder)
-    files.check_writable(evaluation.folder)
     checkpoints = _checkpoints(config)
     models.check_clip_skip(config.model, config.clip_skip)
     models.find_model(config.model)
     for spec in config.measures:
         rewards.check_loadable(spec, checkpoints)
-    exact = [spec for spec in config.measures if config.exact_preprocessing and rewards.resizes(spec)]
-    if config.exact_preprocessing and not exact:
-        raise InputError(f"exact_preprocessing: none of the measures {', '.join(config.measures)} is a network of ours")
+    exact = [spec for spec in config.measures if config.exact_preprocessing and reward_specs.resizes(spec)]
     how = {spec: {"preprocessing": "exact"} if spec in exact else {} for spec in config.measures}
     return {spec: rewards.locate(spec, checkpoints) | how[spec] for spec in config.measures}
 
@@ -605,7 +555,7 @@ def score(evaluation: Evaluation, sources: dict[str, Any]) -> Scores:
     """
     config, kept, chunks = evaluation.config, ScoreFile(evaluation.folder / SCORES), evaluation.chunks
     scores: Scores = {system.name: {} for system in evaluation.systems}
-    featured = next((spec for spec in sources if rewards.has_features(spec)), None) if config.num_images > 1 else None
+    featured = next((spec for spec in sources if reward_specs.has_features(spec)), None) if config.num_images > 1 else None
     keys = {spec: _key(spec, source) for spec, source in sources.items()}
     for spec in sources:
         wanted = [keys[spec], *([f"{DIVERSITY} {keys[spec]}"] if spec == featured else [])]
@@ -648,7 +598,7 @@ def _key(spec: str, source: dict[str, Any]) -> str:
 
 def _checkpoints(config: EvalConfig) -> dict[str, str | Path]:
     """The rewards' weights that do not come from the hub."""
-    return rewards.checkpoints_for(config.model, config.reward_checkpoint, config.measures)
+    return reward_specs.checkpoints_for(config.model, config.reward_checkpoint, config.measures)
 
 
 def _load_reward(config: EvalConfig, spec: str) -> rewards.Mixture:

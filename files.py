@@ -418,7 +418,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if it is missing and `check` passes.
+    """Keep other processes out of a folder, which is made if it is missing and `check` passes, and goes if it stays empty.
 
     `check` runs before anything is written into a folder that holds no lock yet, and again with the lock held.
 
@@ -427,6 +427,7 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     if not (folder / LOCK).exists():
         check()
         make_folder(folder)
@@ -445,6 +446,11 @@ def locked(folder: Path, check: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
+        if made and os.listdir(folder) == [LOCK]:  # bad input was found with the lock held
+            (folder / LOCK).unlink()
+            with contextlib.suppress(OSError):  # another process is faster
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 

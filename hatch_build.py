@@ -8,10 +8,11 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # What is shipped; another file that lies in the checkout is not.
 MODULES = (
-    "adapters", "api", "cli", "config", "draw_config", "errors", "evaluation", "experience", "families", "files",
-    "flags", "heldout", "interrupts", "ldm", "learner", "lora_files", "measures", "merging", "models", "options",
-    "plan", "presets", "processes", "prompt_sets", "report", "reward_specs", "rewards", "run", "sampler", "scorers",
-    "server", "single_file", "stages", "texforce", "tokenization", "training", "views", "weights", "world",
+    "adapters", "api", "cli", "config", "detector", "draw_config", "errors", "eval_checks", "evaluation", "experience",
+    "families", "files", "flags", "heldout", "hub", "interrupts", "ldm", "learner", "lora_files", "measures", "merging",
+    "model_files", "models", "options", "plan", "presets", "processes", "prompt_sets", "report", "reward_specs", "rewards",
+    "run", "sampler", "scorers", "server", "single_file", "stages", "texforce", "tokenization", "training", "views",
+    "weights", "world",
 )  # fmt: skip
 DATA = ("prompts", "tiny", "tiny-flow", "report.html", "py.typed")
 EDITABLE = ".editable"  # on the path of an editable install, so that `texforce` is importable and nothing else

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from texforce import Policy
 
-from . import files, interrupts, models, processes, rewards, run, scorers, stages, world
+from . import detector, files, interrupts, models, processes, rewards, run, scorers, stages, world
 from .config import TrainConfig
 from .errors import RewardError
 from .experience import Scored, finite_mean, gather_scores
@@ -151,7 +151,7 @@ def score_share(
 ) -> dict[int, Scored]:
     """Scores of batches of images (n, 3, H, W), by the number of a batch's first prompt, on a device as in training."""
     if world.is_world(prompts):
-        measured_by = {**measured_by, "alignment": world.alignment}
+        measured_by = {**measured_by, "alignment": detector.alignment}
     scored = {}
     for start, batch in images.items():
         chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import single_file
+from . import model_files, single_file
 from .config import check_model
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
@@ -603,12 +603,6 @@ def load_network(cls: Any, source: str, part: str, dtype: torch.dtype = torch.fl
 # --- prompts ---
 
 
-def most_learned(model: Any) -> int:
-    """The most learned tokens that a prompt has room for beside a single token."""
-    clips = [reader.num_read for reader in model.readers.values() if reader.part.is_clip]
-    return min(clips, default=0) - 3  # start, a token and end
-
-
 def tokenize_for(model: Model, prompts: Sequence[str], negative: bool = False) -> Tensor:
     """Prompt ids (N, L) for `encode`: those of every tokenizer side by side; `negative` for null prompts."""
     return torch.cat([reader.ids(prompts, negative) for reader in model.readers.values()], dim=1)
@@ -656,10 +650,7 @@ def check_clip_skip(name: str, clip_skip: int) -> None:
         for part, text in parts.items():
             config: Any = getattr(transformers, text.encoder).config_class.from_pretrained(source, subfolder=part)
             most.append(config.num_hidden_layers - text.layer)
-    if not parts:
-        raise InputError(f"clip_skip: {kind.family.name} reads no layer of a CLIP, so that none can be skipped")
-    if clip_skip > min(most):
-        raise InputError(f"clip_skip: must be at most {min(most)} for {name!r}, by the layers of its CLIP, not {clip_skip}")
+    model_files.check_clip_skip(clip_skip, most, name)
 
 
 def open_readers(name: str, num_learned: int = 0) -> list[Reader]:
@@ -871,9 +862,7 @@ def _latents_along(model: Model, option: str, pixels: int | None) -> int:
     size = size_of(model.family, model.denoiser) if pixels is None else pixels / factor
     if size is None:
         raise InputError("resolution: the denoiser of this model does not say for which size it was made; give --resolution")
-    if size < multiple or size % multiple:
-        raise InputError(f"{option}: must be a multiple of {factor * multiple} pixels for this model, not {pixels}")
     largest = getattr(model.denoiser.config, "pos_embed_max_size", None)
-    if largest and size > largest * multiple:
-        raise InputError(f"{option}: must be at most {largest * multiple * factor} pixels for this model, not {pixels}")
+    step = factor * multiple
+    model_files.check_side(option, int(size * factor), step, largest and largest * step)
     return int(size)

@@ -17,12 +17,13 @@ from torch import Tensor
 from texforce import Policy, learns_from_captions_alone, trainable_steps, wants_kl
 
 from . import models, rewards, run, tokenization
-from .config import TrainConfig, TrainOptions, default_device, resolve
+from .config import TrainConfig, TrainOptions, default_device, resolve, specs_of
 from .experience import num_rollout_calls
 from .learner import finds_micro_batch
 from .options import FLOW_SAMPLERS
-from .reward_specs import functions_of, parse_mixture
-from .training import check_prompts, load_policy, read_run_prompts, reward_specs
+from .prompt_sets import check_judged, read_run_prompts
+from .reward_specs import checkpoints_for, functions_of, missing_weights, parse_mixture
+from .training import check_prompts, load_policy
 
 ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what an image is trained on, by algorithm
 
@@ -36,11 +37,13 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     Raises:
         What `train` raises before it samples, but for what the output folder or the file of a reward function would.
     """
-    prompts, policy = read_run_prompts(config), load_policy(config, may_outline=True)
+    prompts = read_run_prompts(config)
+    check_judged(config, prompts)
+    policy = load_policy(config, may_outline=True)
     fetched = [config.model] if policy.model.device.type == "meta" else []
     fetched += _load_scorers(config)
     device = default_device() if fetched and fetched[0] == config.model else str(policy.model.device)
-    cut = check_prompts(policy, config, prompts)
+    cut = check_prompts(policy, prompts)
     num_images = config.num_prompts_per_epoch * config.num_samples_per_prompt
     num_items, num_images_a_step = _items_per_image(policy, config), num_images / config.num_updates_per_epoch
     num_distinct = min(config.num_prompts_per_epoch, num_images // config.num_updates_per_epoch, len(prompts.train))
@@ -90,12 +93,12 @@ def _load_scorers(config: TrainConfig) -> list[str]:
 
     Parts whose weights would have to be fetched from the hub are left out; returns the repositories of these weights.
     """
-    specs = reward_specs(config)
-    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    specs = specs_of(config)
+    checkpoints = checkpoints_for(config.model, config.reward_checkpoint, specs)
     names = {name for spec in specs for name in parse_mixture(spec) if name not in functions_of(spec)}
     repositories = []
     for name in sorted(names):
-        if missing := rewards.missing_weights(name, checkpoints):
+        if missing := missing_weights(name, checkpoints):
             repositories += missing
         else:
             rewards.load_reward(name, default_device(), checkpoints)

@@ -188,15 +188,21 @@ def is_flow(model: str) -> bool:
     return PRESETS[family(model), "default"].get("sampler") == "euler"
 
 
-def _pipeline_class(model: str) -> str:
-    """The pipeline's class in a model's folder or in the hub's cache; empty where there is none or it cannot be read."""
-    path = Path(model, "model_index.json")
+def model_file(model: str, name: str) -> Path:
+    """Where a file of a model is, in its folder or in the hub's cache; perhaps it is not there."""
+    path = Path(model, name)
     if model.count("/") == 1 and not path.is_file():
         from huggingface_hub import try_to_load_from_cache
 
         with contextlib.suppress(ValueError):  # no name of the hub
-            cached = try_to_load_from_cache(model, "model_index.json")
+            cached = try_to_load_from_cache(model, name)
             path = Path(cached) if isinstance(cached, str) else path
+    return path
+
+
+def _pipeline_class(model: str) -> str:
+    """The pipeline's class in a model's folder or in the hub's cache; empty where there is none or it cannot be read."""
+    path = model_file(model, "model_index.json")
     try:
         return str(read_json(path).get("_class_name", "")) if path.is_file() else ""
     except (InputError, AttributeError):

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from .config import TrainConfig, specs_of
 from .errors import InputError, NotFoundError, near, reading
 from .files import LFS_POINTER, quiet_hub, read_text
+from .reward_specs import check_captioner, check_prompts
 
 PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("colour", "composition", "position", "count")  # prompt sets that the tiny world can judge
@@ -91,6 +92,41 @@ def split_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
     if not train:
         raise InputError(f"prompts: every prompt of {config.prompts!r} is held out, so none is left to train on")
     return train, heldout
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run."""
+
+    train: list[str]
+    heldout: list[str]  # none where there is a single prompt to train on
+    anchors: list[str]  # held like the null prompt
+
+    @property
+    def measured(self) -> list[str]:
+        """Those that base and tuned are measured on."""
+        return self.heldout or self.train
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.train, *self.heldout, *self.anchors]
+
+
+def read_run_prompts(config: TrainConfig) -> Prompts:
+    """The prompts of a resolved configuration; raises as `split_prompts`."""
+    anchors = read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else []
+    return Prompts(*split_prompts(config), anchors)
+
+
+def check_judged(config: TrainConfig, prompts: Prompts) -> None:
+    """Check that the rewards can judge the prompts of a run, and that `--relabel` can caption their images.
+
+    Raises:
+        InputError: one cannot.
+    """
+    check_prompts(specs_of(config), [*prompts.train, *prompts.heldout])
+    if config.relabel:
+        check_captioner(config.relabel, prompts.train)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 Captions too, which `--relabel` names: the tiny world's own, or a function of yours.
 
-To add a scorer: its class in scorers.py, an entry in CATALOGUE here, its weights in weights.HUB, and an extra in
-pyproject.toml if it needs a package.
-
-Read top to bottom: the catalogue, from a name to a scorer, mixtures, scorers that are not ours, captions, the HTTP client.
-server.py has the server.
+reward_specs.py has the catalogue, and checks names; server.py has the server. Read top to bottom: from a name to a scorer,
+mixtures, scorers that are not ours, captions, the HTTP client.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,14 +26,26 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import Tensor
 
-from . import reward_specs, scorers, world
+from . import detector, scorers
 from .errors import InputError, RewardError, describe, describe_in, is_out_of_memory, near, origin
 from .files import describe_files
-from .presets import EMBEDDED
+from .hub import describe_source, describe_weights, find_weights
 from .prompt_sets import NO_TEXT
-from .reward_specs import URL, WORLD, functions_of, parse_mixture, password_of
-from .scorers import EMBEDDED_HPS, Scorer, call, score, to_bytes
-from .weights import HUB, describe_source, describe_weights, find_weights, is_fetched
+from .reward_specs import (
+    CATALOGUE,
+    EMBEDDED_CHECKPOINTS,
+    URL,
+    WORLD,
+    check_captioner,
+    check_reward,
+    functions_of,
+    has_features,
+    no_gradients,
+    parse_mixture,
+    password_of,
+    weights_of,
+)
+from .scorers import Scorer, call, score, to_bytes
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 TIMEOUT = 600.0  # seconds
@@ -45,90 +53,17 @@ MAX_RESPONSE_BYTES = 2**24
 # The largest request: our server refuses more, and the client splits its images into several requests.
 MAX_REQUEST_PIXELS = 2**23  # 32 images of 512 x 512
 MAX_REQUEST_IMAGES = 4096
-
-
-# --- what there is ---
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A scorer with a name, and what to know before choosing it."""
-
-    make: Callable[..., Scorer]  # of the paths of its weights, and the device
-    measures: str
-    scale: str  # higher is better for all
-    weights: tuple[str, ...] = ()  # names that weights.HUB and --reward-checkpoint know
-    licence: str = "-"  # of the weights, or of what must be installed besides
-    packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
-    gradients: bool = False  # whether its `with_gradients` carries them to the images
-    features: bool = False  # whether it has `image_features`
-    check_prompt: Callable[[str], object] = lambda prompt: None  # raises InputError for a prompt it cannot judge
-
-
-CATALOGUE = {
-    "hps": Entry(
-        scorers.HPS, "human preference, HPSv2.1", "cosine, -1 to 1; papers show it x100", ("hps",), "Apache-2.0",
-        gradients=True, features=True,
-    ),
-    "hps-v2": Entry(
-        scorers.HPS, "human preference, HPSv2", "cosine, -1 to 1; papers show it x100", ("hps-v2",), "Apache-2.0",
-        gradients=True, features=True,
-    ),
-    "imagereward": Entry(
-        scorers.ImageReward, "human preference", "mean 0, deviation 1 on its data",
-        ("imagereward", "imagereward-tokenizer"), "Apache-2.0", gradients=True,
-    ),
-    "pickscore": Entry(
-        scorers.PickScore, "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT",
-        gradients=True, features=True,
-    ),
-    "aesthetic": Entry(
-        scorers.Aesthetic, "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"),
-        "Apache-2.0, MIT", gradients=True, features=True,
-    ),
-    "clip": Entry(
-        scorers.CLIP, "agreement with the prompt, ViT-B/32", "2.5 x cosine, 0 to 2.5, as CLIPScore", ("clip",), "MIT",
-        gradients=True, features=True,
-    ),
-    "ocr": Entry(
-        lambda device: scorers.OCR(), "the prompt's quoted text, read off the image", "0 to 1", licence="Apache-2.0",
-        packages=("rapidocr", "onnxruntime", "rapidfuzz"), check_prompt=scorers.quoted,
-    ),
-    "face": Entry(
-        scorers.Face, "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)",
-        packages=("pyiqa",),
-    ),
-    "hand": Entry(scorers.Hand, "confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
-    "alignment": Entry(
-        lambda device: world.alignment, "the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse
-    ),
-    "alignment_exact": Entry(
-        lambda device: world.alignment_exact, "the same, all or nothing", "0 or 1", check_prompt=world.parse
-    ),
-    "jpeg": Entry(lambda device: scorers.jpeg, "small files", "kB as JPEG, negated"),
-    "incompress": Entry(lambda device: scorers.incompress, "large files", "kB as JPEG"),
+# What makes the scorers of CATALOGUE, called with the paths of their weights and the device.
+MAKERS: dict[str, Callable[..., Scorer]] = {
+    "hps": scorers.HPS, "hps-v2": scorers.HPS, "imagereward": scorers.ImageReward, "pickscore": scorers.PickScore,
+    "aesthetic": scorers.Aesthetic, "clip": scorers.CLIP, "ocr": lambda device: scorers.OCR(), "face": scorers.Face,
+    "hand": scorers.Hand, "alignment": lambda device: detector.alignment,
+    "alignment_exact": lambda device: detector.alignment_exact, "jpeg": lambda device: scorers.jpeg,
+    "incompress": lambda device: scorers.incompress,
 }  # fmt: skip
 
 
-def missing_packages(name: str) -> list[str]:
-    """The packages of a scorer that are not installed."""
-    return [package for package in CATALOGUE[name].packages if importlib.util.find_spec(package) is None]
-
-
 # --- from what --reward says to a scorer ---
-
-
-def check_reward(spec: str) -> None:
-    """Check that a reward exists and can be loaded, without loading it.
-
-    Raises:
-        InputError, NotFoundError: as `reward_specs.check_reward`, or a package is missing.
-    """
-    reward_specs.check_reward(spec)
-    for name in parse_mixture(spec):
-        if name in CATALOGUE and (missing := missing_packages(name)):
-            needed = " ".join(CATALOGUE[name].packages)
-            raise InputError(f"reward: {name} needs {', '.join(missing)}; pip install {needed}")
 
 
 def check_servers(spec: str) -> None:
@@ -153,57 +88,6 @@ def check_servers(spec: str) -> None:
             ) from error
 
 
-def parse_checkpoints(items: Sequence[str], specs: Sequence[str]) -> dict[str, str | Path]:
-    """Checkpoints by name, from NAME=PATH items for the given rewards.
-
-    A PATH alone belongs to the first weights of the only scorer; PATH "hub" means the published ones.
-
-    Raises:
-        InputError: a name that reads no checkpoint, or a path alone where there are several scorers.
-    """
-    names = list(dict.fromkeys(name for spec in specs for name in parse_mixture(spec)))
-    known = [weights for spec in specs for weights in weights_of(spec)]
-    paths: dict[str, str | Path] = {}
-    for item in items:
-        name, _, path = item.partition("=")
-        if name not in known and len(names) == 1 and known:
-            name, path = known[0], item
-        if name not in known or not path:
-            wanted = f"NAME is one of {', '.join(known)}" if known else f"{', '.join(names)} reads none"
-            raise InputError(f"reward_checkpoint: give NAME=PATH; {wanted}, not {item!r}")
-        paths[name] = path
-    return paths
-
-
-def weights_of(spec: str) -> list[str]:
-    """The names, of weights.HUB, of the weights that the parts of a reward take."""
-    return [weights for name in parse_mixture(spec) if name in CATALOGUE for weights in CATALOGUE[name].weights]
-
-
-def missing_weights(name: str, checkpoints: Mapping[str, str | Path]) -> list[str]:
-    """The repositories of a reward's weights that `load_reward` would fetch from the hub."""
-    from_hub = [weights for weights in weights_of(name) if checkpoints.get(weights, "hub") == "hub"]
-    return [HUB[weights].repository for weights in from_hub if not is_fetched(weights)]
-
-
-EMBEDDED_CHECKPOINTS: dict[str, str | Path] = {"hps": EMBEDDED_HPS}  # for the tiny world's images
-
-
-def checkpoints_for(model: str, items: Sequence[str] | None, specs: Sequence[str]) -> dict[str, str | Path]:
-    """The checkpoints by name that `load_reward` takes for a model's images, from NAME=PATH items for the given rewards.
-
-    Raises:
-        InputError: as `parse_checkpoints`, or hps-v2 is to judge the tiny world, for which there is one scorer, hps.
-    """
-    given = parse_checkpoints(items or (), specs)
-    if model in EMBEDDED and "hps-v2" not in given and any("hps-v2" in parse_mixture(spec) for spec in specs):
-        raise InputError(
-            f"reward: hps-v2 has no scorer for {model}; take hps, or give --reward-checkpoint hps-v2=hub for its published "
-            "weights"
-        )
-    return (EMBEDDED_CHECKPOINTS if model in EMBEDDED else {}) | given
-
-
 def load_reward(
     spec: str,
     device: str = "cpu",
@@ -213,7 +97,7 @@ def load_reward(
 ) -> Mixture:
     """Load a reward: a name of CATALOGUE, `path/to/file.py:function`, a server's URL, or `hps=1,aesthetic=0.1`.
 
-    Weights are those of `checkpoints`, by the names of weights.HUB, and otherwise, or where "hub" is given, come from the
+    Weights are those of `checkpoints`, by the names of hub.HUB, and otherwise, or where "hub" is given, come from the
     hub. By default, on a CPU, `hps` is the scorer of the tiny world. The timeout, in seconds, is that of one call of a
     function or server.
 
@@ -235,38 +119,11 @@ def _load_one(name: str, checkpoints: Mapping[str, str | Path], device: str, tim
         return Supervised(Remote(name, timeout), name, timeout)
     if ":" in name:
         return Supervised(_load_function(name), name, timeout)
-    entry = CATALOGUE[name]
-    found = [find_weights(weights, checkpoints) for weights in entry.weights]
+    found = [find_weights(weights, checkpoints) for weights in CATALOGUE[name].weights]
     try:
-        return entry.make(*found, device=device)
+        return MAKERS[name](*found, device=device)
     except ImportError as error:  # of what a package itself needs, as OpenCV a system's library
         raise InputError(f"reward: {name} cannot be used: {describe(error)}") from error
-
-
-def check_prompts(specs: Sequence[str], prompts: Sequence[str]) -> None:
-    """Check that rewards can judge prompts.
-
-    Raises:
-        InputError: one cannot; `alignment` knows the tiny world's sentences only, `ocr` needs a quoted text.
-    """
-    for name in {name for spec in specs for name in parse_mixture(spec)} & CATALOGUE.keys():
-        for prompt in prompts:
-            CATALOGUE[name].check_prompt(prompt)
-
-
-def resizes(spec: str) -> bool:
-    """Whether a part of a reward is a network of scorers.py, which resizes images before it sees them."""
-    return any(name in CATALOGUE and CATALOGUE[name].gradients for name in parse_mixture(spec))
-
-
-def judges_world(spec: str) -> bool:
-    """Whether a part of a reward is the tiny world's detector, which knows the shapes of square images."""
-    return any(name in CATALOGUE and CATALOGUE[name].check_prompt is world.parse for name in parse_mixture(spec))
-
-
-def has_features(spec: str) -> bool:
-    """Whether a part of a reward has features of the image alone, so that a mixture of it does."""
-    return any(name in CATALOGUE and CATALOGUE[name].features for name in parse_mixture(spec))
 
 
 def locate(spec: str, checkpoints: Mapping[str, str | Path]) -> dict[str, Any]:
@@ -308,27 +165,8 @@ def gradient_function(scorer: Scorer, name: str) -> Scorer:
     function = getattr(scorer, "scorer", scorer)  # the function that a Supervised scorer calls
     found = getattr(function, "with_gradients", None)
     if found is None or found is False:
-        raise _no_gradients(name)
+        raise no_gradients(name)
     return function if found is True else found
-
-
-def check_gradients(spec: str) -> None:
-    """Check that the named parts of a reward carry gradients, before anything is loaded.
-
-    Raises:
-        InputError: one does not.
-    """
-    for name in parse_mixture(spec):
-        if name.startswith(URL) or (name in CATALOGUE and not CATALOGUE[name].gradients):
-            raise _no_gradients(name)
-
-
-def _no_gradients(name: str) -> InputError:
-    known = ", ".join(name for name, entry in CATALOGUE.items() if entry.gradients)
-    return InputError(
-        f"reward: {name} carries no gradients, which --algorithm gradient needs; those that do are {known}, mixtures of "
-        "them, and functions that set with_gradients = True"
-    )
 
 
 # --- mixtures ---
@@ -508,20 +346,6 @@ def _load_function(spec: str, option: str = "reward") -> Callable[..., Any]:
 Captioner = Callable[[Tensor, Sequence[str]], list[str | None]]  # images (N, 3, H, W) in [0, 1] and N prompts
 
 
-def check_captioner(spec: str, prompts: Sequence[str] = ()) -> None:
-    """Check that what `--relabel` names exists, and can caption the images of prompts.
-
-    Raises:
-        InputError: it is neither `world` nor a function in a file, or a prompt is not of the tiny world.
-        NotFoundError: the file of a function is not there.
-    """
-    reward_specs.check_captioner(spec)
-    if spec != WORLD:
-        return
-    if foreign := [prompt for prompt in prompts if not world.is_world([prompt])]:
-        raise InputError(f"relabel: world captions images of the tiny world's sentences, which {foreign[0]!r} is not")
-
-
 def load_captioner(spec: str, timeout: float = TIMEOUT) -> Captioner:
     """What gives images (N, 3, H, W) in [0, 1] of N prompts their captions: N texts, or None for what is not relabelled.
 
@@ -531,7 +355,7 @@ def load_captioner(spec: str, timeout: float = TIMEOUT) -> Captioner:
     """
     check_captioner(spec)
     if spec == WORLD:
-        return world.captions
+        return detector.captions
     function = Supervised(_load_function(spec, "relabel"), spec, timeout, "relabel")
 
     def caption(images: Tensor, prompts: Sequence[str]) -> list[str | None]:

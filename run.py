@@ -27,7 +27,7 @@ from torch import Tensor
 
 from texforce import Policy, __version__
 
-from . import files, report, world
+from . import detector, files, report, world
 from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
@@ -655,7 +655,7 @@ def write_grid(
     rows = [_wrapped(prompt, len(columns) * (CELL + GAP)) for prompt in prompts]
     in_world = world.is_world(prompts)
     judges = in_world and all(images.shape[-1] == images.shape[-2] for images in columns.values())
-    marks = {name: world.alignment_exact(images, prompts) for name, images in columns.items()} if judges else {}
+    marks = {name: detector.alignment_exact(images, prompts) for name, images in columns.items()} if judges else {}
     under = LINE + 4 if scores or marks else 6
     width, height = len(columns) * (CELL + GAP) + 12, max(map(len, rows)) * LINE + 4 + CELL + under + 6
     across, top = _num_across(len(prompts)), (2 if title else 1) * LINE + 8

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .errors import ArtifactError, InputError, NotFoundError, RewardError, describe, is_out_of_memory, reading
 from .models import check_tokenizer
+from .reward_specs import EMBEDDED_HPS, quoted
 from .weights import build_empty, fill, load_pretrained, read_tensors, refused
 
-EMBEDDED_HPS = Path(__file__).parent / "tiny" / "hps.pt"
 EMBEDDED_MAX_SIZE = 64  # pixels; beyond it an image is not of the tiny world
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -493,19 +493,6 @@ class OCR:
         """The text in an image (3, H, W), line after line."""
         pixels = to_bytes(image[None])[0].flip(-1).numpy()  # OpenCV's order of the colours
         return " ".join(self.engine(pixels).txts or ())
-
-
-def quoted(prompt: str) -> str:
-    """The text in a prompt's quotation marks.
-
-    Raises:
-        InputError: it has none.
-    """
-    texts = [group for match in re.findall(r'"([^"]+)"|“([^”]+)”|(?<!\w)\'([^"]+?)\'(?!\w)', prompt) for group in match]
-    text = " ".join(filter(str.strip, texts))
-    if not text:
-        raise InputError(f"prompts: the ocr reward needs the text to be drawn in quotation marks, which {prompt!r} lacks")
-    return text
 
 
 def text_similarity(wanted: str, found: str) -> float:

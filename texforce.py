@@ -35,7 +35,7 @@ __package__ = __name__
 if __spec__ is not None:
     __spec__.submodule_search_locations = __path__
 
-from . import files, interrupts, stages
+from . import files, interrupts, model_files, stages
 from .api import (
     EvaluationResult,
     Measured,
@@ -61,7 +61,6 @@ from .errors import (
     StorageError,
     TexforceError,
     is_out_of_memory,
-    near,
 )
 from .options import FLOW_SAMPLERS, is_inside, steps_inside
 from .prompt_sets import read_prompts
@@ -127,8 +126,7 @@ def add_lora(base: models.Model, config: TrainConfig) -> models.Model:
     from peft import LoraConfig, get_peft_model
 
     text = trained_text_encoders(base, config)
-    if config.target != "text-encoder" and base.unet is None:
-        raise InputError(f"target: {base.family.name} has no U-Net; its transformer is not trained, so take text-encoder")
+    model_files.check_has_unet(config.target, base.unet is not None, base.name)
     targets = {"text-encoder": text, "unet": ("unet",), "both": (*text, "unet")}[config.target]
     adapted = {}
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
@@ -150,12 +148,8 @@ def add_tokens(base: models.Model, config: TrainConfig) -> models.Model:
         InputError: the model has no CLIP, or no room for so many.
     """
     clips = {name: encoder for name, encoder in base.text_encoders.items() if base.family.text[name].is_clip}
-    if not clips:
-        raise InputError(f"target: tokens are learned by CLIP, which {base.family.name} has not; take text-encoder")
-    if config.num_tokens > (most := models.most_learned(base)):
-        raise InputError(
-            f"num_tokens: must be at most {most} for {base.name!r}, to leave room for prompts, not {config.num_tokens}"
-        )
+    read = [base.readers[name].num_read for name in clips]
+    model_files.check_num_tokens(config.num_tokens, read, base.name)
     for name, encoder in clips.items():
         words = encoder.get_input_embeddings()
         end = words.weight[base.tokenizers[name].eos_token_id]
@@ -174,19 +168,13 @@ def text_layers(model: models.Model, part: str, config: TrainConfig) -> dict[str
     layers = model.text_encoders[part].named_modules()
     found = [inside.fullmatch(name) for name, layer in layers if isinstance(layer, torch.nn.Linear)]
     blocks, projections = (dict.fromkeys(match[group] for match in found if match) for group in (1, 2))
-    if unknown := [name for name in asked if name not in projections]:
-        there, guess = ", ".join(projections), near(unknown[0], projections)
-        raise InputError(f"lora_modules: the {part} of {model.name!r} has no {unknown[0]!r}, it has {there}{guess}")
+    model_files.check_projections(asked, projections, part, model.name)
     where: dict[str, Any] = {"target_modules": list(asked) or list(text.lora_layers)}
     if config.lora_layers == "all":
         return where
     end, _, number = config.lora_layers.partition(":")
     num_read = len(blocks) - text.num_unread
-    if int(number) > num_read:
-        raise InputError(
-            f"lora_layers: the {part} of {model.name!r} has {num_read} blocks that are read, so N must be at most that, not "
-            + number
-        )
+    model_files.check_blocks(config.lora_layers, num_read, part, model.name)
     chosen = range(int(number)) if end == "first" else range(num_read - int(number), num_read)
     return where | {"layers_to_transform": list(chosen), "layers_pattern": text.blocks}
 
@@ -198,9 +186,7 @@ def trained_text_encoders(model: models.Model, config: TrainConfig) -> tuple[str
         InputError: the model has no such text encoder.
     """
     chosen = config.text_encoders or [name for name in model.family.text_encoders if name in model.text_encoders]
-    if unknown := [name for name in chosen if name not in model.text_encoders]:
-        there, guess = ", ".join(model.text_encoders), near(unknown[0], model.text_encoders)
-        raise InputError(f"text_encoders: {model.name!r} has no {unknown[0]!r}, it has {there}{guess}")
+    model_files.check_text_encoders(chosen, model.text_encoders, model.name)
     return tuple(name for name in model.text_encoders if name in chosen)
 
 

@@ -29,7 +29,7 @@ from texforce import (
 )
 
 from . import files, interrupts, models, processes, report, rewards, run, single_file, stages, tokenization, world
-from .config import TrainConfig, default_device
+from .config import TrainConfig, default_device, specs_of
 from .errors import DivergedError, InputError, reading
 from .experience import (
     PromptOrder,
@@ -44,8 +44,8 @@ from .experience import (
 from .files import describe_files, read_json
 from .heldout import Heldout
 from .learner import Learner
-from .prompt_sets import MEASURED_ON, find_measured, read_prompts, split_prompts
-from .reward_specs import NO_REWARD, caption_files, without_passwords
+from .prompt_sets import MEASURED_ON, Prompts, check_judged, find_measured, read_run_prompts
+from .reward_specs import NO_REWARD, caption_files, checkpoints_for, without_passwords
 from .run import Run, Snapshot
 
 Report = Callable[[dict[str, Any]], None]  # of an epoch's measures
@@ -65,13 +65,12 @@ class Setup:
 
 def prepare(config: TrainConfig) -> Setup:
     """Load the model and the rewards of a resolved configuration, and put LoRA on the model."""
-    check_rewards(config)
-    for spec in reward_specs(config):
+    for spec in specs_of(config):
         rewards.check_servers(spec)
     stages.report("loading the model")
     policy = load_policy(config)  # first: a mistyped folder must not wait for the download of a scorer
-    device, specs = default_device(), reward_specs(config)
-    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    device, specs = default_device(), specs_of(config)
+    checkpoints = checkpoints_for(config.model, config.reward_checkpoint, specs)
 
     def load(spec: str, normalise: bool = False) -> rewards.Mixture:
         stages.report(f"loading {without_passwords(spec)}")
@@ -88,17 +87,11 @@ def prepare(config: TrainConfig) -> Setup:
     return Setup(policy, reward, eval_rewards)
 
 
-def reward_specs(config: TrainConfig) -> list[str]:
-    """The reward, and those that are only measured."""
-    return [*([] if config.reward == NO_REWARD else [config.reward]), *(config.eval_reward or ())]
-
-
 def load_policy(config: TrainConfig, may_outline: bool = False) -> Policy:
-    """Load the model of a resolved configuration, and put LoRA on it; checks what the rewards are called first.
+    """Load the model of a resolved configuration, and put LoRA on it.
 
     With `may_outline` the weights of a Stable Diffusion that would have to be fetched are left out.
     """
-    check_rewards(config)
     dtype, device, num_chunks = models.DTYPES[config.mixed_precision], default_device(), 1
     outline = models.outline_model(config.model, dtype) if may_outline else None
     if config.long_prompt != "cut":
@@ -111,56 +104,13 @@ def load_policy(config: TrainConfig, may_outline: bool = False) -> Policy:
     return make_policy(replace(model, num_chunks=num_chunks), config)
 
 
-def check_rewards(config: TrainConfig) -> None:
-    """Find what the rewards are called wrongly, which must not wait for a model.
-
-    Raises:
-        NotFoundError, InputError: as `rewards.check_reward`, `check_gradients`, `check_captioner` and `checkpoints_for`.
-    """
-    specs = reward_specs(config)
-    for spec in specs:
-        rewards.check_reward(spec)
-    if config.algorithm == "gradient":
-        rewards.check_gradients(config.reward)
-    if config.relabel:
-        rewards.check_captioner(config.relabel)
-    rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a run."""
-
-    train: list[str]
-    heldout: list[str]  # none where there is a single prompt to train on
-    anchors: list[str]  # held like the null prompt
-
-    @property
-    def measured(self) -> list[str]:
-        """Those that base and tuned are measured on."""
-        return self.heldout or self.train
-
-    @property
-    def all(self) -> list[str]:
-        return [*self.train, *self.heldout, *self.anchors]
-
-
-def read_run_prompts(config: TrainConfig) -> Prompts:
-    """The prompts of a resolved configuration; raises as `split_prompts`."""
-    anchors = read_prompts(config.anchor_prompts, "anchor_prompts") if config.anchor_prompts else []
-    return Prompts(*split_prompts(config), anchors)
-
-
-def check_prompts(policy: Policy, config: TrainConfig, prompts: Prompts) -> tokenization.Cut:
+def check_prompts(policy: Policy, prompts: Prompts) -> tokenization.Cut:
     """Find a prompt that cannot be used before the training, and not in its fortieth epoch; returns those that are cut.
 
     Raises:
-        InputError: a prompt is not text, or a scorer cannot judge it.
+        InputError: a prompt is not text.
     """
     models.tokenize_for(policy.model, prompts.all)
-    rewards.check_prompts(reward_specs(config), [*prompts.train, *prompts.heldout])
-    if config.relabel:
-        rewards.check_captioner(config.relabel, prompts.train)
     return tokenization.find_cut(list(policy.model.readers.values()), prompts.all)
 
 
@@ -171,8 +121,8 @@ def find_sources(config: TrainConfig, prompts: Prompts) -> dict[str, Any]:
         NotFoundError, InputError: a model or a file is not there.
     """
     models.find_model(config.model)  # a name on the hub may have another revision now
-    specs = reward_specs(config)
-    checkpoints = rewards.checkpoints_for(config.model, config.reward_checkpoint, specs)
+    specs = specs_of(config)
+    checkpoints = checkpoints_for(config.model, config.reward_checkpoint, specs)
     found = {name: source for spec in specs for name, source in rewards.locate(spec, checkpoints).items()}
     return {
         "the training prompts": run.digest(prompts.train),
@@ -207,6 +157,7 @@ def train(
         Anything else that comes in the middle of the training is passed on after the last epoch's end was saved.
     """
     prompts, output_dir = read_run_prompts(config), Path(config.output_dir)
+    check_judged(config, prompts)
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.joined())
         check_shares(config)
@@ -217,7 +168,7 @@ def train(
         if opened.result:
             return opened.result
         setup = processes.agreed(prepare, config)
-        cut = check_prompts(setup.policy, config, prompts)
+        cut = check_prompts(setup.policy, prompts)
         for note in _notes(setup.policy.model, config, prompts, cut):
             warn(note)
         current = begin(setup, config, prompts.train)

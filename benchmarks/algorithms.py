@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from texforce import files, models, prompt_sets, rewards, training
+from texforce import files, models, prompt_sets, reward_specs, rewards, training
 from texforce.config import (
     TrainConfig,
     TrainOptions,
@@ -74,7 +74,7 @@ def begin(config: TrainConfig, options: argparse.Namespace) -> Run:
     if config.reward == BRIGHTNESS:
         reward = rewards.Mixture({BRIGHTNESS: brightness}, {BRIGHTNESS: 1.0})
     else:
-        reward = rewards.load_reward(config.reward, options.device, rewards.EMBEDDED_CHECKPOINTS)
+        reward = rewards.load_reward(config.reward, options.device, reward_specs.EMBEDDED_CHECKPOINTS)
     policy = bench.make_policy(options.model, options.device, config)
     return training.begin(training.Setup(policy, reward, {}), config, prompt_sets.read_prompts("world"))
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from texforce import files, rewards, scorers, weights, world
+from texforce import files, reward_specs, rewards, scorers, weights, world
 
-NAMES = [name for name, entry in rewards.CATALOGUE.items() if name != "face" and entry.check_prompt is not world.parse]
+NAMES = [name for name, entry in reward_specs.CATALOGUE.items() if name != "face" and entry.check_prompt is not world.parse]
 CLIP_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision tower, text tower, width of the features
     "pickscore": (
         {
@@ -93,7 +93,7 @@ def load(name: str, device: str, folder: Path) -> rewards.Scorer:
     words += [f"[unused{i}]" for i in range(99, 99 + 30522 - len(words))]  # as many as bert-base-uncased has
     (folder / "vocab.txt").write_text("\n".join(words))
     if name == "hand":
-        tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(reward_specs.EMBEDDED_HPS.parent / "tokenizer")
         Owlv2Processor(Owlv2ImageProcessor(), tokenizer).save_pretrained(folder)
     with (
         mock.patch.object(rewards, "find_weights", return_value=folder),
@@ -162,7 +162,7 @@ def pixel_deviations(resolution: int, size: int = 224) -> dict[str, dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    usable = [name for name in NAMES if not rewards.missing_packages(name)]
+    usable = [name for name in NAMES if not reward_specs.missing_packages(name)]
     parser.add_argument("--names", nargs="+", choices=NAMES, default=usable)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolution", type=int, default=512)

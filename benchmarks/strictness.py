@@ -15,7 +15,7 @@ from meters import heldout_images
 from rich.console import Console
 from rich.table import Table
 
-from texforce import Policy, adapters, models, prompt_sets, world
+from texforce import Policy, adapters, detector, models, prompt_sets, world
 from texforce.config import TrainOptions, resolve
 from texforce.draw_config import System
 
@@ -23,8 +23,8 @@ MINIMA = (0.6, 0.85, 0.9, 0.925, 0.95)  # the first is the detector's own
 
 
 def exact(images: torch.Tensor, scenes: list[world.Scene], min_overlap: float) -> float:
-    found = world.detect(images, min_overlap=min_overlap)
-    return sum(world.judge(seen, scene) == 1 for seen, scene in zip(found, scenes, strict=True)) / len(scenes)
+    found = detector.detect(images, min_overlap=min_overlap)
+    return sum(detector.judge(seen, scene) == 1 for seen, scene in zip(found, scenes, strict=True)) / len(scenes)
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def test_what_is_measured_of_a_scorer_is_written_and_shown_before_the_next_one_f
 
 def test_scorers_whose_packages_are_missing_are_left_out_unless_they_are_named(scripts, monkeypatch):
     scoring, measured = scripts("scoring"), []
-    monkeypatch.setattr(scoring.rewards, "missing_packages", lambda name: ["rapidocr"] if name == "ocr" else [])
+    monkeypatch.setattr(scoring.reward_specs, "missing_packages", lambda name: ["rapidocr"] if name == "ocr" else [])
     monkeypatch.setattr(scoring, "measure", lambda name, options: measured.append(name) or {})
     monkeypatch.setattr(scoring, "pixel_deviations", lambda resolution: {})
     monkeypatch.setattr(sys, "argv", ["scoring.py", "--device", "cpu"])

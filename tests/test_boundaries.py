@@ -14,7 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from texforce import adapters, evaluation, files, lora_files, merging, models, prompt_sets, report, rewards, sampler, scorers
+from texforce import (
+    adapters,
+    eval_checks,
+    evaluation,
+    files,
+    lora_files,
+    merging,
+    models,
+    prompt_sets,
+    report,
+    rewards,
+    sampler,
+    scorers,
+)
 from texforce.draw_config import SampleOptions, System, resolve_sample
 from texforce.errors import SAFETY_SWITCHES, ArtifactError, InputError, NotFoundError, TexforceError
 from texforce.lora_files import lora_tensors
@@ -465,7 +478,7 @@ def begun(tmp_path, monkeypatch) -> SimpleNamespace:
 
 @pytest.mark.parametrize("kind", [*DAMAGES, PICKLE, "systems that are none"])
 def test_damaged_settings_of_an_evaluation_are_bad_input_that_is_named(begun, tmp_path, kind):
-    path = begun.folder / evaluation.SETTINGS
+    path = begun.folder / eval_checks.SETTINGS
     if kind in KINDS:
         damage(path, kind, tmp_path)
     else:

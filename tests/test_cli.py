@@ -31,21 +31,24 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import texforce
-from texforce import cli, models, rewards, sampler, training, views, weights
+from texforce import cli, eval_checks, hub, models, reward_specs, rewards, sampler, training, views
 from texforce import server as serving
 from texforce.config import TrainConfig, TrainOptions, resolve
 from texforce.draw_config import (
     DrawConfig,
     EvalConfig,
+    EvalOptions,
     MergeConfig,
     SampleConfig,
     SampleOptions,
+    resolve_eval,
     resolve_sample,
 )
 from texforce.errors import DivergedError, InputError, RewardError
 from texforce.flags import TRAIN_GROUPS
 from texforce.options import option_fields
 from texforce.presets import PRESETS
+from texforce.prompt_sets import read_benchmark
 from texforce.run import model_card as write_card
 
 from .commands import check_failure, flags, invoke
@@ -64,7 +67,7 @@ def small_run(small_run, monkeypatch) -> dict:
 
 @pytest.fixture
 def without_pyiqa(monkeypatch):
-    monkeypatch.setattr(rewards, "missing_packages", lambda name: ["pyiqa"] if name == "face" else [])
+    monkeypatch.setattr(reward_specs, "missing_packages", lambda name: ["pyiqa"] if name == "face" else [])
 
 
 def squash(text: str) -> str:
@@ -139,7 +142,7 @@ def fresh_process(trained, shared_run, tmp_path_factory) -> tuple[subprocess.Com
     hanging = shared_run | {"output_dir": folder / "hanging", "reward": reward, "reward_timeout": 0.5}
     program = f"""
 import texforce, diffusers, torch
-from texforce import cli, sampler
+from texforce import cli, eval_checks, sampler
 sampler.Schedule, texforce.ppo_loss(*torch.rand(3, 2), 0.1)
 print("the package is whole", flush=True)
 try:
@@ -298,14 +301,29 @@ BAD = [
     "train --algorithm matching --adapter-steps 0.9-1",
     "train --target unet --num-tokens 3",
     "train --eval-reward hps,clip", "eval --benchmark drawbnech", "eval --reward mine.py:g",
-    "merge --adapter nowhere", "rewards hsp", "serve hsp",
+    "merge --adapter nowhere", "rewards hsp", "serve hsp", "train --clip-range 0.1", "train --reward face",
+    # What the files of the model, the reward or the prompts say.
+    "train --lora-layers first:9", "train --lora-modules to_q", "train --resolution 33", "sample --prompt a --resolution 33",
+    "train --text-encoders text_encoder_2", "train --target tokens --num-tokens 100", "sample --prompt a --clip-skip 9",
+    "train --model tiny-flow --target unet", "train --model tiny-flow --lora-layers first:9",
+    "train --reward jpeg --algorithm gradient", "train --reward mine.py:f --algorithm gradient", "train --reward hps-v2",
+    "train --reward ocr", "train --reward alignment --prompts general", "train --relabel world --prompts faces",
+    "train --reward broken.py:f", "train --reward foreign.py:f", "train --reward-checkpoint nowhere.pt",
+    "eval --reward alignment --benchmark general", "eval --resolution 33", "eval --exact-preprocessing --reward jpeg",
+    "eval --output-dir full", "eval --output-dir begun --limit 24", "eval --output-dir begun --num-images 2",
 ]  # fmt: skip
 
 
+@pytest.mark.skipif(not NO_GPU, reason="whether there is a GPU only PyTorch knows")
 def test_bad_input_takes_at_most_a_second_and_loads_nothing_heavy(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "mine.py").write_text("def f(images, prompts): return [0] * len(prompts)")
+    (tmp_path / "broken.py").write_text("def f(images, prompts) return 0")
+    (tmp_path / "foreign.py").write_text("import no_such_package\n\ndef f(images, prompts): return 0")
+    (tmp_path / "begun").mkdir()
+    begun = eval_checks.describe_drawing(resolve_eval(EvalOptions(model="tiny")), read_benchmark("world"))
+    (tmp_path / "begun" / eval_checks.SETTINGS).write_text(json.dumps(begun))
     program = f"""
 import os, sys, time
 from texforce.cli import app
@@ -320,7 +338,8 @@ for line in {BAD}:
     told = [line.split() for line in python(program).stdout.splitlines()]
     assert [(code, loaded) for code, loaded, _ in told] == [("2", "False")] * len(BAD)
     assert max(float(seconds) for _, _, seconds in told) <= 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "mine.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "broken.py", "foreign.py", "full", "mine.py"]
+    assert [path.name for path in (tmp_path / "begun").iterdir()] == [eval_checks.SETTINGS]
 
 
 def test_the_version_is_shown():
@@ -1049,10 +1068,10 @@ def test_a_reward_served_over_http_trains_to_the_same_adapter(small_run, trained
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == trained_by_jpeg
 
 
-@pytest.mark.parametrize("name", rewards.CATALOGUE)
+@pytest.mark.parametrize("name", reward_specs.CATALOGUE)
 def test_each_reward_is_described_in_full_by_its_name(name):
-    entry, shown = rewards.CATALOGUE[name], squash(invoke("rewards", name).stdout)
-    needs = [weights.HUB[item].repository for item in entry.weights]
+    entry, shown = reward_specs.CATALOGUE[name], squash(invoke("rewards", name).stdout)
+    needs = [hub.HUB[item].repository for item in entry.weights]
     needs = [f"pip install {' '.join(entry.packages)}"] if entry.packages else needs
     for words in (name, entry.measures, entry.scale, entry.licence, *needs):
         assert squash(words) in shown
@@ -1067,7 +1086,7 @@ def test_the_table_of_rewards_names_each_and_whether_it_is_here_within_eighty_co
     result = invoke("rewards")
     assert result.exit_code == 0, result.output
     table = squash(result.stdout)
-    for name in rewards.CATALOGUE:
+    for name in reward_specs.CATALOGUE:
         assert f"{name} " in result.stdout
     assert "…" not in result.stdout
     assert squash("path/to/file.py:function") in table

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from texforce import evaluation, files, measures, models, report, rewards, run, scorers, training
+from texforce import eval_checks, evaluation, files, measures, models, report, rewards, run, scorers, training
 from texforce.config import TrainOptions, resolve
 from texforce.draw_config import (
     EvalOptions,
@@ -341,7 +341,7 @@ def test_systems_and_rewards_may_come_in_any_order_into_a_finished_folder(finish
 ])  # fmt: skip
 def test_how_an_evaluation_differs_is_told_in_words_without_digests(kept, asked, words):
     name = "benchmark" if isinstance(kept, dict) and "name" in kept else "versions"
-    assert evaluation._difference(name, kept, asked) == words
+    assert eval_checks._difference(name, kept, asked) == words
 
 
 def test_a_finished_evaluation_is_overwritten_only_where_asked_and_with_nothing_of_others(finished, options, tmp_path):

@@ -529,7 +529,20 @@ def test_a_locked_folder_is_refused_with_the_name_of_its_holder(tmp_path):
             pytest.fail("two hold it")
     with files.locked(folder, nothing):
         assert (folder / files.HOLDER).is_file()
-    assert {path.name for path in folder.iterdir()} <= {files.LOCK}
+        (folder / "kept").touch()
+    assert {path.name for path in folder.iterdir()} - {files.LOCK} == {"kept"}
+
+
+def test_a_folder_that_stays_empty_goes_and_one_that_was_there_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "made" / "for" / "this"):
+        with contextlib.suppress(RuntimeError), files.locked(folder, nothing):
+            raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "made").mkdir()
+    with files.locked(tmp_path / "made" / "out", nothing):
+        (tmp_path / "made" / "other").touch()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["other"]
 
 
 def test_a_lock_is_released_by_an_error_and_by_a_kill(tmp_path):

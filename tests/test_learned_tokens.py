@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import texforce
-from texforce import adapters, evaluation, models, run, tokenization, training
+from texforce import adapters, evaluation, models, prompt_sets, run, tokenization, training
 from texforce.config import TrainOptions, resolve
 from texforce.draw_config import SampleOptions, System, resolve_sample
 from texforce.errors import ArtifactError, InputError
@@ -158,8 +158,7 @@ def test_a_prompt_that_leaves_no_room_loses_its_end_and_is_told_as_cut(folders, 
     found = tokenization.find_cut([reader], [whole, cut])
     assert (found.prompts, found.num_tokens) == ([cut], room + 2)
     assert reader.ids([cut], negative=True).min() >= 0
-    config = resolve(TrainOptions(model=str(folders("sd")), target="tokens"))
-    assert training.check_prompts(policy, config, training.Prompts([whole, cut], [], [])).prompts == [cut]
+    assert training.check_prompts(policy, prompt_sets.Prompts([whole, cut], [], [])).prompts == [cut]
 
 
 def test_the_negative_prompt_and_the_base_model_lose_no_room_to_them(written):

@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
 
-from texforce import models, prompt_sets, run, scorers, training, views, world
+from texforce import models, prompt_sets, reward_specs, run, training, views, world
 from texforce.config import STABLE_DIFFUSION, TrainOptions, resolve
 from texforce.errors import InputError, NotFoundError
 from texforce.plan import plan
@@ -135,7 +135,7 @@ TEXT, HELDOUT_TEXT = (read_prompts(name) for name in ("text", "text-heldout"))
 def test_each_sentence_of_text_quotes_a_text_of_its_own_of_up_to_four_words():
     assert (len(TEXT), len(HELDOUT_TEXT)) == (150, 75)
     assert all(re.fullmatch(r'[^"]+ "[^"]+"(?: [^"]+)?', prompt) for prompt in TEXT + HELDOUT_TEXT if "," not in prompt)
-    texts = [scorers.quoted(prompt) for prompt in TEXT + HELDOUT_TEXT]
+    texts = [reward_specs.quoted(prompt) for prompt in TEXT + HELDOUT_TEXT]
     assert all(1 <= len(text.split()) <= 4 and text == text.upper() for text in texts)
     assert all(f'"{text}"' in prompt for text, prompt in zip(texts, TEXT + HELDOUT_TEXT, strict=True))
     assert len(set(texts)) == len({" ".join(words(prompt)) for prompt in TEXT + HELDOUT_TEXT}) == 225
@@ -144,7 +144,7 @@ def test_each_sentence_of_text_quotes_a_text_of_its_own_of_up_to_four_words():
 
 def test_no_word_that_the_held_out_sentences_quote_is_one_that_is_trained_on():
     trained, held_out = (
-        {word for prompt in part for word in words(scorers.quoted(prompt))} for part in (TEXT, HELDOUT_TEXT)
+        {word for prompt in part for word in words(reward_specs.quoted(prompt))} for part in (TEXT, HELDOUT_TEXT)
     )
     assert not trained & held_out
     config = resolve(TrainOptions(model="some/model", reward="ocr", prompts="text"))

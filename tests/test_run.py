@@ -847,10 +847,10 @@ def colours(path: Path) -> set:
 
 
 def test_a_grid_marks_what_is_right_and_underlines_rare_words_in_the_tiny_world_only(tmp_path):
-    from texforce import world
+    from texforce import detector
 
-    circle = world.coverage(torch.tensor([0]), torch.tensor([[16.0, 16.0]]), torch.tensor([7.0]))[0]
-    image = world.BACKGROUND[:, None, None] + circle * (world.PALETTE[0] - world.BACKGROUND)[:, None, None]
+    circle = detector.coverage(torch.tensor([0]), torch.tensor([[16.0, 16.0]]), torch.tensor([7.0]))[0]
+    image = detector.BACKGROUND[:, None, None] + circle * (detector.PALETTE[0] - detector.BACKGROUND)[:, None, None]
     for prompts, expected in (
         (["a red circle"], {GREEN}), (["a blue circle"], {RED}), (["a crimson disc"], {GREEN, BLUE}),
         (["a crimson disc", "a blue circle"], {GREEN, RED, BLUE}), (["a crimson disc", "a tower"], set()),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from texforce import rewards, scorers, weights, world
+from texforce import reward_specs, rewards, scorers, weights, world
 from texforce.errors import ArtifactError, InputError, RewardError
 from texforce.prompt_sets import KINDS, read_prompts
 
@@ -397,7 +397,7 @@ def test_a_folders_own_tokenizer_is_used_and_must_fit_its_model(tmp_path, small_
     from types import SimpleNamespace
 
     config = small_networks["clip"].model.config.text_config
-    shutil.copytree(scorers.EMBEDDED_HPS.parent / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(reward_specs.EMBEDDED_HPS.parent / "tokenizer", tmp_path / "tokenizer")
     ids = scorers.clip_tokenizer(tmp_path / "tokenizer", config)(["a red circle"])
     assert ids.shape == (1, 77)
     assert ids.max() < 1144
@@ -422,7 +422,7 @@ def tokenizer_with(flaw: str, folder) -> None:
 @pytest.mark.parametrize("flaw", ["empty object", "half an object", "half of its files", "missing"])
 def test_a_broken_tokenizer_is_refused_with_its_place(tmp_path, small_networks, flaw):
     checkpoint = copy_config(tmp_path)
-    shutil.copy(scorers.EMBEDDED_HPS, checkpoint)
+    shutil.copy(reward_specs.EMBEDDED_HPS, checkpoint)
     tokenizer_with(flaw, tmp_path / "tokenizer")
     with pytest.raises(ArtifactError, match=r"c\.json: refused as a scorer's checkpoint"):
         rewards.load_reward("hps", checkpoints={"hps": checkpoint})
@@ -436,7 +436,7 @@ def test_a_broken_tokenizer_is_refused_with_its_place(tmp_path, small_networks, 
 )
 def test_a_broken_architecture_beside_a_checkpoint_is_refused(tmp_path, content):
     checkpoint = copy_config(tmp_path)
-    shutil.copy(scorers.EMBEDDED_HPS, checkpoint)
+    shutil.copy(reward_specs.EMBEDDED_HPS, checkpoint)
     checkpoint.with_suffix(".json").write_text(content)
     with pytest.raises(ArtifactError, match=r"refused as a scorer's checkpoint"):
         rewards.load_reward("hps", checkpoints={"hps": checkpoint})
@@ -481,9 +481,9 @@ def test_the_right_text_scores_high_and_a_wrong_one_low(ocr, right, wrong, size)
 
 @pytest.mark.slow
 def test_sentences_of_the_set_text_score_higher_with_their_own_text_than_with_anothers(ocr):
-    prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP", "PLUM")]
+    prompts = [prompt for prompt in read_prompts("text") if reward_specs.quoted(prompt) in ("OPEN LATE", "STOP", "PLUM")]
     assert len(prompts) == 3
-    images = torch.stack([written(scorers.quoted(prompt)) for prompt in prompts])
+    images = torch.stack([written(reward_specs.quoted(prompt)) for prompt in prompts])
     assert ocr(images, prompts).min() > 0.7 > 0.5 > ocr(images.roll(1, 0), prompts).max()
 
 
@@ -514,13 +514,13 @@ def test_the_similarity_of_texts_by_hand(wanted, found, expected):
     ("the dog's bowl with 'Rex' on it", "Rex"),
 ])  # fmt: skip
 def test_the_text_to_be_drawn_is_the_quoted_one(prompt, expected):
-    assert scorers.quoted(prompt) == expected
+    assert reward_specs.quoted(prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", ["a sign", "the dog's bowl and the cat's", 'a lone " mark', '""', "'  '"])
 def test_a_prompt_without_a_quoted_text_is_named(prompt):
     with pytest.raises(ValueError, match=r"quotation marks, which .* lacks"):
-        scorers.quoted(prompt)
+        reward_specs.quoted(prompt)
 
 
 # --- faces and hands ---
@@ -548,7 +548,7 @@ def pyiqa(monkeypatch):
         return FakeMetric()
 
     monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
-    monkeypatch.setattr(rewards, "missing_packages", lambda name: [])
+    monkeypatch.setattr(reward_specs, "missing_packages", lambda name: [])
     return made
 
 
@@ -575,7 +575,7 @@ def test_hands_are_owlv2s_surest_box(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokenizer = CLIPTokenizer.from_pretrained(scorers.EMBEDDED_HPS.parent / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(reward_specs.EMBEDDED_HPS.parent / "tokenizer")
     config = Owlv2Config(
         text_config=tower | {"vocab_size": len(tokenizer), "max_position_embeddings": 24},
         vision_config=tower | {"image_size": 64, "patch_size": 16},
@@ -610,7 +610,7 @@ def hps():
 
 def copy_config(folder):
     """A folder with the embedded scorer's architecture and tokenizer, and the path of a checkpoint to put beside them."""
-    tiny = scorers.EMBEDDED_HPS.parent
+    tiny = reward_specs.EMBEDDED_HPS.parent
     shutil.copy(tiny / "hps.json", folder / "c.json")
     shutil.copytree(tiny / "tokenizer", folder / "tokenizer")
     return folder / "c.pt"
@@ -632,7 +632,7 @@ def scores(hps, renderings):
 
 
 def test_hps_equals_open_clip_itself_on_pil_images(hps):
-    tiny = scorers.EMBEDDED_HPS.parent
+    tiny = reward_specs.EMBEDDED_HPS.parent
     settings = json.loads((tiny / "hps.json").read_text())
     model = open_clip.CLIP(**settings)
     state_dict = torch.load(tiny / "hps.pt", weights_only=True)["state_dict"]
@@ -696,14 +696,14 @@ def test_the_refusal_passes_through_the_protocol_as_bad_input(hps):
 
 def test_a_checkpoint_of_ones_own_takes_any_size_and_the_name_hps_v2(tmp_path):
     checkpoint = copy_config(tmp_path)
-    shutil.copy(scorers.EMBEDDED_HPS, checkpoint)
+    shutil.copy(reward_specs.EMBEDDED_HPS, checkpoint)
     scorer = rewards.load_reward("hps-v2", checkpoints={"hps-v2": checkpoint})
     assert scorer(random_images(1, 128, 96), ["a red circle"]).shape == (1,)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 def test_a_truncated_hps_checkpoint_is_refused(tmp_path, share):
-    content = scorers.EMBEDDED_HPS.read_bytes()
+    content = reward_specs.EMBEDDED_HPS.read_bytes()
     checkpoint = copy_config(tmp_path)
     checkpoint.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ArtifactError, match=r"c\.pt: refused"):
@@ -712,7 +712,7 @@ def test_a_truncated_hps_checkpoint_is_refused(tmp_path, share):
 
 def test_a_checkpoint_that_lacks_a_key_is_refused(tmp_path):
     checkpoint = copy_config(tmp_path)
-    state_dict = torch.load(scorers.EMBEDDED_HPS, weights_only=True)["state_dict"]
+    state_dict = torch.load(reward_specs.EMBEDDED_HPS, weights_only=True)["state_dict"]
     del state_dict["text_projection"]
     torch.save({"state_dict": state_dict}, checkpoint)
     with pytest.raises(ArtifactError, match="text_projection"):

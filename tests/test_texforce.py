@@ -20,12 +20,12 @@ from texforce import (
     Batch,
     DivergedError,
     Share,
+    detector,
     experience,
     models,
     rewards,
     sampler,
     tokenization,
-    world,
 )
 from texforce.config import TrainConfig, TrainOptions, resolve, window_end
 from texforce.errors import InputError, RewardError
@@ -959,7 +959,7 @@ def test_the_worlds_captions_are_right_of_images_that_are_not_right_for_their_pr
 
     def alignment(images: Tensor, prompts: list[str]) -> Tensor:
         seen.append(images)
-        return world.alignment(images, prompts)
+        return detector.alignment(images, prompts)
 
     mixture = rewards.Mixture({"alignment": alignment}, {"alignment": 1.0})
     mixture.captioner = rewards.load_captioner("world")
@@ -968,7 +968,7 @@ def test_the_worlds_captions_are_right_of_images_that_are_not_right_for_their_pr
     assert 0 < len(relabelled) <= (samples.rewards < 1).sum()
     captions = [samples.captions[i] for i in relabelled]
     assert (samples.rewards[relabelled] < 1).all()
-    assert world.alignment(seen[0][relabelled], captions).tolist() == [1.0] * len(captions)
+    assert detector.alignment(seen[0][relabelled], captions).tolist() == [1.0] * len(captions)
     ids = tokenization.tokenize(rig.policy.model.tokenizer, captions)
     assert torch.equal(samples.caption_ids[relabelled], ids)
 

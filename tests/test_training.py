@@ -17,12 +17,13 @@ import texforce
 from texforce import (
     DivergedError,
     Share,
+    detector,
     experience,
     heldout,
     models,
+    reward_specs,
     rewards,
     sampler,
-    scorers,
     single_file,
     training,
     world,
@@ -370,7 +371,7 @@ def test_a_broken_image_counts_in_no_measure(tiny_build):
     images[1] = NAN
     measures = heldout.means(gather_scores(heldout.score_share({0: images}, prompts, {})).scores, prompts)
     assert measures["alignment_exact"] == 0.5
-    assert measures["alignment"] == pytest.approx(world.alignment(images[[0, 2]], [prompts[0], prompts[2]]).mean())
+    assert measures["alignment"] == pytest.approx(detector.alignment(images[[0, 2]], [prompts[0], prompts[2]]).mean())
 
 
 def test_the_measures_of_a_normalised_reward_are_in_the_units_of_the_end():
@@ -612,9 +613,9 @@ def test_each_algorithm_trains_only_lora_of_the_text_encoders(stable_diffusion, 
 @pytest.mark.slow
 def test_rendered_texts_train_by_what_is_read_through_the_whole_loop(train_small, tmp_path, monkeypatch):
     """The images of one sign of their latents show the one prompt's text, the others the other prompt's."""
-    prompts = [prompt for prompt in read_prompts("text") if scorers.quoted(prompt) in ("OPEN LATE", "STOP")]
+    prompts = [prompt for prompt in read_prompts("text") if reward_specs.quoted(prompt) in ("OPEN LATE", "STOP")]
     (tmp_path / "signs.txt").write_text("\n".join(prompts) + "\n")
-    drawn = {text: written(text, 128) for text in map(scorers.quoted, prompts)}
+    drawn = {text: written(text, 128) for text in map(reward_specs.quoted, prompts)}
 
     def decode(vae, latents):
         return torch.stack([drawn["STOP" if latent.mean() > 0 else "OPEN LATE"] for latent in latents])

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from texforce import rewards, scorers, weights
+from texforce import hub, reward_specs, rewards, scorers, weights
 from texforce.errors import ArtifactError, NotFoundError
 
 from .hostile import hostile_objects, recorded
@@ -130,8 +130,8 @@ def test_a_hostile_checkpoint_of_any_scorer_is_refused_and_runs_nothing(tmp_path
     folder.mkdir()
     save(folder / "pytorch_model.bin", content)
     (folder / "config.json").write_text('{"model_type": "clip"}')
-    paths = dict.fromkeys(rewards.CATALOGUE[name].weights, folder)
-    if isinstance(weights.HUB[name], weights.HubFile):
+    paths = dict.fromkeys(reward_specs.CATALOGUE[name].weights, folder)
+    if isinstance(hub.HUB[name], hub.HubFile):
         paths[name] = folder / "pytorch_model.bin"
     with recorded() as events, pytest.raises(ArtifactError, match=r"refused as a scorer's checkpoint"):
         rewards.load_reward(name, checkpoints=paths)
@@ -185,8 +185,8 @@ def test_safetensors_are_read_as_they_are(tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that notes what it is asked for; its repositories hold what `hub.files` says."""
+def stub_hub(monkeypatch, tmp_path):
+    """A hub that notes what it is asked for; its repositories hold what `stub_hub.files` says."""
     asked = []
 
     class Hub:
@@ -209,17 +209,17 @@ def hub(monkeypatch, tmp_path):
     return Hub
 
 
-def test_every_weight_is_fetched_at_a_pinned_revision(hub):
-    for name, source in weights.HUB.items():
-        hub.calls.clear()
-        weights.find_weights(name, {})
-        for repository, revision, _ in hub.calls:
+def test_every_weight_is_fetched_at_a_pinned_revision(stub_hub):
+    for name, source in hub.HUB.items():
+        stub_hub.calls.clear()
+        hub.find_weights(name, {})
+        for repository, revision, _ in stub_hub.calls:
             assert repository == source.repository
             assert re.fullmatch("[0-9a-f]{40}", revision)
 
 
-def test_each_version_of_hps_is_its_published_file(hub):
-    names = [weights.find_weights(name, {}).name for name in ("hps", "hps-v2")]
+def test_each_version_of_hps_is_its_published_file(stub_hub):
+    names = [hub.find_weights(name, {}).name for name in ("hps", "hps-v2")]
     assert names == ["HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"]
 
 
@@ -227,24 +227,24 @@ def test_each_version_of_hps_is_its_published_file(hub):
     (("config.json", "model.safetensors", "pytorch_model.bin"), 1),
     (("config.json", "pytorch_model.bin"), 2),
 ])  # fmt: skip
-def test_a_models_pickle_is_fetched_only_where_there_are_no_safetensors(hub, tmp_path, files, num_calls):
-    hub.files = files
-    weights.find_weights("pickscore", {})
-    assert len(hub.calls) == num_calls
+def test_a_models_pickle_is_fetched_only_where_there_are_no_safetensors(stub_hub, tmp_path, files, num_calls):
+    stub_hub.files = files
+    hub.find_weights("pickscore", {})
+    assert len(stub_hub.calls) == num_calls
     assert (tmp_path / "pytorch_model.bin").exists() == (num_calls == 2)
 
 
-def test_a_tokenizer_is_fetched_without_the_model(hub, tmp_path):
-    hub.files = ("config.json", "vocab.txt", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
-    weights.find_weights("imagereward-tokenizer", {})
+def test_a_tokenizer_is_fetched_without_the_model(stub_hub, tmp_path):
+    stub_hub.files = ("config.json", "vocab.txt", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
+    hub.find_weights("imagereward-tokenizer", {})
     assert {path.name for path in tmp_path.iterdir()} == {"vocab.txt", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("name", weights.HUB)
+@pytest.mark.parametrize("name", hub.HUB)
 def test_what_the_hub_does_not_give_is_named_with_the_option_that_helps(name):
-    with pytest.raises(FileNotFoundError, match=rf"{weights.HUB[name].repository} .*--reward-checkpoint {name}=PATH"):
-        weights.find_weights(name, {})
-    assert not weights.is_fetched(name)
+    with pytest.raises(FileNotFoundError, match=rf"{hub.HUB[name].repository} .*--reward-checkpoint {name}=PATH"):
+        hub.find_weights(name, {})
+    assert not hub.is_fetched(name)
 
 
 @pytest.mark.parametrize("error", [TimeoutError("read timed out"), RuntimeError("proxy"), ValueError("odd answer")])
@@ -254,7 +254,7 @@ def test_whatever_goes_wrong_on_the_way_to_the_hub_is_named(monkeypatch, error):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=rf"could not be downloaded from the hub; give it .*{error.args[0]}"):
-        weights.find_weights("hps", {})
+        hub.find_weights("hps", {})
 
 
 def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
@@ -263,7 +263,7 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(OSError, match="No space left") as caught:
-        weights.find_weights("hps", {})
+        hub.find_weights("hps", {})
     assert not isinstance(caught.value, FileNotFoundError)
 
 
@@ -278,18 +278,18 @@ def test_a_full_disk_is_not_the_hubs_fault(monkeypatch):
 ])  # fmt: skip
 def test_what_is_here_is_seen_without_asking(monkeypatch, name, cached, there):
     def look(repository, file, revision):
-        assert (repository, revision) == (weights.HUB[name].repository, weights.HUB[name].revision)
+        assert (repository, revision) == (hub.HUB[name].repository, hub.HUB[name].revision)
         return f"/cache/{file}" if file in cached else None
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
-    assert weights.is_fetched(name) == there
+    assert hub.is_fetched(name) == there
 
 
 @pytest.mark.parametrize(("name", "kind"), [("hps", "a file"), ("clip", "a folder")])
 def test_a_path_of_the_wrong_kind_is_named(tmp_path, name, kind):
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match=f"no checkpoint .*{tmp_path.name}.* for {name} it must be {kind}"):
-        weights.find_weights(name, {name: tmp_path if kind == "a file" else tmp_path / "file"})
+        hub.find_weights(name, {name: tmp_path if kind == "a file" else tmp_path / "file"})
 
 
 # --- models in transformers' format ---

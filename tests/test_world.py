@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from texforce import prompt_sets, world
-from texforce.world import Detection, Scene
+from texforce import detector, prompt_sets, world
+from texforce.detector import Detection
+from texforce.world import Scene
 
 ROOT = Path(world.__file__).parent
 TINY = ROOT / "tiny"
@@ -181,8 +182,8 @@ def test_the_recipe_draws_the_shipped_prompt_sets_again(tiny_build, tmp_path):
 @pytest.mark.parametrize("shape", range(4))
 def test_area_and_centre_of_a_shape_are_those_it_was_drawn_with(shape):
     centre, radius = torch.tensor([[30.3, 33.6]]), torch.tensor([18.0])
-    cover = world.coverage(torch.tensor([shape]), centre, radius, size=64)[0].double()
-    assert cover.sum().item() == pytest.approx(world.AREA_FACTORS[shape].item() * 18**2, rel=0.005)
+    cover = detector.coverage(torch.tensor([shape]), centre, radius, size=64)[0].double()
+    assert cover.sum().item() == pytest.approx(detector.AREA_FACTORS[shape].item() * 18**2, rel=0.005)
     axis = torch.arange(64) + 0.5
     x, y = ((cover.sum(dim=dim) * axis).sum() / cover.sum() for dim in (0, 1))
     assert (x.item(), y.item()) == pytest.approx((30.3, 33.6), abs=0.03)
@@ -190,7 +191,7 @@ def test_area_and_centre_of_a_shape_are_those_it_was_drawn_with(shape):
 
 def test_coverage_of_a_circle_and_a_square_by_hand():
     centre = torch.tensor([[16.0, 16.0]]).expand(2, 2)
-    circle, square = world.coverage(torch.tensor([CIRCLE, SQUARE]), centre, torch.tensor([5.0, 5.0]))
+    circle, square = detector.coverage(torch.tensor([CIRCLE, SQUARE]), centre, torch.tensor([5.0, 5.0]))
     assert circle[16, 16] == square[16, 16] == 1
     assert circle[16, 22] == square[16, 22] == 0
     assert circle[16, 20].item() == pytest.approx(5.5 - (4.5**2 + 0.5**2) ** 0.5, abs=1e-5)
@@ -201,7 +202,7 @@ def test_coverage_of_a_circle_and_a_square_by_hand():
 
 def test_a_triangle_points_up_and_a_cross_has_arms():
     centre = torch.tensor([[16.0, 16.0]]).expand(2, 2)
-    triangle, cross = world.coverage(torch.tensor([TRIANGLE, CROSS]), centre, torch.tensor([5.0, 5.0]))
+    triangle, cross = detector.coverage(torch.tensor([TRIANGLE, CROSS]), centre, torch.tensor([5.0, 5.0]))
     widths = (triangle > 0.5).sum(dim=1)
     widths = widths[widths > 0]
     assert widths[0] <= 2
@@ -221,12 +222,12 @@ def test_rendering_is_reproducible_and_within_zero_and_one(tiny_build):
 
 def test_colours_are_those_of_the_palette(tiny_build):
     images = tiny_build.render([Scene("colour", ((colour, SQUARE),)) for colour in range(8)], random.Random(0))
-    contrast = (images - world.BACKGROUND[:, None, None]).norm(dim=1).flatten(1)
+    contrast = (images - detector.BACKGROUND[:, None, None]).norm(dim=1).flatten(1)
     cores = images.flatten(2)[torch.arange(8), :, contrast.argmax(dim=1)]
     expected = torch.tensor([rgb for _, rgb in world.COLOURS.values()])
     torch.testing.assert_close(cores, expected, rtol=0, atol=1e-6)
     corners = images[:, :, 0, 0]
-    torch.testing.assert_close(corners, world.BACKGROUND.expand(8, 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(corners, detector.BACKGROUND.expand(8, 3), rtol=0, atol=1e-6)
 
 
 def count_regions(mask: torch.Tensor) -> int:
@@ -246,7 +247,7 @@ def count_regions(mask: torch.Tensor) -> int:
 def test_objects_of_a_drawing_do_not_touch(tiny_build, kind):
     scenes, _ = scenes_and_prompts(tiny_build, kind, 100)
     images = tiny_build.render(scenes, random.Random(0))
-    painted = (images - world.BACKGROUND[:, None, None]).norm(dim=1) > 0.25  # as the detector sees it
+    painted = (images - detector.BACKGROUND[:, None, None]).norm(dim=1) > 0.25  # as the detector sees it
     num_regions = [count_regions(mask) for mask in painted]
     assert num_regions == [len(scene.objects) for scene in scenes]
 
@@ -280,7 +281,7 @@ def renderings(tiny_build) -> dict[str, tuple[list[Scene], list[str], torch.Tens
 def test_renderings_are_judged_fully_right(renderings, kind):
     _, prompts, images = renderings[kind]
     assert 0.3 < sum(map(world.has_rare_word, prompts)) / len(prompts) < 0.99
-    right = (world.alignment(images, prompts) == 1).double().mean().item()
+    right = (detector.alignment(images, prompts) == 1).double().mean().item()
     print(f"{kind}: {right:.4f} of the renderings fully right")
     assert right >= 0.98
 
@@ -289,7 +290,7 @@ def test_renderings_are_judged_fully_right(renderings, kind):
 def test_renderings_of_other_scenes_are_not_judged_right(renderings, kind):
     scenes, prompts, images = renderings[kind]
     different = torch.tensor([meaning(a) != meaning(b) for a, b in zip(scenes, scenes[1:] + scenes[:1], strict=True)])
-    scores = world.alignment(images, prompts[1:] + prompts[:1])[different]
+    scores = detector.alignment(images, prompts[1:] + prompts[:1])[different]
     print(f"{kind}: {(scores == 1).double().mean():.4f} of {len(scores)} mismatched prompts judged right")
     assert len(scores) >= 80
     assert (scores == 1).double().mean() <= 0.02
@@ -303,7 +304,7 @@ def test_swapped_colours_are_never_judged_right(tiny_build, renderings, kind):
         (colour, shape), (other_colour, other_shape) = scene.objects
         swapped.append(Scene(kind, ((other_colour, shape), (colour, other_shape)), scene.relation))
     prompts = [tiny_build.caption(scene, random.Random(0)) for scene in swapped]
-    assert (world.alignment(images, prompts) == 1).double().mean() <= 0.02
+    assert (detector.alignment(images, prompts) == 1).double().mean() <= 0.02
 
 
 @pytest.mark.parametrize("kind", prompt_sets.KINDS)
@@ -312,7 +313,7 @@ def test_other_image_sizes_are_judged_alike(renderings, kind, size, mode):
     _, prompts, images = renderings[kind]
     options = {} if mode == "nearest" else {"align_corners": False}
     larger = torch.nn.functional.interpolate(images, (size, size), mode=mode, **options)
-    right = (world.alignment(larger, prompts) == 1).double().mean().item()
+    right = (detector.alignment(larger, prompts) == 1).double().mean().item()
     print(f"{kind} at {size} {mode}: {right:.4f}")
     assert right >= 0.95
 
@@ -321,7 +322,7 @@ def test_other_image_sizes_are_judged_alike(renderings, kind, size, mode):
 def test_detections_are_the_objects_in_their_places(tiny_build, kind):
     for seed, scene in enumerate(scenes_and_prompts(tiny_build, kind, 20)[0]):
         centres = tiny_build.place(scene, random.Random(seed))  # which is the first that rendering draws
-        (found,) = world.detect(tiny_build.render([scene], random.Random(seed)))
+        (found,) = detector.detect(tiny_build.render([scene], random.Random(seed)))
         expected = {
             (round(x / 14), round(y / 14)): (wanted, x, y) for wanted, (x, y) in zip(scene.objects, centres, strict=True)
         }
@@ -335,8 +336,8 @@ def test_detections_are_the_objects_in_their_places(tiny_build, kind):
 @pytest.mark.parametrize("kind", prompt_sets.KINDS)
 def test_a_dark_image_scores_zero(tiny_build, kind):
     prompts = scenes_and_prompts(tiny_build, kind, 5)[1]
-    for image in (torch.zeros(3, 1, 1), world.BACKGROUND[:, None, None]):
-        assert world.alignment(image.expand(5, 3, 32, 32), prompts).tolist() == [0.0] * 5
+    for image in (torch.zeros(3, 1, 1), detector.BACKGROUND[:, None, None]):
+        assert detector.alignment(image.expand(5, 3, 32, 32), prompts).tolist() == [0.0] * 5
 
 
 def test_an_image_all_of_one_colour_is_never_right(tiny_build):
@@ -344,32 +345,32 @@ def test_an_image_all_of_one_colour_is_never_right(tiny_build):
         tiny_build.sentence(Scene("colour", ((colour, SQUARE),)), [(name, "square")])
         for colour, name in enumerate(world.COLOURS)
     ]
-    images = world.PALETTE[:, :, None, None].expand(8, 3, 32, 32)
-    assert (world.alignment(images, prompts) < 1).all()
+    images = detector.PALETTE[:, :, None, None].expand(8, 3, 32, 32)
+    assert (detector.alignment(images, prompts) < 1).all()
 
 
 def test_a_speck_is_no_object_and_an_unknown_colour_is_none(tiny_build):
     image = tiny_build.render([Scene("colour", (RED_CIRCLE,))], random.Random(0))
     speck = image.clone()
     speck[:, :, 0, 0] = 1.0
-    assert world.detect(speck) == world.detect(image)
-    grey = world.BACKGROUND[:, None, None] + 0.4 * world.coverage(
+    assert detector.detect(speck) == detector.detect(image)
+    grey = detector.BACKGROUND[:, None, None] + 0.4 * detector.coverage(
         torch.tensor([SQUARE]), torch.tensor([[16.0, 16.0]]), torch.tensor([5.0])
     )
-    (found,) = world.detect(grey[None])
+    (found,) = detector.detect(grey[None])
     assert [(seen.colour, seen.shape) for seen in found] == [(-1, SQUARE)]
     assert (found[0].x, found[0].y) == pytest.approx((16, 16), abs=0.05)
 
 
 def test_detection_of_one_image_does_not_depend_on_its_batch(renderings):
     _, _, images = renderings["count"]
-    whole = world.detect(images[:20])
-    assert [world.detect(image[None])[0] for image in images[:20]] == whole
+    whole = detector.detect(images[:20])
+    assert [detector.detect(image[None])[0] for image in images[:20]] == whole
 
 
 def test_alignment_is_float32_one_an_image_and_takes_half_precision(renderings):
     _, prompts, images = renderings["composition"]
-    scores = world.alignment(images[:30].half(), prompts[:30])
+    scores = detector.alignment(images[:30].half(), prompts[:30])
     assert scores.dtype == torch.float32
     assert scores.shape == (30,)
     assert (scores == 1).double().mean() >= 0.95
@@ -377,7 +378,7 @@ def test_alignment_is_float32_one_an_image_and_takes_half_precision(renderings):
 
 def test_alignment_refuses_a_foreign_prompt(renderings):
     with pytest.raises(ValueError, match="'a cat' is not a sentence"):
-        world.alignment(renderings["colour"][2][:2], ["a red circle", "a cat"])
+        detector.alignment(renderings["colour"][2][:2], ["a red circle", "a cat"])
 
 
 # --- captions ---
@@ -387,8 +388,8 @@ def test_alignment_refuses_a_foreign_prompt(renderings):
 def test_a_caption_means_what_was_drawn_in_common_words(renderings, kind):
     """Under the prompt of another image, and None under its own."""
     scenes, prompts, images = renderings[kind]
-    own = world.captions(images[:40], prompts[:40])
-    others = world.captions(images[:40], prompts[1:41])
+    own = detector.captions(images[:40], prompts[:40])
+    others = detector.captions(images[:40], prompts[1:41])
     assert sum(caption is None for caption in own) >= 38
     told = [(caption, scene) for caption, scene in zip(others, scenes[:40], strict=True) if caption is not None]
     assert len(told) >= 25
@@ -420,9 +421,9 @@ LEFT, RIGHT = (RED, CIRCLE, 8.0, 16.0), (BLUE, SQUARE, 24.0, 16.0)
     ([], PAIR, None),
 ])  # fmt: skip
 def test_captions_by_hand(detections, scene, caption):
-    assert world.describe(detections, scene) == caption
+    assert detector.describe(detections, scene) == caption
     if caption is not None:
-        assert world.judge(detections, world.parse(caption)) == 1
+        assert detector.judge(detections, world.parse(caption)) == 1
 
 
 # --- scores by hand ---
@@ -449,7 +450,7 @@ def seen(colour: int, shape: int, x: float = 16.0, y: float = 16.0) -> Detection
     ([seen(RED, CIRCLE)] * 7, 0.0),  # beyond six objects an image is noise
 ])  # fmt: skip
 def test_scores_of_a_composition_by_hand(detections, expected):
-    assert world.judge(detections, PAIR) == pytest.approx(expected)
+    assert detector.judge(detections, PAIR) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("detections", "expected"), [
@@ -464,7 +465,7 @@ def test_scores_of_a_composition_by_hand(detections, expected):
     ([seen(RED, CIRCLE, 9), seen(BLUE, SQUARE, 23), seen(GREEN, CROSS)], 0.75 * 2 / 3 + 0.25),
 ])  # fmt: skip
 def test_scores_of_a_position_by_hand(detections, expected):
-    assert world.judge(detections, LEFT_OF) == pytest.approx(expected)
+    assert detector.judge(detections, LEFT_OF) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +473,7 @@ def test_scores_of_a_position_by_hand(detections, expected):
 )
 def test_each_relation_holds_in_its_direction_only(relation, place):
     for other, scene in ((other, Scene("position", PAIR.objects, other)) for other in world.RELATIONS):
-        score = world.judge([seen(*RED_CIRCLE, *place), seen(*BLUE_SQUARE)], scene)
+        score = detector.judge([seen(*RED_CIRCLE, *place), seen(*BLUE_SQUARE)], scene)
         assert score == (1.0 if other == relation else 0.75)
 
 
@@ -485,14 +486,14 @@ def test_each_relation_holds_in_its_direction_only(relation, place):
     ([seen(RED, CIRCLE)], 1 / 3),
 ])  # fmt: skip
 def test_scores_of_a_count_by_hand(detections, expected):
-    assert world.judge(detections, THREE) == pytest.approx(expected)
+    assert detector.judge(detections, THREE) == pytest.approx(expected)
 
 
 def test_a_score_is_one_only_if_everything_is_right():
     options = [seen(c, s, x) for c, s, x in itertools.product((RED, BLUE), (CIRCLE, SQUARE), (9, 23))]
     for num in (1, 2, 3):
         for detections in itertools.product(options, repeat=num):
-            score = world.judge(detections, LEFT_OF)
+            score = detector.judge(detections, LEFT_OF)
             assert 0 <= score <= 1
             right = num == 2 and {(d.colour, d.shape, d.x) for d in detections} == {(*RED_CIRCLE, 9), (*BLUE_SQUARE, 23)}
             assert (score == 1) == right
@@ -508,7 +509,7 @@ def test_reconstructions_of_the_tiny_vae_are_judged_right(renderings):
     for kind, (_, prompts, images) in renderings.items():
         with torch.no_grad():
             decoded = vae.decode(vae.encode(2 * images[:60] - 1).latent_dist.mean).sample
-        right = (world.alignment((decoded / 2 + 0.5).clamp(0, 1), prompts[:60]) == 1).double().mean().item()
+        right = (detector.alignment((decoded / 2 + 0.5).clamp(0, 1), prompts[:60]) == 1).double().mean().item()
         print(f"{kind}: {right:.4f} of the reconstructions fully right")
         assert right >= 0.95
 

@@ -44,7 +44,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from texforce import prompt_sets, scorers, world
+from texforce import detector, prompt_sets, scorers, world
 
 ROOT = Path(__file__).parent
 FLOW = ROOT.parent / "tiny-flow"
@@ -197,9 +197,9 @@ def render(scenes: Sequence[world.Scene], rng: random.Random) -> Tensor:
     ]
     table = torch.tensor(rows)
     index, colours, shapes = (table[:, k].long() for k in range(3))
-    layers = world.coverage(shapes, table[:, 3:5], table[:, 5])[:, None]
-    paint = layers * (world.PALETTE[colours] - world.BACKGROUND)[:, :, None, None]
-    images = world.BACKGROUND[:, None, None].expand(len(scenes), 3, world.IMAGE_SIZE, world.IMAGE_SIZE).clone()
+    layers = detector.coverage(shapes, table[:, 3:5], table[:, 5])[:, None]
+    paint = layers * (detector.PALETTE[colours] - detector.BACKGROUND)[:, :, None, None]
+    images = detector.BACKGROUND[:, None, None].expand(len(scenes), 3, world.IMAGE_SIZE, world.IMAGE_SIZE).clone()
     return images.index_add_(0, index, paint).clamp(0, 1)
 
 
@@ -623,7 +623,7 @@ def degrade(images: Tensor) -> Tensor:
     noisy = images + 0.01 * 25 ** per_image(num_images) * torch.randn_like(images)
     mixed = images.lerp(images.roll(1, dims=0), 0.2 + 0.3 * per_image(num_images))
     edges = 4 + 24 * per_image(num_images)
-    wiped = torch.where(torch.arange(32.0) < edges, images, world.BACKGROUND[:, None, None])
+    wiped = torch.where(torch.arange(32.0) < edges, images, detector.BACKGROUND[:, None, None])
     wiped = torch.where(per_image(num_images) < 0.5, wiped, wiped.flip(-1))
     flawed = torch.stack([blurred, noisy, noisy, mixed, images.lerp(wiped, 0.9)])
     return flawed[torch.randint(len(flawed), (num_images,)), torch.arange(num_images)].clamp(0, 1)
