@@ -141,7 +141,8 @@ def as_typed(message: str) -> str:
     # As "name: ...", also after another one; names of two words wherever they are no part of a path or a quoted text.
     pattern = rf"(?:^|(?<=[:;] ))(?:{whole})(?=: )|(?<![\w./'\"-])(?:{underscored})(?![\w./'\"])"
     head = ", ".join("--" + name.replace("_", "-") for name in names.split(", "))
-    return head + colon + re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), rest)
+    own, raised, foreign = rest.partition(" raised ")  # what a function of the user's said stays as it is
+    return head + colon + re.sub(pattern, lambda found: "--" + found[0].replace("_", "-"), own) + raised + foreign
 
 
 # --- train ---
@@ -231,7 +232,7 @@ def train_settings(
     """
     options = merge_options(read_config(config), given)
     if resume:
-        options = resumed_options(resume, options)
+        options = resumed_options(resume, options, warn)
     asked = TrainOptions(**options)
     for name in ("prompts", "heldout_prompts", "anchor_prompts"):
         if options.get(name) and options[name] not in TRAINING_SETS:
@@ -248,7 +249,7 @@ def train_settings(
     return settings
 
 
-def resumed_options(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+def resumed_options(folder: Path, given: dict[str, Any], warn: Callable[[str], None] = views.warn) -> dict[str, Any]:
     """The options of the run in a folder, with those given over them.
 
     Raises:
@@ -416,8 +417,9 @@ def merge_command(given: dict[str, Any]) -> None:
             warn(f"adapter_steps: {folder / SETTINGS} has {steps}, which texforce honours; peft itself does not know it")
         if dropped := config.dropped_steps:
             warn(f"drop_adapter_steps: what was trained for the steps {' and '.join(dropped)} is on in all of them")
-        written = sorted(folder.glob("*.safetensors"))  # a single one if the format is a single file
-        show(f"{config.format}: {written[0] if len(written) == 1 else folder}")
+        written = sorted(folder.glob("*.safetensors"))
+        is_file = config.format in ("checkpoint", "kohya", "diffusers") and len(written) == 1
+        show(f"{config.format}: {written[0] if is_file else folder}")
 
 
 # --- eval ---

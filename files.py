@@ -269,8 +269,9 @@ def check_written(folder: Path, patterns: Sequence[str]) -> list[Path]:
         InputError: there is something else in the folder, or a link.
     """
     written = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    known = set(written)
     for path in folder.rglob("*"):
-        is_ours = path in written or path.name in (LOCK, HOLDER) or path.suffix == TEMPORARY
+        is_ours = path in known or path.name in (LOCK, HOLDER) or path.suffix == TEMPORARY
         if path.is_symlink() or not (path.is_dir() or is_ours):
             raise InputError(
                 f"output_dir: {str(path)!r} was not written by texforce; it is not overwritten, so choose another folder or "

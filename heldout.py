@@ -140,6 +140,7 @@ def draw_share(policy: Policy, prompts: Sequence[str], batch_size: int) -> dict[
             prompt_ids = models.tokenize_for(policy.model, prompts[start : start + batch_size]).to(policy.model.device)
             generator = torch.Generator(policy.model.device).manual_seed(HELDOUT_SEED + start)
             images[start] = policy.draw(prompt_ids, generator).cpu()
+    stages.report("measuring", len(prompts), len(prompts))
     return images
 
 

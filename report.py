@@ -179,8 +179,8 @@ def _made_of(system: Mapping[str, Any], trainings: Mapping[str, str]) -> str:
 def _how_measured(confidence: float) -> list[str]:
     return [
         f"Means over prompts with {100 * confidence:.0f} % bootstrap intervals, which are too narrow where there are few "
-        "prompts. The change is the difference to the base model on the same prompts and noise. It is green or red where "
-        "its interval does not hold 0; the larger it is, the stronger is the colour.",
+        "prompts. The change is the difference to the base model on the same prompts and noise. It is green or red if its "
+        "interval does not contain 0 and it is larger than the limit below; a larger change has a stronger colour.",
         f"A prompt is the same where its score changes by at most {measures.NEGLIGIBLE:g} of the standard deviation of the "
         "base model's scores.",
     ]
@@ -397,11 +397,12 @@ def make_verdicts(systems: Mapping[str, Any]) -> list[Verdict]:
     for name, system in list(systems.items())[1:]:
         summaries = system["measures"]
         fell = [other for other in others if direction(summaries[other]["paired"], base[other]["spread"]) == "loss"]
-        outcomes = dict(percents(summaries[first]))
-        text = (
-            f"{first} {interval(summaries[first]['paired'], '+', _digits(systems, first))}; "
-            f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
-        )
+        text = f"{first}: no prompt has a score in both systems"
+        if outcomes := dict(percents(summaries[first])):
+            text = (
+                f"{first} {interval(summaries[first]['paired'], '+', _digits(systems, first))}; "
+                f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
+            )
         text = minus(text) + (f"; {' and '.join(fell)} fell" if fell else "")
         verdicts.append(Verdict(label(name, system), text, direction(summaries[first]["paired"], base[first]["spread"])))
     return verdicts
@@ -478,7 +479,9 @@ def direction(paired: Mapping[str, Any], spread: float) -> str:
 
 def percents(summary: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Percent of the prompts by measures.OUTCOMES, which add up to 100."""
-    better, worse = (round(100 * (summary[outcome]["mean"] or 0.0)) for outcome in ("better", "worse"))
+    if summary["better"]["mean"] is None:  # no prompt has a score in both systems
+        return []
+    better, worse = (round(100 * summary[outcome]["mean"]) for outcome in ("better", "worse"))
     return list(zip(measures.OUTCOMES, (better, 100 - better - worse, worse), strict=True))
 
 

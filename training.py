@@ -149,7 +149,8 @@ def train(
 
     `report` gets one record an epoch, the same that metrics.jsonl holds; the first is epoch 0, before training. With
     `resume` a run in the output folder goes on from its newest checkpoint, exactly as if it had never stopped, and a
-    finished one returns its result; `force` resumes even if options or prompts have changed.
+    finished one returns its result; the first record is then that of the checkpoint, with those before it as `earlier`.
+    `force` resumes even if options or prompts have changed.
 
     Raises:
         InputError: bad input. OSError: storage. ArtifactError: a refused checkpoint. RewardError: the scorer failed.
@@ -377,7 +378,7 @@ class _Training:
         """Train the epochs that are left; writes checkpoints, and the adapter whenever it is measured."""
         epochs, config = self.run.epochs, self.config
         start = time.perf_counter() - epochs[-1]["seconds"]
-        tell(epochs[-1])
+        tell(epochs[-1] | ({"earlier": epochs[:-1]} if len(epochs) > 1 else {}))
         snapshot = self.run.snapshot()
         try:
             self._write_page(report.RUNNING)

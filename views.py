@@ -74,6 +74,7 @@ class EpochView:
         """With `is_drawn` false, as in all processes of a run but the first, no view is drawn."""
         self.num_epochs, self.clip_range = config.num_epochs or 0, config.clip_range
         self.epochs: list[dict[str, Any]] = []
+        self.begun: dict[str, Any] = {}  # the epoch that this process goes on from
         self.bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[count]}"), expand=True
         )
@@ -97,14 +98,15 @@ class EpochView:
         self.bar.update(self.stage, description=name, completed=done, total=total or None, count=count)
 
     def __call__(self, measures: dict[str, Any]) -> None:
-        self.epochs.append(measures)
+        self.epochs += [*measures.get("earlier", ()), measures]
+        self.begun = self.begun or measures
         for dropped in measures.get("dropped", ()):
             warn(f"dropped, reward not finite: {dropped['prompt']!r} (seed {dropped['seed']})")
         if not self.live:
             warn(self.line(measures))
 
     def line(self, measures: dict[str, Any]) -> str:
-        """An epoch in a line, for what is no terminal; metrics.jsonl has every number."""
+        """One epoch as a line of a log; metrics.jsonl has every number."""
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
         parts += [f"reward {measures['reward_mean']:.4f}"] if "reward_mean" in measures else []
         parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
@@ -118,7 +120,7 @@ class EpochView:
         if self.epochs:
             last = self.epochs[-1]
             counts = [f"{last.get('num_images', 0):,} images"]
-            counts += [f"{last['num_relabelled']} of the epoch's relabelled"] if "num_relabelled" in last else []
+            counts += [f"{last['num_relabelled']} images relabelled in this epoch"] if "num_relabelled" in last else []
             shown.append(Text("  ".join([f"epoch {last['epoch']}/{self.num_epochs}", *counts, *self.times()])))
             shown += self.reward_lines() + self.measured_table()
             shown += [Text(trouble, style="bold red") for trouble in self.troubles()]
@@ -164,11 +166,11 @@ class EpochView:
 
     def times(self) -> list[str]:
         """How long the run has taken, and how long it will take if its epochs go on as in this process."""
-        first, last = self.epochs[0], self.epochs[-1]
+        first, last = self.begun, self.epochs[-1]
         done, seconds = last["epoch"] - first["epoch"], last["seconds"] - first["seconds"]
         to_do = self.num_epochs - last["epoch"]
         left = [f"{duration(seconds / done * to_do)} left"] if done and to_do else []
-        return [f"after {duration(last['seconds'])}", *left]
+        return [f"{duration(last['seconds'])} elapsed", *left]
 
 
 def duration(seconds: float) -> str:
@@ -264,7 +266,7 @@ def evaluation_table(results: dict[str, Any]) -> Table:
                 f" {report.label(name, system)}",
                 report.interval(summary) + report.dropped(summary),
                 change,
-                "/".join(str(share) for _, share in report.percents(summary)),
+                "/".join(str(share) for _, share in report.percents(summary)) or "-",
             )
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
     return table

@@ -280,8 +280,7 @@ def test_what_is_mistyped_is_told_before_pytorch_loads_and_before_anything_is_wr
 
 def test_a_folder_without_a_run_is_told_before_a_new_one_begins_there(tmp_path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(cli, "warn", said.append)
-    assert cli.resumed_options(tmp_path / "nope", {"reward": "jpeg"})["output_dir"] == str(tmp_path / "nope")
+    assert cli.resumed_options(tmp_path / "nope", {"reward": "jpeg"}, said.append)["output_dir"] == str(tmp_path / "nope")
     assert said == [f"there is no run in {str(tmp_path / 'nope')!r}, so a new one begins there"]
 
 

@@ -93,7 +93,7 @@ def with_long_names(epoch: dict) -> dict:
 def test_a_terminal_shows_all_three_answers_whatever_its_size(screen, width, height):
     lines = show_epochs(screen, [with_long_names(epoch) for epoch in EPOCHS], width, height).rstrip("\n").split("\n")
     shown = [line.rstrip() for line in lines if line.strip()]
-    assert shown[0] == "epoch 2/400  0 images  after 25 s  66 min left"
+    assert shown[0] == "epoch 2/400  0 images  25 s elapsed  66 min left"
     assert shown[1] == "reward  ▁█  0.6250 over the last 2"
     assert re.fullmatch(r" *held-out, epoch 2 +base +now +change", shown[2])
     assert any(re.fullmatch(r" *alignment_exact +0\.7500 +0\.7500 +\+0\.0000", line) for line in shown)
@@ -171,8 +171,18 @@ def test_elsewhere_every_epoch_is_a_line(monkeypatch):
     lines = view_of_epochs(monkeypatch).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
     assert "held-out hps 0.2500" in lines[0]
-    assert lines[1].endswith("reward 0.5000  after 15 s  30 s left")
+    assert lines[1].endswith("reward 0.5000  15 s elapsed  30 s left")
     assert "\x1b" not in "".join(lines)
+
+
+def test_a_resumed_run_is_shown_against_the_base_model_and_timed_by_this_process_alone():
+    view = views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4)))
+    view(EPOCHS[1] | {"earlier": EPOCHS[:1]})
+    view(EPOCHS[2])
+    assert view.epochs[0] is EPOCHS[0]
+    assert view.begun["epoch"] == EPOCHS[1]["epoch"]
+    (table,) = view.measured_table()
+    assert next(iter(table.columns[1].cells)) == f"{EPOCHS[0]['heldout']['hps']:.4f}"
 
 
 def test_only_the_first_process_of_a_run_draws_the_view(monkeypatch):
