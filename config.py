@@ -129,7 +129,7 @@ class TrainConfig:
         "weights (default: embedded hps for tiny, else hub)",
         None,
     )
-    reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
+    reward_timeout: Seconds = option("seconds to wait for the scores of a function or a server", 600.0)
     seed: Seed = option("seed of everything random", 0)
     num_epochs: Count = option("rounds of sampling and updating")
     num_prompts_per_epoch: Count = option("prompts drawn an epoch")
@@ -173,7 +173,7 @@ class TrainConfig:
     )
     backprop_steps: Count = option("gradient: last sampling steps that the reward's gradient goes through", 4)
     resolution: Count | None = option("pixels of a side (default: what the denoiser was made for)", None)
-    learning_rate: Positive = option("of AdamW")
+    learning_rate: Positive = option("learning rate of AdamW")
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
         "of the learning rate after its warm-up: constant, linear or cosine (to 0)"
     )
@@ -181,7 +181,7 @@ class TrainConfig:
         "optimizer steps over which the learning rate rises from 0: Adam's first steps are long and mostly noise; "
         "by default never over a tenth of the run"
     )
-    weight_decay: NonNegative = option("of AdamW", 0.0001)
+    weight_decay: NonNegative = option("weight decay of AdamW", 0.0001)
     max_grad_norm: Positive = option("gradients are clipped to this norm")
     clip_range: Positive = option("PPO's clip range of the ratio")
     advantages: Literal["leave-one-out", "per-prompt"] = option(
@@ -220,7 +220,7 @@ class TrainConfig:
     compile: bool | None = option("compile the denoiser; the first step takes minutes (default: on CUDA)", None)
     eval_every: Count = option("epochs between measurements on the held-out prompts")
     checkpoint_every: Count = option("epochs between checkpoints, from which `--resume` goes on exactly")
-    checkpoints_to_keep: Count = option("so many of the newest checkpoints stay", 2)
+    checkpoints_to_keep: Count = option("number of newest checkpoints to keep", 2)
     max_kl: Positive | None = option(
         "stop when the KL divergence from the base policy, before an epoch's last update, is above this", None
     )

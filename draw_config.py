@@ -142,7 +142,7 @@ class SampleConfig(DrawConfig):
     prompts: str | None = option(f"{PROMPT_FILES}; or the name of a shipped set", None)
     output_dir: str = option("where the images go; their numbers go on from those already there", "samples")
     num_images: Count = option("images for each prompt", 4)
-    seed: Seed = option("of the first image; the next has the next seed", 0)
+    seed: Seed = option("seed of the first image; each next image adds 1", 0)
     scale: float = option("strength of the adapter: 0 is the base model, 1 as trained", 1.0)
     compare: bool = option("also draw the base model's images from the same noise", False)
     systems: tuple[System, ...] = derived(())  # drawn besides the base model: one, or none
@@ -394,9 +394,8 @@ def _check_carried(adapter_steps: str | None, format: str) -> None:
     """Raise InputError for a range of steps that what reads a format would not honour."""
     if adapter_steps and format != "peft":
         raise InputError(
-            f"format: the adapter is for the steps {adapter_steps} alone, and no reader of the format {format} switches it "
-            "off in the others; take peft, beside which texforce.json says it to texforce, or --drop-adapter-steps, and it "
-            "is on in all steps"
+            f"format: the adapter is on only in the steps {adapter_steps}, and programs that read {format} leave it on in "
+            "all steps; give --format peft, which stores the range in texforce.json, or --drop-adapter-steps to leave it on"
         )
 
 
@@ -421,7 +420,7 @@ class EvalConfig(DrawConfig):
         "strength (default: hps; for world alignment too)"
     )
     reward_checkpoint: Texts | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
-    reward_timeout: Seconds = option("seconds after which a function or a server that gives no scores is given up", 600.0)
+    reward_timeout: Seconds = option("seconds to wait for the scores of a function or a server", 600.0)
     exact_preprocessing: bool = option(
         "resize images for the scorers as their own code does, on 8 bits, for figures beside published ones; else as in "
         "training, on floats (docs/rewards.md)",
@@ -432,7 +431,7 @@ class EvalConfig(DrawConfig):
         None,
     )
     num_images: Count = option("images for each prompt", 4)
-    limit: Count | None = option("so many of the prompts, from all over the benchmark", None)
+    limit: Count | None = option("number of prompts to take, evenly spaced over the benchmark", None)
     seed: Seed = option("of the noise; every system gets the same, prompt by prompt", 0)
     output_dir: str = option("where images, results and the report go; an interrupted evaluation there goes on", "eval")
     overwrite: bool = option("remove the evaluation in the output folder, and begin anew", False)

@@ -101,8 +101,8 @@ def _refuse_tokens(system: System) -> None:
     """Raise InputError for learned tokens, which are not part of any weights."""
     if tokens := [path for path, _ in system.adapters if adapters.token_shapes(path)]:
         raise InputError(
-            f"adapter: {tokens[0]!r} holds learned tokens, and prompts name those, no weights do; load the file as it is, a "
-            "textual inversion for diffusers, A1111 and ComfyUI"
+            f"adapter: {tokens[0]!r} holds learned tokens, which belong to prompts and not to a model's weights; load the "
+            "file itself as a textual inversion in diffusers, A1111 or ComfyUI"
         )
 
 

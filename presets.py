@@ -149,8 +149,8 @@ _NAMES = {"stable-diffusion-3": "sd3", "sd3": "sd3", "flux": "flux", "sana": "sa
 def family(model: str) -> str:
     """The preset that a model takes, since presets are needed before anything is loaded.
 
-    Of a folder the class of its pipeline says it, of a .safetensors file its header; else its name does, as on the hub: to
-    look into a .ckpt its weights would have to be read.
+    A folder is known by the class of its pipeline, a .safetensors file by its header, anything else by its name: to look
+    into a .ckpt its weights would have to be read.
     """
     if model in EMBEDDED:
         return model

@@ -109,7 +109,7 @@ def describe_training(folder: Path) -> str:
     """A line on the training of the run in a folder.
 
     Raises:
-        InputError, ArtifactError: what says it is damaged.
+        InputError, ArtifactError: config.json, result.json or the checkpoint is damaged.
     """
     config = saved_options(folder)
     result = read_result(folder) if (folder / RESULT).is_file() else {}
@@ -473,7 +473,7 @@ def tracker(config: TrainConfig, output_dir: Path) -> Iterator[Track]:
 
     name = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}[config.report_to]
     arguments = {"logging_dir": output_dir} if config.report_to == "tensorboard" else {}
-    failed = f"report_to: {config.report_to} failed; mend it, or choose another tracker or none"
+    failed = f"report_to: {config.report_to} failed; fix it, or choose another tracker or none"
     with reading(failed, InputError):
         PartialState()  # the trackers' own logging asks for it
         kept = getattr(tracking, name)("texforce", **arguments)

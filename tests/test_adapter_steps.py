@@ -166,7 +166,7 @@ def test_eval_draws_each_system_in_its_own_steps_and_refuses_a_folder_of_others(
 @pytest.mark.parametrize("format", ["pipeline", "checkpoint", "diffusers", "kohya"])
 def test_merge_refuses_a_format_that_cannot_say_the_steps_unless_they_are_dropped(adapter, tmp_path, format):
     options = {"adapter": [str(adapter)], "format": format, "output_dir": str(tmp_path / "merged")}
-    with pytest.raises(InputError, match=rf"format: .* steps 0\.25-0\.75 alone, .* {format} .* --drop-adapter-steps"):
+    with pytest.raises(InputError, match=rf"format: .* steps 0\.25-0\.75, .* {format} .* --drop-adapter-steps"):
         resolve_merge(MergeOptions(**options))
     config = resolve_merge(MergeOptions(**options, drop_adapter_steps=True))
     assert "adapter_steps" not in config.settings

@@ -155,6 +155,7 @@ cli.app({["train", *flags(hanging)]})
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_package_is_whole_though_diffusers_is_imported_before_what_it_loads_late(fresh_process):
     assert "the package is whole" in fresh_process[0].stdout, fresh_process[0].stderr
 
@@ -716,6 +717,7 @@ def test_a_reward_that_breaks_in_the_second_epoch_ends_with_six_and_the_adapter_
     check_saved(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_does_not_keep_the_process(fresh_process):
     done, _ = fresh_process
     assert (done.returncode, "no scores within 0.5 s" in " ".join(done.stderr.split())) == (6, True), done.stderr
@@ -1016,6 +1018,7 @@ def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_
 # --- rewards ---
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_scorer_that_is_only_measured(shared_run, tmp_path):
     options = {"reward": "hps=1,jpeg=0.1", "eval_reward": "incompress", "output_dir": tmp_path / "out", "num_epochs": 2}
     result = run_train(shared_run | options, eval_every=1)
@@ -1043,6 +1046,7 @@ def test_a_mixture_trains_otherwise_than_its_first_part_and_what_is_only_measure
     assert ((tmp_path / "out" / WEIGHTS).read_bytes() == trained_by_jpeg) == same
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_normalised_mixture_have_unit_spread(small_run, tmp_path):
     name = "hps=1,jpeg=1"
     options = {"reward": name, "output_dir": tmp_path / "out", "num_epochs": 3, "eval_every": 1}
@@ -1222,6 +1226,7 @@ def test_metrics_are_strict_json_with_a_line_for_each_epoch(trained):
         assert 0 < line["sampling_share"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_saved_config_is_resolved_and_a_process_of_its_own_repeats_the_run_to_the_byte(trained, fresh_process):
     folder, _ = trained

@@ -640,6 +640,7 @@ def test_steps_outside_the_window_may_be_deterministic_in_flow_matching(folders,
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_text_encoders_that_are_not_trained_may_leave_the_device_and_encode_a_prompt_once(folders, tmp_path, monkeypatch):
     calls = []
 
@@ -925,6 +926,7 @@ def test_tiny_flow_is_imperfect_as_tiny_is():
 # --- the commands ---
 
 
+@pytest.mark.slow
 def test_the_commands_train_sample_evaluate_and_go_on_with_a_model_of_flow_matching(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("two red circle\na blue square\na and a\nred and blue\n")

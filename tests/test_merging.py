@@ -192,6 +192,7 @@ CASES += [pytest.param("sd21", format, marks=pytest.mark.slow) for format in ("c
 
 
 @pytest.mark.parametrize(("name", "format"), CASES)
+@pytest.mark.quick(2)
 def test_others_draw_the_same_images_from_every_format(bases, fused, merged, name, format):
     pipeline, expected = read_by_others(bases(name), format, merged(name, format)), fused(name)[1]
     assert (expected - bases(name).latents).abs().max() > 0.05

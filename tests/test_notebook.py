@@ -5,6 +5,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,6 +17,7 @@ def without_numbers(output: dict) -> tuple:
     return re.sub(r"# (s|min|h)\b", "# s", text), sorted(output.get("data", []))  # a slow machine takes minutes
 
 
+@pytest.mark.slow
 def test_the_notebooks_outputs_are_those_of_its_cells(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebook = json.loads((ROOT / "docs" / "texforce.ipynb").read_text())

@@ -147,6 +147,7 @@ def test_two_processes_give_the_adapter_of_one_with_twice_the_batch(pair):
 ], ids=[
     "matching", "gradient in some steps", "some layers", "ppo in some steps", "relabelling in some steps", "tokens",
 ])  # fmt: skip
+@pytest.mark.quick(1)
 def test_two_processes_give_the_adapter_of_one_by_every_algorithm(shared_run, tmp_path, options):
     if "relabel" in options:  # by colours, so that each image has its own
         dark = "images.mean(dim=(1, 2, 3)) < images.mean()"
@@ -188,6 +189,7 @@ def test_each_process_samples_and_scores_its_share_only(pair):
     assert first[0] != second[0]
 
 
+@pytest.mark.slow
 def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_path, monkeypatch):
     """The test above would see it."""
     monkeypatch.setattr(processes, "sum_gradients", lambda parameters: None)
@@ -217,6 +219,7 @@ def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, share
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (pair / "2" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(pair, shared_run, tmp_path, monkeypatch):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     original = training.train_epoch

@@ -252,6 +252,7 @@ def test_plots_follow_their_measure(visit, evaluation):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.quick(1)
 def test_plots_fill_their_panel_have_axis_titles_and_are_legible(visit, evaluation, width):
     page = visit(evaluation[0], viewport={"width": width, "height": 800})
     for k in range(2):
@@ -581,6 +582,7 @@ def test_a_training_whose_scores_are_missing_has_a_page_all_the_same(visit, tmp_
     assert "none" in page.text_content("main table")
 
 
+@pytest.mark.slow
 def test_a_training_has_the_commands_to_go_on_and_to_use_it_and_its_settings(visit, tmp_path):
     def commands() -> dict[str, str]:
         page = visit(tmp_path)

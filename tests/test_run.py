@@ -224,6 +224,7 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
         "ppo in some steps", "relabelling alone in some steps",
     ],
 )  # fmt: skip
+@pytest.mark.quick(2)
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
     options = options | {"num_epochs": 2, "checkpoint_every": 1} | changes
     if "relabel" in changes:
@@ -809,7 +810,7 @@ def files_of_50_kb():
 def test_no_room_is_found_out_before_the_model_is_loaded(options, tmp_path, monkeypatch, files_of_50_kb):
     monkeypatch.setattr(training, "prepare", lambda config: pytest.fail("it loaded the model"))
     check_failure(invoke("train", *flags(options), "--output-dir", tmp_path / "out"), 5, "storage")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {files.LOCK}
+    assert not (tmp_path / "out").exists()
     run.check_folder(str(tmp_path / "out"))  # so that the same command begins the run when there is room
 
 

@@ -54,7 +54,7 @@ def images(model, **options):
     return evaluation.sample(config, PROMPTS, [0, 1])["base"]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_a_checkpoint_draws_what_its_folder_draws(checkpoint):
     file, folder = checkpoint
     assert torch.equal(images(file), images(folder))

@@ -868,6 +868,7 @@ def test_images_of_a_prompt_are_noised_alike_and_only_images_with_a_finite_rewar
     assert share.loss.keywords["noising"].noise.shape[:2] == (len(PROMPTS), 3)
 
 
+@pytest.mark.slow
 def test_an_epoch_of_matching_raises_the_reward_of_what_is_drawn(make_rig):
     """The policy is moved towards its brighter images, and draws brighter ones from the same noise."""
     options = {"num_inner_epochs": 8, "num_samples_per_prompt": 8, "sample_batch_size": 24, "learning_rate": 2e-3}
@@ -1010,8 +1011,8 @@ def test_anchor_prompts_are_held_beside_the_null_prompt(make_rig, tmp_path):
 
 
 GRADIENT = {
-    "algorithm": "gradient", "backprop_steps": 2, "num_samples_per_prompt": 2, "advantages": "leave-one-out",
-    "kl_weight": 0.0, "null_anchor": 0.0,
+    "algorithm": "gradient", "reward": "hps", "backprop_steps": 2, "num_samples_per_prompt": 2,
+    "advantages": "leave-one-out", "kl_weight": 0.0, "null_anchor": 0.0,
 }  # fmt: skip
 
 

@@ -668,6 +668,7 @@ def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
     assert result["num_unet_calls"] == 2 * (64 + (own + 8) * branches)
 
 
+@pytest.mark.slow
 def test_relabelling_adds_to_what_the_reward_teaches(train_small, tmp_path):
     adapters = []
     for relabel in (None, caption_file(tmp_path)):
