@@ -10,6 +10,7 @@ from . import files, reward_specs, world
 from .draw_config import LATER_OPTIONS, EvalConfig, changed_later_options
 from .errors import InputError
 from .files import read_json
+from .presets import EMBEDDED
 from .prompt_sets import Benchmark
 
 SETTINGS = "settings.json"  # in an evaluation's folder: all that decides its images
@@ -29,9 +30,11 @@ def check_inputs(config: EvalConfig, benchmark: Benchmark) -> None:
         reward_specs.check_reward(spec)
     if not config.prompt_weights:  # else what is judged is known once the weights are read
         reward_specs.check_prompts(config.measures, benchmark.prompts)
-    sides = {side or config.resolution or world.IMAGE_SIZE for side in (config.width, config.height)}
+    usual = config.resolution or (world.IMAGE_SIZE if config.model in EMBEDDED else None)
+    sides = {side or usual for side in (config.width, config.height)} - {None}  # of other models one may not be known
     if len(sides) > 1 and (judged := [spec for spec in config.measures if reward_specs.judges_world(spec)]):
-        raise InputError(f"width: {judged[0]} judges square images of the tiny world alone; give --resolution instead")
+        option = "width" if config.width else "height"
+        raise InputError(f"{option}: {judged[0]} judges square images of the tiny world alone; give --resolution instead")
     if config.strengths and len(benchmark.prompts) < 2:
         raise InputError(
             "strength: the best one is measured on another half of the prompts, so there must be at least two prompts"

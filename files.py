@@ -262,37 +262,6 @@ def storage_errors(path: Path) -> Iterator[None]:
 # --- images ---
 
 
-def check_written(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files in a folder, after a look that a command wrote all of them; `patterns` are of their names in the folder.
-
-    Raises:
-        InputError: there is something else in the folder, or a link.
-    """
-    written = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-    known = set(written)
-    for path in folder.rglob("*"):
-        is_ours = path in known or path.name in (LOCK, HOLDER) or path.suffix == TEMPORARY
-        if path.is_symlink() or not (path.is_dir() or is_ours):
-            raise InputError(
-                f"output_dir: {str(path)!r} was not written by texforce; it is not overwritten, so choose another folder or "
-                "move it away"
-            )
-    return written
-
-
-def remove_written(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove what a command wrote into its folder; what the first pattern names goes last, since the folder is known by it.
-
-    Raises:
-        InputError: there is something else in the folder, or a link; nothing is removed then.
-    """
-    for path in reversed(check_written(folder, patterns)):
-        path.unlink()
-    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        with contextlib.suppress(OSError):  # one that is not empty holds a lock, or another's temporary file
-            path.rmdir()
-
-
 @dataclass(frozen=True)
 class SampledImage:
     """An image that `texforce sample` wrote.
@@ -415,6 +384,37 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # as in /proc; elsewhere what is not there is no fault of the disk
         raise StorageError(f"storage: {error.strerror}: {folder}") from error
+
+
+def check_written(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files in a folder, after a look that a command wrote all of them; `patterns` are of their names in the folder.
+
+    Raises:
+        InputError: there is something else in the folder, or a link.
+    """
+    written = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    known = set(written)
+    for path in folder.rglob("*"):
+        is_ours = path in known or path.name in (LOCK, HOLDER) or path.suffix == TEMPORARY
+        if path.is_symlink() or not (path.is_dir() or is_ours):
+            raise InputError(
+                f"output_dir: {str(path)!r} was not written by texforce; it is not overwritten, so choose another folder or "
+                "move it away"
+            )
+    return written
+
+
+def remove_written(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove what a command wrote into its folder; what the first pattern names goes last, since the folder is known by it.
+
+    Raises:
+        InputError: there is something else in the folder, or a link; nothing is removed then.
+    """
+    for path in reversed(check_written(folder, patterns)):
+        path.unlink()
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # one that is not empty holds a lock, or another's temporary file
+            path.rmdir()
 
 
 @contextlib.contextmanager

@@ -217,15 +217,19 @@ class Training:
 
 def describe_method(options: Mapping[str, Any]) -> str:
     """What a training trains, by which algorithm and on what, from its options."""
-    target, algorithm, reward, seed = (options.get(name, "?") for name in ("target", "algorithm", "reward", "seed"))
+    target, algorithm, seed = (options.get(name, "?") for name in ("target", "algorithm", "seed"))
     layers, modules = options.get("lora_layers", "all"), options.get("lora_modules")
     limits = [f"blocks {layers}"] if layers != "all" else []
     limits += [f"projections {', '.join(modules)}"] if modules else []
     limits += [f"in the steps {steps}"] if (steps := options.get("adapter_steps")) else []
-    taught_by = [str(reward)] if reward != NO_REWARD else []
-    taught_by += [f"failed images relabelled by {relabel}"] if (relabel := options.get("relabel")) else []
     what = target + (f" ({', '.join(limits)})" if limits else "")
-    return f"{what} trained by {algorithm} on {' and '.join(taught_by)}, seed {seed}"
+    return f"{what} trained by {algorithm} on {' and '.join(_taught_by(options))}, seed {seed}"
+
+
+def _taught_by(options: Mapping[str, Any]) -> list[str]:
+    """What a training learns from, from its options."""
+    reward, relabel = options.get("reward", "?"), options.get("relabel")
+    return [str(reward)] * (reward != NO_REWARD) + [f"failed images relabelled by {relabel}"] * bool(relabel)
 
 
 def write_training(training: Training) -> None:
@@ -249,7 +253,7 @@ def training_page(training: Training) -> Page:
     summaries = measures.summarise(scores, BASE, _word_categories(training.prompts), config.seed)
     systems = {name: {"strength": 1, "measures": summaries[name]} for name in first_and_last}
     return Page(
-        title=f"texforce train: {config.reward} on {config.model}",
+        title=f"texforce train: {' and '.join(_taught_by(dataclasses.asdict(config)))} on {config.model}",
         verdicts=make_verdicts(systems),
         facts=[
             Fact("date", now()),

@@ -534,6 +534,27 @@ def test_a_page_that_loads_itself_anew_stays_as_it_was(visit, tmp_path):
     page.locator("#epoch", has_text="1").wait_for()
 
 
+def test_a_page_that_was_opened_before_the_first_measurement_sorts_by_gain_once_there_is_one(visit, tmp_path):
+    write_training(tmp_path, 0)
+    page = visit(tmp_path)
+    assert page.input_value("#order") == "tuned"
+    write_training(tmp_path, 1)
+    value_of(page, "reload()")
+    page.locator("#epoch", has_text="1").wait_for()
+    assert page.input_value("#order") == "gain"
+
+
+def test_the_slider_stays_at_its_epoch_though_other_epochs_are_shown(visit, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAX_FRAMES", 4)
+    write_training(tmp_path, 3)  # epochs 0, 1, 2, 3
+    page = visit(tmp_path)
+    move_slider(page, 2)
+    write_training(tmp_path, 6)  # epochs 0, 2, 4, 6
+    value_of(page, "reload()")
+    page.locator("#epoch", has_text="2").wait_for()
+    assert page.input_value("#system") == "1"
+
+
 def test_a_training_that_has_stopped_does_not_load_itself_either(visit, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RELOAD_SECONDS", 0.2)
     write_training(tmp_path, 1, "stopped after epoch 1")
