@@ -50,7 +50,7 @@ from .errors import (
     near,
 )
 from .eval_checks import check_inputs
-from .files import check_unused, check_writable, read_json
+from .files import check_new_folder, read_json
 from .flags import HELP_ALL, Command, DrawCommand, TrainCommand, show_version, with_options
 from .hub import HUB, is_fetched
 from .options import option_fields
@@ -195,12 +195,6 @@ def train_command(
         with hint_to_resume(settings), EpochView(settings, processes.is_first()) as view:
             result = training.train(settings, view, warn, resume is not None, force_resume)
         show_trained(result, settings)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Check that a training can begin in a folder; raises as `check_writable` and `check_unused`."""
-    check_writable(folder)
-    check_unused(folder)
 
 
 def show_plan(settings: TrainConfig) -> None:

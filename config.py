@@ -313,7 +313,7 @@ def resolve(options: Options) -> TrainConfig:
     """
     given = given_values(options)
     _check_names(given)
-    if "torch" not in sys.modules:  # it takes seconds to load, so what is wrong on every device is told first
+    if "torch" not in sys.modules:  # loading it takes seconds: first check what holds on every device
         _check_on_any_device(given)
     return _resolve_on(default_device(), given)
 

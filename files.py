@@ -386,6 +386,12 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"storage: {error.strerror}: {folder}") from error
 
 
+def check_new_folder(folder: Path) -> None:
+    """Check that a command can begin in a folder; raises as `check_writable` and `check_unused`."""
+    check_writable(folder)
+    check_unused(folder)
+
+
 def check_written(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """The files in a folder, after a look that a command wrote all of them; `patterns` are of their names in the folder.
 

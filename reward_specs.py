@@ -39,8 +39,8 @@ class Entry:
     measures: str
     scale: str  # higher is better for all
     weights: tuple[str, ...] = ()  # names that hub.HUB and --reward-checkpoint know
-    licence: str = "-"  # of the weights, or of what must be installed besides
-    packages: tuple[str, ...] = ()  # to be installed besides: the extra of the scorer's name
+    licence: str = "-"  # of the weights, or of the packages
+    packages: tuple[str, ...] = ()  # that the extra of the scorer's name installs
     gradients: bool = False  # whether its `with_gradients` carries them to the images
     features: bool = False  # whether it has `image_features`
     check_prompt: Callable[[str], object] = lambda prompt: None  # raises InputError for a prompt it cannot judge

@@ -65,17 +65,17 @@ LASTING_OPTIONS = ("reward", "normalise_rewards", "eval_reward")
 # --- the folder ---
 
 
-def check_folder(name: str, resume: bool = False) -> Path:
+def check_folder(name: str, resume: bool = False) -> None:
     """Check that a training can make its output folder, or go on in it, without making it.
 
     Raises:
         InputError: it is not empty and holds no run to go on with. OSError: it cannot be made or written to.
     """
     folder = Path(name)
-    files.check_writable(folder)
-    if not (resume and is_run(folder)):
-        files.check_unused(folder)
-    return folder
+    if resume and is_run(folder):
+        files.check_writable(folder)
+    else:
+        files.check_new_folder(folder)
 
 
 def is_run(folder: Path) -> bool:

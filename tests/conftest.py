@@ -26,7 +26,7 @@ HELDOUT_PROMPTS = ["a green square", "an ivory box and a golden triangle"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test with many parameters, which is marked quick(n), the first n cases are run by `pytest`; others are slow."""
+    """Mark every case after the first n of a test marked quick(n) as slow."""
     seen = collections.Counter()
     for item in items:
         if mark := item.get_closest_marker("quick"):
