@@ -32,6 +32,7 @@ from .errors import InputError, expected, naming_origins
 from .files import SampledImage
 from .options import derived, option_fields
 from .presets import PRESETS
+from .stages import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +183,7 @@ class TrainResult:
         rows = [
             f"  {name}: {self.base[name]:.4f} -> {self.tuned[name]:.4f} ({self.change[name]:+.4f})" for name in self.base
         ]
-        return "\n".join([f"{self.output_dir}: {self.num_images} images in {self.seconds:.0f} s", *rows])
+        return "\n".join([f"{self.output_dir}: {self.num_images:,} images in {duration(self.seconds)}", *rows])
 
 
 @dataclass(frozen=True, repr=False)

@@ -212,8 +212,13 @@ def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
     from . import processes
 
     if processes.is_first():
+        from .report import example_prompt, sample_command
+
         output.print(results_table(result))
-        show(f"adapter, figures, metrics and report.html are in {settings.output_dir}")
+        if verdict := result.get("verdict"):  # results of version 0.1.0 have none
+            show(verdict)
+        show(f"adapter, figures, metrics and report.html are in {settings.output_dir}; to see what it does:")
+        show(f"  {sample_command(settings.output_dir, example_prompt(settings.model))}")
 
 
 def train_settings(

@@ -85,10 +85,10 @@ def sample_to_folder(
     files.check_writable(folder)
     repeated = [prompt for prompt in prompts for _ in range(config.num_images)]
     seeds = [config.seed + i for i in range(len(repeated))]
-    num_chunks, cut = read_notes(config, prompts, "prompt", warn)
+    num_chunks, cut, negative_cut = read_notes(config, prompts, "prompt", warn)
     whole = find_cut(config, prompts, num_chunks)  # without learned tokens, which take room of the tuned model's prompts
     of_all: dict[str, Any] = {"num_chunks": num_chunks} if num_chunks > 1 else {}
-    of_all |= {"negative_prompt_cut_to": f"{whole.num_tokens} tokens"} if config.negative_prompt in whole.prompts else {}
+    of_all |= {"negative_prompt_cut_to": f"{negative_cut.num_tokens} tokens"} if negative_cut.prompts else {}
     images, written = sample(config, repeated, seeds), list[files.SampledImage]()
     for name, drawn in images.items():
         labels = [
@@ -142,35 +142,40 @@ def make_policy(model: models.Model, system: System, config: DrawConfig) -> Poli
 
 def read_notes(
     config: DrawConfig, prompts: Sequence[str], option: str, warn: Callable[[str], None]
-) -> tuple[int, tokenization.Cut]:
-    """Say what a user would not expect of prompts, by their option; returns in how many chunks they are read, and the cut.
+) -> tuple[int, tokenization.Cut, tokenization.Cut]:
+    """Say what a user would not expect of prompts, by their option.
+
+    Returns in how many chunks they are read, and what is cut of them and of the negative prompt.
 
     Raises:
         What `find_chunks` raises.
     """
     num_chunks = find_chunks(config, prompts)
     cut = find_cut(config, prompts, num_chunks, num_learned(config))
-    notes = [str(cut)] if cut.prompts else []
-    notes += [tokenization.chunks_note(num_chunks)] if num_chunks > 1 else []
-    for note in filter(None, [*notes, world.foreign_note(config.model, plain_texts(config, prompts))]):
-        warn(f"{option}: {note}")
-    return num_chunks, cut
+    negative_cut = find_cut(config, negative_prompts(config), num_chunks)  # learned tokens take no room in it
+    notes = [(option, str(cut))] if cut.prompts else []
+    if negative_cut.prompts:
+        notes.append(("negative_prompt", f"it is cut to the {negative_cut.num_tokens} tokens that the text encoder reads"))
+    notes += [(option, tokenization.chunks_note(num_chunks))] if num_chunks > 1 else []
+    if foreign := world.foreign_note(config.model, plain_texts(config, prompts)):
+        notes.append((option, foreign))
+    for name, note in notes:
+        warn(f"{name}: {note}")
+    return num_chunks, cut, negative_cut
 
 
 def find_cut(config: DrawConfig, prompts: Sequence[str], num_chunks: int = 1, num_learned: int = 0) -> tokenization.Cut:
-    """The prompts, and the negative one, whose end the text encoder does not read; raises as `find_chunks`.
-
-    Learned tokens take room in the prompts, but not in the negative one.
-    """
+    """The prompts whose end the text encoder does not read; raises as `find_chunks`."""
     readers = [replace(reader, num_chunks=num_chunks) for reader in models.open_readers(config.model, num_learned)]
-    bare = [replace(reader, num_learned=0) for reader in readers]
-    negative, found = list(filter(None, [config.negative_prompt])), list[str]()
-    for asked, own_readers in ((prompts, readers), (negative, bare)):
-        texts = counted_texts(config, asked)
-        cut = tokenization.find_cut(own_readers, list(itertools.chain(*texts.values()))).prompts
-        found += [prompt for prompt, own in texts.items() if not set(own).isdisjoint(cut)]
-    num_read = max(reader.num_read - reader.num_learned for reader in readers)
-    return tokenization.Cut(list(dict.fromkeys(found)), len({*prompts, *negative}), num_read)
+    texts = counted_texts(config, prompts)
+    cut = tokenization.find_cut(readers, list(itertools.chain(*texts.values())))
+    found = [prompt for prompt, own in texts.items() if not set(own).isdisjoint(cut.prompts)]
+    return replace(cut, prompts=found, num_prompts=len(texts))
+
+
+def negative_prompts(config: DrawConfig) -> list[str]:
+    """The negative prompt, if there is one."""
+    return [config.negative_prompt] if config.negative_prompt else []
 
 
 def num_learned(config: DrawConfig) -> int:
@@ -201,13 +206,12 @@ def counted_texts(config: DrawConfig, prompts: Sequence[str]) -> dict[str, list[
 
 def find_chunks(config: DrawConfig, prompts: Sequence[str]) -> int:
     """In how many chunks prompts and the negative one are read; raises as `models.find_chunks` and `counted_texts`."""
-    negative = list(filter(None, [config.negative_prompt]))
 
     def chunks(asked: Sequence[str], num_learned: int) -> int:
         texts = list(itertools.chain(*counted_texts(config, asked).values()))
         return models.find_chunks(config.model, config.long_prompt, texts, num_learned)
 
-    return max(chunks(prompts, num_learned(config)), chunks(negative, 0))
+    return max(chunks(prompts, num_learned(config)), chunks(negative_prompts(config), 0))
 
 
 def load_model(config: DrawConfig, prompts: Sequence[str]) -> models.Model:
@@ -368,17 +372,18 @@ def describe_systems(systems: Sequence[System]) -> dict[str, Any]:
     }
 
 
-def _overwrite(evaluation: Evaluation) -> None:
-    """Remove the evaluation in the folder, once it is clear that its systems can be drawn anew.
+def _overwrite(evaluation: Evaluation) -> models.Model:
+    """Remove the evaluation in the folder, once it is clear that its systems can be drawn anew; returns the model for that.
 
     Raises:
         InputError: there is something else in the folder. What `load_model` and `adapters.put_on` raise.
     """
     files.check_written(evaluation.folder, WRITTEN)
     model = load_model(evaluation.config, evaluation.benchmark.prompts)
-    for system in evaluation.systems:
+    for system in evaluation.config.systems:  # of a sweep each one once, and not at every strength
         make_policy(model, system, evaluation.config)
     files.remove_written(evaluation.folder, WRITTEN)
+    return model
 
 
 def describe_trainings(systems: Sequence[System]) -> dict[str, str]:
@@ -469,14 +474,14 @@ def evaluate(config: EvalConfig, warn: Callable[[str], None] = lambda message: N
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)
     trainings = describe_trainings(evaluation.systems)
-    num_chunks, cut = read_notes(config, benchmark.prompts, "benchmark", warn)
+    num_chunks, cut, negative_cut = read_notes(config, benchmark.prompts, "benchmark", warn)
     with files.locked(evaluation.folder, lambda: check_folder(evaluation.folder)):
-        if config.overwrite:
-            _overwrite(evaluation)
+        model = _overwrite(evaluation) if config.overwrite else None
         settings = write_settings(evaluation)
-        draw_missing(evaluation)
+        draw_missing(evaluation, model)
         scores = score(evaluation, sources)
         about = {"commit": run.commit(), "rewards": sources, "num_tokens": cut.num_tokens, "prompts_cut": cut.prompts}
+        about |= {"negative_prompt_cut_to": negative_cut.num_tokens} if negative_cut.prompts else {}
         about |= {"num_chunks": num_chunks} if config.long_prompt != "cut" else {}
         results = settings | about | summarise(evaluation, scores, settings["systems"])
         results |= {"command": shortest_command(config), "trainings": trainings}
@@ -514,9 +519,8 @@ def check(evaluation: Evaluation) -> dict[str, Any]:
 # --- drawing ---
 
 
-def draw_missing(evaluation: Evaluation) -> None:
-    """Draw the images that are not there yet."""
-    model = None
+def draw_missing(evaluation: Evaluation, model: models.Model | None = None) -> None:
+    """Draw the images that are not there yet; the model is loaded if it is not given and there are any."""
     for system in evaluation.systems:
         missing = [chunk for chunk in evaluation.chunks if not evaluation.is_drawn(system, chunk)]
         if missing:

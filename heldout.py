@@ -52,7 +52,7 @@ class Heldout:
             self.folder.mkdir(exist_ok=True)
         with setup.policy.base():
             drawn = self._draw_and_score()
-        self.base, self.base_drawn = drawn.means, drawn
+        self.base = drawn
         self.frames = [run.frame(0, drawn.scores, drawn.images) | {"prompts": prompts}]  # lines of heldout.jsonl
 
     def take_up(self, frames: Sequence[dict[str, Any]], epoch: int) -> None:
@@ -107,7 +107,7 @@ class Heldout:
 
     def _write_grid(self, epoch: int, drawn: _Drawn) -> None:
         """The grid of base and tuned images, sorted by the change of the reward, the largest gain first."""
-        both = {"base": self.base_drawn, "tuned": drawn}
+        both = {"base": self.base, "tuned": drawn}
         name, reward = run.main_measure(self.config), self.setup.reward
         scores = {system: _with_mixture(one.scores, name, reward)[name].tolist() for system, one in both.items()}
         changes = [tuned - base for base, tuned in zip(*scores.values(), strict=True)]
@@ -154,10 +154,12 @@ def score_share(
     if world.is_world(prompts):
         measured_by = {**measured_by, "alignment": detector.alignment}
     scored = {}
-    for start, batch in images.items():
+    for done, (start, batch) in enumerate(images.items()):
+        stages.report("scoring", done, len(images))
         chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
         scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
         scored[start] = Scored(finite, scores)
+    stages.report("scoring", len(images), len(images))
     return scored
 
 

@@ -28,8 +28,10 @@ from . import files, measures, world
 from .config import TrainConfig
 from .draw_config import BASE, LATER_OPTIONS
 from .options import option_fields
+from .presets import EMBEDDED
 from .prompt_sets import MEASURED_ON, find_measured
 from .reward_specs import NO_REWARD
+from .stages import duration
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -195,6 +197,8 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
             f"{len(results['prompts_cut'])} prompts are longer than the {results['num_tokens']} tokens that the text "
             "encoder reads: the images are of their beginnings, the scores of the whole prompts."
         )
+    if number := results.get("negative_prompt_cut_to"):
+        remarks.append(f"The negative prompt is longer than the {number} tokens that are read of it.")
     if results.get("num_chunks", 1) > 1:
         remarks.append(f"Prompts are read in {results['num_chunks']} chunks of tokens, as many as the longest one has.")
     return remarks
@@ -223,10 +227,10 @@ def describe_method(options: Mapping[str, Any]) -> str:
     limits += [f"projections {', '.join(modules)}"] if modules else []
     limits += [f"in the steps {steps}"] if (steps := options.get("adapter_steps")) else []
     what = target + (f" ({', '.join(limits)})" if limits else "")
-    return f"{what} trained by {algorithm} on {' and '.join(_taught_by(options))}, seed {seed}"
+    return f"{what} trained by {algorithm} on {' and '.join(taught_by(options))}, seed {seed}"
 
 
-def _taught_by(options: Mapping[str, Any]) -> list[str]:
+def taught_by(options: Mapping[str, Any]) -> list[str]:
     """What a training learns from, from its options."""
     reward, relabel = options.get("reward", "?"), options.get("relabel")
     return [str(reward)] * (reward != NO_REWARD) + [f"failed images relabelled by {relabel}"] * bool(relabel)
@@ -244,16 +248,9 @@ def write_training(training: Training) -> None:
 def training_page(training: Training) -> Page:
     """The page of a training; its systems are the base model and the epochs that were measured."""
     config, epochs, frames = training.config, training.epochs, _some_frames(training.frames)
-    names = [BASE, *(f"epoch {frame['epoch']}" for frame in frames[1:])]
-    first_and_last = {names[n]: frames[n] for n in dict.fromkeys((0, len(frames) - 1))}
-    scores = {
-        name: {measure: measures.to_numpy(values)[:, None] for measure, values in frame["scores"].items()}
-        for name, frame in first_and_last.items()
-    }
-    summaries = measures.summarise(scores, BASE, _word_categories(training.prompts), config.seed)
-    systems = {name: {"strength": 1, "measures": summaries[name]} for name in first_and_last}
+    scores, systems = _first_and_last(training)
     return Page(
-        title=f"texforce train: {' and '.join(_taught_by(dataclasses.asdict(config)))} on {config.model}",
+        title=f"texforce train: {' and '.join(taught_by(dataclasses.asdict(config)))} on {config.model}",
         verdicts=make_verdicts(systems),
         facts=[
             Fact("date", now()),
@@ -264,7 +261,7 @@ def training_page(training: Training) -> Page:
         tables=[summary(systems), *_changed_most(scores, systems, training.prompts)],
         remarks=_how_measured(measures.CONFIDENCE),
         figures=[*curves(epochs, config.reward), *category_figures(systems)],
-        gallery=gallery(names, summaries[BASE], _film(frames, training.prompts))
+        gallery=gallery([_frame_name(frame) for frame in frames], systems[BASE]["measures"], _film(frames, training.prompts))
         | {"reload": RELOAD_SECONDS if training.state == RUNNING else 0},
         figures_title="Curves",
         state=training.state,
@@ -275,6 +272,31 @@ def training_page(training: Training) -> Page:
             if (value := getattr(config, item.name)) is not None
         ],
     )
+
+
+def verdict_of(training: Training) -> str:
+    """What a training reached by its first measure, in a sentence; nothing where only the base model was measured.
+
+    For terminals and JSON: with the signs of a keyboard.
+    """
+    _, systems = _first_and_last(training)
+    plain = str.maketrans({"\N{MINUS SIGN}": "-", "\N{NO-BREAK SPACE}": " "})
+    return " ".join(verdict.text for verdict in make_verdicts(systems)).translate(plain)
+
+
+def _first_and_last(training: Training) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """The scores (P, 1) of the base model and of the last measurement, by measure, and what they come to."""
+    frames = {_frame_name(frame): frame["scores"] for frame in (training.frames[0], training.frames[-1])}
+    scores = {
+        name: {measure: measures.to_numpy(values)[:, None] for measure, values in frame.items()}
+        for name, frame in frames.items()
+    }
+    summaries = measures.summarise(scores, BASE, _word_categories(training.prompts), training.config.seed)
+    return scores, {name: {"strength": 1, "measures": summaries[name]} for name in scores}
+
+
+def _frame_name(frame: Mapping[str, Any]) -> str:
+    return f"epoch {frame['epoch']}" if frame["epoch"] else BASE
 
 
 def measured_on(epochs: Sequence[Mapping[str, Any]]) -> str:
@@ -298,19 +320,31 @@ def _word_categories(prompts: Sequence[str]) -> list[str]:
 
 def _progress(training: Training) -> str:
     last = training.epochs[-1]
-    return f"epoch {last['epoch']} of {training.config.num_epochs}, {last['num_images']:,} images, {last['seconds']:.0f} s"
+    return (
+        f"epoch {last['epoch']} of {training.config.num_epochs}, {last['num_images']:,} images, {duration(last['seconds'])}"
+    )
 
 
 def _commands(training: Training) -> list[Fact]:
     """What one can type now: to go on with the training, and to use its adapter once there is one."""
-    folder, config = shlex.quote(training.config.output_dir), training.config
-    facts = [("use", f"texforce sample --adapter {folder} --prompt {shlex.quote(training.prompts[0])} --compare")]
-    facts += [("measure", f"texforce eval --adapter {folder}")]
+    config = training.config
+    facts = [("use", sample_command(config.output_dir, training.prompts[0]))]
+    facts += [("measure", f"texforce eval --adapter {shlex.quote(config.output_dir)}")]
     if training.state == FINISHED:
         more = f"{training.resume} --num-epochs {2 * (config.num_epochs or 1)} --force-resume"
         return [Fact(name, text, is_code=True) for name, text in [*facts, ("train on", more)]]
     facts = [("go on, once it has stopped", training.resume), *(facts if len(training.frames) > 1 else [])]
     return [Fact(name, text, is_code=True) for name, text in facts]
+
+
+def sample_command(adapter: str, prompt: str) -> str:
+    """The command that draws a prompt with and without an adapter."""
+    return shlex.join(["texforce", "sample", "--adapter", adapter, "--prompt", prompt, "--compare"])
+
+
+def example_prompt(model: str) -> str:
+    """A prompt that a model can draw."""
+    return "a crimson disc" if model in EMBEDDED else "a lighthouse in a storm"
 
 
 def _changed_most(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from texforce import Policy, __version__
 
-from . import detector, files, report, world
+from . import detector, files, report, stages, world
 from .config import TrainConfig
 from .errors import InputError, reading
 from .experience import PromptOrder, PromptStatistics
@@ -548,14 +548,11 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
         for name, value in result[measured].items()
     ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
-    num_cut = result["num_prompts_cut"]
+    num_cut, taught_by = result["num_prompts_cut"], " and ".join(report.taught_by(asdict(config)))
     ranged = [] if config.adapter_steps is None else [
         f"It is for the share {config.adapter_steps} of the denoising steps alone: in the others the base text encoder "
         "conditions the denoiser. `texforce sample` and `texforce eval` do so; other tools leave it on in all steps."
     ]  # fmt: skip
-    taught_by = [f"`{config.reward}`"] if config.reward != NO_REWARD else []
-    if config.relabel:
-        taught_by.append(f"failed images relabelled by `{config.relabel}` (arXiv:2312.16204)")
     cut = [f"Prompts that were cut to what the text encoder reads: {num_cut}."] if num_cut else []
     if result.get("num_chunks", 1) > 1:
         cut = [f"Prompts were read in {result['num_chunks']} chunks (`--long-prompt chunk`)."]
@@ -568,10 +565,11 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
             *_card_metadata(config),
             f"# TexForce adapter for {config.model}", "",
             f"{what}, trained by "
-            f"{METHODS[config.algorithm]} on {' and '.join(taught_by)}: {result['num_images']} images, seed {config.seed}, "
-            f"{result['seconds']:.0f} s on {result['device']}.",
+            f"{METHODS[config.algorithm]} on {taught_by}: {result['num_images']:,} images, seed {config.seed}, "
+            f"{stages.duration(result['seconds'])} on {result['device']}.",
             *ranged, *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned | change |", "|---|---|---|---|", *rows, "",
+            *([f"{result['verdict']}.", ""] if result["verdict"] else []),
             *(f"![Base and tuned images from the same noise](grids/{path.name})\n" for path in grids[-1:]),
             "![The reward over the images of the training](curve.png)", "",
             "## Usage", "", *_card_usage(config, folder), "",
@@ -595,9 +593,9 @@ def _card_metadata(config: TrainConfig) -> list[str]:
 
 def _card_usage(config: TrainConfig, folder: Path) -> list[str]:
     """How to draw with the adapter in a folder: in diffusers and peft, and by texforce."""
-    prompt = "a crimson disc" if config.model in EMBEDDED else "a lighthouse in a storm"
+    prompt = report.example_prompt(config.model)
     adapter = folder.absolute().name
-    command = [f"texforce sample --adapter {shlex.quote(adapter)} --prompt {shlex.quote(prompt)} --compare"]
+    command = [report.sample_command(adapter, prompt)]
     by_texforce = ["```sh", *command, "```"]
     if config.target == "tokens":
         return [

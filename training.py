@@ -185,8 +185,9 @@ def train(
         if processes.is_first():
             heldout.take_up(opening.frames, current.epochs[-1]["epoch"])
         log = opening.metrics(stack, current.epochs) if processes.is_first() else report
-        _Training(current, setup, config, heldout, opened.sources).train(log, report, warn)
-        return _finish(current, config, len(cut.prompts))
+        work = _Training(current, setup, config, heldout, opened.sources)
+        work.train(log, report, warn)
+        return _finish(current, config, {"num_prompts_cut": len(cut.prompts)} | work.verdict())
 
 
 def _notes(model: models.Model, config: TrainConfig, prompts: Prompts, cut: tokenization.Cut) -> Iterator[str]:
@@ -209,10 +210,10 @@ def _measure_base(current: Run, setup: Setup, prompts: Prompts, config: TrainCon
     heldout = Heldout(setup, prompts.measured, config, "heldout" if prompts.heldout else "training_prompts")
     if not current.epochs:
         spent = {"num_images": 0, "num_unet_calls": 0, "seconds": time.perf_counter() - start}
-        current.epochs.append({"epoch": 0, heldout.name: heldout.base} | spent)
+        current.epochs.append({"epoch": 0, heldout.name: heldout.base.means} | spent)
     if force:  # perhaps with other held-out prompts, or another reward, than those that it began with
         first = {name: value for name, value in current.epochs[0].items() if name not in MEASURED_ON}
-        current.epochs[0] = first | {heldout.name: heldout.base}
+        current.epochs[0] = first | {heldout.name: heldout.base.means}
     return heldout
 
 
@@ -323,12 +324,12 @@ def begin(setup: Setup, config: TrainConfig, prompts: list[str]) -> Run:
     )
 
 
-def _finish(current: Run, config: TrainConfig, num_prompts_cut: int) -> dict[str, Any]:
-    """Write the figures and the result of a run that is over."""
+def _finish(current: Run, config: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the figures and the result of a run that is over; the result holds `about` too."""
     num_parameters = sum(parameter.numel() for parameter in current.policy.parameters)
     epochs = [_in_final_units(measures, config.reward, current.reward) for measures in current.epochs]
     provenance = run.describe_run(config, str(current.policy.model.device), num_parameters)
-    about = {"num_prompts_cut": num_prompts_cut, "seconds": current.epochs[-1]["seconds"]}
+    about = about | {"seconds": current.epochs[-1]["seconds"]}
     if config.long_prompt != "cut":
         about |= {"long_prompt": config.long_prompt, "num_chunks": current.policy.model.num_chunks}
     result = provenance | _summary(epochs) | about
@@ -433,10 +434,17 @@ class _Training:
     def _write_page(self, state: str) -> None:
         """Write report.html, in the first process."""
         if processes.is_first():
-            config, epochs = self.config, self.run.epochs
-            in_units = [_in_final_units(measures, config.reward, self.setup.reward) for measures in epochs]
-            frames, command = self.heldout.frames_until(epochs), run.resume_command(config)
-            report.write_training(report.Training(config, self.heldout.prompts, in_units, frames, command, state))
+            report.write_training(self._so_far(state))
+
+    def verdict(self) -> dict[str, str]:
+        """What the training reached, for its result: in the first process, which has the scores of all images."""
+        return {"verdict": report.verdict_of(self._so_far(report.FINISHED))} if processes.is_first() else {}
+
+    def _so_far(self, state: str) -> report.Training:
+        config, epochs = self.config, self.run.epochs
+        in_units = [_in_final_units(measures, config.reward, self.setup.reward) for measures in epochs]
+        frames, command = self.heldout.frames_until(epochs), run.resume_command(config)
+        return report.Training(config, self.heldout.prompts, in_units, frames, command, state)
 
     def _save_checkpoint(self, snapshot: Snapshot) -> None:
         if processes.is_first():

@@ -169,16 +169,8 @@ class EpochView:
         first, last = self.begun, self.epochs[-1]
         done, seconds = last["epoch"] - first["epoch"], last["seconds"] - first["seconds"]
         to_do = self.num_epochs - last["epoch"]
-        left = [f"{duration(seconds / done * to_do)} left"] if done and to_do else []
-        return [f"{duration(last['seconds'])} elapsed", *left]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that one would say: 95 s, 12 min, 3.4 h, 2.1 days."""
-    for limit, size, unit, form in ((120, 1, "s", ".0f"), (7200, 60, "min", ".0f"), (172_800, 3600, "h", ".1f")):
-        if seconds < limit:
-            return f"{seconds / size:{form}} {unit}"
-    return f"{seconds / 86_400:.1f} days"
+        left = [f"{stages.duration(seconds / done * to_do)} left"] if done and to_do else []
+        return [f"{stages.duration(last['seconds'])} elapsed", *left]
 
 
 def _cut(text: str) -> Text:
@@ -237,7 +229,7 @@ def rows_table(title: str, rows: dict[str, Any]) -> Table:
 
 def results_table(result: dict[str, Any]) -> Table:
     measured = find_measured(result) or "heldout"
-    title = f"{result['num_images']} images in {result['seconds']:.0f} s"
+    title = f"{result['num_images']:,} images in {stages.duration(result['seconds'])}"
     table = Table(MEASURED_ON[measured], "base", "tuned", "change", title=Text(title))
     for name, value in result[measured].items():
         table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")

@@ -831,7 +831,7 @@ VIEWS: dict[str, Callable[[str], object]] = {
     "also a warning": lambda text: cli.warn(text),
     "also a plan": lambda text: cli.output.print(views.rows_table("plan", {text: text})),
     "also results": lambda text: cli.output.print(
-        views.results_table({"num_images": text, "seconds": 1.0, "heldout": {text: {"base": 0.0, "tuned": 1.0}}})
+        views.results_table({"num_images": 1, "seconds": 1.0, "heldout": {text: {"base": 0.0, "tuned": 1.0}}})
     ),
     "also an evaluation": lambda text: cli.output.print(views.evaluation_table(results_of_systems(text, text))),
     "also stages": show_stages,
@@ -1123,6 +1123,10 @@ def test_a_training_says_its_model_and_results(trained):
         assert words in result.stdout
     assert str(folder) in squash(result.stdout)
     assert "epoch" not in result.stdout  # progress is no result
+    verdict = strict((folder / "result.json").read_text())["verdict"]
+    assert re.fullmatch(r"hps [+-][\d.]+ \[-?[\d.]+, -?[\d.]+\]; \d+ % of prompts better, \d+ % worse.*", verdict)
+    assert squash(verdict) in squash(result.stdout)
+    assert squash(f"texforce sample --adapter {folder} --prompt 'a crimson disc' --compare") in squash(result.stdout)
 
 
 def test_a_training_leaves_an_adapter_figures_and_a_card(trained):
@@ -1137,7 +1141,7 @@ def test_a_training_leaves_an_adapter_figures_and_a_card(trained):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert "library_name: peft" in card.split("---")[1]
-    for words in ("| alignment_exact |", "| measure | base | tuned | change |", "`hps`", "seed 11", "rank 4", "tiny"):
+    for words in ("| alignment_exact |", "| measure | base | tuned | change |", "on hps:", "seed 11", "rank 4", "tiny"):
         assert words in card
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", card):
         assert (folder / picture).is_file()
@@ -1187,8 +1191,10 @@ def test_the_model_card_names_base_model_licence_and_usage(options, held, missin
         (tmp_path / "out" / place).mkdir(exist_ok=True)
         (tmp_path / "out" / place / "adapter_config.json").touch()
     result = {"heldout": {"hps": {"base": 0.25, "tuned": 0.2}}, "num_prompts_cut": 0, "num_images": 1, "seconds": 1.0}
-    card = write_card(resolve(TrainOptions(**options)), result | {"device": "cpu"}, tmp_path / "out")
+    about = {"device": "cpu", "verdict": "hps -0.05; 0 % of prompts better, 100 % worse"}
+    card = write_card(resolve(TrainOptions(**options)), result | about, tmp_path / "out")
     assert "| hps | 0.2500 | 0.2000 | -0.0500 |" in card
+    assert f"\n{about['verdict']}.\n" in card
     assert [words for words in held if words not in card] == []
     assert [words for words in missing if words in card] == []
 

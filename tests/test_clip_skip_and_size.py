@@ -70,7 +70,7 @@ def test_the_layers_of_an_adapted_text_encoder_are_skipped_too(stable_diffusion,
     ({"resolution": 64, "width": 64}, False), ({"resolution": 64, "width": 32}, True),
 ])  # fmt: skip
 def test_the_detector_judges_square_images_alone(tmp_path, monkeypatch, options, is_refused):
-    monkeypatch.setattr(evaluation, "draw_missing", lambda _: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(evaluation, "draw_missing", lambda *_: (_ for _ in ()).throw(SystemExit))
     given = {"model": "tiny", "reward": ["jpeg=1,alignment=1"], "output_dir": str(tmp_path / "eval"), "limit": 2}
     match = "width: .*alignment.* judges square images" if is_refused else "^$"
     with pytest.raises(InputError if is_refused else SystemExit, match=match):

@@ -1,5 +1,6 @@
 """`--target tokens`: input embeddings learned at the end of every prompt, which others load as a textual inversion."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -168,7 +169,9 @@ def test_the_negative_prompt_and_the_base_model_lose_no_room_to_them(written):
     options = {"model": str(folder), "adapter": [str(tokens)], "prompt": ["red"]}
     negative = resolve_sample(SampleOptions(**options, negative_prompt=long, long_prompt="refuse"))
     assert evaluation.find_chunks(negative, ["red"]) == 1
-    assert evaluation.find_cut(negative, ["red"], num_learned=3).prompts == []
+    told = list[str]()
+    _, cut, negative_cut = evaluation.read_notes(replace(negative, long_prompt="cut"), ["red"], "prompt", told.append)
+    assert (cut.prompts, negative_cut.prompts, told) == ([], [], [])
     with pytest.raises(InputError, match="long_prompt: 1 of 1 prompts are longer than the"):
         evaluation.find_chunks(negative, [long])
     assert evaluation.find_cut(negative, [long], num_learned=3).prompts == [long]
@@ -176,8 +179,8 @@ def test_the_negative_prompt_and_the_base_model_lose_no_room_to_them(written):
         resolve_sample(SampleOptions(**options | {"prompt": [long]}, compare=True, num_images=1, num_inference_steps=2,
                                      output_dir=str(tokens.parent / "samples")))
     )  # fmt: skip
-    cut = {image.system: image.open().info.get("prompt_cut_to") for image in images}
-    assert cut == {"base": None, "tuned": f"{reader.num_read - 3} tokens"}
+    found = {image.system: image.open().info.get("prompt_cut_to") for image in images}
+    assert found == {"base": None, "tuned": f"{reader.num_read - 3} tokens"}
 
 
 def test_they_begin_as_end_tokens_so_that_the_policy_begins_as_the_base_model(folders):

@@ -531,7 +531,28 @@ def test_each_command_reads_a_json_file_and_tells_what_it_cuts(command, tmp_path
     if command == "eval":
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert (results["prompts_cut"], results["num_tokens"]) == ([LONG.strip()], 24)
+        assert "negative_prompt_cut_to" not in results
         assert "1 prompts are longer than the 24 tokens" in " ".join((tmp_path / "out" / "report.html").read_text().split())
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_the_end_of_a_negative_prompt_is_told_by_its_own_option(command, tmp_path):
+    path, folder = write(tmp_path / "a.txt", "red\nblue\n"), tmp_path / "out"
+    given = ["--prompts", str(path)] if command == "sample" else ["--benchmark", str(path), "--reward", "jpeg"]
+    common = ["--model", "tiny", "--num-inference-steps", "1", "--num-images", "1", "--output-dir", str(folder)]
+    result = invoke(command, *given, *common, "--negative-prompt", LONG)
+    assert result.exit_code == 0, result.output
+    said = "--negative-prompt: it is cut to the 24 tokens that the text encoder reads"
+    assert said in " ".join(result.output.split())
+    assert "prompts are cut" not in " ".join(result.output.split())
+    if command == "sample":
+        labels = Image.open(folder / "00000.png").text
+        assert labels["negative_prompt_cut_to"] == "24 tokens"
+        assert "prompt_cut_to" not in labels
+    else:
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["prompts_cut"], results["negative_prompt_cut_to"]) == ([], 24)
+        assert "The negative prompt is longer than the 24 tokens" in (folder / "report.html").read_text()
 
 
 REFUSED = {

@@ -898,7 +898,7 @@ def test_a_trainings_grid_is_sorted_by_the_change_of_the_reward(tmp_path, monkey
     )
     images = {i: torch.full((3, 2, 2), i / 10) for i in heldout.shown}
     base, tuned = torch.tensor([1.0, 1.0, 1.0, math.nan]), torch.tensor([2.0, 5.0, 9.0, 1.0])
-    heldout.base_drawn = _Drawn({}, {"jpeg": base}, images)
+    heldout.base = _Drawn({}, {"jpeg": base}, images)
     heldout._write_grid(7, _Drawn({}, {"jpeg": tuned}, images))
     path, prompts, columns, scores, title = drawn[0]
     assert (path.name, prompts, title) == ("epoch_0007.png", ["b", "a", "d"], "jpeg after epoch 7, largest gain first")

@@ -208,7 +208,7 @@ def test_what_goes_wrong_is_shown_only_then():
     (200_000, "2.3 days"),
 ])  # fmt: skip
 def test_a_duration_is_in_the_unit_that_one_would_say(seconds, text):
-    assert views.duration(seconds) == text
+    assert stages.duration(seconds) == text
 
 
 @pytest.mark.parametrize(("values", "line"), [
@@ -229,7 +229,7 @@ def test_a_training_reports_what_it_is_doing(small_run, tmp_path, monkeypatch):
     with stages.reporting_to(lambda stage, done, total: reported.append((stage, done, total))):
         training.train(resolve(TrainOptions(**options)))
     assert list(dict.fromkeys(stage for stage, _, _ in reported)) == [
-        "loading the model", "loading jpeg", "measuring", "sampling", "scoring", "updating",
+        "loading the model", "loading jpeg", "measuring", "scoring", "sampling", "updating",
     ]  # fmt: skip
     assert all(0 <= done <= total for _, done, total in reported)
     assert [done for stage, done, _ in reported if stage == "sampling"] == [0, 4]
