@@ -116,7 +116,7 @@ def _given(options: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The options that are given, paths as texts.
 
     Raises:
-        InputError: an option is called otherwise here than in other trainers.
+        InputError: an option is called otherwise here than in other trainers; or prompts are a list instead of a file.
     """
     from .flags import ELSEWHERE
 
@@ -124,6 +124,9 @@ def _given(options: Mapping[str, Any], config: type) -> dict[str, Any]:
     for name in options.keys() - names:
         if ELSEWHERE.get(name) in names:
             raise InputError(f"{name}: there is no such option; did you mean {ELSEWHERE[name]!r}?")
+    for name in ("prompts", "heldout_prompts", "anchor_prompts"):
+        if isinstance(options.get(name), list | tuple):  # config.json names what a run was trained on
+            raise InputError(f"{name}: must name a file with one prompt a line, or a set, and be no list")
     return {name: _as_text(value) for name, value in options.items() if value is not None}
 
 

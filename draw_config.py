@@ -63,7 +63,7 @@ ADAPTER_HELP = (
     "output folder of a training, a LoRA file or folder of any layout, learned tokens, or a hub name; PATH:WEIGHT weights "
     "it; repeatable, summed"
 )
-UNET_SCALE_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
+UNET_STRENGTH_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
 MODEL_HELP = (
     "'tiny', 'tiny-flow', a diffusers folder, a checkpoint or a hub name (default: the adapter's, else as in training)"
@@ -137,13 +137,13 @@ class SampleConfig(DrawConfig):
 
     adapter: Texts | None = option(ADAPTER_HELP, None)
     unet: str | None = option(UNET_HELP, None)
-    unet_scale: float = option(UNET_SCALE_HELP, 1.0)
+    unet_strength: float = option(UNET_STRENGTH_HELP, 1.0)
     prompt: Texts | None = option("what to draw; repeatable", None)
     prompts: str | None = option(f"{PROMPT_FILES}; or the name of a shipped set", None)
     output_dir: str = option("where the images go; their numbers go on from those already there", "samples")
     num_images: Count = option("images for each prompt", 4)
     seed: Seed = option("seed of the first image; each next image adds 1", 0)
-    scale: float = option("strength of the adapter: 0 is the base model, 1 as trained", 1.0)
+    strength: float = option("strength of the adapter: 0 is the base model, 1 as trained", 1.0)
     compare: bool = option("also draw the base model's images from the same noise", False)
     systems: tuple[System, ...] = derived(())  # drawn besides the base model: one, or none
 
@@ -169,10 +169,10 @@ def parse_weighted(spec: str) -> tuple[str, float]:
     return path, weight
 
 
-def _one_system(given: dict[str, Any], scale: float = 1.0) -> tuple[System, ...]:
+def _one_system(given: dict[str, Any], strength: float = 1.0) -> tuple[System, ...]:
     """The adapters and the U-Net that are given, as one system; none if nothing is given."""
-    adapters = tuple((path, weight * scale) for path, weight in map(parse_weighted, given.get("adapter", ())))
-    unets = ((given["unet"], given.get("unet_scale", 1.0)),) if given.get("unet") else ()
+    adapters = tuple((path, weight * strength) for path, weight in map(parse_weighted, given.get("adapter", ())))
+    unets = ((given["unet"], given.get("unet_strength", 1.0)),) if given.get("unet") else ()
     return (System("tuned", adapters, unets),) if adapters or unets else ()
 
 
@@ -183,15 +183,15 @@ def resolve_sample(options: Options) -> SampleConfig:
         InputError: options do not fit each other, or an adapter's folder is nonsense.
     """
     given = given_values(options)
-    scale = given.get("scale", 1.0)
+    strength = given.get("strength", 1.0)
     if not given.get("prompt") and not given.get("prompts"):
         raise InputError("prompt: give --prompt or --prompts")
-    if not given.get("adapter") and scale != 1:
-        raise InputError("scale: works only together with --adapter")
-    _check_unet_scale(given)
+    if not given.get("adapter") and strength != 1:
+        raise InputError("strength: works only together with --adapter")
+    _check_unet_strength(given)
     if not given.get("adapter") and not given.get("unet") and given.get("compare"):
         raise InputError("compare: works only together with --adapter or --unet")
-    systems = _with_steps(_one_system(given, scale), given)
+    systems = _with_steps(_one_system(given, strength), given)
     return SampleConfig(**_drawing(given, systems) | {"systems": systems})
 
 
@@ -239,9 +239,9 @@ def _saved_steps(adapter: str) -> list[str | None]:
     return [next((steps for content in contents.values() if (steps := content.get("adapter_steps"))), None)]
 
 
-def _check_unet_scale(given: dict[str, Any]) -> None:
-    if given.get("unet_scale", 1.0) != 1 and not given.get("unet"):
-        raise InputError("unet_scale: works only together with --unet")
+def _check_unet_strength(given: dict[str, Any]) -> None:
+    if given.get("unet_strength", 1.0) != 1 and not given.get("unet"):
+        raise InputError("unet_strength: works only together with --unet")
 
 
 def _drawing(given: dict[str, Any], systems: Sequence[System]) -> dict[str, Any]:
@@ -338,7 +338,7 @@ class MergeConfig:
 
     adapter: Texts | None = option(ADAPTER_HELP, None)
     unet: str | None = option(UNET_HELP, None)
-    unet_scale: float = option(UNET_SCALE_HELP, 1.0)
+    unet_strength: float = option(UNET_STRENGTH_HELP, 1.0)
     model: str = option(MODEL_HELP)
     format: Literal["pipeline", "checkpoint", "peft", "diffusers", "kohya"] = option(
         "pipeline (a diffusers folder) or checkpoint (one file), all baked in; or LoRA alone: peft, diffusers, kohya",
@@ -367,7 +367,7 @@ def resolve_merge(options: Options) -> MergeConfig:
     given = given_values(options)
     if not given.get("adapter") and not given.get("unet"):
         raise InputError("adapter: there is nothing to merge; give --adapter, --unet or both")
-    _check_unet_scale(given)
+    _check_unet_strength(given)
     if given.get("model"):
         check_model(given["model"])
     if not given.get("output_dir", "merged").strip("./ "):

@@ -113,7 +113,7 @@ def _cut_to(prompt: str, cut: tokenization.Cut) -> dict[str, str]:
 def _shown(config: SampleConfig) -> dict[str, Any]:
     """What an image's metadata says of how it was drawn."""
     steps = next((system.adapter_steps for system in config.systems), None)
-    names = ("model", "scale", "guidance_scale", "eta", "sampler", "num_inference_steps", "null_prompt")
+    names = ("model", "strength", "guidance_scale", "eta", "sampler", "num_inference_steps", "null_prompt")
     return {
         **{name: getattr(config, name) for name in names},
         **({"resolution": config.resolution} if config.resolution else {}),

@@ -207,7 +207,7 @@ def check_some_finite(finite: Tensor) -> None:
     """
     if not finite.any():
         raise DivergedError(
-            "the images are not finite; lower --learning-rate (or --scale, in sampling), or try --mixed-precision no"
+            "the images are not finite; lower --learning-rate (or --strength, in sampling), or try --mixed-precision no"
         )
 
 

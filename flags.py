@@ -58,7 +58,8 @@ ELSEWHERE = {
     "cfg_scale": "guidance_scale", "pretrained_model_name_or_path": "model", "checkpoint": "model", "lora": "adapter",
     "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
     "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
-    "save_every_n_epochs": "checkpoint_every", "num_vectors": "num_tokens", "strength": "scale", "scale": "strength",
+    "save_every_n_epochs": "checkpoint_every", "num_vectors": "num_tokens", "scale": "strength", "lora_scale": "strength",
+    "unet_scale": "unet_strength",
 }  # fmt: skip
 
 
@@ -105,6 +106,12 @@ class TrainCommand(Command):
     """The command `train`, whose help has TRAIN_GROUPS."""
 
     groups = TRAIN_GROUPS
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments; a reward that is given twice, as `eval` takes it, is refused and not silently forgotten."""
+        if sum(arg == "--reward" or arg.startswith("--reward=") for arg in args) > 1:
+            raise typer.BadParameter("--reward: is given twice; a mixture is one value, as hps=1,jpeg=0.1", ctx)
+        return super().parse_args(ctx, args)
 
 
 class DrawCommand(Command):

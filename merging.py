@@ -70,12 +70,12 @@ def merge(config: MergeConfig) -> Path:
     whole_unet = False
     if config.unet:
         unet = adapters.read_unet(config.unet, model)
-        terms.append((unet.adapter, config.unet_scale))
-        whole_unet = bool(unet.tensors) and config.unet_scale != 0
+        terms.append((unet.adapter, config.unet_strength))
+        whole_unet = bool(unet.tensors) and config.unet_strength != 0
         if unet.tensors and config.format in LORA_FORMATS:
             raise InputError(f"format: {config.unet!r} is a whole U-Net, which {config.format} cannot hold; use pipeline")
         if whole_unet:
-            adapters.move_towards(model.unet, unet.tensors, config.unet_scale)
+            adapters.move_towards(model.unet, unet.tensors, config.unet_strength)
     adapter = adapters.fuse(terms)
     if not adapter and not whole_unet:
         raise InputError("adapter: with weights of 0 nothing is merged")
@@ -242,7 +242,7 @@ def _accessories(source: str, without: Sequence[str]) -> dict[str, Any]:
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
     """The README.md of a merge: its inputs and their weights."""
     rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
-    rows += [f"| U-Net | `{config.unet}` | {config.unet_scale:g} |"] if config.unet else []
+    rows += [f"| U-Net | `{config.unet}` | {config.unet_strength:g} |"] if config.unet else []
     parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
     steps = config.settings.get("adapter_steps")
     ranged = (

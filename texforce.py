@@ -26,6 +26,12 @@ __all__ = [
     "TrainResult", "evaluate", "merge", "sample", "train",
 ]  # fmt: skip
 
+
+def __dir__() -> list[str]:
+    """What an interpreter offers: the interface of `__all__`, and modules that the README names."""
+    return [*__all__, "errors", "models"]
+
+
 if __name__ == "__main__":
     raise SystemExit("texforce.py is the package texforce; run `texforce train --reward hps` or `python -m texforce.cli`")
 

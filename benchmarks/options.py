@@ -1,4 +1,4 @@
-"""Other ways to mend the text, beside plain LoRA, on the tiny model: `python benchmarks/options.py --output-dir runs`.
+"""Other ways to train the text, beside plain LoRA, on the tiny model: `python benchmarks/options.py --output-dir runs`.
 
 For every seed each system is trained on `hps` (unless it trains on no reward), by matching unless it says otherwise, from
 4,096 images each, half of the default's. All are evaluated on the tiny world's held-out prompts, two images each, from the

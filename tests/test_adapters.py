@@ -630,7 +630,7 @@ def test_the_defaults_of_sampling_are_those_of_the_adapters_training(runs):
 
 def test_scale_zero_is_the_base_model_bit_for_bit(runs):
     for name in ("text-encoder", "unet"):
-        images = sample([runs / name], scale=0.0, compare=True)
+        images = sample([runs / name], strength=0.0, compare=True)
         assert torch.equal(images["tuned"], images["base"])
 
 

@@ -243,6 +243,7 @@ def test_a_trainings_progress_is_a_line_an_epoch_unless_it_is_switched_off(
     ("train", {"algorithm": "pp0"}, "algorithm: must be one of ppo, matching, gradient, not 'pp0'; did you mean 'ppo'?"),
     ("train", {"force_resume": True}, "force_resume: works only together with resume"),
     ("train", {"resume": "nowhere"}, "there is no run in 'nowhere'"),
+    ("train", {"prompts": ["a", "b"]}, "prompts: must name a file with one prompt a line, or a set, and be no list"),
     ("sample", {}, "prompt: give"), ("sample", {"prompt": 5}, "prompt: must be a text or a list of texts, not 5"),
     ("merge", {}, "there is nothing to merge"), ("evaluate", {"adapter": "nowhere"}, "nowhere"),
 ])  # fmt: skip

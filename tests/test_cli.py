@@ -76,7 +76,10 @@ def squash(text: str) -> str:
 
 
 def run_train(small_run: dict, *arguments: object, **options: object) -> Result:
-    return invoke("train", *flags(small_run | options), *arguments)
+    own = {"reward"} if "--reward" in arguments else set[str]()  # which is given once
+    return invoke(
+        "train", *flags({name: value for name, value in (small_run | options).items() if name not in own}), *arguments
+    )
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +245,8 @@ def test_every_option_of_train_is_in_one_group_of_its_help():
 @pytest.mark.parametrize(("command", "typed", "here"), [
     ("train", "--lr", "--learning-rate"), ("train", "--epochs", "--num-epochs"), ("train", "--lora_rank", "--rank"),
     ("train", "--batch-size", "--sample-batch-size"), ("train", "--learning-rte", "--learning-rate"),
-    ("merge", "--output", "--output-dir"), ("sample", "--strength", "--scale"), ("eval", "--scale", "--strength"),
+    ("merge", "--output", "--output-dir"), ("sample", "--scale", "--strength"), ("eval", "--scale", "--strength"),
+    ("merge", "--unet-scale", "--unet-strength"),
     ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
 ])  # fmt: skip
 def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(command, typed, here):
@@ -299,7 +303,7 @@ BAD = [
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
     "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
     "train --algorithm matching --adapter-steps 0.9-1",
-    "train --target unet --num-tokens 3",
+    "train --target unet --num-tokens 3", "train --reward hps --reward jpeg", "train --reward=hps --reward=jpeg",
     "train --eval-reward hps,clip", "eval --benchmark drawbnech", "eval --reward mine.py:g",
     "merge --adapter nowhere", "rewards hsp", "serve hsp", "train --clip-range 0.1", "train --reward face",
     # What the files of the model, the reward or the prompts say.
@@ -976,8 +980,10 @@ def test_a_policy_that_explodes_is_not_the_scorers_failure(small_run, tmp_path, 
 
 
 def test_images_that_are_not_finite_are_not_written_as_black_ones(adapter, tmp_path):
-    result = sample("--adapter", adapter, "--scale", 1e30, "--prompt", "a red circle", "--output-dir", tmp_path / "images")
-    check_failure(result, 4, "images are not finite", "--scale")
+    result = sample(
+        "--adapter", adapter, "--strength", 1e30, "--prompt", "a red circle", "--output-dir", tmp_path / "images"
+    )
+    check_failure(result, 4, "images are not finite", "--strength")
     assert not (tmp_path / "images").exists()
 
 
@@ -1456,7 +1462,7 @@ def test_compared_images_start_from_the_same_noise(adapter, tmp_path):
     for scale in (0, 1, 3):
         folder = tmp_path / str(scale)
         result = sample(
-            "--adapter", adapter, "--prompt", "a red circle", "--compare", "--scale", scale, "--output-dir", folder
+            "--adapter", adapter, "--prompt", "a red circle", "--compare", "--strength", scale, "--output-dir", folder
         )
         assert result.exit_code == 0, result.output
         images = {}
@@ -1548,9 +1554,9 @@ BAD_SAMPLING = [
     (["--prompt", "a red circle", "--sampler", "dpm-solver", "--eta", "1"], ["eta", "dpm-solver", "not 1"]),
     (["--prompt", "a red circle", "--sampler", "heun"], ["sampler", "ddim, dpm-solver"]),
     (["--prompt", "a red circle", "--eta", "nan"], ["eta"]),
-    (["--prompt", "a red circle", "--scale", "nan"], ["scale"]),
-    (["--prompt", "a red circle", "--scale", "inf"], ["scale"]),
-    (["--prompt", "a red circle", "--scale", "0.5"], ["--scale", "--adapter"]),
+    (["--prompt", "a red circle", "--strength", "nan"], ["strength"]),
+    (["--prompt", "a red circle", "--strength", "inf"], ["strength"]),
+    (["--prompt", "a red circle", "--strength", "0.5"], ["--strength", "--adapter"]),
     (["--prompt", "a red circle", "--compare"], ["--compare", "--adapter"]),
     (["--prompt", "a red circle", "--guidance-scale", "nan"], ["--guidance-scale"]),
     (["--prompt", "a red circle", "--guidance-scale", "-3"], ["--guidance-scale"]),
@@ -1575,8 +1581,8 @@ def test_bad_input_to_sample_is_named_in_a_line(tmp_path, arguments, words):
 
 def test_a_scale_that_is_no_number_is_refused_with_an_adapter_too(adapter, tmp_path):
     for scale in ("nan", "inf", "-inf"):
-        arguments = ["--adapter", adapter, "--prompt", "a red circle", "--scale", scale]
-        check_failure(sample(*arguments, "--output-dir", tmp_path / "images"), 2, "scale")
+        arguments = ["--adapter", adapter, "--prompt", "a red circle", "--strength", scale]
+        check_failure(sample(*arguments, "--output-dir", tmp_path / "images"), 2, "strength")
 
 
 def test_a_damaged_adapter_ends_with_three(adapter, tmp_path):

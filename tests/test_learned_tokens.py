@@ -364,7 +364,7 @@ def test_the_commands_train_sample_and_evaluate_and_merge_refuses_them(out, tmp_
     for refused in (
         ["merge", "--adapter", out, "--output-dir", tmp_path / "merged"],
         ["sample", "--adapter", f"{out}:0.5", "--prompt", "a red circle"],
-        ["sample", "--adapter", out, "--scale", "0.5", "--prompt", "a red circle"],
+        ["sample", "--adapter", out, "--strength", "0.5", "--prompt", "a red circle"],
         ["sample", "--adapter", out, "--prompt-weights", "--prompt", "a red circle"],
         ["sample", "--adapter", out, "--long-prompt", "chunk", "--prompt", "a red circle"],
         ["eval", "--adapter", out, *measured, "--strength", "0,0.5", "--output-dir", tmp_path / "other"],

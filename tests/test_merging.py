@@ -362,7 +362,7 @@ def test_the_strength_of_a_unet_goes_from_the_base_to_the_tuned_one(bases, pairs
     save_file(tuned, tmp_path / "unet.safetensors")
     plain = base.pipeline().unet.state_dict()
     for scale in (1.0, 1.5):
-        folder = merge_into(base, tmp_path / str(scale), unet=str(tmp_path / "unet.safetensors"), unet_scale=scale)
+        folder = merge_into(base, tmp_path / str(scale), unet=str(tmp_path / "unet.safetensors"), unet_strength=scale)
         found = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         for key in plain:
             torch.testing.assert_close(found[key], plain[key] + scale * (tuned[key] - plain[key]), rtol=0, atol=1e-6)
@@ -746,12 +746,12 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     (["--adapter", "ADAPTER:nan"], ["weight", "finite"]),
     (["--adapter", "ADAPTER:0"], ["weights of 0"]),
     (["--adapter", "ADAPTER:1e39"], ["not finite"]),
-    (["--adapter", "ADAPTER", "--unet-scale", "0.5"], ["--unet-scale", "--unet"]),
+    (["--adapter", "ADAPTER", "--unet-strength", "0.5"], ["--unet-strength", "--unet"]),
     (["--adapter", "ADAPTER", "--output-dir", "."], ["output"]),
     (["--adapter", "ADAPTER", "--output-dir", ""], ["output"]),
     (["--adapter", "ADAPTER", "--unet", "UNET", "--format", "kohya"], ["format", "whole U-Net", "use pipeline"]),
-    (["--unet", "UNET", "--unet-scale", "nan"], ["--unet-scale"]),
-    (["--unet", "UNET", "--unet-scale", "0"], ["nothing is merged"]),
+    (["--unet", "UNET", "--unet-strength", "nan"], ["--unet-strength"]),
+    (["--unet", "UNET", "--unet-strength", "0"], ["nothing is merged"]),
     (["--adapter", "ADAPTER", "--model", "nobody/no-such-model"], ["nobody/no-such-model"]),
 ])  # fmt: skip
 def test_bad_input_to_merge_is_named(bases, pairs, tmp_path, arguments, words):

@@ -484,6 +484,17 @@ def test_a_slider_leads_through_the_epochs_of_a_training(visit, tmp_path):
     assert cards(page)[0] == 0
 
 
+@pytest.mark.slow
+def test_a_training_of_a_thousand_prompts_is_on_the_screen_within_two_seconds(visit, tmp_path):
+    write_training(tmp_path, 40, prompts=[f"a red circle {i}" for i in range(1000)], shown=16)
+    page = visit(tmp_path)
+    paints = value_of(page, "performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime])")
+    assert dict(paints)["first-contentful-paint"] < 2000
+    page.locator(".card").nth(15).wait_for()
+    move_slider(page, 1)
+    assert page.text_content("#epoch") != "40"
+
+
 def test_the_images_of_a_training_are_marked_right_or_wrong(visit, tmp_path):
     write_training(tmp_path, 3)
     page = visit(tmp_path)
@@ -520,6 +531,9 @@ def test_a_page_that_loads_itself_anew_stays_as_it_was(visit, tmp_path):
     page = visit(tmp_path, viewport={"width": 800, "height": 600})
     page.select_option("#order", "loss")
     page.fill("#text", "a")
+    plots = page.locator("select[data-plots]")
+    plots.select_option(label="alignment_exact")
+    value_of(page, "document.getElementById('text').focus()")
     value_of(page, "scrollTo(0, 300)")
     write_training(tmp_path, 3)
     value_of(page, "reload()")
@@ -527,6 +541,9 @@ def test_a_page_that_loads_itself_anew_stays_as_it_was(visit, tmp_path):
     assert (page.input_value("#order"), page.input_value("#text")) == ("loss", "a")
     assert value_of(page, "document.activeElement.id") == "text"
     assert value_of(page, "scrollY") == 300
+    assert value_of(page, "document.querySelector('select[data-plots]').selectedOptions[0].text") == "alignment_exact"
+    shown = page.locator("figure", has=plots).locator("[data-plot]:not([hidden])")
+    assert [plot.get_attribute("data-plot") for plot in shown.all()] == [plots.input_value()]
     move_slider(page, 1)
     write_training(tmp_path, 4)
     value_of(page, "reload()")
