@@ -28,12 +28,12 @@ NOTHING: dict[str, Any] = {"name": "meta", "tokenizer": None, "text_encoder": No
 PIXART = {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096}
 # Name on the hub, family, the denoiser's and the text encoders' configurations, latents along a side.
 SIZES: list[tuple[str, families.Family, dict[str, Any], list[dict[str, Any]], int]] = [
-    ("stable-diffusion-v1-5", families.SD, single_file.ARCHITECTURES[768]["unet"], [CLIP_L], 64),
-    ("stable-diffusion-xl-base-1.0", families.SDXL, single_file.ARCHITECTURES[2048]["unet"], [CLIP_L, CLIP_G], 128),
-    ("stable-diffusion-3.5-medium", families.SD3, SD35, [CLIP_L, CLIP_G, T5_XXL], 128),
-    ("PixArt-Sigma-XL-2-1024-MS", families.PIXART_SIGMA, PIXART, [T5_XXL], 128),
-    ("Sana_1600M_1024px_diffusers", families.SANA, {}, [GEMMA_2B], 32),
-    ("FLUX.1-dev", families.FLUX, {"guidance_embeds": True}, [CLIP_L, T5_XXL], 128),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", families.SD, single_file.ARCHITECTURES[768]["unet"], [CLIP_L], 64),
+    ("stabilityai/stable-diffusion-xl-base-1.0", families.SDXL, single_file.ARCHITECTURES[2048]["unet"], [CLIP_L, CLIP_G], 128),
+    ("stabilityai/stable-diffusion-3.5-medium", families.SD3, SD35, [CLIP_L, CLIP_G, T5_XXL], 128),
+    ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", families.PIXART_SIGMA, PIXART, [T5_XXL], 128),
+    ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", families.SANA, {}, [GEMMA_2B], 32),
+    ("black-forest-labs/FLUX.1-dev", families.FLUX, {"guidance_embeds": True}, [CLIP_L, T5_XXL], 128),
 ]
 
 
@@ -104,15 +104,15 @@ def row(name: str, family: families.Family, size: dict[str, Any], texts: list[di
     update = num_images * config.num_noise_levels * config.num_inner_epochs * 2  # with the base model's prediction
     trained = sum(counts[part] for part in family.text_encoders)
     return [
-        name, ", ".join(family.text_encoders), f"{trained / 1e9:.2f}", f"{(sum(counts.values()) - trained) / 1e9:.2f}",
-        f"{num_denoiser / 1e9:.2f}", f"{2 * (num_denoiser + sum(counts.values())) / 2**30:.1f}",
-        f"{plain / 2**30:.2f}", f"{recomputed / 2**30:.2f}", f"{text / 2**30:.3f}", f"{rollout} + {update}",
+        name.split("/")[1], ", ".join(family.text_encoders), f"{trained / 1e9:.2f}", f"{(sum(counts.values()) - trained) / 1e9:.2f}",
+        f"{num_denoiser / 1e9:.2f}", f"{2 * (num_denoiser + sum(counts.values())) / 1e9:.1f}",
+        f"{plain / 1e9:.2f}", f"{recomputed / 1e9:.2f}", f"{text / 1e9:.3f}", f"{rollout} + {update}",
     ]  # fmt: skip
 
 
 COLUMNS = (
     "model", "trained by default", "their parameters, 1e9", "other text encoders, 1e9", "denoiser, 1e9",
-    "weights in bfloat16, GiB", "kept of an image, GiB", "with --gradient-checkpointing", "kept of a prompt, GiB",
+    "weights in bfloat16, GB", "kept of an image, GB", "with --gradient-checkpointing", "kept of a prompt, GB",
     "denoiser calls of an epoch: sampling + update",
 )  # fmt: skip
 

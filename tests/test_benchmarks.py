@@ -55,6 +55,15 @@ def half(bench):
     return bench.Bench(bench.parse(HALF))
 
 
+def test_what_an_update_takes_is_foreseen_for_a_model_of_the_hub(scripts):
+    script = scripts("foresee")
+    cells = dict(zip(script.COLUMNS, script.row(*script.SIZES[0]), strict=True))
+    assert (cells["model"], cells["trained by default"]) == ("stable-diffusion-v1-5", "text_encoder")
+    assert (cells["their parameters, 1e9"], cells["denoiser, 1e9"]) == ("0.12", "0.86")
+    assert float(cells["weights in bfloat16, GB"]) == pytest.approx(2 * (0.12 + 0.86), abs=0.05)
+    assert float(cells["with --gradient-checkpointing"]) < 0.5 * float(cells["kept of an image, GB"])
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_benchmark_is_imported_and_parses_its_arguments(scripts, monkeypatch, capsys, name):
     script = scripts(name)
