@@ -111,8 +111,17 @@ class EpochView:
         parts += [f"reward {measures['reward_mean']:.4f}"] if "reward_mean" in measures else []
         parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
         if name := find_measured(measures):
-            parts += [f"{MEASURED_ON[name]} {measure} {value:.4f}" for measure, value in measures[name].items()]
+            base = self.base() if measures["epoch"] else {}
+            numbers = [
+                f"{measure} {value:.4f}" + (f" ({value - base[measure]:+.4f})" if measure in base else "")
+                for measure, value in measures[name].items()
+            ]
+            parts.append(f"{MEASURED_ON[name]}: {', '.join(numbers)}")
         return "  ".join(parts + self.times() + self.troubles())
+
+    def base(self) -> dict[str, float]:
+        """What was measured of the base model."""
+        return next((epoch[name] for epoch in self.epochs if (name := find_measured(epoch))), {})
 
     def view(self) -> Group:
         """All that the terminal shows."""
@@ -142,7 +151,7 @@ class EpochView:
         measured = [(epoch["epoch"], epoch[name], name) for epoch in self.epochs if (name := find_measured(epoch))]
         if not measured:
             return []
-        (_, base, _), (epoch, now, name) = measured[0], measured[-1]
+        base, (epoch, now, name) = self.base(), measured[-1]
         # Only the first column gives way, and its cells, which do not wrap, are cut.
         columns = [Column(head, justify="right", min_width=8, no_wrap=True) for head in ("base", "now", "change")]
         table = Table(Column(_cut(f"{MEASURED_ON[name]}, epoch {epoch}")), *columns, box=SIMPLE_HEAD)

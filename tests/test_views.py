@@ -170,7 +170,8 @@ def view_of_epochs(monkeypatch, **console) -> str:
 def test_elsewhere_every_epoch_is_a_line(monkeypatch):
     lines = view_of_epochs(monkeypatch).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
-    assert "held-out hps 0.2500" in lines[0]
+    assert "held-out: hps 0.2500" in lines[0]
+    assert re.search(r"held-out: hps 0\.\d{4} \([+-]0\.\d{4}\)", lines[2])
     assert lines[1].endswith("reward 0.5000  15 s elapsed  30 s left")
     assert "\x1b" not in "".join(lines)
 
