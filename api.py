@@ -184,7 +184,7 @@ class TrainResult:
 
     def __repr__(self) -> str:
         rows = [
-            f"  {name}: {self.base[name]:.4f} -> {self.tuned[name]:.4f} ({self.change[name]:+.4f})" for name in self.base
+            f"  {name}: {self.base[name]:z.4f} -> {self.tuned[name]:z.4f} ({self.change[name]:+z.4f})" for name in self.base
         ]
         return "\n".join([f"{self.output_dir}: {self.num_images:,} images in {duration(self.seconds)}", *rows])
 
@@ -311,8 +311,8 @@ class EvaluationResult:
 
     def __repr__(self) -> str:
         def numbers(mean: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-            text = "-" if mean is None else f"{mean:{sign}.4f}"
-            return text if low is None else f"{text} [{low:{sign}.4f}, {high:{sign}.4f}]"
+            text = "-" if mean is None else f"{mean:{sign}z.4f}"
+            return text if low is None else f"{text} [{low:{sign}z.4f}, {high:{sign}z.4f}]"
 
         rows = []
         for item in self.measured:

@@ -363,7 +363,7 @@ def _changed_most(
     def row(i: int) -> Row:
         change = float(changes[i])
         kind = direction({"mean": change, "low": change, "high": change}, spread)
-        was, is_now, by = (minus(f"{value:{form}.3f}") for value, form in ((before[i], ""), (after[i], ""), (change, "+")))
+        was, is_now, by = (minus(f"{value:{form}z.3f}") for value, form in ((before[i], ""), (after[i], ""), (change, "+")))
         return Row(prompts[i], [Cell(was), Cell(is_now, by, kind, strength(change, spread))])
 
     return [
@@ -487,8 +487,8 @@ def interval(summary: Mapping[str, Any], kind: str = "", digits: int = 4) -> str
     """A mean and its interval as text; kind "+" shows the sign."""
     if summary["mean"] is None:
         return "none"
-    text = f"{summary['mean']:{kind}.{digits}f}"
-    return text if summary["low"] is None else f"{text} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]"
+    text = f"{summary['mean']:{kind}z.{digits}f}"
+    return text if summary["low"] is None else f"{text} [{summary['low']:z.{digits}f}, {summary['high']:z.{digits}f}]"
 
 
 def decimals(summary: Mapping[str, Any]) -> int:
@@ -660,7 +660,7 @@ def curves(epochs: Sequence[Mapping[str, Any]], reward: str) -> list[Figure]:
     for measure in measured[0][1]:
         values = [(num_images, found[measure]) for num_images, found in measured if measure in found]
         rewards = [(epoch["num_images"], epoch["reward_mean"]) for epoch in epochs[1:]] if measure == reward else []
-        title = minus(f"{measure}: {values[0][1]:.3f} \N{RIGHTWARDS ARROW} {values[-1][1]:.3f}")
+        title = minus(f"{measure}: {values[0][1]:z.3f} \N{RIGHTWARDS ARROW} {values[-1][1]:z.3f}")
         figures.append(Figure(title, [curve(measure, values, _thinned(rewards), measured_on(epochs))]))
     return figures
 
@@ -672,7 +672,7 @@ def curve(measure: str, values: Sequence[Pair], rewards: Sequence[Pair], name: s
     vertical = Axis([y for _, y in (*values, *rewards)], height, TOP)
 
     def points(pairs: Sequence[Pair], radius: int) -> list[Point]:
-        return [Point(horizontal(x), vertical(y), radius, None, minus(f"{x:,} images: {y:.4f}")) for x, y in pairs]
+        return [Point(horizontal(x), vertical(y), radius, None, minus(f"{x:,} images: {y:z.4f}")) for x, y in pairs]
 
     lines, texts = framed(horizontal, vertical, "images", measure)
     base = vertical(values[0][1])

@@ -113,7 +113,7 @@ def describe_training(folder: Path) -> str:
     """
     config = saved_options(folder)
     result = read_result(folder) if (folder / RESULT).is_file() else {}
-    images = f"{result['num_images']} images" if result else "not finished"
+    images = f"{result['num_images']:,} images" if result else "not finished"
     return f"{report.describe_method(config)}: {images}"
 
 
@@ -544,7 +544,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     """README.md of the adapter in a folder, in the hub's format."""
     measured = find_measured(result) or "heldout"
     rows = [
-        f"| {name} | {value['base']:.4f} | {value['tuned']:.4f} | {value['tuned'] - value['base']:+.4f} |"
+        f"| {name} | {value['base']:z.4f} | {value['tuned']:z.4f} | {value['tuned'] - value['base']:+z.4f} |"
         for name, value in result[measured].items()
     ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
@@ -676,7 +676,7 @@ def write_grid(
             if marks:
                 _draw_mark(draw, (x + CELL - 13, y + CELL + 6), bool(marks[name][i]))
             if scores:
-                draw.text((x, y + CELL + 2), f"{scores[name][i]:.3f}", "black", _font())
+                draw.text((x, y + CELL + 2), f"{scores[name][i]:z.3f}", "black", _font())
     with files.replacing(path) as temporary:
         canvas.save(temporary, "png")
 
@@ -766,7 +766,7 @@ def draw_curve(epochs: Sequence[Mapping[str, Any]], reward: str) -> Figure:
         axes.axhline(values[0], color="#656d76", linestyle="--", linewidth=1.2, label="base model")
         axes.plot(places, values, "o-", color="#0969da", label=about)
         axes.set_ylabel(label)
-        axes.set_title(f"{name} on {about}: {values[0]:.3f} to {values[-1]:.3f}", loc="left", fontsize=11)
+        axes.set_title(f"{name} on {about}: {values[0]:z.3f} to {values[-1]:z.3f}", loc="left", fontsize=11)
         axes.grid(color="#d8dee4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("images")

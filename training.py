@@ -536,7 +536,7 @@ def check_guards(epochs: Sequence[dict[str, Any]], config: TrainConfig, reward: 
         spread = epochs[1]["reward_std"]  # of the base model's images: epoch 1 samples before its first update
         if spread > 0 and base - tuned > config.max_reward_drop * spread:
             raise DivergedError(
-                f"the {MEASURED_ON[measured_on]} {config.reward} has collapsed from {base:.4f} to {tuned:.4f} "
+                f"the {MEASURED_ON[measured_on]} {config.reward} has collapsed from {base:z.4f} to {tuned:z.4f} "
                 "(--max-reward-drop); lower --learning-rate"
             )
 

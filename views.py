@@ -108,12 +108,12 @@ class EpochView:
     def line(self, measures: dict[str, Any]) -> str:
         """One epoch as a line of a log; metrics.jsonl has every number."""
         parts = [f"epoch {measures['epoch']}/{self.num_epochs}"]
-        parts += [f"reward {measures['reward_mean']:.4f}"] if "reward_mean" in measures else []
-        parts += [f"{name} {value:.4f}" for name, value in measures.get("parts", {}).items()]
+        parts += [f"reward {measures['reward_mean']:z.4f}"] if "reward_mean" in measures else []
+        parts += [f"{name} {value:z.4f}" for name, value in measures.get("parts", {}).items()]
         if name := find_measured(measures):
             base = self.base() if measures["epoch"] else {}
             numbers = [
-                f"{measure} {value:.4f}" + (f" ({value - base[measure]:+.4f})" if measure in base else "")
+                f"{measure} {value:z.4f}" + (f" ({value - base[measure]:+z.4f})" if measure in base else "")
                 for measure, value in measures[name].items()
             ]
             parts.append(f"{MEASURED_ON[name]}: {', '.join(numbers)}")
@@ -141,9 +141,9 @@ class EpochView:
         if not rewards:
             return []
         recent = rewards[-RECENT:]
-        lines = [f"reward  {sparkline(rewards)}  {sum(recent) / len(recent):.4f} over the last {len(recent)}"]
+        lines = [f"reward  {sparkline(rewards)}  {sum(recent) / len(recent):z.4f} over the last {len(recent)}"]
         if parts := self.epochs[-1].get("parts"):
-            lines.append("  ".join(f"{name} {value:.4f}" for name, value in parts.items()))
+            lines.append("  ".join(f"{name} {value:z.4f}" for name, value in parts.items()))
         return [_cut(line) for line in lines]
 
     def measured_table(self) -> list[RenderableType]:
@@ -158,7 +158,7 @@ class EpochView:
         for measure, value in now.items():
             change = value - base.get(measure, value)
             table.add_row(
-                _cut(measure), f"{base.get(measure, value):.4f}", f"{value:.4f}", f"{change:+.4f}" if epoch else ""
+                _cut(measure), f"{base.get(measure, value):z.4f}", f"{value:z.4f}", f"{change:+z.4f}" if epoch else ""
             )
         return [table]
 
@@ -241,7 +241,7 @@ def results_table(result: dict[str, Any]) -> Table:
     title = f"{result['num_images']:,} images in {stages.duration(result['seconds'])}"
     table = Table(MEASURED_ON[measured], "base", "tuned", "change", title=Text(title))
     for name, value in result[measured].items():
-        table.add_row(Text(name), f"{value['base']:.4f}", f"{value['tuned']:.4f}", f"{value['tuned'] - value['base']:+.4f}")
+        table.add_row(Text(name), f"{value['base']:z.4f}", f"{value['tuned']:z.4f}", f"{value['tuned'] - value['base']:+z.4f}")
     return table
 
 

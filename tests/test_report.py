@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from texforce import files, measures, report
+from texforce import files, measures, report, views
 from texforce.config import TrainOptions, resolve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -314,6 +314,12 @@ def test_numbers_have_one_minus_sign(visit, evaluation):
     text = visit(evaluation[0]).inner_text("main")
     assert re.search("\N{MINUS SIGN}\\d", text)
     assert not re.search(r"(?<![\w-])-\d", text)
+
+
+def test_no_number_is_less_than_nothing_by_nothing():
+    assert report.interval({"mean": -1e-9, "low": -0.25, "high": -0.0}, "+", 2) == "+0.00 [-0.25, 0.00]"
+    table = views.results_table({"num_images": 1, "seconds": 1.0, "heldout": {"hps": {"base": 1e-7, "tuned": 0.0}}})
+    assert [next(iter(column.cells)) for column in table.columns[1:]] == ["0.0000", "0.0000", "+0.0000"]
 
 
 def test_only_numbers_have_it_and_names_keep_their_hyphens(tmp_path):
