@@ -241,7 +241,9 @@ def results_table(result: dict[str, Any]) -> Table:
     title = f"{result['num_images']:,} images in {stages.duration(result['seconds'])}"
     table = Table(MEASURED_ON[measured], "base", "tuned", "change", title=Text(title))
     for name, value in result[measured].items():
-        table.add_row(Text(name), f"{value['base']:z.4f}", f"{value['tuned']:z.4f}", f"{value['tuned'] - value['base']:+z.4f}")
+        table.add_row(
+            Text(name), f"{value['base']:z.4f}", f"{value['tuned']:z.4f}", f"{value['tuned'] - value['base']:+z.4f}"
+        )
     return table
 
 

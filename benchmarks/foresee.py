@@ -29,7 +29,13 @@ PIXART = {"sample_size": 128, "use_additional_conditions": False, "caption_chann
 # Name on the hub, family, the denoiser's and the text encoders' configurations, latents along a side.
 SIZES: list[tuple[str, families.Family, dict[str, Any], list[dict[str, Any]], int]] = [
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", families.SD, single_file.ARCHITECTURES[768]["unet"], [CLIP_L], 64),
-    ("stabilityai/stable-diffusion-xl-base-1.0", families.SDXL, single_file.ARCHITECTURES[2048]["unet"], [CLIP_L, CLIP_G], 128),
+    (
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        families.SDXL,
+        single_file.ARCHITECTURES[2048]["unet"],
+        [CLIP_L, CLIP_G],
+        128,
+    ),
     ("stabilityai/stable-diffusion-3.5-medium", families.SD3, SD35, [CLIP_L, CLIP_G, T5_XXL], 128),
     ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", families.PIXART_SIGMA, PIXART, [T5_XXL], 128),
     ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", families.SANA, {}, [GEMMA_2B], 32),
