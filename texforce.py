@@ -26,12 +26,6 @@ __all__ = [
     "TrainResult", "evaluate", "merge", "sample", "train",
 ]  # fmt: skip
 
-
-def __dir__() -> list[str]:
-    """What an interpreter offers: the interface of `__all__`, and modules that the README names."""
-    return [*__all__, "errors", "models"]
-
-
 if __name__ == "__main__":
     raise SystemExit("texforce.py is the package texforce; run `texforce train --reward hps` or `python -m texforce.cli`")
 
@@ -118,6 +112,11 @@ FLOAT32_TOLERANCE = 5e-6
 # The same in half precision and on a GPU, where, with unequal batch sizes, it depends on the number of steps, the guidance
 # and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
+
+
+def __dir__() -> list[str]:
+    """What an interpreter offers: the interface of `__all__`, and modules that the README names."""
+    return [*__all__, "errors", "models"]
 
 
 # --- the policy ---

@@ -323,3 +323,5 @@ def test_what_is_public_is_there_and_importing_it_loads_nothing_heavy():
     assert done.stdout.strip() == "train 2 []", done.stderr
     assert set(texforce.__all__) >= {"train", "sample", "merge", "evaluate"}
     assert all(hasattr(texforce, name) for name in texforce.__all__)
+    assert {*texforce.__all__, "models"} <= set(dir(texforce))  # what an interpreter offers
+    assert {"ppo_loss", "torch", "Any"}.isdisjoint(dir(texforce))
