@@ -111,7 +111,8 @@ def row(name: str, family: families.Family, size: dict[str, Any], texts: list[di
     trained = sum(counts[part] for part in family.text_encoders)
     return [
         name.split("/")[1], ", ".join(family.text_encoders), f"{trained / 1e9:.2f}",
-        f"{(sum(counts.values()) - trained) / 1e9:.2f}", f"{num_denoiser / 1e9:.2f}", f"{2 * (num_denoiser + sum(counts.values())) / 1e9:.1f}",
+        f"{(sum(counts.values()) - trained) / 1e9:.2f}", f"{num_denoiser / 1e9:.2f}",
+        f"{2 * (num_denoiser + sum(counts.values())) / 1e9:.1f}",
         f"{plain / 1e9:.2f}", f"{recomputed / 1e9:.2f}", f"{text / 1e9:.3f}", f"{rollout} + {update}",
     ]  # fmt: skip
 
