@@ -148,6 +148,7 @@ def test_images_hold_the_steps_in_their_metadata(adapter, tmp_path):
     assert Image.open(image).info["adapter_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_eval_draws_each_system_in_its_own_steps_and_refuses_a_folder_of_others(adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     everywhere = with_config(adapter, tmp_path / "everywhere", adapter_steps=None)
@@ -183,6 +184,7 @@ def test_merge_of_adapters_for_different_steps_names_the_option_that_it_has(adap
     assert resolve_merge(MergeOptions(**options, drop_adapter_steps=True)).dropped_steps == (STEPS,)
 
 
+@pytest.mark.slow
 def test_merge_writes_the_steps_beside_pefts_format_and_sample_reads_them_back(adapter, tmp_path):
     place, adapter = str(tmp_path / "merged"), Path(shutil.copytree(adapter, tmp_path / "text"))
     shutil.rmtree(adapter / "unet")  # a narrow one's, which merge does not load

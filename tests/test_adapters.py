@@ -607,6 +607,7 @@ def test_plain_diffusers_draws_the_same_images_with_the_null_prompt_of_the_base_
     torch.testing.assert_close(tuned, ours["tuned"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_a_unets_adapter_from_its_subfolder(runs, pipeline):
     from peft import PeftModel
 
@@ -699,6 +700,7 @@ def test_a_loaded_adapter_is_frozen_and_in_evaluation(runs):
 # --- joining ---
 
 
+@pytest.mark.slow
 def test_a_text_encoders_and_a_unets_adapter_join(runs, pipeline):
     from peft import PeftModel
 

@@ -119,6 +119,7 @@ def no_safety_by_environment(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not open the door
 
 
+@pytest.mark.quick(40)
 @pytest.mark.parametrize("kind", [*KINDS, "nothing"])
 @pytest.mark.parametrize("name", MODEL_FILES)
 @pytest.mark.usefixtures("no_safety_by_environment")
@@ -168,6 +169,7 @@ ACCESSORIES = (
 )  # fmt: skip
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("kind", ["empty", "truncated", "a pointer of git-lfs", "JSON of other fields", PICKLE, "nothing"])
 @pytest.mark.parametrize("name", ACCESSORIES)
 @pytest.mark.usefixtures("no_safety_by_environment")
@@ -202,6 +204,7 @@ WRONG_FIELDS = [
 ]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("name", "fields"), WRONG_FIELDS)
 def test_a_field_of_a_model_that_cannot_be_used_is_bad_input(stable_diffusion, tmp_path, name, fields):
     path = link_folder(stable_diffusion, tmp_path / "model") / name
@@ -346,6 +349,7 @@ def load_scorer(name: str, folder: Path, file: str) -> object:
     return {"clip": scorers.CLIP, "hand": scorers.Hand}[name](folder)
 
 
+@pytest.mark.quick(60)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, given in SCORER_FILES.items() for file in given])
 @pytest.mark.usefixtures("no_safety_by_environment")

@@ -688,7 +688,7 @@ def breaking_server(scores: Callable[[int], Any]) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["function", pytest.param("server", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flaw", [
     "raises", "hangs", "gives too few", "gives words", "ends the process", "is reset", "gives NaN for all",
@@ -971,6 +971,7 @@ def test_a_training_that_diverges_keeps_the_adapter_of_its_last_measurement(smal
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == kept[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("eval_every", [1, 2])
 def test_a_policy_that_explodes_is_not_the_scorers_failure(small_run, tmp_path, eval_every):
     options = {"learning_rate": 1e30, "num_epochs": 2, "num_updates_per_epoch": 1, "eval_every": eval_every}
@@ -1002,6 +1003,7 @@ def test_a_terminated_training_ends_with_143_after_saving_the_adapter(small_run,
     check_saved(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_signal_that_broke_an_import_off_is_told_as_the_signal(small_run, tmp_path, monkeypatch):
     def write_curve(*_):
         try:
@@ -1044,6 +1046,7 @@ def test_a_mixture_with_a_scorer_that_is_only_measured(shared_run, tmp_path):
     assert (tmp_path / "out" / "curve.png").is_file()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("options", "same"), [({"eval_reward": "hps"}, True), ({"reward": "jpeg=1,hps=100"}, False)])
 def test_a_mixture_trains_otherwise_than_its_first_part_and_what_is_only_measured_does_not(
     small_run, trained_by_jpeg, tmp_path, options, same
@@ -1309,6 +1312,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert float(plan["text encoder activations, MiB"]) > 0.1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("null_prompt", "more"),
     [
@@ -1326,6 +1330,7 @@ def test_the_plans_count_of_unet_calls_comes_true(small_run, tmp_path, null_prom
     assert strict((tmp_path / "out" / "result.json").read_text())["num_unet_calls"] == planned
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_epochs_numbers(small_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -1340,6 +1345,7 @@ def test_tensorboard_gets_every_epochs_numbers(small_run, tmp_path):
     assert [event.value for event in events.Scalars("heldout/jpeg")] == [pytest.approx(metrics[-1]["heldout"]["jpeg"])]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("broken", ["__init__", "start", "log", "finish"])
 def test_a_tracker_that_fails_is_named(small_run, tmp_path, monkeypatch, broken):
     from accelerate import tracking

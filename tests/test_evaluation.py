@@ -122,6 +122,7 @@ def test_a_prompts_noise_depends_on_nothing_else(finished, options, tmp_path):
     assert np.abs(difference).max() <= 1  # batches of other sizes round otherwise
 
 
+@pytest.mark.slow
 def test_adapters_under_one_name_are_drawn_together(options, adapter, tmp_path):
     options = options | {
         "adapter": [f"sum={adapter}:0.25", f"sum={adapter}:0.25", f"half={adapter}:0.5"],
@@ -224,6 +225,7 @@ def test_scores_are_those_of_the_written_images(finished):
     assert int(row["seed"]) == results["prompts"][3]["seeds"][1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results_and_another_one_others(finished, options, tmp_path):
     run_eval(options, tmp_path / "again")
     assert results_of(tmp_path / "again") == results_of(finished)

@@ -241,6 +241,7 @@ def trained(folders, tmp_path_factory):
     return output
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", QUICK)
 def test_an_epoch_of_matching_writes_lora_of_the_usual_text_encoders_alone(trained, name):
     written = {path.parent for path in trained(name).rglob("adapter_model.safetensors")}
@@ -269,6 +270,7 @@ def test_an_epoch_trains_nothing_but_lora(folders, tmp_path, name):
         assert not any(tensor.requires_grad for key, tensor in module.named_parameters() if ".lora_" not in key)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", QUICK)
 def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
     sampled = {} if name.startswith("pixart") else {"sampler": "cps" if name == "sana" else "euler"}
@@ -280,6 +282,7 @@ def test_an_epoch_of_ppo_begins_at_a_ratio_of_one(folders, tmp_path, name):
     assert epoch["grad_norm"] > 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd3", "sana"])
 def test_an_epoch_along_the_rewards_gradient_changes_what_is_drawn(folders, tmp_path, name):
     (tmp_path / "mine.py").write_text(
@@ -358,6 +361,7 @@ def test_a_merged_pipeline_draws_the_same_images(folders, trained, tmp_path, nam
     torch.testing.assert_close(our_tuned_images(folders(name), name, trained(name)), plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_diffusers_loads_the_lora_of_its_format_for_the_same_images(folders, trained, tmp_path, name):
     folder = merged(folders(name), trained(name), tmp_path / "lora", "diffusers")
@@ -375,6 +379,7 @@ def test_writing_lora_reads_no_transformer_and_no_vae(folders, trained, tmp_path
     assert (merged(folder, trained("flux"), tmp_path / "lora", "kohya") / "lora.safetensors").is_file()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "prefixes"), [
     ("sd3", {"lora_te1_text_model_", "lora_te2_text_model_", "lora_te3_encoder_block_"}),
     ("flux", {"lora_te1_text_model_", "lora_te3_encoder_block_"}),
@@ -414,6 +419,7 @@ def test_a_format_that_no_reader_takes_is_refused_with_the_reason(folders, train
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_t5_may_be_trained_alone_and_diffusers_format_refuses_it(folders, tmp_path):
     config = train_config(folders("sd3"), tmp_path / "out", "sd3", text_encoders=["text_encoder_3"])
     training.train(config)

@@ -217,6 +217,7 @@ def test_the_file_has_the_keys_that_a1111_and_comfyui_look_up(written, name, key
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("place", ["folder", "file"])
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
 def test_a_folder_or_its_file_alone_is_put_on_a_model(written, tmp_path, name, place):

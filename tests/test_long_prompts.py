@@ -87,6 +87,7 @@ def our_images(folder, prompts, **options):
 # --- what is drawn ---
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("negative", [None, "not " + LONG], ids=["null", "long"])
 @pytest.mark.parametrize("family", ["stable_diffusion", "sdxl"])
 def test_chunks_draw_what_the_plain_pipeline_draws_of_embeddings_joined_as_a1111_does(family, negative, request):
@@ -207,6 +208,7 @@ def test_a_training_reads_all_its_prompts_in_the_chunks_of_the_longest_and_says_
         training.train(replace(config, long_prompt="cut"), resume=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_in_chunks_gives_the_same_adapter(options, tmp_path):
     from safetensors.torch import load_file
 

@@ -54,6 +54,7 @@ def numbers(names, blocks="layers") -> set[int]:
 # --- which layers ---
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("name", "asked", "expected"), [
     ("sd", "all", {"text_encoder": {0, 1, 2}}),
     ("sd", "last:1", {"text_encoder": {2}}),

@@ -192,7 +192,7 @@ CASES += [pytest.param("sd21", format, marks=pytest.mark.slow) for format in ("c
 
 
 @pytest.mark.parametrize(("name", "format"), CASES)
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_others_draw_the_same_images_from_every_format(bases, fused, merged, name, format):
     pipeline, expected = read_by_others(bases(name), format, merged(name, format)), fused(name)[1]
     assert (expected - bases(name).latents).abs().max() > 0.05
@@ -202,6 +202,7 @@ def test_others_draw_the_same_images_from_every_format(bases, fused, merged, nam
     assert all(torch.equal(tensor, state[key]) for key, tensor in pipeline.vae.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_single_adapter_keeps_its_alpha_in_every_format_of_lora(bases, pairs, tmp_path):
     base, (one, _) = bases("tiny"), pairs("tiny")
     expected = draw(adapted_by_hand(base, (one, 1.0)))
@@ -212,6 +213,7 @@ def test_a_single_adapter_keeps_its_alpha_in_every_format_of_lora(bases, pairs, 
     assert {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")} == {6.0}
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("name", "format"), CASES)
 def test_this_project_reads_every_format_back(bases, fused, merged, name, format):
     base, expected, folder = bases(name), fused(name)[0], merged(name, format)
@@ -270,6 +272,7 @@ def test_kohyas_keys_are_those_that_a1111_and_comfyui_look_up(bases, pairs, tmp_
         assert len(keys - expected) == 3 * len(attention_names(bases(name).pipeline().unet))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("format", ["peft", "diffusers", "kohya"])
 def test_writing_lora_reads_weights_of_text_encoders_alone(bases, pairs, merged, tmp_path, format):
     folder = shutil.copytree(bases("sd15").folder, tmp_path / "model")
@@ -501,6 +504,7 @@ def test_parts_without_a_single_file_layout_are_refused_by_name():
 # --- the safety checker ---
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("format", [*merging.LORA_FORMATS, "checkpoint", "pipeline"])
 def test_only_a_whole_pipeline_is_written_with_the_safety_checker(bases, pairs, tmp_path, format):
     folder = Path(shutil.copytree(models.TINY, tmp_path / "model"))
@@ -700,6 +704,7 @@ def sample(**options) -> dict[str, Tensor]:
     return evaluation.sample(config, PROMPTS, [5, 6])
 
 
+@pytest.mark.slow
 def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side(bases, trained, tmp_path):
     specs = [str(trained / "text-encoder"), str(trained / "unet")]
     folder = merge_into(bases("tiny"), tmp_path / "merged", *specs)
@@ -708,6 +713,7 @@ def test_trained_parts_merged_into_one_pipeline_draw_what_they_draw_side_by_side
     torch.testing.assert_close(merged, beside, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     adapter = str(trained / "text-encoder")
     expected = sample(adapter=[adapter])["tuned"]
@@ -723,6 +729,7 @@ def test_what_is_merged_is_sampled_as_what_it_was_made_of(trained, tmp_path):
     assert (config.guidance_scale, config.num_inference_steps) == (2.0, 4)
 
 
+@pytest.mark.slow
 def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
     adapter = Path(shutil.copytree(trained / "text-encoder", tmp_path / "adapter"))
     config = json.loads((adapter / "config.json").read_text())
@@ -740,6 +747,7 @@ def test_what_is_merged_is_sampled_by_the_sampler_of_the_run(trained, tmp_path):
 # --- what is refused ---
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], ["nothing to merge", "--adapter", "--unet"]),
     (["--adapter", "ADAPTER", "--format", "onnx"], ["format", "pipeline, checkpoint, peft, diffusers, kohya"]),

@@ -28,6 +28,7 @@ def folders(stable_diffusion, sdxl, tmp_path_factory):
     return folder
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_files_say_what_the_loaded_model_says(folders, name):
     facts, model = model_files.find_facts(folders(name)), models.load_model(folders(name))
@@ -47,6 +48,7 @@ def test_the_files_say_what_the_loaded_model_says(folders, name):
         assert found.num_positions == (model.readers[part].num_read if text.is_clip else None)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("file", "content"), [
     ("model_index.json", None), ("model_index.json", "{"), ("unet/config.json", None), ("unet/config.json", "{}"),
     ("vae/config.json", "[]"), ("text_encoder/config.json", '{"model_type": "bert"}'), ("text_encoder/config.json", "{}"),

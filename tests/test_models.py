@@ -283,6 +283,7 @@ def draw_both(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     ).images
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_stable_diffusions_old_scheduler_files_are_completed_as_the_plain_pipeline_does(copied, kind):
     name, without, values = LEFT_OUT[kind]
@@ -406,6 +407,7 @@ MISFITS = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", MISFITS)
 @pytest.mark.parametrize("load", [models.load_model, merging.load_pipeline], ids=["to sample", "also to merge"])
 def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused_by_name(copied, kind, load):

@@ -142,6 +142,7 @@ def check_secret(result, *folders: Path) -> None:
             assert secret.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("reward", [pytest.param("{}", marks=pytest.mark.slow), "also jpeg=0.1,{}=1"])
 def test_a_password_in_a_rewards_url_opens_the_server_and_is_written_nowhere(
     reward, locked_server, small_run, tmp_path, monkeypatch

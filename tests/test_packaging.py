@@ -122,6 +122,7 @@ def test_an_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert contents(build("wheel", tmp_path / "wheel", root)) == contents(wheel)
 
 
+@pytest.mark.slow
 def test_a_stray_file_in_the_checkout_does_not_land_in_the_wheel(wheel, tmp_path):
     checkout = tmp_path / "checkout"
     checkout.mkdir()

@@ -359,6 +359,7 @@ def test_the_launchers_signal_while_a_loss_is_saved_does_not_take_its_place(smal
 # --- held-out prompts, gradients, what is said ---
 
 
+@pytest.mark.slow
 def test_each_process_scores_its_held_out_images_and_all_decide_by_the_same_numbers(small_run, tmp_path, monkeypatch):
     seen = tmp_path / "seen"
     original, check_guards = scorers.score, training.check_guards

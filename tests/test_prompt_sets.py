@@ -254,6 +254,7 @@ def options(small_run, narrow_model, monkeypatch, tmp_path):
 # --- prompts that are longer than the text encoder reads ---
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("source", ["imagereward", "also: a file", "also: held out"])
 def test_prompts_that_are_too_long_are_cut_and_told_wherever_they_come_from(source, options, hub, tmp_path):
     texts = [f"a circle and {i} squares" if i not in (4, 10, 11) else f"{i} {LONG}" for i in range(20)]
@@ -298,6 +299,7 @@ SINGLE = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("content", SINGLE.values(), ids=SINGLE)
 def test_a_single_prompt_is_measured_as_the_training_prompt_that_it_is(content, options, tmp_path):
     options["prompts"] = str(write(tmp_path / "one.txt", content))

@@ -175,6 +175,7 @@ def test_prompts_are_sorted_by_gain_and_loss_of_what_is_chosen(visit, evaluation
         value_of(page, "scrollTo(0, 0)")
 
 
+@pytest.mark.slow
 def test_the_gallery_grows_again_after_its_end_was_seen(visit, evaluation):
     page = visit(evaluation[0])
     page.fill("#text", "number 1")
@@ -274,6 +275,7 @@ def colour_of(page, selector: str) -> str:
     return value_of(page, f"getComputedStyle(document.querySelector({selector!r})).stroke")
 
 
+@pytest.mark.quick(1)
 def test_plots_have_colours_of_their_own_in_the_dark(visit, evaluation):
     light, dark = (visit(evaluation[0], color_scheme=scheme) for scheme in ("light", "dark"))
     for selector in ("g.colour-0", "g.colour-1", "svg .grid", "svg .zero"):
@@ -361,6 +363,7 @@ def test_a_change_is_coloured_if_it_is_large_and_its_interval_does_not_hold_0(me
     assert report.direction({"mean": mean, "low": low, "high": high}, 1.0) == expected
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("change", "kind"), [(0.001, "quiet"), (-0.001, "quiet"), (0.8, "gain"), (-0.8, "loss")])
 def test_a_cards_change_is_coloured_by_its_size(visit, tmp_path, change, kind):
     results = write_evaluation(tmp_path, 3, systems=("base", "te"))

@@ -224,7 +224,7 @@ def test_a_checkpoint_is_kept_though_broken_ones_seem_newer(resumed):
         "ppo in some steps", "relabelling alone in some steps",
     ],
 )  # fmt: skip
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_path, changes):
     options = options | {"num_epochs": 2, "checkpoint_every": 1} | changes
     if "relabel" in changes:
@@ -235,6 +235,7 @@ def test_a_run_of_other_options_that_is_stopped_goes_on_exactly(options, tmp_pat
     check_goes_on_exactly(options, tmp_path / "whole", tmp_path / "stopped", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_first_epoch_and_once_more_goes_on_exactly(options, whole, tmp_path):
     run_training(options, tmp_path, 1)
     run_training(options, tmp_path, 2, resume=True)
@@ -253,6 +254,7 @@ def test_with_no_valid_checkpoint_a_run_starts_over(options, checkpoint):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["epoch_000000"]
 
 
+@pytest.mark.slow
 def test_checkpoints_come_as_often_and_stay_as_many_as_asked(options, whole, tmp_path):
     assert sorted(path.name[-1] for path in (whole / "checkpoints").iterdir()) == ["2", "4"]
     few = options | {"num_prompts_per_epoch": 2, "num_updates_per_epoch": 1, "eval_every": 5, "checkpoints_to_keep": 3}

@@ -350,6 +350,7 @@ def test_a_rollout_with_dpm_solver_equals_diffusers_pipeline(pipeline, predictio
     torch.testing.assert_close(trajectory.latents[:, -1], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", ["ddim", "dpm-solver"])
 @pytest.mark.parametrize(("num_gradient_steps", "others"), [(2, ()), (3, ()), (5, ()), (3, (0, 3)), (5, (1, 4))])
 def test_the_gradient_through_the_last_steps_equals_that_of_diffusers_loop(name, num_gradient_steps, others):

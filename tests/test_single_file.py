@@ -71,6 +71,7 @@ def test_a_checkpoint_in_half_precision_and_a_ckpt_are_read_too(checkpoint, tmp_
     assert models.load_model(str(tmp_path / "half.safetensors")).dtype == torch.float32
 
 
+@pytest.mark.quick(1)
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(checkpoint, tmp_path):
     file, _ = checkpoint
     tensors = load_file(file)

@@ -229,6 +229,7 @@ def test_a_policy_without_a_single_trainable_step_is_refused_with_the_option(mak
         make_rig(eta=eta)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("target", "null_prompt"), POLICIES)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_compiled_unet_samples_with_the_graph_that_it_is_trained_with(
@@ -1223,6 +1224,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("target", "error"), [
     ("text-encoder", OUT_OF_MEMORY[0]), ("unet", OUT_OF_MEMORY[0]), ("both", OUT_OF_MEMORY[0]),
     ("both", OUT_OF_MEMORY[1]), ("both", OUT_OF_MEMORY[2]), ("both", OUT_OF_MEMORY[3]),
@@ -1415,6 +1417,7 @@ def test_half_precision_stops_when_what_is_trained_is_far_from_what_was_sampled(
         rig.update(batch)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("shift", "sample_batch_size", "anew"), [(4e-5, 6, False), (6e-5, 6, True), (4e-5, 4, True)])
 @pytest.mark.parametrize("passes", [1, 2])
 def test_what_rounding_sets_apart_is_no_part_of_later_losses_either(
@@ -1504,6 +1507,7 @@ def test_each_pass_draws_the_steps_of_each_image_anew(make_rig, shares):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("silenced", [[0, 3, 4], [1], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
 def test_images_without_advantage_count_in_the_mean_as_zero_and_cost_no_unet_calls(
