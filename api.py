@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
 from os import PathLike, fspath
@@ -374,7 +375,7 @@ def train(
     with _expected_errors():
         if force_resume and not resume:
             raise InputError("force_resume: works only together with resume")
-        given, say = _given(options, TrainConfig), views.warn if progress else _silent
+        given, say = _given(options, TrainConfig), _warn if progress else _silent
         settings = train_settings(given, Path(config) if config else None, Path(resume) if resume else None, say)
         if not trust_reward_code:
             check_trusted(settings, given)
@@ -455,6 +456,12 @@ def _interval(summary: Mapping[str, Any]) -> list[float | None]:
     return [summary.get(name) for name in ("mean", "low", "high")]
 
 
+def _warn(message: str) -> None:
+    from .views import warn
+
+    warn(_in_python(message))
+
+
 def _silent(*arguments: Any) -> None:
     """Show nothing."""
 
@@ -468,15 +475,24 @@ def _stages_shown(progress: bool) -> Iterator[Callable[[str], None]]:
         yield _silent
         return
     with views.StageView() as view, stages.reporting_to(view):
-        yield views.warn
+        yield _warn
 
 
 @contextlib.contextmanager
 def _expected_errors() -> Iterator[None]:
-    """Raise a full disk or a lack of memory as the TexforceError that it stands for; bugs pass unchanged."""
+    """Raise expected errors in the words of Python, a full disk and a lack of memory too; bugs pass unchanged."""
     try:
         yield
     except Exception as error:
-        if (known := expected(error)) is None or known is error:
+        if (known := expected(error)) is None:
+            raise
+        known.args = (_in_python(str(known)),)
+        if known is error:
             raise
         raise known from error
+
+
+def _in_python(message: str) -> str:
+    """A message that calls options as keyword arguments: output_dir and not --output-dir."""
+    own, raised, foreign = message.partition(" raised ")  # what a function of the user's said stays as it is
+    return re.sub(r"(?<![\w'\"-])--(?=[a-z])[\w-]+", lambda found: found[0][2:].replace("-", "_"), own) + raised + foreign

@@ -244,7 +244,7 @@ def train_settings(
     from . import processes
 
     if processes.is_first():
-        warn(f"model: {settings.model} ({_why(options)})")
+        warn(f"model: {settings.model} ({'as before' if resume and 'model' not in given else _why(options)})")
     return settings
 
 
@@ -341,8 +341,10 @@ def check_options(content: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         InputError: there are fields that are no options, or values that an option does not take; names the file.
     """
-    if foreign := sorted(set(content) - {item.name for item in option_fields(TrainConfig)}):
-        raise InputError(f"{path}: has fields that are no options of train: {', '.join(foreign)}")
+    names = [item.name for item in option_fields(TrainConfig)]
+    if foreign := sorted(set(content) - set(names)):
+        hint = near(foreign[0], names)
+        raise InputError(f"{path}: has fields that are no options of train: {', '.join(foreign)}{hint}")
     try:
         TrainOptions(**content)
     except InputError as error:
@@ -398,7 +400,7 @@ def sample_command(given: dict[str, Any], *, help_all: Annotated[bool, HELP_ALL]
 
 
 def merge_command(given: dict[str, Any]) -> None:
-    """Join adapters and a U-Net with a base model, and write them for other tools.
+    """Merge adapters and a U-Net into files for other tools.
 
     \b
     texforce merge --adapter out
@@ -425,7 +427,7 @@ def merge_command(given: dict[str, Any]) -> None:
 
 
 def eval_command(given: dict[str, Any], *, help_all: Annotated[bool, HELP_ALL] = False) -> None:
-    """Measure adapters and U-Nets against the base model on a benchmark, and write a report.
+    """Measure adapters and U-Nets against the base model.
 
     \b
     texforce eval --adapter out
@@ -511,7 +513,7 @@ def serve_command(
         list[str] | None, typer.Option(help="NAME=PATH, weights of a scorer; repeatable; as in train")
     ] = None,
 ) -> None:
-    """Serve a scorer over HTTP, for `texforce train --reward http://HOST:PORT/score`, until interrupted.
+    """Serve a scorer over HTTP, for trainings elsewhere.
 
     \b
     texforce serve pickscore

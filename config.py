@@ -202,14 +202,15 @@ class TrainConfig:
     lora_alpha: Count = option("of LoRA (default: the rank)")
     ema_decay: Decay = option("average the adapter over updates with this decay; 0 is off")
     micro_batch_size: Count = option(
-        "(image, step) pairs in one backward pass; changes memory, and of the result the rounding"
+        "(image, step) pairs in one backward pass; changes memory, and of the result the rounding; on a GPU and in half "
+        "precision as large as the batch of sampling"
     )
     micro_batch: Literal["fixed", "auto"] = option(
         "fixed takes --micro-batch-size; auto, on a GPU, begins with --sample-batch-size instead, and halves it "
         "whenever an update runs out of memory",
         "fixed",
     )
-    sample_batch_size: Count = option("images sampled at a time")
+    sample_batch_size: Count = option("images sampled at a time; on a CPU in half precision as small as the micro-batch")
     mixed_precision: Precision = option(
         "no, fp16 or bf16 for the frozen weights (default: on CUDA fp16, in flow matching bf16; on a CPU that has it bf16, "
         "but no for tiny)"

@@ -155,7 +155,7 @@ def parse_weighted(spec: str) -> tuple[str, float]:
     """Path and weight of PATH:0.7; without a weight it is 1.
 
     Raises:
-        InputError: the weight is not finite.
+        InputError: the weight is no finite number.
     """
     path, colon, text = spec.rpartition(":")
     if not colon or Path(spec).exists():
@@ -163,9 +163,11 @@ def parse_weighted(spec: str) -> tuple[str, float]:
     try:
         weight = float(text)
     except ValueError:
-        return spec, 1.0  # a colon in a path
+        if not Path(path).exists():
+            return spec, 1.0  # a colon in a path
+        weight = math.nan
     if not math.isfinite(weight):
-        raise InputError(f"adapter: the weight in {spec!r} must be a finite number")
+        raise InputError(f"adapter: the weight in {spec!r} must be a finite number, not {text!r}")
     return path, weight
 
 

@@ -126,8 +126,9 @@ def cause(error: BaseException) -> str:
 
 def near(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: "; did you mean 'hps'?" if a known one is nearly that."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    names = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[found[0]]!r}?" if found else ""
 
 
 def origin(error: BaseException) -> BaseException:

@@ -470,6 +470,8 @@ def evaluate(config: EvalConfig, warn: Callable[[str], None] = lambda message: N
         OSError: storage.
     """
     start = time.perf_counter()
+    if not config.systems:
+        warn("adapter: none is given, so the base model alone is measured")
     benchmark = read_benchmark(config.benchmark).limited(config.limit)
     evaluation = Evaluation(config, benchmark, [System(BASE), *at_strengths(config)])
     sources = check(evaluation)

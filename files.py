@@ -28,6 +28,8 @@ LOCK, HOLDER = ".lock", ".holder"  # in a folder that a process works in: the lo
 MAX_IMAGE_PIXELS = 2**25  # larger images are not read: at 12 bytes a pixel this many take less than a GiB
 LFS_POINTER = "version https://git-lfs"  # begins what git leaves in the place of a large file that was not fetched
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")  # end the names of files of weights
+TORCH_STARTS = (b"PK", b"\x80")  # begin what torch.save writes: a zip file, formerly a pickle
+KINDS = {"adapter": "an adapter", "unet": "a U-Net"}  # what messages call the file of an option
 TEMPORARY = ".tmp"  # ends the name of what is not yet in its place
 
 
@@ -91,16 +93,31 @@ def locate(name: str | Path, option: str) -> Path:
     one. `option` is for messages.
 
     Raises:
-        NotFoundError: there is neither such a path nor such a repository.
+        NotFoundError: there is neither such a path nor such a repository. ArtifactError: the file holds no weights.
     """
     path = Path(name)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix not in WEIGHT_SUFFIXES
+    if path.is_file():
+        with reading(f"{path}: refused as {KINDS[option]}"):
+            check_content(path)
     if path.exists():
         return path
     if path.parent.exists() or not is_name:
         raise NotFoundError(f"{option}: there is no file or folder {str(name)!r}")
     with reading(f"{option}: there is no file or folder {str(name)!r}, and the hub does not give it", NotFoundError):
         return _fetch_weights(str(name))
+
+
+def check_content(path: Path) -> None:
+    """Check that a file may hold weights, by its first bytes; raises ValueError."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER.encode():
+        raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
+    if not start:
+        raise ValueError("it is empty; fetch it anew")
+    if path.suffix != ".safetensors" and not start.startswith(TORCH_STARTS):
+        raise ValueError("it holds no weights: it is neither a .safetensors file nor one that torch.save wrote")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -93,13 +94,24 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments; an option that is called otherwise elsewhere is named as it is called here."""
+        if not self.groups:  # --help tells all
+            args = ["--help" if arg == "--help-all" else arg for arg in args]
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))
         except Exception as error:
+            if values := _values_of(getattr(error, "param", None), args):
+                error.message = f"{values[-1]!r}. {error.message}"  # type: ignore[attr-defined]
             name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
             if ELSEWHERE.get(name) in {param.name for param in self.params}:
                 error.possibilities = [f"--{ELSEWHERE[name].replace('_', '-')}"]  # type: ignore[attr-defined]
             raise
+
+
+def _values_of(param: Any, args: Sequence[str]) -> list[str]:
+    """The values that an option, if it is one, has on the command line."""
+    names = param.opts if param else ()
+    apart = [value for name, value in itertools.pairwise(args) if name in names]
+    return apart or [value for name, equals, value in (arg.partition("=") for arg in args) if equals and name in names]
 
 
 class TrainCommand(Command):

@@ -18,7 +18,7 @@ from . import model_files, single_file
 from .config import check_model
 from .errors import InputError, NotFoundError, reading
 from .families import FAMILIES, NUM_TIME_IDS, SD, SDXL, Family, Inputs, Packing, Text, TextPart
-from .files import describe_files, quiet_hub, read_json, sha256
+from .files import check_content, describe_files, quiet_hub, read_json, sha256
 from .presets import DISTILLED, EMBEDDED
 from .tokenization import (
     EncodeOnce,
@@ -34,7 +34,7 @@ from .tokenization import (
     weighted_ids,
     without_learned,
 )
-from .weights import check_content, quiet_libraries
+from .weights import quiet_libraries
 
 TINY, TINY_FLOW = (Path(__file__).parent / name for name in EMBEDDED)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision

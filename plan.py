@@ -54,6 +54,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
     update_calls = _calls_per_update(policy, config)
     network = "U-Net" if policy.model.unet is not None else "transformer"
+    weights, trajectories = _weight_bytes(policy.model), num_images * _trajectory_bytes(policy, config)
     return {
         "model": config.model,
         "device": device,
@@ -73,10 +74,11 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         **_ppo_beside(policy, config, network),
         "precision": config.mixed_precision,
         "batch of sampling, and micro-batch": f"{config.sample_batch_size}, {config.micro_batch_size}",
-        "weights, MiB": mebibytes(_weight_bytes(policy.model)),
-        "trajectories, MiB": mebibytes(num_images * _trajectory_bytes(policy, config)),
+        "weights, MiB": mebibytes(weights),
+        "trajectories, MiB": mebibytes(trajectories),
         f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
         "text encoder activations, MiB": mebibytes(text_encoder),
+        "together, without VAE and scorer, MiB": mebibytes(weights + trajectories + denoiser + text_encoder),
     }
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from . import ldm
 from .errors import InputError, reading
 from .families import Family
-from .weights import check_content, quiet_libraries, read_header, read_shapes, read_tensors, refused
+from .files import check_content
+from .weights import quiet_libraries, read_header, read_shapes, read_tensors, refused
 
 ENDINGS = (".safetensors", ".ckpt")
 KIND = "a checkpoint of a model"

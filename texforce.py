@@ -380,6 +380,7 @@ class Policy:
             folder = output_dir if name == "text_encoder" else output_dir / name
             if not hasattr(part, "peft_config"):
                 continue
+            part.peft_config["default"].base_model_name_or_path = self.model.name  # and no folder of this machine's cache
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.", suffix=files.TEMPORARY) as written:
                 with files.storage_errors(folder):
                     part.save_pretrained(written, save_embedding_layers=False)  # "auto" asks the hub about the base model

@@ -280,10 +280,10 @@ class _Opening:
                 self.warn(f"the run in {config.output_dir} is finished; nothing is left to do")
                 return _Opened(run.read_result(output_dir))
         sources = find_sources(config, self.prompts)
+        if snapshot:
+            run.check_lasting(snapshot.state["config"], config)
         if saved and not self.force:
             run.check_same(saved, config, sources)
-        elif snapshot:
-            run.check_lasting(snapshot.state["config"], config)
         self.frames = run.read_frames(output_dir) if snapshot else []
         if config.overwrite:
             run.check_overwritable(output_dir)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -37,6 +38,11 @@ class PipeConsole(Console):
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether what it shows can be drawn anew. FORCE_COLOR, which notebooks set, makes no terminal of a file."""
+        return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -133,7 +139,7 @@ class EpochView:
             shown.append(Text("  ".join([f"epoch {last['epoch']}/{self.num_epochs}", *counts, *self.times()])))
             shown += self.reward_lines() + self.measured_table()
             shown += [Text(trouble, style="bold red") for trouble in self.troubles()]
-        return Group(*shown, self.bar)
+        return Group(*shown, Constrain(self.bar, progress.width - 4))  # the ^C that a terminal writes stays in the last line
 
     def reward_lines(self) -> list[RenderableType]:
         """The training reward over the epochs, and its mean over the last ones; the parts of a mixture."""
@@ -232,7 +238,9 @@ class StageView:
 def rows_table(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
-        table.add_row(Text(name), Text(str(value)))
+        table.add_row(
+            Text(name, overflow="fold"), Text(f"{value:,}" if isinstance(value, int) else str(value), overflow="fold")
+        )
     return table
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NotFoundError, reading
-from .files import LFS_POINTER, quiet_hub, sha256
+from .files import check_content, quiet_hub, sha256
 
 SCORER = "a scorer's checkpoint"
 
@@ -84,16 +84,6 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
 
     with safe_open(path, framework="pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def check_content(path: Path) -> None:
-    """Check that a file of weights is neither empty nor a pointer of git-lfs; raises ValueError."""
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER.encode():
-        raise ValueError("it is a git-lfs pointer and not the weights; fetch them with `git lfs pull`")
-    if not start:
-        raise ValueError("it is empty; fetch it anew")
 
 
 def check_cached(path: Path) -> None:

@@ -298,7 +298,8 @@ def test_only_a_run_in_the_way_is_one_to_go_on_with(tmp_path, held, words):
 
 
 BAD = [
-    "sample --prompt a --adapter nowhere", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
+    "sample --prompt a --adapter nowhere", "sample --prompt a --adapter full:x",
+    "merge --adapter full:1,5", "sample --prompts wolrd", "sample --prompt a --model ./nowhere",
     "train --algorithm ppo --eta 0", "train --model tiny --num-updates-per-epoch 1000", "train --report-to wandb",
     "train --model ./nowhere", "train --reward absent.py:f", "train --reward mine.py:g", "train --relabel mine.py:g",
     "train --eval-reward hsp", "train --output-dir full", "train --resume nowhere",
