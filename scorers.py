@@ -75,8 +75,8 @@ def call(scorer: Scorer, images: Tensor, prompts: Sequence[str], name: str) -> T
             scores = torch.as_tensor(list(scores))
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
         seen = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"{type(scores).__name__}"
-        if isinstance(scores, list | tuple) and (odd := [score for score in scores if not isinstance(score, int | float)]):
-            raise RewardError(f"reward: {name} must return a number for each image but returned {odd[0]!r:.60} among others")
+        if isinstance(scores, list | tuple) and (odd := [each for each in scores if isinstance(each, str | dict | None)]):
+            seen += f" that holds {odd[0]!r:.60}"
         raise RewardError(f"reward: {name} must return a tensor or list of shape ({len(images)},) but returned {seen}")
     if scores.is_complex():
         raise RewardError(f"reward: {name} must return real numbers but returned {scores.dtype}")

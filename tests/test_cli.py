@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -255,6 +256,32 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
     assert re.search(rf"No such option:? {typed}.*{here}", result.output, flags=re.DOTALL)
 
 
+@pytest.mark.parametrize(("arguments", "value"), [
+    (["train", "--learning-rate", "1e-4x"], "1e-4x"), (["train", "--num-epochs=3.5"], "3.5"),
+    (["serve", "hps", "--port", "a"], "a"),
+])  # fmt: skip
+def test_a_value_that_is_no_number_is_repeated(arguments, value):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert re.search(rf"--[a-z-]+': '{value}'\. Input should be a valid", result.output)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "merge", "eval", "rewards", "serve"])
+def test_every_command_takes_help_all(command):
+    result = invoke(command, "--help-all")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize("command", ["sample", "merge"])
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "adapter.bin"])
+def test_a_text_is_no_adapter(command, name, tmp_path):
+    (tmp_path / name).write_text("{}" if name.endswith("json") else "hello")
+    prompt = ["--prompt", "a"] if command == "sample" else []
+    result = invoke(command, "--adapter", str(tmp_path / name), *prompt, "--output-dir", str(tmp_path / "out"))
+    check_failure(result, 3, "refused as an adapter: it holds no weights")
+
+
 @pytest.mark.parametrize(("arguments", "meant"), [
     (["train", "--reward", "hsp"], "hps"), (["train", "--reward", "hps=1,astetic=1"], "aesthetic"),
     (["train", "--prompts", "wolrd"], "world"), (["train", "--eval-reward", "hsp"], "hps"),
@@ -262,7 +289,7 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
     (["train", "--algorithm", "machting"], "matching"),
     (["train", "--target", "text_encoder"], "text-encoder"), (["train", "--prompts", "world,comon"], "common"),
     (["eval", "--benchmark", "drawbnech"], "drawbench"), (["train", "--reward", "mine.py:brightnes"], "brightness"),
-    (["merge", "--adapter", "out", "--format", "koyha"], "kohya"),
+    (["merge", "--adapter", "out", "--format", "koyha"], "kohya"), (["train", "--reward", "HPS"], "hps"),
 ])  # fmt: skip
 def test_a_value_that_is_nearly_right_is_asked_for(arguments, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -538,6 +565,7 @@ def test_an_output_folder_that_cannot_be_made_is_a_storage_error(small_run, tmp_
 BAD_CONFIGS = {
     "foreign field": ('{"epochs": 3}', ["epochs"]),
     "malformed": ('{"num_epochs": 3', ["not JSON"]),
+    "misspelt": ('{"lerning_rate": 1.0}', ["lerning_rate; did you mean 'learning_rate'?"]),
     "list": ("[1]", ["JSON object"]),
     "nested": ("[" * 100_000, [""]),
     "text for a count": ('{"num_epochs": "three"}', ["num_epochs"]),
@@ -737,9 +765,10 @@ def test_a_mistyped_reward_does_not_wait_for_the_model(small_run, tmp_path, monk
 
 
 def test_a_refused_checkpoint_is_not_followed_by_the_advice_to_run_its_code(small_run, tmp_path):
-    options = {"reward": "hps", "reward_checkpoint": ROOT / "LICENSE", "output_dir": tmp_path / "out"}
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
+    options = {"reward": "hps", "reward_checkpoint": tmp_path / "code.pt", "output_dir": tmp_path / "out"}
     result = run_train(small_run | options)
-    check_failure(result, 3, "LICENSE", "not a file of tensors")
+    check_failure(result, 3, "code.pt", "not a file of tensors")
     assert "weights_only" not in result.output
 
 
@@ -1298,6 +1327,14 @@ def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
     assert "U-Net calls an epoch" in result.stdout
 
 
+def test_a_plan_is_whole_whatever_the_width():
+    name = "somewhere/" + "a-very-long-name-" * 8
+    shown = io.StringIO()
+    views.PipeConsole(file=shown, width=60).print(views.rows_table("plan", {"model": name, "images in all": 1234567}))
+    assert name in squash(shown.getvalue())
+    assert "1,234,567" in shown.getvalue()
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     result = run_train(small_run, "--dry-run", output_dir=tmp_path / "out", num_epochs=5)
@@ -1306,6 +1343,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     plan = dict(re.findall(r"^│ (.+?) +│ (.+?) +│$", result.stdout, flags=re.MULTILINE))
     assert plan["model"] == "tiny"
     assert plan["images in all"] == "40"
+    parts = ("weights", "trajectories", "U-Net activations of a micro-batch", "text encoder activations")
+    together = float(plan["together, without VAE and scorer, MiB"])
+    assert together == pytest.approx(sum(float(plan[f"{part}, MiB"]) for part in parts), abs=0.3)
     assert plan["U-Net calls an epoch"] == str(8 * 2 * 4)
     assert plan["(image, step) pairs an optimizer step"] == "8"
     assert float(plan["weights, MiB"]) > 5

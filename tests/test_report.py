@@ -224,6 +224,8 @@ def test_the_keyboard_is_enough(visit, evaluation):
     assert page.locator("#text:focus").count() == 1
     page.keyboard.type("number 1/j")
     assert page.input_value("#text") == "number 1/j"
+    page.keyboard.press("Escape")  # leaves the field as it is
+    assert (page.input_value("#text"), cards(page)) == ("number 1/j", [])
     page.fill("#text", "")
     page.keyboard.press("Escape")
     for key, place in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):

@@ -98,7 +98,7 @@ def test_a_terminal_shows_all_three_answers_whatever_its_size(screen, width, hei
     assert re.fullmatch(r" *held-out, epoch 2 +base +now +change", shown[2])
     assert any(re.fullmatch(r" *alignment_exact +0\.7500 +0\.7500 +\+0\.0000", line) for line in shown)
     assert re.fullmatch(r"sampling [━╸╺]+ 12/64", shown[-1])
-    assert width - 2 <= max(map(len, shown)) <= width
+    assert width - 4 <= max(map(len, shown)) <= width
     # A name that does not fit is cut with a sign, and only then.
     cut = [line for line in shown if "some/where" in line]
     assert len(cut) == len(LONG_NAMES)
@@ -165,6 +165,29 @@ def view_of_epochs(monkeypatch, **console) -> str:
         for measures in EPOCHS:
             view(measures)
     return shown.getvalue()
+
+
+def test_a_file_gets_lines_though_colours_are_forced_as_in_notebooks(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = views.PipeConsole(file=io.StringIO(), force_jupyter=False)
+    assert not console.is_terminal
+    monkeypatch.setattr(views, "progress", console)
+    with views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4))) as view:
+        for measures in EPOCHS:
+            view(measures)
+    assert [line.split("  ")[0] for line in console.file.getvalue().splitlines()] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_last_line_has_room_for_the_sign_of_an_interruption(monkeypatch, width):
+    """Else ^C, which the terminal itself writes, begins another line, and the view is drawn one line too low."""
+    console = views.PipeConsole(file=io.StringIO(), width=width, force_terminal=True)
+    monkeypatch.setattr(views, "progress", console)
+    view = views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4)))
+    view.at_stage("sampling", 3, 12)
+    *_, last = console.render_lines(view.view(), pad=False)
+    assert "sampling" in last[0].text
+    assert sum(segment.cell_length for segment in last) <= width - 2
 
 
 def test_elsewhere_every_epoch_is_a_line(monkeypatch):
