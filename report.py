@@ -30,7 +30,7 @@ from .draw_config import BASE, LATER_OPTIONS
 from .options import option_fields
 from .presets import EMBEDDED
 from .prompt_sets import MEASURED_ON, find_measured
-from .reward_specs import NO_REWARD
+from .reward_specs import NO_REWARD, explain, parse_mixture
 from .stages import duration
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def evaluation_page(folder: Path, results: Mapping[str, Any]) -> Page:
             *(Fact(label(name, system), _made_of(system, results["trainings"])) for name, system in systems.items()),
         ],
         tables=[summary(systems)],
-        remarks=[*_how_measured(results["confidence"]), *_remarks(results)],
+        remarks=[*_how_measured(results["confidence"]), *_meanings(systems, results["model"]), *_remarks(results)],
         figures=make_figures(results),
         gallery=gallery(_labels(systems), systems[BASE]["measures"], _with_thumbnails(folder, results)),
         versions=f"texforce {results['versions']['texforce']}, commit {(results['commit'] or 'unknown')[:12]}",
@@ -186,6 +186,11 @@ def _how_measured(confidence: float) -> list[str]:
         f"A prompt is the same where its score changes by at most {measures.NEGLIGIBLE:g} of the standard deviation of the "
         "base model's scores.",
     ]
+
+
+def _meanings(systems: Mapping[str, Any], model: str) -> list[str]:
+    meanings = explain(systems[BASE]["measures"], model)
+    return [f"{meanings}."] if meanings else []
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
@@ -251,7 +256,7 @@ def training_page(training: Training) -> Page:
     scores, systems = _first_and_last(training)
     return Page(
         title=f"texforce train: {' and '.join(taught_by(dataclasses.asdict(config)))} on {config.model}",
-        verdicts=make_verdicts(systems),
+        verdicts=_verdicts_of_training(config, systems),
         facts=[
             Fact("date", now()),
             Fact("training", describe_method(dataclasses.asdict(config))),
@@ -259,7 +264,7 @@ def training_page(training: Training) -> Page:
             Fact("measured on", f"{len(training.prompts)} {measured_on(epochs)}, every epoch from the same noise"),
         ],
         tables=[summary(systems), *_changed_most(scores, systems, training.prompts)],
-        remarks=_how_measured(measures.CONFIDENCE),
+        remarks=[*_how_measured(measures.CONFIDENCE), *_meanings(systems, config.model)],
         figures=[*curves(epochs, config.reward), *category_figures(systems)],
         gallery=gallery([_frame_name(frame) for frame in frames], systems[BASE]["measures"], _film(frames, training.prompts))
         | {"reload": RELOAD_SECONDS if training.state == RUNNING else 0},
@@ -275,13 +280,27 @@ def training_page(training: Training) -> Page:
 
 
 def verdict_of(training: Training) -> str:
-    """What a training reached by its first measure, in a sentence; nothing where only the base model was measured.
+    """What a training reached, in a sentence or two; nothing where only the base model was measured.
 
     For terminals and JSON: with the signs of a keyboard.
     """
     _, systems = _first_and_last(training)
     plain = str.maketrans({"\N{MINUS SIGN}": "-", "\N{NO-BREAK SPACE}": " "})
-    return " ".join(verdict.text for verdict in make_verdicts(systems)).translate(plain)
+    verdicts = _verdicts_of_training(training.config, systems)
+    sentences = [f"Not trained on: {verdict.text}" if verdict.by_judge else verdict.text for verdict in verdicts]
+    return ". ".join(sentences).translate(plain)
+
+
+def _verdicts_of_training(config: TrainConfig, systems: Mapping[str, Any]) -> list[Verdict]:
+    """By the reward, and by a measure that nothing was trained on: a reward that rises says little of itself."""
+    first, *others = systems[BASE]["measures"]
+    trained = {config.reward, *parse_mixture(config.reward)}
+    judges = [name for name in others if name not in trained]
+    verdicts = make_verdicts(systems)
+    if judges and first in trained:
+        by_judge = make_verdicts(systems, EXACT if EXACT in judges else judges[0])
+        verdicts += [dataclasses.replace(verdict, by_judge=True) for verdict in by_judge]
+    return verdicts
 
 
 def _first_and_last(training: Training) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
@@ -425,12 +444,13 @@ class Verdict:
     system: str
     text: str
     direction: str
+    by_judge: bool = False  # by a measure that nothing was trained on
 
 
-def make_verdicts(systems: Mapping[str, Any]) -> list[Verdict]:
-    """What came out of each comparison by the first measure, and which other measures fell."""
+def make_verdicts(systems: Mapping[str, Any], measure: str = "") -> list[Verdict]:
+    """What came out of each comparison by a measure; or by the first one, and then which other measures fell."""
     base = systems[BASE]["measures"]
-    first, *others = base
+    first, *others = [measure] if measure else base
     verdicts = []
     for name, system in list(systems.items())[1:]:
         summaries = system["measures"]

@@ -14,7 +14,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -91,12 +91,20 @@ CATALOGUE = {
         "quality of the face", "0 to 1; 0 without a face", licence="non-commercial (PolyForm, S-Lab)", packages=("pyiqa",)
     ),
     "hand": Entry("confidence of the surest hand", "0 to 1", ("hand",), "Apache-2.0"),
-    "alignment": Entry("the tiny world's sentences, fulfilled", "0 to 1", check_prompt=world.parse),
-    "alignment_exact": Entry("the same, all or nothing", "0 or 1", check_prompt=world.parse),
+    "alignment": Entry("the share of a tiny world's sentence that is drawn", "0 to 1", check_prompt=world.parse),
+    "alignment_exact": Entry("1 where all of such a sentence is drawn", "0 or 1", check_prompt=world.parse),
     "jpeg": Entry("small files", "kB as JPEG, negated"),
     "incompress": Entry("large files", "kB as JPEG"),
 }  # fmt: skip
 REWARDS = tuple(CATALOGUE)
+
+
+def explain(measures: Iterable[str], model: str) -> str:
+    """What measures of a model's images are, as far as they have names of the catalogue; nothing where none has."""
+    known = {name: entry.measures for name, entry in CATALOGUE.items()} | {"diversity": "how unlike a prompt's images are"}
+    if model in EMBEDDED:
+        known["hps"] = "preference by the tiny world's own scorer, which is not HPSv2.1"
+    return "; ".join(f"{name}: {known[name]}" for name in measures if name in known)
 
 
 def missing_packages(name: str) -> list[str]:

@@ -35,7 +35,7 @@ from .learner import Learner
 from .measures import to_json
 from .presets import EMBEDDED, is_flow
 from .prompt_sets import MEASURED_ON, find_measured
-from .reward_specs import NO_REWARD, caption_files, functions_of
+from .reward_specs import NO_REWARD, caption_files, explain, functions_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -549,6 +549,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
     num_cut, taught_by = result["num_prompts_cut"], " and ".join(report.taught_by(asdict(config)))
+    meanings = explain(result[measured], config.model)
     ranged = [] if config.adapter_steps is None else [
         f"It is for the share {config.adapter_steps} of the denoising steps alone: in the others the base text encoder "
         "conditions the denoiser. `texforce sample` and `texforce eval` do so; other tools leave it on in all steps."
@@ -569,6 +570,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
             f"{stages.duration(result['seconds'])} on {result['device']}.",
             *ranged, *cut, "", f"{about}, base and tuned from the same noise:", "",
             "| measure | base | tuned | change |", "|---|---|---|---|", *rows, "",
+            *([f"{meanings}.", ""] if meanings else []),
             *([f"{result['verdict']}.", ""] if result["verdict"] else []),
             *(f"![Base and tuned images from the same noise](grids/{path.name})\n" for path in grids[-1:]),
             "![The reward over the images of the training](curve.png)", "",
