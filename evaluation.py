@@ -98,9 +98,9 @@ def sample_to_folder(
             | _shown(config)
             for prompt, seed in zip(repeated, seeds, strict=True)
         ]
-        paths = files.write_images(folder, drawn, labels)
+        paths = files.write_images(folder, drawn, labels, f"_{name}" if len(images) > 1 else "")
         written += [files.SampledImage(name, *item) for item in zip(repeated, seeds, paths, strict=True)]
-    grid = folder / f"grid_{written[-1].path.stem}.png"
+    grid = folder / f"grid_{written[-1].path.stem.partition('_')[0]}.png"
     run.write_grid(grid, repeated, images)
     return written, grid
 

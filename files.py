@@ -301,11 +301,12 @@ class SampledImage:
         return Image.open(self.path)
 
 
-def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]]) -> list[Path]:
+def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]], ending: str = "") -> list[Path]:
     """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
     make_folder(folder)
-    first = 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1)
-    paths = [folder / f"{first + i:05d}.png" for i in range(len(images))]
+    numbers = [number for path in folder.glob("*.png") if (number := path.stem.partition("_")[0]).isdigit()]
+    first = 1 + max(map(int, numbers), default=-1)
+    paths = [folder / f"{first + i:05d}{ending}.png" for i in range(len(images))]
     for path, image, label in zip(paths, images, labels, strict=True):
         write_image(path, image, label)
     return paths

@@ -1450,7 +1450,7 @@ def sample(*arguments: object) -> Result:
 
 
 def pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+    return sorted(path for path in folder.glob("*.png") if path.stem.partition("_")[0].isdigit())
 
 
 def test_sixty_four_tiny_images_take_less_than_five_seconds_of_computing(adapter, tmp_path):
@@ -1516,6 +1516,7 @@ def test_compared_images_start_from_the_same_noise(adapter, tmp_path):
         for path in pictures(folder):
             image = Image.open(path)
             images[image.text["system"], image.text["seed"]] = image.tobytes()
+            assert path.stem.endswith(f"_{image.text['system']}")
         assert len(images) == 4
         for seed in ("0", "1"):
             assert (images["base", seed] == images["tuned", seed]) == (scale == 0)
