@@ -294,7 +294,7 @@ class Supervised:
             threading.Thread(target=self._work, args=(self.jobs, self.results), daemon=True).start()
         self.jobs.put((images.clone(), list(prompts)))  # others see them too, and a function may change what it is given
         try:
-            result = self.results.get(timeout=self.timeout)
+            result = self._wait()
         except BaseException as error:
             self.jobs = None  # a late answer must not be taken for the next call's
             if not isinstance(error, queue.Empty):
@@ -307,6 +307,17 @@ class Supervised:
             told = describe_in(result, self.name.rpartition(":")[0])
             raise RewardError(f"{self.option}: {self.name} raised {told}") from result
         return result
+
+    def _wait(self) -> Any:
+        """The next result, in short waits: a signal that comes just before a wait is handled only after it."""
+        end = time.monotonic() + self.timeout
+        while True:
+            left = end - time.monotonic()
+            try:
+                return self.results.get(timeout=min(max(left, 0.0), 1.0))
+            except queue.Empty:
+                if left <= 1:
+                    raise
 
     @torch.no_grad()  # grad mode is a thread's own
     def _work(self, jobs: queue.SimpleQueue[tuple[Tensor, Sequence[str]]], results: queue.SimpleQueue[Any]) -> None:

@@ -130,6 +130,7 @@ def test_a_damaged_file_of_a_model_is_bad_input_that_names_the_model(stable_diff
     check_refused(lambda: models.load_model(str(folder)), part, InputError, tmp_path)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", MODEL_FILES)
 @pytest.mark.parametrize("kind", ["a pointer of git-lfs", "also empty", "also no UTF-8"])
 def test_a_file_of_a_model_that_has_no_content_of_its_kind_is_named_itself(stable_diffusion, tmp_path, name, kind):

@@ -111,6 +111,7 @@ def our_images(folder, name, **options):
     return policy.draw(models.tokenize_for(policy.model, PROMPTS), generator)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
 def test_images_equal_those_of_the_plain_pipeline(folders, name, guidance):
@@ -120,6 +121,7 @@ def test_images_equal_those_of_the_plain_pipeline(folders, name, guidance):
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_that_are_not_square_equal_those_of_the_plain_pipeline(folders, name):
     options = {"num_inference_steps": 3, "guidance_scale": 4.0}
@@ -159,6 +161,7 @@ def test_clip_skip_is_refused_where_no_layer_of_a_clip_is_read(folders, name):
         models.check_clip_skip(str(folders(name)), 1)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", GUIDED)
 def test_a_negative_prompt_leads_away_as_in_the_plain_pipeline(folders, name):
     options = {"num_inference_steps": 3, "guidance_scale": 4.0}
@@ -169,6 +172,7 @@ def test_a_negative_prompt_leads_away_as_in_the_plain_pipeline(folders, name):
     assert (ours - our_images(folders(name), name, eta=0.0, **options)).abs().max() > 1e-4
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["sd3", "pixart-alpha", "pixart-sigma", "sana"])
 def test_dpm_solver_draws_what_the_plain_pipeline_draws_with_it(folders, name):
     from diffusers import DPMSolverMultistepScheduler
@@ -181,6 +185,7 @@ def test_dpm_solver_draws_what_the_plain_pipeline_draws_with_it(folders, name):
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_embeddings_equal_encode_prompts(folders, name):
     model = models.load_model(str(folders(name)))

@@ -134,6 +134,7 @@ def test_the_plain_pipeline_draws_what_sample_draws_with_them(written, name):
     assert (base - plain).abs().max() > 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
 def test_the_base_model_and_the_null_prompt_are_without_them(folders, name):
     policy, base = policy_of(folders(name), null_prompt="adapted"), models.load_model(str(folders(name)))

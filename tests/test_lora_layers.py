@@ -223,6 +223,7 @@ def quick(narrow_model, monkeypatch):
 LAYERS = {"lora_layers": "last:1", "lora_modules": ["v_proj", "out_proj"], "ema_decay": 0.5, "checkpoint_every": 1}
 
 
+@pytest.mark.slow
 def test_a_run_of_some_layers_goes_on_byte_for_byte_and_with_no_others(quick, small_run, tmp_path, monkeypatch):
     options = small_run | LAYERS | {"num_epochs": 2}
     result = training.train(resolve(TrainOptions(**options, output_dir=str(tmp_path / "whole"))))

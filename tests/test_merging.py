@@ -359,6 +359,7 @@ def test_a_locon_of_all_layers_makes_the_round_trip(bases, tmp_path, name):
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_strength_of_a_unet_goes_from_the_base_to_the_tuned_one(bases, pairs, tmp_path):
     base, (one, _) = bases("tiny"), pairs("tiny")
     tuned = adapted_by_hand(base, (one, 1.0)).unet.state_dict()
@@ -455,6 +456,7 @@ WRONG_WRITING = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", WRONG_WRITING)
 def test_what_is_not_written_as_it_was_merged_is_no_merge(bases, pairs, tmp_path, monkeypatch, kind):
     name, function = WRONG_WRITING[kind]
@@ -476,6 +478,7 @@ def test_what_is_not_written_as_it_was_merged_is_no_merge(bases, pairs, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("format", merging.LORA_FORMATS)
 def test_lora_on_some_layers_is_written_and_read_back(bases, tmp_path, format):
     from peft import LoraConfig, get_peft_model
@@ -636,6 +639,7 @@ def test_no_input_is_written_over(bases, pairs, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("failing", ["writing", 1, 2])
 def test_a_merge_that_fails_leaves_what_was_there(bases, pairs, tmp_path, monkeypatch, failing):
     """In writing, or in a rename: of what is there out of the way, or of what is new into its place."""

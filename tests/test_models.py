@@ -461,6 +461,7 @@ def inverted(request, tmp_path_factory):
     return folder, pipeline
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("prompt", [f"a {TOKEN} circle", f"also {TOKEN} left of {TOKEN}", "also a red circle"])
 def test_a_textual_inversion_in_a_saved_pipeline_has_all_its_vectors(inverted, prompt):
     folder, pipeline = inverted

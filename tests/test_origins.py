@@ -44,6 +44,7 @@ def arguments(folder: Path, how: str) -> list[object]:
     return ["train", "--config", folder / "config.json", "--output-dir", folder.parent / "out"]
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("how", ["--resume", "--config"])
 @pytest.mark.parametrize("field", ["reward", "also in a mixture", "also eval_reward", "also relabel"])
 def test_code_that_a_file_of_others_names_is_asked_for_and_not_run(foreign, how, field):

@@ -197,6 +197,7 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
     assert relative_difference(tmp_path / "out", pair / "1") > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
@@ -261,6 +262,7 @@ def ends(work, log: Path) -> list[str]:
     return [log.with_suffix(f".{rank}").read_text().splitlines()[0] for rank in range(2)]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("place", "error", "message"), [
     ((rewards, "load_reward"), NotFoundError("no weights"), "NotFoundError: no weights"),
     ((heldout, "draw_share"), torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),

@@ -277,7 +277,7 @@ def colour_of(page, selector: str) -> str:
     return value_of(page, f"getComputedStyle(document.querySelector({selector!r})).stroke")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_plots_have_colours_of_their_own_in_the_dark(visit, evaluation):
     light, dark = (visit(evaluation[0], color_scheme=scheme) for scheme in ("light", "dark"))
     for selector in ("g.colour-0", "g.colour-1", "svg .grid", "svg .zero"):

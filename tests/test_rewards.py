@@ -883,6 +883,7 @@ def most_memory(pid: int) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory a process has had")
 @pytest.mark.parametrize("case", TOO_MUCH)
 def test_a_request_beyond_a_limit_is_answered_with_413_and_takes_less_than_a_gibibyte(server_of_its_own, case):
@@ -893,6 +894,7 @@ def test_a_request_beyond_a_limit_is_answered_with_413_and_takes_less_than_a_gib
     assert post(url, request_of([encoded_png((8, 8))])) == (200, {"scores": [0.0]})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what memory a process has had")
 def test_as_many_pixels_and_bytes_as_the_limits_allow_take_less_than_a_gibibyte(server_of_its_own):
     url, pid = server_of_its_own
@@ -941,6 +943,7 @@ def test_clients_that_are_too_many_are_answered_with_503_and_the_others_go_on(mo
         assert rewards.Remote(url, 10.0, backoff=0.05)(eight_bit_images(3), PROMPTS).isfinite().all()  # 503 is tried again
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sent", [
     b"", b"POST /sc", b"POST /score HTTP/1.1\r\nContent-Length: 100\r\n\r\n{",
     b"POST /score HTTP/1.1\r\nX: ",

@@ -425,6 +425,7 @@ def test_another_revision_on_the_hub_is_refused(from_files, monkeypatch):
         run_training(options, folder / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_files_that_decide_nothing_may_change_and_force_measures_the_base_model_anew(from_files, tmp_path):
     """Else the old reward's base stood beside the new reward's tuned, as a gain of 1."""
     folder, options = from_files

@@ -69,6 +69,7 @@ def change(path: Path, **values) -> None:
 # --- sampling ---
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("guidance_scale", [0.0, 4.0])
 def test_images_equal_those_of_plain_diffusers(copied, guidance_scale, zeros):

@@ -60,7 +60,7 @@ def test_a_checkpoint_draws_what_its_folder_draws(checkpoint):
     assert torch.equal(images(file), images(folder))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_a_checkpoint_in_half_precision_and_a_ckpt_are_read_too(checkpoint, tmp_path):
     file, _ = checkpoint
     tensors = load_file(file)

@@ -925,6 +925,7 @@ def test_the_gradient_of_relabelled_images_equals_that_of_the_textbook_loop(make
     assert statistics.num_unet_calls == (own + 9) * (2 if kl_weight else 1)
 
 
+@pytest.mark.slow
 def test_the_micro_batch_size_does_not_change_the_gradient_of_relabelled_images(make_rig):
     rig = make_rig(**RELABEL | {"kl_weight": 0.1})
     batch = relabelled(rig)
@@ -1061,7 +1062,7 @@ def textbook_reward(rig: Rig, share: Share) -> Tensor:
     return torch.cat(scores).mean()
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("target", "options"), [
     ("text-encoder", {}), ("unet", {}), ("both", {}), ("text-encoder", {"adapter_steps": "0.6-0.8"}),
     ("both", {"adapter_steps": "0.2-0.8"}), ("tokens", {}),
@@ -1081,6 +1082,7 @@ def test_the_rewards_gradient_equals_that_of_the_textbook_loop(make_rig, target,
     assert statistics.loss / statistics.num_pairs == pytest.approx(-reward.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_rewards_gradient_is_a_finite_difference_along_a_random_direction(make_rig):
     """With all steps in the gradient, since what is cut off is no derivative of the reward."""
     rig = make_rig(**GRADIENT | {"backprop_steps": 5, "mixed_precision": "no"})
@@ -1140,6 +1142,7 @@ def test_the_micro_batch_size_changes_neither_gradient_nor_update(make_rig, targ
     assert changes[0].square().mean().sqrt() > 5e-4
 
 
+@pytest.mark.slow
 def test_a_prompt_may_repeat_among_the_pairs(make_rig):
     """The text encoder runs over the distinct prompts: equal prompts of two groups share a row, and its gradient."""
     rig = make_rig(num_samples_per_prompt=3)
