@@ -239,8 +239,19 @@ def _accessories(source: str, without: Sequence[str]) -> dict[str, Any]:
 # --- the folder ---
 
 
+USAGE = {
+    "pipeline": '`DiffusionPipeline.from_pretrained("{name}")` of diffusers loads this folder.',
+    "checkpoint": "A1111 reads `{name}.safetensors` from `models/Stable-diffusion`, ComfyUI from `models/checkpoints`.",
+    "peft": '`PeftModel.from_pretrained(pipeline.text_encoder, "{name}")` of peft loads this folder; parts in subfolders go on '
+    "the parts of the pipeline that are called so.",
+    "diffusers": '`pipeline.load_lora_weights("{name}")` of diffusers loads this folder.',
+    "kohya": "A1111 reads `{name}.safetensors` from `models/Lora`, as `<lora:{name}:1>` in the prompt; ComfyUI from "
+    "`models/loras`, by a Load LoRA node whose CLIP goes to both text nodes.",
+}
+
+
 def model_card(config: MergeConfig, adapter: Adapter) -> str:
-    """The README.md of a merge: its inputs and their weights."""
+    """The README.md of a merge: its inputs, their weights, and how to use it."""
     rows = [f"| adapter | `{path}` | {weight:g} |" for path, weight in config.system.adapters]
     rows += [f"| U-Net | `{config.unet}` | {config.unet_strength:g} |"] if config.unet else []
     parts = ", ".join(f"{part} ({len(layers)} layers)" for part, layers in adapter.items()) or "none"
@@ -255,6 +266,7 @@ def model_card(config: MergeConfig, adapter: Adapter) -> str:
             f"Merged by texforce {__version__} into the format `{config.format}`, for the model `{config.model}`. "
             "Changes are summed, each times its weight.",
             "", "| what | from | weight |", "|---|---|---|", *rows, "", f"LoRA: {parts}.", "", *ranged,
+            USAGE[config.format].format(name=Path(config.output_dir).name), "",
         ]
     )  # fmt: skip
 

@@ -548,6 +548,15 @@ def test_the_card_says_from_what_and_at_which_weights(bases, pairs, tmp_path):
         assert words in card
 
 
+@pytest.mark.parametrize("format", merging.WRITERS)
+def test_the_card_says_how_to_use_it(bases, merged, format):
+    folder = merged("tiny", format)
+    card = (folder / "README.md").read_text()
+    files_named = re.findall(r"`([\w-]+\.safetensors)`", card)
+    assert files_named or f'"{folder.name}")`' in card
+    assert all((folder / name).is_file() for name in files_named)
+
+
 def test_an_output_that_exists_is_replaced_only_if_that_is_wanted_and_it_is_ours(bases, pairs, tmp_path):
     output, one = tmp_path / "merged", str(pairs("tiny")[0])
     output.mkdir()
