@@ -242,8 +242,8 @@ def _accessories(source: str, without: Sequence[str]) -> dict[str, Any]:
 USAGE = {
     "pipeline": '`DiffusionPipeline.from_pretrained("{name}")` of diffusers loads this folder.',
     "checkpoint": "A1111 reads `{name}.safetensors` from `models/Stable-diffusion`, ComfyUI from `models/checkpoints`.",
-    "peft": '`PeftModel.from_pretrained(pipeline.text_encoder, "{name}")` of peft loads this folder; parts in subfolders go on '
-    "the parts of the pipeline that are called so.",
+    "peft": '`PeftModel.from_pretrained(pipeline.text_encoder, "{name}")` of peft loads this folder; a part in a subfolder '
+    "goes on the part of the pipeline that is called so.",
     "diffusers": '`pipeline.load_lora_weights("{name}")` of diffusers loads this folder.',
     "kohya": "A1111 reads `{name}.safetensors` from `models/Lora`, as `<lora:{name}:1>` in the prompt; ComfyUI from "
     "`models/loras`, by a Load LoRA node whose CLIP goes to both text nodes.",
