@@ -68,7 +68,7 @@ from .reward_specs import CATALOGUE, REWARDS, check_reward, checkpoints_for, mis
 from .views import EpochView, StageView, evaluation_table, output, progress, results_table, rows_table, show
 
 EXIT_CODES = "0 ok; 1 a bug; 2 bad input; 3 a file refused; 4 diverged; 5 storage, memory, a lost process; "
-EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 nobody reads the output"
+EXIT_CODES += "6 reward failed; 130/143 interrupted; 141 output pipe closed"
 
 
 app = typer.Typer(
@@ -255,7 +255,7 @@ def resumed_options(folder: Path, given: dict[str, Any], warn: Callable[[str], N
         NotFoundError: there is no run, and no option to begin one with. InputError: another output folder is given.
     """
     if given.get("overwrite"):
-        raise InputError("overwrite: begins anew, and --resume goes on; give one of them")
+        raise InputError("overwrite: it begins anew, and --resume goes on; give one of them")
     if Path(given.get("output_dir") or folder) != folder:
         raise InputError(f"resume: it names the output folder itself; leave --output-dir {given['output_dir']} out")
     if folder.is_file():

@@ -72,7 +72,7 @@ class TrainConfig:
         "them as hps=1,jpeg=0.1; or none, with --relabel",
         "hps",
     )
-    normalise_rewards: bool = option("divide each part of a mixture by the running deviation of its scores", False)
+    normalise_rewards: bool = option("divide each part of a mixture by the running standard deviation of its scores", False)
     eval_reward: Rewards | None = option(
         "a reward that is only measured, on the held-out prompts, so that hacking of the other one shows; repeatable", None
     )
@@ -106,7 +106,7 @@ class TrainConfig:
     )
     num_tokens: Count = option("target tokens: how many of them", 8)
     text_encoders: Texts | None = option(
-        "text encoders that get LoRA, as text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
+        "text encoders that get LoRA, for example text_encoder_2; repeatable (default: the CLIPs, else the only one)", None
     )
     lora_layers: LoraLayers = option(
         "blocks of each trained text encoder that get LoRA: all, first:N or last:N, which counts back from the last block "
@@ -114,11 +114,11 @@ class TrainConfig:
         "all",
     )
     lora_modules: Texts | None = option(
-        "projections in these blocks that get LoRA, as q_proj; repeatable (default: those of attention)", None
+        "projections in these blocks that get LoRA, for example q_proj; repeatable (default: those of attention)", None
     )
     adapter_steps: AdapterSteps | None = option(
-        "range A-B of shares of the denoising steps, as 0.8-1, in which the text encoder's adapter is on; outside, the base "
-        "text encoder conditions the denoiser, and nothing is trained (default: all steps)",
+        "range A-B of shares of the denoising steps, for example 0.8-1, in which the text encoder's adapter is on; outside, "
+        "the base text encoder conditions the denoiser, and nothing is trained (default: all steps)",
         None,
     )
     offload_text_encoders: bool = option(
@@ -159,8 +159,8 @@ class TrainConfig:
     num_noise_levels: Count = option("matching: noise levels at which each image is trained in a pass", 4)
     noise_window: StepShare = option("matching: share of the noise levels, from the noisiest on, that is trained", 0.6)
     imitation_weight: NonNegative = option(
-        "matching: weight of self-imitation: images above the epoch's mean reward are matched also where all of their "
-        "prompt's are, which holds what is already drawn well",
+        "matching: weight of self-imitation: trains also on images above the epoch's mean reward where all images of their "
+        "prompt are, which keeps what the model already draws well",
         0.0,
     )
     relabel: str | None = option(
@@ -195,22 +195,29 @@ class TrainConfig:
         "weight of the squared distance of the null prompt's embedding to the base one's, which holds it there", 0.0
     )
     anchor_prompts: str | None = option(
-        "prompts that are held like the null prompt, as negative prompts, from a file as --prompts takes it", None
+        "prompts whose embeddings are kept near the base model's like the null prompt's, for example your negative prompts; "
+        "as --prompts takes them",
+        None,
     )
-    null_prompt: NullPrompt = option("whether guidance's null prompt goes through the adapted text encoder or the base one")
+    null_prompt: NullPrompt = option(
+        "whether the null prompt, the empty one that guidance leads away from, goes through the adapted text encoder or the "
+        "base one"
+    )
     rank: Rank = option("of LoRA", 16)
     lora_alpha: Count = option("of LoRA (default: the rank)")
     ema_decay: Decay = option("average the adapter over updates with this decay; 0 is off")
     micro_batch_size: Count = option(
-        "(image, step) pairs in one backward pass; changes memory, and of the result the rounding; on a GPU and in half "
-        "precision as large as the batch of sampling"
+        "(image, step) pairs in one backward pass; affects memory, and the result only by rounding; on a GPU and in half "
+        "precision the same as --sample-batch-size by default"
     )
     micro_batch: Literal["fixed", "auto"] = option(
         "fixed takes --micro-batch-size; auto, on a GPU, begins with --sample-batch-size instead, and halves it "
         "whenever an update runs out of memory",
         "fixed",
     )
-    sample_batch_size: Count = option("images sampled at a time; on a CPU in half precision as small as the micro-batch")
+    sample_batch_size: Count = option(
+        "images sampled at a time; on a CPU in half precision the same as --micro-batch-size by default"
+    )
     mixed_precision: Precision = option(
         "no, fp16 or bf16 for the frozen weights (default: on CUDA fp16, in flow matching bf16; on a CPU that has it bf16, "
         "but no for tiny)"
@@ -226,7 +233,8 @@ class TrainConfig:
         "stop when the KL divergence from the base policy, before an epoch's last update, is above this", None
     )
     max_reward_drop: NonNegative = option(
-        "stop when the held-out reward is so many deviations of the first epoch's rewards below the base model's; 0 is off",
+        "stop when the held-out reward is so many standard deviations of the first epoch's rewards below the base model's; "
+        "0 is off",
         2.0,
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(

@@ -59,10 +59,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a system's name
 
 # --- sample ---
 
-ADAPTER_HELP = (
-    "output folder of a training, a LoRA file or folder of any layout, learned tokens, or a hub name; PATH:WEIGHT weights "
-    "it; repeatable, summed"
+LORA_HELP = (
+    "output folder of a training, a LoRA file or folder of any layout, or a hub name; PATH:WEIGHT weights it; repeatable, "
+    "summed"
 )
+ADAPTER_HELP = LORA_HELP + "; also learned tokens"
 UNET_STRENGTH_HELP = "strength of that U-Net's change: 0 is the base model's, 1 as it was tuned"
 UNET_HELP = "a U-Net tuned elsewhere: a LoRA file, a diffusers U-Net, a single-file checkpoint or a hub name"
 MODEL_HELP = (
@@ -96,7 +97,7 @@ class DrawConfig:
     mixed_precision: Precision = option("no, fp16 or bf16 (default: on CUDA fp16, in flow matching bf16; else no)")
     compile: bool | None = option("compile the denoiser (default: on CUDA)", None)
     null_prompt: NullPrompt = option("adapted or base (default: the adapter's)")
-    negative_prompt: str | None = option("what guidance leads away from, as 'blurry' (default: nothing)", None)
+    negative_prompt: str | None = option("what guidance leads away from, for example 'blurry' (default: nothing)", None)
     long_prompt: LongPrompt = option(f"{LONG_PROMPT_HELP} (default: the adapter's, else cut)")
     clip_skip: Natural = option(
         "last layers of CLIP that are skipped, as diffusers counts them (A1111's 2 is 1); null and negative prompts skip "
@@ -109,8 +110,8 @@ class DrawConfig:
         False,
     )
     adapter_steps: AdapterSteps | None = option(
-        "range A-B of shares of the denoising steps, as 0.8-1, in which the text encoder's adapter is on; 0-1 is all of "
-        "them (default: the adapter's, else all)",
+        "range A-B of shares of the denoising steps, for example 0.8-1, in which the text encoder's adapter is on; 0-1 is "
+        "all of them (default: the adapter's, else all)",
         None,
     )
     origins: dict[str, str] = derived(default_factory=dict)  # of options that are not given: the file that each comes from
@@ -338,7 +339,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
 class MergeConfig:
     """Everything that decides what `texforce merge` writes."""
 
-    adapter: Texts | None = option(ADAPTER_HELP, None)
+    adapter: Texts | None = option(LORA_HELP, None)
     unet: str | None = option(UNET_HELP, None)
     unet_strength: float = option(UNET_STRENGTH_HELP, 1.0)
     model: str = option(MODEL_HELP)
@@ -418,8 +419,8 @@ class EvalConfig(DrawConfig):
     )
     unet: Texts | None = option("[NAME=]PATH[:WEIGHT], likewise; " + UNET_HELP, None)
     reward: Rewards = option(
-        "measures, as --reward of train, several as hps,clip or by repeating it; the first one chooses the best "
-        "strength (default: hps; for world alignment too)"
+        "measures, each as --reward of train takes it; several as hps,clip or by repeating the option; the first one "
+        "chooses the best strength (default: hps; for world also alignment and alignment_exact)"
     )
     reward_checkpoint: Texts | None = option("NAME=PATH, weights of a scorer; repeatable; as in train", None)
     reward_timeout: Seconds = option("seconds to wait for the scores of a function or a server", 600.0)

@@ -1,4 +1,4 @@
-"""The errors that texforce expects, each with its exit code; anything else is a bug, and shows its traceback."""
+"""The errors that texforce expects, each with its exit code, and "did you mean"; anything else is a bug."""
 
 from __future__ import annotations
 

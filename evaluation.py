@@ -332,7 +332,7 @@ def write_settings(evaluation: Evaluation) -> dict[str, Any]:
         for name, system in settings["systems"].items():
             if _without_paths(systems.setdefault(name, system)) != _without_paths(system):
                 raise InputError(
-                    f"output_dir: {name} in {str(evaluation.folder)!r} is another one; choose another name or another folder"
+                    f"output_dir: {str(evaluation.folder)!r} holds another system called {name}; choose another of them"
                 )
     files.write_json(path, settings | {"systems": systems})
     files.remove_temporaries(evaluation.folder, "images/*/")

@@ -1,7 +1,6 @@
-"""The families of pipelines, a record each: how text is encoded, how the denoiser is called, and what its latents are.
+"""The families of pipelines, a record each: how text is encoded (clip skip too), how the denoiser is called, its latents.
 
-The table at the end names them; docs/models.md says how to add one, and what differs from
-diffusers' pipelines.
+The table at the end names them; docs/models.md says how to add one, and what differs from diffusers' pipelines.
 """
 
 from __future__ import annotations

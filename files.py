@@ -388,8 +388,9 @@ def check_unused(folder: Path) -> None:
     if (folder / LOCK).is_file() and not any((folder / "grids").glob("*")):
         known |= {"config.json", "grids"}
     if any(path.name not in known and path.suffix != TEMPORARY for path in folder.glob("*")):
-        or_go_on = f", or go on with the run in it by --resume {folder}" if (folder / "config.json").is_file() else ""
-        raise InputError(f"output_dir: {str(folder)!r} is not empty; choose another folder{or_go_on}")
+        is_run = (folder / "config.json").is_file()
+        run = f", go on with the run in it by --resume {folder}, or begin anew by --overwrite" if is_run else ""
+        raise InputError(f"output_dir: {str(folder)!r} is not empty; choose another folder{run}")
 
 
 def make_folder(folder: Path) -> None:

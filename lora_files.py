@@ -129,7 +129,7 @@ def _check_lora_config(config: dict[str, Any], path: Path) -> None:
         if not isinstance(pattern, dict) or not all(
             re.fullmatch(r"\^?[\w.]+", key) and _is_number(value) and 0 < value < 1e6 for key, value in pattern.items()
         ):
-            raise ArtifactError(f"{path}: {name} must hold numbers by the names of layers")
+            raise ArtifactError(f"{path}: {name} must map the names of layers to numbers")
     unsupported = [name for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out") if config.get(name)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
@@ -162,10 +162,10 @@ def _read_configs(header: Mapping[str, str], path: Path) -> dict[str | None, dic
     text = header.get("lora_adapter_metadata")
     if text is None:
         return {}
-    with reading(f"{path}: its lora_adapter_metadata are not JSON"):
+    with reading(f"{path}: its lora_adapter_metadata is not JSON"):
         flat = json.loads(text)
     if not isinstance(flat, dict):
-        raise ArtifactError(f"{path}: its lora_adapter_metadata are no object")
+        raise ArtifactError(f"{path}: its lora_adapter_metadata is no JSON object")
     configs: dict[str | None, dict[str, Any]] = defaultdict(dict)
     for key, value in flat.items():
         part, _, name = key.partition(".")
@@ -317,7 +317,7 @@ def _by_part(
                 raise ArtifactError(
                     f"{file.path}: it holds {kind}, as {key}, and only LoRA is supported; train or export it so"
                 )
-            raise ArtifactError(f"{file.path}: the tensor {key} is of no layer of this model; see --model")
+            raise ArtifactError(f"{file.path}: the tensor {key} belongs to no layer of this model; see --model")
         part, name, kind = place
         if kind in found[part][name]:
             raise ArtifactError(f"{file.path}: two tensors are for {kind} of {name} in the {part}, as {key}")
@@ -329,7 +329,7 @@ def _by_part(
 
 def _make_layer(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, path: Path) -> Layer:
     if missing := {"down", "up"} - tensors.keys():
-        raise ArtifactError(f"{path}: of {name} the {missing.pop()} matrix is missing")
+        raise ArtifactError(f"{path}: {name} lacks its {missing.pop()} matrix")
     down, up = tensors["down"], tensors["up"]
     matching = down.ndim in (2, 4) and up.ndim in (2, 4) and 1 <= down.shape[0] == up.shape[1] <= MAX_RANK
     if not matching or up.numel() != up.shape[0] * up.shape[1]:

@@ -540,7 +540,7 @@ def _check_unet(model: Model) -> None:
     if unet.addition_embed_type != ("text_time" if pooled else None):
         raise InputError(
             f"model: the U-Net of {name!r} wants {unet.addition_embed_type} conditioning beside the prompt's embeddings, "
-            f"which {len(model.text_encoders)} text encoder(s) do not go with"
+            f"which {len(model.text_encoders)} text encoder(s) do not give"
         )
     if pooled:
         wanted, second = unet.projection_class_embeddings_input_dim, model.text_encoder_2.config.projection_dim

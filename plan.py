@@ -78,7 +78,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "trajectories, MiB": mebibytes(trajectories),
         f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
         "text encoder activations, MiB": mebibytes(text_encoder),
-        "together, without VAE and scorer, MiB": mebibytes(weights + trajectories + denoiser + text_encoder),
+        "together, without decoding and scorer, MiB": mebibytes(weights + trajectories + denoiser + text_encoder),
     }
 
 
@@ -132,7 +132,7 @@ def _ppo_beside(policy: Policy, config: TrainConfig, network: str) -> dict[str, 
     ppo = resolve(TrainOptions(model=config.model, algorithm="ppo", target=config.target, **sampler))
     num_images = ppo.num_epochs * ppo.num_prompts_per_epoch * ppo.num_samples_per_prompt
     num_calls = _calls_per_epoch(Policy(policy.model, ppo), ppo) * ppo.num_epochs
-    return {f"{network} calls in all of ppo with its defaults": f"{num_calls} for {num_images} images"}
+    return {f"{network} calls in all of ppo with its defaults": f"{num_calls:,} for {num_images:,} images"}
 
 
 def _items_per_image(policy: Policy, config: TrainConfig) -> int:

@@ -1,6 +1,7 @@
 """The page that `texforce eval` writes, and `texforce train` as it goes: one file that opens offline.
 
-Read top to bottom: the page, what it says of an evaluation and of a training, the summary, the plots, the gallery's data.
+Read top to bottom: the page, what it says of an evaluation and of a training, the summary with the verdicts, the plots, the
+gallery's data.
 `report.html` is the template of both.
 """
 

@@ -76,7 +76,7 @@ CATALOGUE = {
         "human preference", "about 100 x cosine; mostly 18 to 23", ("pickscore",), "MIT", gradients=True, features=True
     ),
     "aesthetic": Entry(
-        "beauty; the prompt has no say", "about 1 to 10", ("aesthetic", "aesthetic-clip"), "Apache-2.0, MIT",
+        "beauty; ignores the prompt", "about 1 to 10", ("aesthetic", "aesthetic-clip"), "Apache-2.0, MIT",
         gradients=True, features=True,
     ),
     "clip": Entry(

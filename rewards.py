@@ -83,7 +83,7 @@ def check_servers(spec: str) -> None:
             socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), 10).close()
         except OSError as error:
             raise RewardError(
-                f"reward: no server answers at {url}: {error.strerror or error}; start it, as by `texforce serve`, or mend "
+                f"reward: no server answers at {url}: {error.strerror or error}; start it (`texforce serve`), or correct "
                 "the address"
             ) from error
 

@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, its state in checkpoints, metrics, figures, the model card and what describes it.
+"""What a run leaves: its folder, its state in checkpoints, metrics (also for wandb and others), figures, the model card.
 
 A checkpoint is a folder of safetensors and JSON, no pickle. It is written beside its place, with the SHA-256 of every file
 in a manifest, and moved there whole; so one that was cut off, or has changed since, is recognised and passed over.

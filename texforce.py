@@ -110,7 +110,7 @@ UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Largest |ratio - 1| tolerated before the first update: equal batch sizes give 0 to 1e-6, unequal ones reached 2e-6.
 FLOAT32_TOLERANCE = 5e-6
 # The same in half precision and on a GPU, where, with unequal batch sizes, it depends on the number of steps, the guidance
-# and the kernels. It enters no loss (see `update`); above this the samples are too far from what is trained.
+# and the kernels. It enters no loss (see `ppo_update`); above this the samples are too far from what is trained.
 COARSE_TOLERANCE = 0.1
 
 

@@ -1344,7 +1344,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert plan["model"] == "tiny"
     assert plan["images in all"] == "40"
     parts = ("weights", "trajectories", "U-Net activations of a micro-batch", "text encoder activations")
-    together = float(plan["together, without VAE and scorer, MiB"])
+    together = float(plan["together, without decoding and scorer, MiB"])
     assert together == pytest.approx(sum(float(plan[f"{part}, MiB"]) for part in parts), abs=0.3)
     assert plan["U-Net calls an epoch"] == str(8 * 2 * 4)
     assert plan["(image, step) pairs an optimizer step"] == "8"
