@@ -127,7 +127,8 @@ def _given(options: Mapping[str, Any], config: type) -> dict[str, Any]:
             raise InputError(f"{name}: there is no such option; did you mean {ELSEWHERE[name]!r}?")
     for name in ("prompts", "heldout_prompts", "anchor_prompts"):
         if isinstance(options.get(name), list | tuple):  # config.json names what a run was trained on
-            raise InputError(f"{name}: must name a file with one prompt a line, or a set, and be no list")
+            also = "; prompt takes a list" if config is SampleConfig else ""
+            raise InputError(f"{name}: give a file or the name of a set, not a list{also}")
     return {name: _as_text(value) for name, value in options.items() if value is not None}
 
 
@@ -495,4 +496,10 @@ def _expected_errors() -> Iterator[None]:
 def _in_python(message: str) -> str:
     """A message that calls options as keyword arguments: output_dir and not --output-dir."""
     own, raised, foreign = message.partition(" raised ")  # what a function of the user's said stays as it is
-    return re.sub(r"(?<![\w'\"-])--(?=[a-z])[\w-]+", lambda found: found[0][2:].replace("-", "_"), own) + raised + foreign
+    names = {name for function in (train, sample, merge, evaluate) for name in inspect.signature(function).parameters}
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return name if name in names else found[0]
+
+    return re.sub(r"(?<![\w./'\"-])--([a-z][a-z-]*[a-z])(?![\w./'\"-])", renamed, own) + raised + foreign

@@ -230,8 +230,10 @@ def train_settings(
         NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`.
     """
     options = merge_options(read_config(config), given)
+    is_saved = options.get("model") is None
     if resume:
         options = resumed_options(resume, options, warn)
+    is_saved = is_saved and options.get("model") is not None
     asked = TrainOptions(**options)
     for name in ("prompts", "heldout_prompts", "anchor_prompts"):
         if options.get(name) and options[name] not in TRAINING_SETS:
@@ -244,7 +246,7 @@ def train_settings(
     from . import processes
 
     if processes.is_first():
-        warn(f"model: {settings.model} ({'as before' if resume and 'model' not in given else _why(options)})")
+        warn(f"model: {settings.model} ({'as before' if is_saved else _why(options)})")
     return settings
 
 

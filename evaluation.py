@@ -90,6 +90,7 @@ def sample_to_folder(
     of_all: dict[str, Any] = {"num_chunks": num_chunks} if num_chunks > 1 else {}
     of_all |= {"negative_prompt_cut_to": f"{negative_cut.num_tokens} tokens"} if negative_cut.prompts else {}
     images, written = sample(config, repeated, seeds), list[files.SampledImage]()
+    first = files.next_number(folder)
     for name, drawn in images.items():
         labels = [
             {"system": name, "prompt": prompt, "seed": seed}
@@ -98,9 +99,9 @@ def sample_to_folder(
             | _shown(config)
             for prompt, seed in zip(repeated, seeds, strict=True)
         ]
-        paths = files.write_images(folder, drawn, labels, f"_{name}" if len(images) > 1 else "")
+        paths = files.write_images(folder, drawn, labels, first, f"_{name}" if len(images) > 1 else "")
         written += [files.SampledImage(name, *item) for item in zip(repeated, seeds, paths, strict=True)]
-    grid = folder / f"grid_{written[-1].path.stem.partition('_')[0]}.png"
+    grid = folder / f"grid_{first + len(repeated) - 1:05d}.png"
     run.write_grid(grid, repeated, images)
     return written, grid
 

@@ -301,11 +301,17 @@ class SampledImage:
         return Image.open(self.path)
 
 
-def write_images(folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]], ending: str = "") -> list[Path]:
-    """Write images (N, 3, H, W) in [0, 1] as PNG, numbered on from those in the folder, with labels in their metadata."""
+def next_number(folder: Path) -> int:
+    """The number of the next image in a folder, after all that `write_images` numbered there."""
+    found = [re.fullmatch(r"(\d{5,})(_base|_tuned)?", path.stem) for path in folder.glob("*.png")]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def write_images(
+    folder: Path, images: Tensor, labels: Sequence[Mapping[str, Any]], first: int, ending: str = ""
+) -> list[Path]:
+    """Write images (N, 3, H, W) in [0, 1] as PNG, numbered from `first` on, with labels in their metadata."""
     make_folder(folder)
-    numbers = [number for path in folder.glob("*.png") if (number := path.stem.partition("_")[0]).isdigit()]
-    first = 1 + max(map(int, numbers), default=-1)
     paths = [folder / f"{first + i:05d}{ending}.png" for i in range(len(images))]
     for path, image, label in zip(paths, images, labels, strict=True):
         write_image(path, image, label)

@@ -109,9 +109,9 @@ class Command(TyperCommand):
 
 def _values_of(param: Any, args: Sequence[str]) -> list[str]:
     """The values that an option, if it is one, has on the command line."""
+    pairs = [(arg.partition("="), following) for arg, following in itertools.pairwise([*args, ""])]
     names = param.opts if param else ()
-    apart = [value for name, value in itertools.pairwise(args) if name in names]
-    return apart or [value for name, equals, value in (arg.partition("=") for arg in args) if equals and name in names]
+    return [value if equals else following for (name, equals, value), following in pairs if name in names]
 
 
 class TrainCommand(Command):
@@ -121,7 +121,7 @@ class TrainCommand(Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments; a reward that is given twice, as `eval` takes it, is refused and not silently forgotten."""
-        if sum(arg == "--reward" or arg.startswith("--reward=") for arg in args) > 1:
+        if not ctx.resilient_parsing and sum(arg == "--reward" or arg.startswith("--reward=") for arg in args) > 1:
             raise typer.BadParameter("--reward: is given twice; a mixture is one value, as hps=1,jpeg=0.1", ctx)
         return super().parse_args(ctx, args)
 

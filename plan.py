@@ -29,7 +29,7 @@ ITEMS = {"ppo": "step", "matching": "noise level", "gradient": "sample"}  # what
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    """Counts and memory (MiB) of a run of a resolved configuration, by `texforce train --dry-run`; nothing is trained.
+    """Counts and memory (in MB, 1e6 bytes) of a run of a resolved configuration, by `texforce train --dry-run`; no training.
 
     The file of a reward function is not executed, the output folder is not looked at, and neither the weights of Stable
     Diffusion nor those of a scorer are fetched.
@@ -74,11 +74,11 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         **_ppo_beside(policy, config, network),
         "precision": config.mixed_precision,
         "batch of sampling, and micro-batch": f"{config.sample_batch_size}, {config.micro_batch_size}",
-        "weights, MiB": mebibytes(weights),
-        "trajectories, MiB": mebibytes(trajectories),
-        f"{network} activations of a micro-batch, MiB": mebibytes(denoiser),
-        "text encoder activations, MiB": mebibytes(text_encoder),
-        "together, without decoding and scorer, MiB": mebibytes(weights + trajectories + denoiser + text_encoder),
+        "weights, MB": megabytes(weights),
+        "trajectories, MB": megabytes(trajectories),
+        f"{network} activations of a micro-batch, MB": megabytes(denoiser),
+        "text encoder activations, MB": megabytes(text_encoder),
+        "together, without decoding and scorer, MB": megabytes(weights + trajectories + denoiser + text_encoder),
     }
 
 
@@ -107,9 +107,9 @@ def _load_scorers(config: TrainConfig) -> list[str]:
     return repositories
 
 
-def mebibytes(num_bytes: int) -> float:
-    """Bytes in MiB, with one decimal."""
-    return round(num_bytes / 2**20, 1)
+def megabytes(num_bytes: int) -> float:
+    """Bytes in MB of 1e6 bytes, with one decimal."""
+    return round(num_bytes / 1e6, 1)
 
 
 def _calls_per_epoch(policy: Policy, config: TrainConfig) -> int:

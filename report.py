@@ -26,12 +26,12 @@ import numpy as np
 from markupsafe import Markup
 
 from . import files, measures, world
-from .config import TrainConfig
+from .config import TrainConfig, specs_of
 from .draw_config import BASE, LATER_OPTIONS
 from .options import option_fields
 from .presets import EMBEDDED
 from .prompt_sets import MEASURED_ON, find_measured
-from .reward_specs import NO_REWARD, explain, parse_mixture
+from .reward_specs import EMBEDDED_HPS, NO_REWARD, WORLD, explain, judges_world, parse_checkpoints, parse_mixture
 from .stages import duration
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def evaluation_page(folder: Path, results: Mapping[str, Any]) -> Page:
             *(Fact(label(name, system), _made_of(system, results["trainings"])) for name, system in systems.items()),
         ],
         tables=[summary(systems)],
-        remarks=[*_how_measured(results["confidence"]), *_meanings(systems, results["model"]), *_remarks(results)],
+        remarks=[*_how_measured(results["confidence"]), *_meanings(systems, _has_own_hps(results)), *_remarks(results)],
         figures=make_figures(results),
         gallery=gallery(_labels(systems), systems[BASE]["measures"], _with_thumbnails(folder, results)),
         versions=f"texforce {results['versions']['texforce']}, commit {(results['commit'] or 'unknown')[:12]}",
@@ -189,8 +189,14 @@ def _how_measured(confidence: float) -> list[str]:
     ]
 
 
-def _meanings(systems: Mapping[str, Any], model: str) -> list[str]:
-    meanings = explain(systems[BASE]["measures"], model)
+def _has_own_hps(results: Mapping[str, Any]) -> bool:
+    """Whether `hps` of an evaluation is the tiny world's own scorer, by the digest of its weights."""
+    source = results["rewards"].get("hps", {}).get("hps", {})
+    return source.get("sha256") == files.sha256(EMBEDDED_HPS)
+
+
+def _meanings(systems: Mapping[str, Any], has_own_hps: bool) -> list[str]:
+    meanings = explain(systems[BASE]["measures"], has_own_hps)
     return [f"{meanings}."] if meanings else []
 
 
@@ -236,10 +242,16 @@ def describe_method(options: Mapping[str, Any]) -> str:
     return f"{what} trained by {algorithm} on {' and '.join(taught_by(options))}, seed {seed}"
 
 
-def taught_by(options: Mapping[str, Any]) -> list[str]:
-    """What a training learns from, from its options."""
-    reward, relabel = options.get("reward", "?"), options.get("relabel")
-    return [str(reward)] * (reward != NO_REWARD) + [f"failed images relabelled by {relabel}"] * bool(relabel)
+def takes_own_hps(config: TrainConfig) -> bool:
+    """Whether `hps` of a training is the tiny world's own scorer."""
+    return config.model in EMBEDDED and "hps" not in parse_checkpoints(config.reward_checkpoint or (), specs_of(config))
+
+
+def taught_by(options: Mapping[str, Any], quote: str = "") -> list[str]:
+    """What a training learns from, from its options, names in quotation marks that Markdown may need."""
+    reward, relabel = (f"{quote}{options.get(name, '?')}{quote}" for name in ("reward", "relabel"))
+    rewards = [] if options.get("reward") == NO_REWARD else [reward]
+    return rewards + ([f"failed images relabelled by {relabel}"] if options.get("relabel") else [])
 
 
 def write_training(training: Training) -> None:
@@ -265,7 +277,7 @@ def training_page(training: Training) -> Page:
             Fact("measured on", f"{len(training.prompts)} {measured_on(epochs)}, every epoch from the same noise"),
         ],
         tables=[summary(systems), *_changed_most(scores, systems, training.prompts)],
-        remarks=[*_how_measured(measures.CONFIDENCE), *_meanings(systems, config.model)],
+        remarks=[*_how_measured(measures.CONFIDENCE), *_meanings(systems, takes_own_hps(config))],
         figures=[*curves(epochs, config.reward), *category_figures(systems)],
         gallery=gallery([_frame_name(frame) for frame in frames], systems[BASE]["measures"], _film(frames, training.prompts))
         | {"reload": RELOAD_SECONDS if training.state == RUNNING else 0},
@@ -293,9 +305,11 @@ def verdict_of(training: Training) -> str:
 
 
 def _verdicts_of_training(config: TrainConfig, systems: Mapping[str, Any]) -> list[Verdict]:
-    """By the reward, and by a measure that nothing was trained on: a reward that rises says little of itself."""
+    """By the reward, and by a measure that was not trained on: the reward alone does not show whether images are better."""
     first, *others = systems[BASE]["measures"]
     trained = {config.reward, *parse_mixture(config.reward)}
+    if judges_world(config.reward) or config.relabel == WORLD:
+        trained |= {"alignment", EXACT}  # both are of the detector that taught
     judges = [name for name in others if name not in trained]
     verdicts = make_verdicts(systems)
     if judges and first in trained:
@@ -445,7 +459,7 @@ class Verdict:
     system: str
     text: str
     direction: str
-    by_judge: bool = False  # by a measure that nothing was trained on
+    by_judge: bool = False  # by a measure that was not trained on
 
 
 def make_verdicts(systems: Mapping[str, Any], measure: str = "") -> list[Verdict]:
@@ -513,10 +527,11 @@ def interval(summary: Mapping[str, Any], kind: str = "", digits: int = 4) -> str
 
 
 def decimals(summary: Mapping[str, Any]) -> int:
-    """Decimals that show two digits of an interval's width."""
-    if summary["low"] is None or summary["low"] == summary["high"]:
-        return 3
-    return max(0, min(8, 1 - math.floor(math.log10(summary["high"] - summary["low"]))))
+    """Decimals that show two digits of an interval's width, or where there is none at least two digits of the mean."""
+    has_width = summary["low"] is not None and summary["low"] != summary["high"]
+    width = summary["high"] - summary["low"] if has_width else abs(summary["mean"] or 0.0)
+    needed = 1 - math.floor(math.log10(width)) if width else 3
+    return max(0 if has_width else 3, min(8, needed))
 
 
 def dropped(summary: Mapping[str, Any]) -> str:

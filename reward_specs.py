@@ -99,10 +99,10 @@ CATALOGUE = {
 REWARDS = tuple(CATALOGUE)
 
 
-def explain(measures: Iterable[str], model: str) -> str:
-    """What measures of a model's images are, as far as they have names of the catalogue; nothing where none has."""
+def explain(measures: Iterable[str], has_own_hps: bool) -> str:
+    """What measures are, as far as they have names of the catalogue; `has_own_hps` where hps is the tiny world's scorer."""
     known = {name: entry.measures for name, entry in CATALOGUE.items()} | {"diversity": "how unlike a prompt's images are"}
-    if model in EMBEDDED:
+    if has_own_hps:
         known["hps"] = "preference by the tiny world's own scorer, which is not HPSv2.1"
     return "; ".join(f"{name}: {known[name]}" for name in measures if name in known)
 

@@ -39,11 +39,6 @@ class PipeConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether what it shows can be drawn anew. FORCE_COLOR, which notebooks set, makes no terminal of a file."""
-        return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
-
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # for what Python writes at its end
@@ -51,6 +46,11 @@ class PipeConsole(Console):
 
 
 output, progress = PipeConsole(force_jupyter=False), PipeConsole(stderr=True, force_jupyter=False)  # in notebooks lines
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether what a console shows can be drawn anew: FORCE_COLOR, which notebooks set, makes no terminal of a file."""
+    return console.is_terminal and console.file.isatty()
 
 
 def printable(text: str) -> str:
@@ -79,13 +79,14 @@ class EpochView:
     def __init__(self, config: TrainConfig, is_drawn: bool = True) -> None:
         """With `is_drawn` false, as in all processes of a run but the first, no view is drawn."""
         self.num_epochs, self.clip_range = config.num_epochs or 0, config.clip_range
+        self.moving = config.reward if config.normalise_rewards else None  # the measure whose unit changes with each epoch
         self.epochs: list[dict[str, Any]] = []
         self.begun: dict[str, Any] = {}  # the epoch that this process goes on from
         self.bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[count]}"), expand=True
         )
         self.stage = self.bar.add_task("starting", total=None, count="")
-        is_drawn = is_drawn and progress.is_terminal
+        is_drawn = is_drawn and can_redraw(progress)
         self.live = Live(console=progress, get_renderable=self.view, refresh_per_second=8) if is_drawn else None
         self.stack = ExitStack()
 
@@ -117,7 +118,7 @@ class EpochView:
         parts += [f"reward {measures['reward_mean']:z.4f}"] if "reward_mean" in measures else []
         parts += [f"{name} {value:z.4f}" for name, value in measures.get("parts", {}).items()]
         if name := find_measured(measures):
-            base = self.base() if measures["epoch"] else {}
+            base = {} if measures["epoch"] == 0 else self.base()
             numbers = [
                 f"{measure} {value:z.4f}" + (f" ({value - base[measure]:+z.4f})" if measure in base else "")
                 for measure, value in measures[name].items()
@@ -126,8 +127,9 @@ class EpochView:
         return "  ".join(parts + self.times() + self.troubles())
 
     def base(self) -> dict[str, float]:
-        """What was measured of the base model."""
-        return next((epoch[name] for epoch in self.epochs if (name := find_measured(epoch))), {})
+        """What was measured of the base model, where its unit is that of now."""
+        first: dict[str, float] = next((epoch[name] for epoch in self.epochs if (name := find_measured(epoch))), {})
+        return {measure: value for measure, value in first.items() if measure != self.moving}
 
     def view(self) -> Group:
         """All that the terminal shows."""
@@ -162,10 +164,9 @@ class EpochView:
         columns = [Column(head, justify="right", min_width=8, no_wrap=True) for head in ("base", "now", "change")]
         table = Table(Column(_cut(f"{MEASURED_ON[name]}, epoch {epoch}")), *columns, box=SIMPLE_HEAD)
         for measure, value in now.items():
-            change = value - base.get(measure, value)
-            table.add_row(
-                _cut(measure), f"{base.get(measure, value):z.4f}", f"{value:z.4f}", f"{change:+z.4f}" if epoch else ""
-            )
+            known = measure in base
+            change = f"{value - base[measure]:+z.4f}" if known and epoch else ""
+            table.add_row(_cut(measure), f"{base[measure]:z.4f}" if known else "", f"{value:z.4f}", change)
         return [table]
 
     def troubles(self) -> list[str]:
@@ -174,7 +175,7 @@ class EpochView:
         if last.get("max_ratio_deviation", 0.0) > self.clip_range / 10:
             found.append(f"the ratio before the first update is off by {last['max_ratio_deviation']:.1e}")
         if last.get("clip_fraction", 0.0) > MANY_CLIPPED:
-            found.append(f"{last['clip_fraction']:.0%} of the ratios are clipped; lower --learning-rate")
+            found.append(f"{last['clip_fraction']:.0%} of the ratios are clipped; lower the learning rate")
         if dropped := len(last.get("dropped", ())):
             found.append(f"{dropped} images were dropped, as their reward is not finite")
         return found
@@ -212,7 +213,7 @@ class StageView:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bars = Progress(*columns, console=progress, disable=not progress.is_terminal)
+        self.bars = Progress(*columns, console=progress, disable=not can_redraw(progress))
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> StageView:

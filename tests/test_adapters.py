@@ -626,10 +626,10 @@ def test_the_defaults_of_sampling_are_those_of_the_adapters_training(runs):
     assert resolve_sample(SampleOptions(adapter=[str(runs / "base-null")], prompt=PROMPTS)).null_prompt == "base"
 
 
-# --- the scale ---
+# --- the strength ---
 
 
-def test_scale_zero_is_the_base_model_bit_for_bit(runs):
+def test_strength_zero_is_the_base_model_bit_for_bit(runs):
     for name in ("text-encoder", "unet"):
         images = sample([runs / name], strength=0.0, compare=True)
         assert torch.equal(images["tuned"], images["base"])
@@ -637,7 +637,7 @@ def test_scale_zero_is_the_base_model_bit_for_bit(runs):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["text-encoder", "unet", "base-null"])
-def test_scale_one_draws_the_images_that_training_measured(runs, name):
+def test_strength_one_draws_the_images_that_training_measured(runs, name):
     base, tuned = torch.load(runs / f"{name}.images")
     assert (tuned - base).abs().max() > 0.01
     settings = json.loads((runs / name / "config.json").read_text())
@@ -654,7 +654,7 @@ def test_scale_one_draws_the_images_that_training_measured(runs, name):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
-def test_the_scale_multiplies_the_deltas_of_the_weights(runs, part):
+def test_the_strength_multiplies_the_deltas_of_the_weights(runs, part):
     folder = runs / part.replace("_", "-")
     base = getattr(load_tiny(), part).state_dict()
 

@@ -228,6 +228,7 @@ def test_help_begins_with_examples_that_can_be_typed(command):
 @pytest.mark.parametrize(("typed", "offered"), [
     ("train --algorithm ", ["ppo", "matching", "gradient"]), ("train --reward image", ["imagereward"]),
     ("sample --sampler eu", ["euler"]), ("eval --benchmark dr", ["drawbench"]), ("merge --format k", ["kohya"]),
+    ("train --reward hps --reward jp", ["jpeg"]),
 ])  # fmt: skip
 def test_the_shell_completes_values(typed, offered, monkeypatch):
     words = ["texforce", *typed.split(" ")]
@@ -258,6 +259,7 @@ def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(com
 
 @pytest.mark.parametrize(("arguments", "value"), [
     (["train", "--learning-rate", "1e-4x"], "1e-4x"), (["train", "--num-epochs=3.5"], "3.5"),
+    (["train", "--num-epochs", "3", "--num-epochs=x"], "x"), (["train", "--num-epochs=3", "--num-epochs", "x"], "x"),
     (["serve", "hps", "--port", "a"], "a"),
 ])  # fmt: skip
 def test_a_value_that_is_no_number_is_repeated(arguments, value):
@@ -1163,7 +1165,8 @@ def test_a_training_says_its_model_and_results(trained):
     assert str(folder) in squash(result.stdout)
     assert "epoch" not in result.stdout  # progress is no result
     verdict = strict((folder / "result.json").read_text())["verdict"]
-    assert re.fullmatch(r"hps [+-][\d.]+ \[-?[\d.]+, -?[\d.]+\]; \d+ % of prompts better, \d+ % worse.*", verdict)
+    change = r"[+-][\d.]+ \[-?[\d.]+, -?[\d.]+\]; \d+ % of prompts better, \d+ % worse"
+    assert re.fullmatch(rf"hps {change}(; .* fell)?\. Not trained on: alignment_exact {change}", verdict)
     assert squash(verdict) in squash(result.stdout)
     assert squash(f"texforce sample --adapter {folder} --prompt 'a crimson disc' --compare") in squash(result.stdout)
 
@@ -1180,7 +1183,8 @@ def test_a_training_leaves_an_adapter_figures_and_a_card(trained):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert "library_name: peft" in card.split("---")[1]
-    for words in ("| alignment_exact |", "| measure | base | tuned | change |", "on hps:", "seed 11", "rank 4", "tiny"):
+    assert "hps: preference by the tiny world's own scorer, which is not HPSv2.1;" in card
+    for words in ("| alignment_exact |", "| measure | base | tuned | change |", "on `hps`:", "seed 11", "rank 4", "tiny"):
         assert words in card
     for picture in re.findall(r"!\[.+?\]\((.+?)\)", card):
         assert (folder / picture).is_file()
@@ -1344,13 +1348,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(small_run, tmp_path):
     assert plan["model"] == "tiny"
     assert plan["images in all"] == "40"
     parts = ("weights", "trajectories", "U-Net activations of a micro-batch", "text encoder activations")
-    together = float(plan["together, without decoding and scorer, MiB"])
-    assert together == pytest.approx(sum(float(plan[f"{part}, MiB"]) for part in parts), abs=0.3)
+    together = float(plan["together, without decoding and scorer, MB"])
+    assert together == pytest.approx(sum(float(plan[f"{part}, MB"]) for part in parts), abs=0.3)
     assert plan["U-Net calls an epoch"] == str(8 * 2 * 4)
     assert plan["(image, step) pairs an optimizer step"] == "8"
-    assert float(plan["weights, MiB"]) > 5
-    assert float(plan["U-Net activations of a micro-batch, MiB"]) > 1
-    assert float(plan["text encoder activations, MiB"]) > 0.1
+    assert float(plan["weights, MB"]) > 5
+    assert float(plan["U-Net activations of a micro-batch, MB"]) > 1
+    assert float(plan["text encoder activations, MB"]) > 0.1
 
 
 @pytest.mark.quick(1)
@@ -1506,20 +1510,20 @@ def test_an_image_is_drawn_anew_from_its_prompt_and_seed(adapter, tmp_path):
 
 
 def test_compared_images_start_from_the_same_noise(adapter, tmp_path):
-    for scale in (0, 1, 3):
-        folder = tmp_path / str(scale)
+    for strength in (0, 1, 3):
+        folder = tmp_path / str(strength)
         result = sample(
-            "--adapter", adapter, "--prompt", "a red circle", "--compare", "--strength", scale, "--output-dir", folder
+            "--adapter", adapter, "--prompt", "a red circle", "--compare", "--strength", strength, "--output-dir", folder
         )
         assert result.exit_code == 0, result.output
         images = {}
         for path in pictures(folder):
             image = Image.open(path)
             images[image.text["system"], image.text["seed"]] = image.tobytes()
-            assert path.stem.endswith(f"_{image.text['system']}")
+            assert path.stem == f"{int(image.text['seed']):05d}_{image.text['system']}"
         assert len(images) == 4
         for seed in ("0", "1"):
-            assert (images["base", seed] == images["tuned", seed]) == (scale == 0)
+            assert (images["base", seed] == images["tuned", seed]) == (strength == 0)
 
 
 def test_without_an_adapter_the_base_model_draws(tmp_path):
@@ -1627,7 +1631,7 @@ def test_bad_input_to_sample_is_named_in_a_line(tmp_path, arguments, words):
     assert not (tmp_path / "images").exists()
 
 
-def test_a_scale_that_is_no_number_is_refused_with_an_adapter_too(adapter, tmp_path):
+def test_a_strength_that_is_no_number_is_refused_with_an_adapter_too(adapter, tmp_path):
     for scale in ("nan", "inf", "-inf"):
         arguments = ["--adapter", adapter, "--prompt", "a red circle", "--strength", scale]
         check_failure(sample(*arguments, "--output-dir", tmp_path / "images"), 2, "strength")

@@ -460,9 +460,10 @@ def test_files_are_described_by_their_names_and_sums(tmp_path):
 def test_an_image_and_its_label_come_back_and_numbers_go_on(tmp_path):
     images = torch.randint(0, 256, (3, 3, 4, 5)) / 255
     labels = [{"prompt": f"ein Würfel 🎲 {i}", "seed": i} for i in range(3)]
-    first = files.write_images(tmp_path / "images", images[:2], labels[:2])
-    (tmp_path / "images" / "grid.png").write_bytes(b"")
-    later = files.write_images(tmp_path / "images", images[2:], labels[2:])
+    first = files.write_images(tmp_path / "images", images[:2], labels[:2], files.next_number(tmp_path / "images"))
+    for name in ("grid.png", "grid_00009.png", "20240101_cat.png", "00007x.png"):  # not numbered by us
+        (tmp_path / "images" / name).write_bytes(b"")
+    later = files.write_images(tmp_path / "images", images[2:], labels[2:], files.next_number(tmp_path / "images"))
     assert [path.name for path in first + later] == ["00000.png", "00001.png", "00002.png"]
     for path, image, label in zip(first + later, images, labels, strict=True):
         pixels, text = files.read_image(path)

@@ -198,7 +198,7 @@ def test_without_the_sum_of_gradients_the_processes_part(pair, shared_run, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_dies_the_others_end_soon_and_the_run_goes_on(pair, shared_run, tmp_path, monkeypatch, victim):
     options = shared_run | OPTIONS | {"output_dir": str(tmp_path / "out")}
     original = training.train_epoch

@@ -50,7 +50,7 @@ def write_evaluation(
     return {
         "benchmark": {"name": 'set <i>"x"</i>', "num_prompts": num_prompts},
         "model": "tiny", "num_images": num_images, "sampler": "ddim", "num_inference_steps": 8, "guidance_scale": 3.0,
-        "eta": 1.0, "seed": 0, "negative_prompt": None,
+        "eta": 1.0, "seed": 0, "negative_prompt": None, "rewards": {},
         "confidence": 0.95, "num_prompts_measured": num_prompts, "versions": {"texforce": "0"}, "commit": None,
         "prompts_cut": [], "num_tokens": 24, "timings": {"date": "2026-01-02 03:04 UTC"}, "command": "texforce eval",
         "trainings": {HOSTILE: "text-encoder trained by ppo on hps: 96 images, seed 0"},
@@ -326,6 +326,12 @@ def test_no_number_is_less_than_nothing_by_nothing():
     assert [next(iter(column.cells)) for column in table.columns[1:]] == ["0.0000", "0.0000", "+0.0000"]
 
 
+def test_a_change_that_is_not_nothing_keeps_its_digits_where_there_is_no_interval():
+    one = {"mean": -0.00023, "low": None, "high": None}
+    assert report.interval(one, "+", report.decimals(one)) == "-0.00023"
+    assert report.decimals(one | {"mean": 0.25}) == report.decimals(one | {"mean": 0.0}) == 3
+
+
 def test_only_numbers_have_it_and_names_keep_their_hyphens(tmp_path):
     assert report.minus("hps-v2 -0.02 [-0.3, +1], my-file.py:f, 2026-11-30") == (
         "hps-v2 \N{MINUS SIGN}0.02 [\N{MINUS SIGN}0.3, +1], my-file.py:f, 2026-11-30"
@@ -474,6 +480,31 @@ def write_training(folder: Path, num_measured: int, state: str = report.RUNNING,
 
 def move_slider(page, value: int) -> None:
     page.locator("#system").fill(str(value))
+
+
+@pytest.mark.parametrize(("options", "judge"), [
+    ({"reward": "hps"}, "alignment_exact"), ({"reward": "hps=1,jpeg=0.1", "eval_reward": ["clip"]}, "alignment_exact"),
+    ({"reward": "alignment"}, None), ({"reward": "hps", "relabel": "world"}, None),
+    ({"reward": "alignment", "eval_reward": ["hps"]}, "hps"),
+])  # fmt: skip
+def test_a_second_verdict_is_by_what_did_not_teach(options, judge):
+    config = resolve(TrainOptions(model="tiny", **options))
+    parts = {"hps=1,jpeg=0.1": ["hps", "jpeg"]}.get(config.reward, [])
+    names = dict.fromkeys([config.reward, *parts, *(config.eval_reward or ()), "alignment", "alignment_exact"])
+    frames = [{"epoch": n, "scores": {name: [0.1 * n, 0.2 * n] for name in names}, "images": {}} for n in range(2)]
+    verdict = report.verdict_of(report.Training(config, ["a red circle"] * 2, [], frames, ""))
+    first, *second = verdict.split(". Not trained on: ")
+    assert first.startswith(f"{config.reward} +0.15")
+    assert [text.partition(" ")[0] for text in second] == ([judge] if judge else [])
+
+
+def test_pages_say_what_each_measure_is(visit, tmp_path):
+    write_training(tmp_path, 1)
+    text = visit(tmp_path).text_content("body")
+    assert "hps: preference by the tiny world's own scorer, which is not HPSv2.1; alignment_exact: 1 where" in text
+    for checkpoint, is_own in ((None, True), (["hps=hub"], False), (["clip=hub"], True)):
+        options = {"reward": "hps=1,clip=1", "reward_checkpoint": checkpoint}
+        assert report.takes_own_hps(resolve(TrainOptions(model="tiny", **options))) == is_own
 
 
 def test_a_slider_leads_through_the_epochs_of_a_training(visit, tmp_path):

@@ -385,6 +385,14 @@ def test_a_scorer_that_hangs_is_given_up_and_its_late_answer_is_not_the_next_one
     assert scorer(random_images(1), ["go on"]).tolist() == [7.0]
 
 
+def test_a_call_may_take_longer_than_one_wait():
+    def slow(images, prompts):
+        time.sleep(1.2)
+        return torch.tensor([7.0])
+
+    assert supervised(slow, timeout=30)(random_images(1), ["a"]).tolist() == [7.0]
+
+
 def test_an_interrupted_call_leaves_no_answer_for_the_next_one():
     entered, release = threading.Event(), threading.Event()
 

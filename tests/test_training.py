@@ -166,15 +166,14 @@ def test_a_dry_run_of_stable_diffusion_needs_no_network(name, row, branches):
     table = (Path(__file__).parents[1] / "docs" / "models.md").read_text().splitlines()
     (cells,) = ([cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith(f"| {row} |"))
     weights, image, _, prompt = map(float, cells[5:9])
-    GB = 1e9 / 2**20  # in MiB, which the plan has
     options = {"model": name, "mixed_precision": "bf16", "micro_batch_size": 2, "reward": "hps=1,jpeg=1"}
     planned = plan(resolve(TrainOptions(**options)))
     assert planned["to be fetched"] == f"{name}, xswu/HPSv2"
     assert planned["device"] == training.default_device()
     assert (planned["images in all"], planned["U-Net calls an epoch"]) == (20480, 64 * 50 * 2 + 64 * 25 * branches)
-    assert planned["U-Net activations of a micro-batch, MiB"] == pytest.approx(2 * branches * image * GB, rel=0.02)
-    assert planned["text encoder activations, MiB"] == pytest.approx((8 + branches - 1) * prompt * GB, rel=0.03)
-    assert planned["weights, MiB"] == pytest.approx(weights * GB, rel=0.12)  # the table's are without the VAE
+    assert planned["U-Net activations of a micro-batch, MB"] == pytest.approx(2 * branches * image * 1000, rel=0.02)
+    assert planned["text encoder activations, MB"] == pytest.approx((8 + branches - 1) * prompt * 1000, rel=0.03)
+    assert planned["weights, MB"] == pytest.approx(weights * 1000, rel=0.12)  # the table's are without the VAE
 
 
 def test_a_dry_run_of_the_tiny_model_fetches_nothing(finished):
@@ -217,7 +216,7 @@ def test_the_plan_of_another_algorithm_tells_what_ppo_would_cost(tmp_path):
     ppo = resolve(TrainOptions(model="tiny", algorithm="ppo", output_dir=str(tmp_path / "out")))
     alone = plan(ppo)
     assert "U-Net calls in all of ppo with its defaults" not in alone
-    expected = f"{alone['U-Net calls in all']} for {alone['images in all']} images"
+    expected = f"{alone['U-Net calls in all']:,} for {alone['images in all']:,} images"
     for options in ({"preset": "fast"}, {"algorithm": "gradient"}):
         planned = plan(resolve(TrainOptions(model="tiny", output_dir=str(tmp_path / "out"), **options)))
         assert planned["U-Net calls in all of ppo with its defaults"] == expected
@@ -659,7 +658,7 @@ def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
     saved = json.loads((folder / "config.json").read_text())
     assert (saved["reward"], saved["relabel"], saved["relabel_weight"]) == ("none", options["relabel"], 0.5)
     card = (folder / "README.md").read_text()
-    assert f"on failed images relabelled by {options['relabel']}: 16 images" in card
+    assert f"on failed images relabelled by `{options['relabel']}`: 16 images" in card
     assert (folder / "curve.png").stat().st_size > 0
     planned = plan(configure(small_run, tmp_path / "plan", **options))
     # Two epochs of 8 images, each of 4 steps with guidance and 2 noise levels; half of them have a caption.

@@ -32,7 +32,7 @@ VIEW = """
 import json, sys, time, types
 from texforce import views
 
-with views.EpochView(types.SimpleNamespace(num_epochs=400, clip_range=5e-3)) as view:
+with views.EpochView(types.SimpleNamespace(num_epochs=400, clip_range=5e-3, normalise_rewards=False)) as view:
     for epoch in json.loads(sys.argv[1]):
         view(epoch)
     view.at_stage("sampling", 12, 64)
@@ -151,7 +151,7 @@ def test_a_training_in_a_terminal_moves_within_an_epoch_and_shows_nothing_of_oth
         for foreign in ("Loading weights", "Writing model shards", "Warning", "it/s", "%|"):
             assert foreign not in text
     assert {"loading the model", "measuring", "sampling"} <= seen
-    assert text.count("epoch 3/3") == 1
+    assert screen.text("-S", "-").count("epoch 3/3") == 1  # with what has left the screen above
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -170,12 +170,23 @@ def view_of_epochs(monkeypatch, **console) -> str:
 def test_a_file_gets_lines_though_colours_are_forced_as_in_notebooks(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     console = views.PipeConsole(file=io.StringIO(), force_jupyter=False)
-    assert not console.is_terminal
+    assert console.is_terminal
     monkeypatch.setattr(views, "progress", console)
     with views.EpochView(resolve(TrainOptions(model="tiny", num_epochs=4))) as view:
         for measures in EPOCHS:
             view(measures)
     assert [line.split("  ")[0] for line in console.file.getvalue().splitlines()] == ["epoch 0/4", "epoch 1/4", "epoch 2/4"]
+
+
+def test_a_measure_whose_unit_changes_has_no_change():
+    config = resolve(TrainOptions(model="tiny", reward="hps=1,jpeg=0.1", normalise_rewards=True, num_epochs=4))
+    view = views.EpochView(config)
+    for epoch in (0, 1):
+        measures = {"epoch": epoch, "seconds": 1.0, "heldout": {"hps=1,jpeg=0.1": 0.5 + epoch, "hps": 0.25 + epoch}}
+        view(measures)
+    assert "held-out: hps=1,jpeg=0.1 1.5000, hps 1.2500 (+1.0000)" in view.line(measures)
+    (table,) = view.measured_table()
+    assert [list(column.cells) for column in table.columns[1:]] == [["", "0.2500"], ["1.5000", "1.2500"], ["", "+1.0000"]]
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -210,7 +221,9 @@ def test_a_resumed_run_is_shown_against_the_base_model_and_timed_by_this_process
 
 
 def test_only_the_first_process_of_a_run_draws_the_view(monkeypatch):
-    monkeypatch.setattr(views, "progress", views.PipeConsole(file=io.StringIO(), force_terminal=True))
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(views, "progress", views.PipeConsole(file=screen))
     config = resolve(TrainOptions(model="tiny"))
     assert views.EpochView(config).live is not None
     assert views.EpochView(config, is_drawn=False).live is None
