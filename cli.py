@@ -215,7 +215,7 @@ def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
         from .report import example_prompt, sample_command
 
         output.print(results_table(result))
-        if verdict := result.get("verdict"):  # results of version 0.1.0 have none
+        if verdict := result.get("verdict"):  # which results of earlier states lack
             show(verdict)
         show(f"adapter, figures, metrics and report.html are in {settings.output_dir}; to see what it does:")
         show(f"  {sample_command(settings.output_dir, example_prompt(settings.model))}")
@@ -230,10 +230,9 @@ def train_settings(
         NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`.
     """
     options = merge_options(read_config(config), given)
-    is_saved = options.get("model") is None
+    is_asked = options.get("model") is not None
     if resume:
         options = resumed_options(resume, options, warn)
-    is_saved = is_saved and options.get("model") is not None
     asked = TrainOptions(**options)
     for name in ("prompts", "heldout_prompts", "anchor_prompts"):
         if options.get(name) and options[name] not in TRAINING_SETS:
@@ -246,6 +245,7 @@ def train_settings(
     from . import processes
 
     if processes.is_first():
+        is_saved = options.get("model") is not None and not is_asked
         warn(f"model: {settings.model} ({'as before' if is_saved else _why(options)})")
     return settings
 

@@ -1325,9 +1325,12 @@ def test_a_training_that_was_refused_before_its_first_image_leaves_no_folder_in_
     check_failure(run_train(small_run, output_dir=tmp_path / "out"), 2, "--output-dir", "not empty")
 
 
-def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter):
+def test_a_dry_run_tells_of_a_run_to_go_on_with(adapter, tmp_path):
+    result = invoke("train", "--resume", tmp_path / "new", "--reward", "jpeg", "--model", "tiny", "--dry-run")
+    assert "model: tiny (as asked)" in result.stderr
     result = invoke("train", "--resume", adapter, "--dry-run")
     assert result.exit_code == 0, result.output
+    assert "model: tiny (as before)" in result.stderr
     assert "U-Net calls an epoch" in result.stdout
 
 
