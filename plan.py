@@ -51,10 +51,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         num_distinct = max(num_distinct, math.ceil(num_images_a_step))  # captions, which are encoded after the prompts
     if finds_micro_batch(config, torch.device(device)):
         config = replace(config, micro_batch_size=config.sample_batch_size)
-    denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
     update_calls = _calls_per_update(policy, config)
     network = "U-Net" if policy.model.unet is not None else "transformer"
-    weights, trajectories = _weight_bytes(policy.model), num_images * _trajectory_bytes(policy, config)
     return {
         "model": config.model,
         "device": device,
@@ -74,11 +72,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         **_ppo_beside(policy, config, network),
         "precision": config.mixed_precision,
         "batch of sampling, and micro-batch": f"{config.sample_batch_size}, {config.micro_batch_size}",
-        "weights, MB": megabytes(weights),
-        "trajectories, MB": megabytes(trajectories),
-        f"{network} activations of a micro-batch, MB": megabytes(denoiser),
-        "text encoder activations, MB": megabytes(text_encoder),
-        "together, without decoding and scorer, MB": megabytes(weights + trajectories + denoiser + text_encoder),
+        **_memory(policy, config, num_images, num_distinct, network),
     }
 
 
@@ -105,6 +99,19 @@ def _load_scorers(config: TrainConfig) -> list[str]:
         else:
             rewards.load_reward(name, default_device(), checkpoints)
     return repositories
+
+
+def _memory(policy: Policy, config: TrainConfig, num_images: int, num_distinct: int, network: str) -> dict[str, float]:
+    """What an epoch keeps, in MB, and the sum."""
+    denoiser, text_encoder = activation_bytes(policy, config, num_distinct)
+    parts = {
+        "weights": _weight_bytes(policy.model),
+        "trajectories": num_images * _trajectory_bytes(policy, config),
+        f"{network} activations of a micro-batch": denoiser,
+        "text encoder activations": text_encoder,
+    }
+    parts["together, without decoding and scorer"] = sum(parts.values())
+    return {f"{name}, MB": megabytes(num_bytes) for name, num_bytes in parts.items()}
 
 
 def megabytes(num_bytes: int) -> float:
