@@ -166,6 +166,10 @@ class TrainResult:
     seconds: float
     details: dict[str, Any]
 
+    def __fspath__(self) -> str:
+        """The output folder, so that `adapter` takes a result too."""
+        return str(self.output_dir)
+
     @property
     def change(self) -> dict[str, float]:
         """`tuned` minus `base`, by measure."""

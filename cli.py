@@ -120,7 +120,7 @@ def exit_codes(memory_options: str = "") -> Iterator[None]:
 
 
 def _fail(error: object, code: int) -> typing.NoReturn:
-    progress.print(Text("error: ", style="bold red") + Text(as_typed(str(error))))
+    views.say(progress, Text("error: ", style="bold red") + Text(as_typed(str(error))))
     raise typer.Exit(code)
 
 
@@ -182,9 +182,7 @@ def train_command(
     with exit_codes("--sample-batch-size, --micro-batch-size or --resolution"):
         if force_resume and not resume:
             raise InputError("force_resume: works only together with --resume")
-        if not (dry_run or resume or config or given.get("overwrite")):
-            check_new_folder(Path(given.get("output_dir", TrainConfig.output_dir)))
-        settings = train_settings(given, config, resume)
+        settings = train_settings(given, config, resume, needs_folder=not dry_run)
         if not (dry_run or trust_reward_code):
             check_trusted(settings, given)
         if dry_run:
@@ -216,18 +214,23 @@ def show_trained(result: dict[str, Any], settings: TrainConfig) -> None:
 
         output.print(results_table(result))
         if verdict := result.get("verdict"):  # which results of earlier states lack
-            show(verdict)
+            views.say(output, Text(verdict))
         show(f"adapter, figures, metrics and report.html are in {settings.output_dir}; to see what it does:")
         show(f"  {sample_command(settings.output_dir, example_prompt(settings.model))}")
 
 
 def train_settings(
-    given: dict[str, Any], config: Path | None, resume: Path | None, warn: Callable[[str], None] = views.warn
+    given: dict[str, Any],
+    config: Path | None,
+    resume: Path | None,
+    warn: Callable[[str], None] = views.warn,
+    needs_folder: bool = True,
 ) -> TrainConfig:
     """The configuration of a training: what is given, over the run to resume or over a file; says which model it takes.
 
     Raises:
-        NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`.
+        NotFoundError, InputError, ArtifactError: as `read_config`, `resumed_options` and `resolve`; or a folder is needed
+            for a new run, and the output folder is in use. OSError: it cannot be made.
     """
     options = merge_options(read_config(config), given)
     is_asked = options.get("model") is not None
@@ -242,6 +245,8 @@ def train_settings(
     check_algorithm_options(given, settings.algorithm)
     if {settings.prompts, settings.heldout_prompts, settings.anchor_prompts}.isdisjoint(TRAINING_SETS):
         check_judged(settings, read_run_prompts(settings))  # else a training fetches them first
+    if needs_folder and not resume and not settings.overwrite:
+        check_new_folder(Path(settings.output_dir))
     from . import processes
 
     if processes.is_first():

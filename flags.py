@@ -60,7 +60,8 @@ ELSEWHERE = {
     "lora_path": "adapter", "num_images_per_prompt": "num_images", "n": "num_images", "width": "resolution",
     "height": "resolution", "reward_fn": "reward", "resume_from_checkpoint": "resume", "save_every": "checkpoint_every",
     "save_every_n_epochs": "checkpoint_every", "num_vectors": "num_tokens", "scale": "strength", "lora_scale": "strength",
-    "unet_scale": "unet_strength",
+    "unet_scale": "unet_strength", "text_encoder_lr": "learning_rate", "unet_lr": "learning_rate",
+    "train_data_dir": "prompts",
 }  # fmt: skip
 
 

@@ -153,13 +153,14 @@ def score_share(
     """Scores of batches of images (n, 3, H, W), by the number of a batch's first prompt, on a device as in training."""
     if world.is_world(prompts):
         measured_by = {**measured_by, "alignment": detector.alignment}
-    scored = {}
-    for done, (start, batch) in enumerate(images.items()):
-        stages.report("scoring", done, len(images))
+    scored, done, total = {}, 0, sum(map(len, images.values()))
+    for start, batch in images.items():
+        stages.report("scoring", done, total)
         chunk, finite = prompts[start : start + len(batch)], scorers.are_finite(batch)
         scores = {name: scorers.score(scorer, batch.to(device), chunk, name) for name, scorer in measured_by.items()}
         scored[start] = Scored(finite, scores)
-    stages.report("scoring", len(images), len(images))
+        done += len(batch)
+    stages.report("scoring", total, total)
     return scored
 
 

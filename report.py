@@ -46,6 +46,7 @@ RUNNING, FINISHED = "running", "finished"  # states of a training
 RELOAD_SECONDS = 20  # after which the page of a running training loads itself anew
 MAX_FRAMES = 24  # measurements of a training whose images are in its page
 NUM_CHANGED = 4  # prompts in each table of those that changed most and least
+MIN_GROUP = 20  # prompts of a category that a verdict speaks of: with fewer the intervals are too narrow
 NUM_MEANS = 100  # points of the curve of the training reward: of more epochs means of neighbours
 
 
@@ -463,7 +464,7 @@ class Verdict:
 
 
 def make_verdicts(systems: Mapping[str, Any], measure: str = "") -> list[Verdict]:
-    """What came out of each comparison by a measure; or by the first one, and then which other measures fell."""
+    """What came out of each comparison by a measure, and what fell: that one in a category, or with the first one others."""
     base = systems[BASE]["measures"]
     first, *others = [measure] if measure else base
     verdicts = []
@@ -476,6 +477,12 @@ def make_verdicts(systems: Mapping[str, Any], measure: str = "") -> list[Verdict
                 f"{first} {interval(summaries[first]['paired'], '+', _digits(systems, first))}; "
                 f"{percent(outcomes['better'])} of prompts better, {percent(outcomes['worse'])} worse"
             )
+        groups = summaries[first].get("categories", {}).items()
+        fell += [
+            f"{first} for {category}"
+            for category, part in groups
+            if part["num_prompts"] >= MIN_GROUP and direction(part["paired"], base[first]["spread"]) == "loss"
+        ]
         text = minus(text) + (f"; {' and '.join(fell)} fell" if fell else "")
         verdicts.append(Verdict(label(name, system), text, direction(summaries[first]["paired"], base[first]["spread"])))
     return verdicts

@@ -62,6 +62,11 @@ def show(result: str) -> None:
     output.print(Text(result), soft_wrap=True)
 
 
+def say(console: Console, sentence: Text) -> None:
+    """Print a sentence: on a terminal in whole words, elsewhere on one line, which can be searched."""
+    console.print(sentence, soft_wrap=not can_redraw(console))
+
+
 def warn(message: str) -> None:
     progress.print(Text(message), soft_wrap=True)
 

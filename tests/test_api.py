@@ -45,7 +45,7 @@ def trained(options, tmp_path_factory) -> api.TrainResult:
 @pytest.fixture(scope="module")
 def sampled(trained, tmp_path_factory) -> api.SampleResult:
     folder = tmp_path_factory.mktemp("sampled")
-    arguments = {"prompt": "two red squares", "adapter": trained.output_dir, "num_images": 2, "compare": True}
+    arguments = {"prompt": "two red squares", "adapter": trained, "num_images": 2, "compare": True}
     return texforce.sample(**arguments, output_dir=folder, progress=False)
 
 

@@ -250,6 +250,7 @@ def test_every_option_of_train_is_in_one_group_of_its_help():
     ("merge", "--output", "--output-dir"), ("sample", "--scale", "--strength"), ("eval", "--scale", "--strength"),
     ("merge", "--unet-scale", "--unet-strength"),
     ("sample", "--steps", "--num-inference-steps"), ("eval", "--lora", "--adapter"),
+    ("train", "--text_encoder_lr", "--learning-rate"), ("train", "--train_data_dir", "--prompts"),
 ])  # fmt: skip
 def test_an_option_that_is_called_otherwise_elsewhere_is_named_as_it_is_here(command, typed, here):
     result = invoke(command, typed, "1")
@@ -273,6 +274,22 @@ def test_every_command_takes_help_all(command):
     result = invoke(command, "--help-all")
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_a_bad_value_is_told_before_a_folder_that_is_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    for bad in ("--reward", "hsp"), ("--learning-rate", "-1"), ("--num-epochs", "0"), ("--algorithm", "pp0"):
+        result = invoke("train", "--model", "tiny", *bad, "--output-dir", tmp_path / "out")
+        check_failure(result, 2, f"error: {bad[0]}: ")
+    result = invoke("train", "--model", "tiny", "--output-dir", tmp_path / "out")
+    check_failure(result, 2, "--output-dir", "is not empty")
+
+
+def test_a_message_is_one_line_where_it_is_not_on_a_terminal(tmp_path):
+    name = "very/long/" * 20 + "name.json"
+    result = invoke("train", "--config", name)
+    assert result.stderr.splitlines() == [f"error: --config: there is no file '{name}'"]
 
 
 @pytest.mark.parametrize("command", ["sample", "merge"])

@@ -498,6 +498,20 @@ def test_a_second_verdict_is_by_what_did_not_teach(options, judge):
     assert [text.partition(" ")[0] for text in second] == ([judge] if judge else [])
 
 
+@pytest.mark.parametrize(("number", "told"), [(24, "; hps for common words fell"), (6, "")])
+def test_a_verdict_says_for_which_prompts_the_measure_fell(number, told):
+    """Of groups that are not too small for an interval."""
+    common, rare = ["a red circle"] * number, ["a crimson disc"] * (4 * number)
+    steps = np.linspace(0.9, 1.1, 5 * number)
+    scores = [
+        [*np.linspace(0, 1, 5 * number)],
+        [*np.linspace(0, 1, 5 * number) + steps * ([-0.5] * number + [0.5] * 4 * number)],
+    ]
+    frames = [{"epoch": n, "scores": {"hps": scores[n]}, "images": {}} for n in range(2)]
+    config = resolve(TrainOptions(model="tiny", reward="hps"))
+    assert report.verdict_of(report.Training(config, common + rare, [], frames, "")).endswith(f"20 % worse{told}")
+
+
 def test_pages_say_what_each_measure_is(visit, tmp_path):
     write_training(tmp_path, 1)
     text = visit(tmp_path).text_content("body")
