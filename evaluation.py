@@ -381,7 +381,7 @@ def _overwrite(evaluation: Evaluation) -> models.Model:
     """
     files.check_written(evaluation.folder, WRITTEN)
     model = load_model(evaluation.config, evaluation.benchmark.prompts)
-    for system in evaluation.config.systems:  # of a sweep each one once, and not at every strength
+    for system in evaluation.config.systems:  # once each: a sweep's strengths use the same files
         make_policy(model, system, evaluation.config)
     files.remove_written(evaluation.folder, WRITTEN)
     return model

@@ -39,7 +39,7 @@ class Entry:
     measures: str
     scale: str  # higher is better for all
     weights: tuple[str, ...] = ()  # names that hub.HUB and --reward-checkpoint know
-    licence: str = "-"  # of the weights, or of the packages
+    licence: str = "-"  # the weights' licence, or the packages' where there are none
     packages: tuple[str, ...] = ()  # that the extra of the scorer's name installs
     gradients: bool = False  # whether its `with_gradients` carries them to the images
     features: bool = False  # whether it has `image_features`

@@ -549,6 +549,7 @@ def model_card(config: TrainConfig, result: dict[str, Any], folder: Path) -> str
     ]
     about = "Held-out prompts" if measured == "heldout" else "Training prompts, since a single prompt cannot be held out"
     num_cut, taught_by = result["num_prompts_cut"], " and ".join(report.taught_by(asdict(config), "`"))
+    taught_by += " (arXiv:2312.16204)" if config.relabel else ""
     meanings = explain(result[measured], report.takes_own_hps(config))
     ranged = [] if config.adapter_steps is None else [
         f"It is for the share {config.adapter_steps} of the denoising steps alone: in the others the base text encoder "

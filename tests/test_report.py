@@ -500,7 +500,7 @@ def test_a_second_verdict_is_by_what_did_not_teach(options, judge):
 
 @pytest.mark.parametrize(("number", "told"), [(24, "; hps for common words fell"), (6, "")])
 def test_a_verdict_says_for_which_prompts_the_measure_fell(number, told):
-    """Of groups that are not too small for an interval."""
+    """Only for groups of at least 20 prompts: with fewer, the interval says little."""
     common, rare = ["a red circle"] * number, ["a crimson disc"] * (4 * number)
     steps = np.linspace(0.9, 1.1, 5 * number)
     scores = [

@@ -658,7 +658,7 @@ def test_relabelled_images_train_alone_and_what_is_shown_is_what_is_measured(
     saved = json.loads((folder / "config.json").read_text())
     assert (saved["reward"], saved["relabel"], saved["relabel_weight"]) == ("none", options["relabel"], 0.5)
     card = (folder / "README.md").read_text()
-    assert f"on failed images relabelled by `{options['relabel']}`: 16 images" in card
+    assert f"on failed images relabelled by `{options['relabel']}` (arXiv:2312.16204): 16 images" in card
     assert (folder / "curve.png").stat().st_size > 0
     planned = plan(configure(small_run, tmp_path / "plan", **options))
     # Two epochs of 8 images, each of 4 steps with guidance and 2 noise levels; half of them have a caption.

@@ -549,10 +549,7 @@ def encode_flow_texts(clips: Sequence[Any], clip_ids: Tensor, t5: Any, t5_ids: T
 
 
 def build_flow_transformer(output_dir: Path, seed: int, num_steps: int = 4500, num_scenes: int = 60_000) -> None:
-    """Flow matching (arXiv:2403.03206) with logit-normal noise levels, as `build_unet` with the text encoders frozen.
-
-    Weights are written in float16, since the folder is shipped.
-    """
+    """Flow matching (arXiv:2403.03206), logit-normal noise levels, text encoders frozen; writes float16, to be shipped."""
     rng, folder = random.Random(seed), flow_folder(output_dir)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tokenizer")
     t5_words = T5Tokenizer.from_pretrained(folder / "tokenizer_3")
